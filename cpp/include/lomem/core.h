@@ -1,0 +1,9 @@
+// The torch-free core: packing, step functions, norm formulas. Headers only.
+#pragma once
+
+#include <lomem/config.h>
+#include <lomem/core/dtype.h>
+#include <lomem/core/norm.h>
+#include <lomem/core/packing.h>
+#include <lomem/core/step.h>
+#include <lomem/version.h>

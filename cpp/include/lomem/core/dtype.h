@@ -1,0 +1,96 @@
+// Floating-point element types, their arithmetic types, and conversions between them.
+#pragma once
+
+#include <lomem/config.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lomem {
+
+/// The element types that every kernel accepts.
+enum class DType : std::uint8_t { float64, float32, bfloat16, float16 };
+
+/// 16-bit elements as stored. Arithmetic happens after `to_compute`.
+struct bfloat16 {
+  std::uint16_t bits;
+};
+struct float16 {
+  std::uint16_t bits;
+};
+
+/// Type in which an element is compared and multiplied: double for double, float for the rest.
+template <class T>
+struct compute_type {
+  using type = float;
+};
+template <>
+struct compute_type<double> {
+  using type = double;
+};
+template <class T>
+using compute_t = typename compute_type<T>::type;
+
+LOMEM_HOST_DEVICE constexpr std::size_t element_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+/// Exact upcasts.
+LOMEM_HOST_DEVICE constexpr double to_compute(double x) {
+  return x;
+}
+LOMEM_HOST_DEVICE constexpr float to_compute(float x) {
+  return x;
+}
+LOMEM_HOST_DEVICE constexpr float to_compute(bfloat16 x) {
+  return __builtin_bit_cast(float, static_cast<std::uint32_t>(x.bits) << 16);
+}
+LOMEM_HOST_DEVICE constexpr float to_compute(float16 x) {
+  // Selects, not branches, so that loops vectorise; integer steps, so that flush-to-zero modes
+  // cannot touch subnormal inputs.
+  const std::uint32_t sign = (x.bits & 0x8000u) << 16;
+  const std::uint32_t magnitude = x.bits & 0x7fffu;
+  constexpr std::uint32_t rebias = (127u - 15u) << 23;
+  const std::uint32_t subnormal =
+      __builtin_bit_cast(std::uint32_t, static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f);
+  const std::uint32_t normal = (magnitude << 13) + rebias + (magnitude >= 0x7c00u ? rebias : 0u);
+  return __builtin_bit_cast(float, sign | (magnitude < 0x0400u ? subnormal : normal));
+}
+
+/// Rounds to nearest even once; NaN stays NaN.
+template <class T>
+LOMEM_HOST_DEVICE constexpr T from_compute(compute_t<T> x);
+
+template <>
+LOMEM_HOST_DEVICE constexpr double from_compute<double>(double x) {
+  return x;
+}
+template <>
+LOMEM_HOST_DEVICE constexpr float from_compute<float>(float x) {
+  return x;
+}
+template <>
+LOMEM_HOST_DEVICE constexpr bfloat16 from_compute<bfloat16>(float x) {
+  const std::uint32_t u = __builtin_bit_cast(std::uint32_t, x);
+  const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+  return bfloat16{static_cast<std::uint16_t>(nan ? 0x7fc0u : rounded)};
+}
+template <>
+LOMEM_HOST_DEVICE constexpr float16 from_compute<float16>(float x) {
+  const std::uint32_t u = __builtin_bit_cast(std::uint32_t, x);
+  const std::uint32_t sign = (u >> 16) & 0x8000u;
+  const std::uint32_t magnitude = u & 0x7fffffffu;
+  // Below 2^-14 the result counts units of 2^-24, the spacing of floats in [0.5, 1): adding 0.5
+  // rounds to it. (Selected away above 2^-14, where the sum is clamped to keep it finite.)
+  const std::uint32_t small = magnitude < 0x38800000u ? magnitude : 0u;
+  const std::uint32_t subnormal =
+      __builtin_bit_cast(std::uint32_t, __builtin_bit_cast(float, small) + 0.5f) - 0x3f000000u;
+  constexpr std::uint32_t rebias = (127u - 15u) << 23;
+  const std::uint32_t normal = (magnitude - rebias + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const std::uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  return float16{static_cast<std::uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite))};
+}
+
+}  // namespace lomem

@@ -1,0 +1,59 @@
+// Norms whose backward pass needs their output instead of their input (MS-BP).
+//
+// y = (x - mean) * rstd (LayerNorm) or x * rstd (RMSNorm), with rstd = 1 / sqrt(m + eps), m the
+// biased variance or the mean square of the row. In y alone,
+//     grad_x = rstd * (g - mean(g) - y * mean(g * y)),
+// without the mean(g) term for RMSNorm. The next linear layer keeps the norm's output anyway, so
+// the norm itself costs one rstd a row. With an affine output z = gamma * y + beta the row is
+// y = (z - beta) / gamma and g = gamma * grad_z.
+//
+// Source: Yang et al., ICML 2024, arXiv:2406.16282 (memory-sharing backpropagation).
+#pragma once
+
+#include <lomem/config.h>
+
+#include <cmath>
+
+namespace lomem {
+
+/// Layer normalisation centres the row, RMS normalisation does not.
+enum class Norm { layer, rms };
+
+/// `moment` is the variance (LayerNorm) or the mean square (RMSNorm) of the row.
+template <class C>
+LOMEM_HOST_DEVICE inline C norm_rstd(C moment, C eps) {
+  return C(1) / std::sqrt(moment + eps);
+}
+
+/// Variance of n elements from sums of d = x - mean and of its squares. The second term is what
+/// rounding left in the mean.
+template <class C>
+LOMEM_HOST_DEVICE constexpr C norm_variance(C sum_of_squares, C sum, C n) {
+  return (sum_of_squares - sum * sum / n) / n;
+}
+
+/// y. RMSNorm passes mean = 0.
+template <class C>
+LOMEM_HOST_DEVICE constexpr C norm_value(C x, C mean, C rstd) {
+  return (x - mean) * rstd;
+}
+
+/// z = gamma * y + beta.
+template <class C>
+LOMEM_HOST_DEVICE constexpr C norm_affine(C y, C gamma, C beta) {
+  return y * gamma + beta;
+}
+
+/// y from the saved z. Needs gamma != 0. Loses digits where |beta| >> |gamma|.
+template <class C>
+LOMEM_HOST_DEVICE constexpr C norm_recover(C z, C gamma, C beta) {
+  return (z - beta) / gamma;
+}
+
+/// grad_x. RMSNorm passes mean_g = 0.
+template <class C>
+LOMEM_HOST_DEVICE constexpr C norm_gradient(C g, C y, C rstd, C mean_g, C mean_gy) {
+  return rstd * (g - mean_g - y * mean_gy);
+}
+
+}  // namespace lomem

@@ -1,0 +1,7 @@
+// Everything.
+#pragma once
+
+#include <lomem/core.h>
+#include <lomem/kernels.h>
+#include <lomem/nn.h>
+#include <lomem/ops.h>

@@ -1,0 +1,93 @@
+// torch::nn modules.
+#pragma once
+
+#include <lomem/config.h>
+#include <lomem/ops.h>
+#include <torch/nn/cloneable.h>
+#include <torch/nn/pimpl.h>
+
+#include <string>
+#include <vector>
+
+namespace lomem::nn {
+
+/// Options of ReGELU2: `approximate`, "none" or "tanh".
+struct LOMEM_API ReGELU2Options {
+  TORCH_ARG(std::string, approximate) = "none";
+};
+
+/// lomem::regelu2 as a module, in place of torch::nn::GELU.
+class LOMEM_API ReGELU2Impl : public torch::nn::Cloneable<ReGELU2Impl> {
+ public:
+  explicit ReGELU2Impl(ReGELU2Options options = {});
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+  torch::Tensor forward(const torch::Tensor& input);
+
+  ReGELU2Options options;
+};
+TORCH_MODULE(ReGELU2);
+
+/// lomem::resilu2 as a module, in place of torch::nn::SiLU.
+class LOMEM_API ReSiLU2Impl : public torch::nn::Cloneable<ReSiLU2Impl> {
+ public:
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+  torch::Tensor forward(const torch::Tensor& input);
+};
+TORCH_MODULE(ReSiLU2);
+
+/// Options of MSLayerNorm: torch::nn::LayerNormOptions with `bias` and `dtype` (of the output).
+/// `elementwise_affine` is off by default, as in LowMemoryBP.
+struct LOMEM_API MSLayerNormOptions {
+  /* implicit */ MSLayerNormOptions(std::vector<int64_t> normalized_shape);  // NOLINT
+
+  TORCH_ARG(std::vector<int64_t>, normalized_shape);
+  TORCH_ARG(double, eps) = 1e-5;
+  TORCH_ARG(bool, elementwise_affine) = false;
+  TORCH_ARG(bool, bias) = true;
+  TORCH_ARG(std::optional<torch::Dtype>, dtype) = std::nullopt;
+};
+
+/// lomem::ms_layer_norm as a module, in place of torch::nn::LayerNorm.
+class LOMEM_API MSLayerNormImpl : public torch::nn::Cloneable<MSLayerNormImpl> {
+ public:
+  MSLayerNormImpl(std::vector<int64_t> normalized_shape);  // NOLINT
+  explicit MSLayerNormImpl(MSLayerNormOptions options);
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+  torch::Tensor forward(const torch::Tensor& input);
+
+  MSLayerNormOptions options;
+  /// Of shape `normalized_shape`; undefined where there is none.
+  torch::Tensor weight;
+  torch::Tensor bias;
+};
+TORCH_MODULE(MSLayerNorm);
+
+/// Options of MSRMSNorm. `elementwise_affine` is off by default, as in LowMemoryBP.
+struct LOMEM_API MSRMSNormOptions {
+  /* implicit */ MSRMSNormOptions(std::vector<int64_t> normalized_shape);  // NOLINT
+
+  TORCH_ARG(std::vector<int64_t>, normalized_shape);
+  TORCH_ARG(std::optional<double>, eps) = std::nullopt;
+  TORCH_ARG(bool, elementwise_affine) = false;
+  TORCH_ARG(std::optional<torch::Dtype>, dtype) = std::nullopt;
+};
+
+/// lomem::ms_rms_norm as a module.
+class LOMEM_API MSRMSNormImpl : public torch::nn::Cloneable<MSRMSNormImpl> {
+ public:
+  MSRMSNormImpl(std::vector<int64_t> normalized_shape);  // NOLINT
+  explicit MSRMSNormImpl(MSRMSNormOptions options);
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+  torch::Tensor forward(const torch::Tensor& input);
+
+  MSRMSNormOptions options;
+  /// Of shape `normalized_shape`; undefined where there is none.
+  torch::Tensor weight;
+};
+TORCH_MODULE(MSRMSNorm);
+
+}  // namespace lomem::nn

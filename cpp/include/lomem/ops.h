@@ -1,0 +1,69 @@
+// The ops as functions on tensors. Differentiable, dispatched (every backend, autocast, tracing),
+// and the same ops as torch.ops.lomem in Python.
+//
+// Every function raises c10::Error that names op, argument, the value it got and the value it wants.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <lomem/config.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace lomem {
+
+/// GELU, bit for bit at::gelu(input, approximate), whose derivative is a step function: the
+/// backward pass keeps 2 bits an element (arXiv:2406.16282, ReGELU2).
+///
+/// `input`: any shape and strides; float64, float32, bfloat16 or float16. `approximate`: "none" or
+/// "tanh".
+LOMEM_API at::Tensor regelu2(const at::Tensor& input, std::string_view approximate = "none");
+
+/// SiLU, bit for bit at::silu(input), whose derivative is a step function: the backward pass keeps
+/// 2 bits an element (arXiv:2406.16282, ReSiLU2).
+LOMEM_API at::Tensor resilu2(const at::Tensor& input);
+
+/// Layer normalisation over the last dimensions, whose backward pass keeps its output, which the
+/// next linear layer keeps anyway, and one float a row (arXiv:2406.16282, MS-LayerNorm).
+///
+/// `weight`, `bias`: of shape `normalized_shape`, of any floating-point dtype; with a gradient,
+/// no element of `weight` may be 0. `dtype`: of the output; by default the autocast dtype where
+/// autocast is on, else the input's.
+LOMEM_API at::Tensor ms_layer_norm(
+    const at::Tensor& input, at::IntArrayRef normalized_shape, const std::optional<at::Tensor>& weight = std::nullopt,
+    const std::optional<at::Tensor>& bias = std::nullopt, double eps = 1e-5,
+    std::optional<at::ScalarType> dtype = std::nullopt);
+
+/// RMS normalisation over the last dimensions; keeps what ms_layer_norm keeps (arXiv:2406.16282,
+/// MS-RMSNorm). `eps`: by default machine epsilon of float32 (float64 for a float64 input).
+LOMEM_API at::Tensor ms_rms_norm(
+    const at::Tensor& input, at::IntArrayRef normalized_shape, const std::optional<at::Tensor>& weight = std::nullopt,
+    std::optional<double> eps = std::nullopt, std::optional<at::ScalarType> dtype = std::nullopt);
+
+/// 1-D uint8 tensor of ceil(bits * numel / 8) bytes from a uint8 tensor of codes below 2^bits, in
+/// the layout of core/packing.h. bits = 1..8.
+LOMEM_API at::Tensor pack_bits(const at::Tensor& codes, int64_t bits);
+
+/// 1-D uint8 tensor of `numel` codes, the inverse of pack_bits.
+LOMEM_API at::Tensor unpack_bits(const at::Tensor& packed, int64_t bits, int64_t numel);
+
+/// The halves of which the differentiable ops are made, for training code with a backward pass of
+/// its own. `codes` are 2 bits an element in the memory order of the output.
+LOMEM_API std::tuple<at::Tensor, at::Tensor> regelu2_forward(
+    const at::Tensor& input, std::string_view approximate = "none");
+LOMEM_API std::tuple<at::Tensor, at::Tensor> resilu2_forward(const at::Tensor& input);
+
+/// grad_output * levels[codes], with codes in row-major order of grad_output. Serves every step
+/// activation; `levels` has 2^bits entries.
+LOMEM_API at::Tensor step_activation_backward(
+    const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits);
+
+namespace detail {
+/// Referenced by every translation unit that includes this header, so that a linker that drops
+/// libraries without referenced symbols keeps this one and with it the ops' registration.
+LOMEM_API extern const int registration;
+[[maybe_unused]] [[gnu::used]] static const int* const keep_registration = &registration;
+}  // namespace detail
+
+}  // namespace lomem

@@ -1,0 +1,117 @@
+// Gradients of the step activations.
+#include <algorithm>
+#include <numeric>
+
+#include "../step_ops.h"
+#include "autograd.h"
+
+namespace lomem::detail {
+namespace {
+
+/// The permutation that makes a dense tensor row-major, or nothing where it is already.
+std::vector<int64_t> memory_order(const at::Tensor& dense) {
+  if (dense.is_contiguous()) {
+    return {};
+  }
+  const auto strides = dense.sym_strides();
+  std::vector<int64_t> order(strides.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(
+      order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
+  return order;
+}
+
+std::vector<int64_t> inverse(const std::vector<int64_t>& order) {
+  std::vector<int64_t> result(order.size());
+  for (size_t i = 0; i < order.size(); ++i) {
+    result[order[i]] = static_cast<int64_t>(i);
+  }
+  return result;
+}
+
+template <class Op>
+struct StepActivation : torch::autograd::Function<StepActivation<Op>> {
+  static constexpr bool is_traceable = true;
+
+  template <class... Args>
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const Args&... args) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [output, codes] = Op::forward(input, args...);
+    ctx->save_for_backward({codes});
+    // Of the output, only how it lies in memory: that is the order of the codes.
+    ctx->saved_data["order"] = memory_order(output);
+    ctx->saved_data["arguments"] = static_cast<int64_t>(1 + sizeof...(args));
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    static constexpr auto levels = step_levels<typename Op::Step>();
+    const at::Tensor codes = ctx->get_saved_variables()[0];
+    const std::vector<int64_t> order = ctx->saved_data["order"].toIntVector();
+    // Differentiable operations throughout, for gradients of gradients.
+    variable_list gradients(ctx->saved_data["arguments"].toInt());
+    if (order.empty()) {
+      gradients[0] = step_activation_backward(grad_outputs[0], codes, levels, Op::Step::bits);
+    } else {
+      const at::Tensor grad_output = grad_outputs[0].permute(order);
+      gradients[0] =
+          step_activation_backward(grad_output, codes, levels, Op::Step::bits).permute(inverse(order));
+    }
+    return gradients;
+  }
+};
+
+template <class Op, class... Args>
+at::Tensor step_activation_autograd(const at::Tensor& input, Args... args) {
+  check_no_tangent(Op::name, "input", input);
+  if (needs_grad(input)) {
+    return StepActivation<Op>::apply(input, args...);
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return Op::call(input, args...);
+}
+
+/// grad_output -> grad_output * levels[codes] is linear and its own adjoint, so that it is its own
+/// backward pass.
+struct StepActivationBackward : torch::autograd::Function<StepActivationBackward> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(
+      AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels,
+      int64_t bits) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    ctx->save_for_backward({codes});
+    ctx->saved_data["levels"] = levels.vec();
+    ctx->saved_data["bits"] = bits;
+    return step_activation_backward(grad_output, codes, levels, bits);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const at::Tensor codes = ctx->get_saved_variables()[0];
+    const std::vector<double> levels = ctx->saved_data["levels"].toDoubleVector();
+    return {
+        step_activation_backward(grad_outputs[0], codes, levels, ctx->saved_data["bits"].toInt()), at::Tensor(),
+        at::Tensor(), at::Tensor()};
+  }
+};
+
+at::Tensor step_activation_backward_autograd(
+    const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits) {
+  check_no_tangent("lomem::step_activation_backward", "grad_output", grad_output);
+  if (needs_grad(grad_output)) {
+    return StepActivationBackward::apply(grad_output, codes, levels, bits);
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return step_activation_backward(grad_output, codes, levels, bits);
+}
+
+TORCH_LIBRARY_IMPL(lomem, Autograd, m) {
+  m.impl("regelu2", &step_activation_autograd<ReGELU2Op, std::string_view>);
+  m.impl("resilu2", &step_activation_autograd<ReSiLU2Op>);
+  m.impl("step_activation_backward", &step_activation_backward_autograd);
+  m.impl("regelu2_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("resilu2_forward", torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace
+}  // namespace lomem::detail

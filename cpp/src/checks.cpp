@@ -1,0 +1,182 @@
+#include "checks.h"
+
+#include <lomem/core/packing.h>
+
+#include <cmath>
+#include <limits>
+
+namespace lomem::detail {
+namespace {
+
+auto dtype_name(at::ScalarType dtype) {
+  return c10::getDtypeNames(dtype).first;
+}
+
+void check_strided(const char* op, const char* argument, const at::Tensor& tensor) {
+  TORCH_CHECK(tensor.defined(), op, ": ", argument, " is undefined, expected a tensor");
+  TORCH_CHECK(
+      tensor.layout() == at::kStrided, op, ": ", argument, " has layout ", tensor.layout(),
+      ", expected a dense (torch.strided) tensor");
+}
+
+void check_float_dtype(const char* op, const char* argument, at::ScalarType dtype) {
+  TORCH_CHECK(
+      is_supported_float(dtype), op, ": ", argument, " has dtype ", dtype_name(dtype), ", expected ", float_dtypes);
+}
+
+void check_norm_parameter(
+    const char* op, const char* argument, const std::optional<at::Tensor>& parameter,
+    c10::SymIntArrayRef normalized_shape, const char* other_argument, const at::Tensor& other) {
+  if (!has_tensor(parameter)) {
+    return;
+  }
+  check_float_tensor(op, argument, *parameter);
+  check_same_device(op, argument, *parameter, other_argument, other);
+  TORCH_CHECK(
+      parameter->sym_sizes() == normalized_shape, op, ": ", argument, " has shape ", parameter->sym_sizes(),
+      ", expected normalized_shape ", normalized_shape);
+}
+
+NormSizes norm_sizes(
+    const char* op, const char* argument, const at::Tensor& tensor, c10::SymIntArrayRef normalized_shape) {
+  const auto sizes = tensor.sym_sizes();
+  TORCH_CHECK_VALUE(
+      !normalized_shape.empty(), op, ": normalized_shape is empty, expected at least one dimension");
+  const bool matches = sizes.size() >= normalized_shape.size() &&
+                       sizes.slice(sizes.size() - normalized_shape.size()) == normalized_shape;
+  TORCH_CHECK(
+      matches, op, ": ", argument, " has shape ", sizes, ", expected one that ends with normalized_shape ",
+      normalized_shape);
+  NormSizes result;
+  const size_t leading = sizes.size() - normalized_shape.size();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    (i < leading ? result.rows : result.cols) *= sizes[i];
+    result.rstd.push_back(i < leading ? sizes[i] : c10::SymInt(1));
+  }
+  return result;
+}
+
+}  // namespace
+
+bool is_supported_float(at::ScalarType dtype) {
+  return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
+DType to_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble: return DType::float64;
+    case at::kFloat: return DType::float32;
+    case at::kBFloat16: return DType::bfloat16;
+    case at::kHalf: return DType::float16;
+    default: TORCH_INTERNAL_ASSERT(false, "unchecked dtype ", dtype_name(dtype));
+  }
+}
+
+void check_float_tensor(const char* op, const char* argument, const at::Tensor& tensor) {
+  check_strided(op, argument, tensor);
+  check_float_dtype(op, argument, tensor.scalar_type());
+}
+
+void check_byte_tensor(const char* op, const char* argument, const at::Tensor& tensor) {
+  check_strided(op, argument, tensor);
+  TORCH_CHECK(
+      tensor.scalar_type() == at::kByte, op, ": ", argument, " has dtype ", dtype_name(tensor.scalar_type()),
+      ", expected uint8");
+}
+
+void check_same_device(
+    const char* op, const char* argument, const at::Tensor& tensor, const char* other_argument,
+    const at::Tensor& other) {
+  TORCH_CHECK(
+      tensor.device() == other.device(), op, ": ", argument, " is on ", tensor.device(), ", expected ",
+      other.device(), ", the device of ", other_argument);
+}
+
+void check_bits(const char* op, int64_t bits) {
+  TORCH_CHECK_VALUE(
+      min_bits <= bits && bits <= max_bits, op, ": bits is ", bits, ", expected ", min_bits, " to ", max_bits);
+}
+
+void check_packed(
+    const char* op, const char* argument, const at::Tensor& packed, const c10::SymInt& numel, int64_t bits) {
+  check_byte_tensor(op, argument, packed);
+  const c10::SymInt expected = packed_bytes(numel, static_cast<int>(bits));
+  TORCH_CHECK(
+      packed.sym_numel() == expected, op, ": ", argument, " has ", packed.sym_numel(), " bytes, expected ", expected,
+      " for ", numel, " elements of ", bits, " bits");
+}
+
+void check_step_backward(
+    const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits) {
+  constexpr const char* op = "lomem::step_activation_backward";
+  check_bits(op, bits);
+  TORCH_CHECK_VALUE(
+      levels.size() == size_t{1} << bits, op, ": levels has ", levels.size(), " entries, expected ",
+      size_t{1} << bits, " for ", bits, " bits");
+  check_float_tensor(op, "grad_output", grad_output);
+  check_packed(op, "codes", codes, grad_output.sym_numel(), bits);
+  check_same_device(op, "codes", codes, "grad_output", grad_output);
+}
+
+void check_unpack(const at::Tensor& packed, int64_t bits, const c10::SymInt& numel) {
+  constexpr const char* op = "lomem::unpack_bits";
+  check_bits(op, bits);
+  // Above this, the number of bits does not fit int64.
+  constexpr int64_t max_numel = std::numeric_limits<int64_t>::max() / 16;
+  TORCH_CHECK_VALUE(
+      numel >= 0 && numel <= max_numel, op, ": numel is ", numel, ", expected 0 to ", max_numel);
+  check_packed(op, "packed", packed, numel, bits);
+}
+
+NormSizes check_norm_forward(
+    const char* op, const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
+    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, std::optional<double> eps,
+    std::optional<at::ScalarType> dtype) {
+  check_float_tensor(op, "input", input);
+  NormSizes sizes = norm_sizes(op, "input", input, normalized_shape);
+  check_norm_parameter(op, "weight", weight, normalized_shape, "input", input);
+  check_norm_parameter(op, "bias", bias, normalized_shape, "input", input);
+  TORCH_CHECK_VALUE(
+      !eps || (std::isfinite(*eps) && *eps >= 0), op, ": eps is ", *eps, ", expected a finite number >= 0");
+  TORCH_CHECK(
+      !dtype || is_supported_float(*dtype), op, ": dtype is ", dtype_name(*dtype), ", expected ", float_dtypes);
+  return sizes;
+}
+
+NormSizes check_norm_backward(
+    const char* op, const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& rstd,
+    c10::SymIntArrayRef normalized_shape, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, at::ScalarType input_dtype) {
+  check_float_tensor(op, "output", output);
+  NormSizes sizes = norm_sizes(op, "output", output, normalized_shape);
+  check_float_tensor(op, "grad_output", grad_output);
+  check_same_device(op, "grad_output", grad_output, "output", output);
+  TORCH_CHECK(
+      grad_output.sym_sizes() == output.sym_sizes(), op, ": grad_output has shape ", grad_output.sym_sizes(),
+      ", expected ", output.sym_sizes(), ", the shape of output");
+  TORCH_CHECK(
+      is_supported_float(input_dtype), op, ": input_dtype is ", dtype_name(input_dtype), ", expected ",
+      float_dtypes);
+  check_strided(op, "rstd", rstd);
+  check_same_device(op, "rstd", rstd, "output", output);
+  TORCH_CHECK(
+      rstd.scalar_type() == rstd_dtype(input_dtype), op, ": rstd has dtype ", dtype_name(rstd.scalar_type()),
+      ", expected ", dtype_name(rstd_dtype(input_dtype)), " for input_dtype ", dtype_name(input_dtype));
+  TORCH_CHECK(
+      rstd.sym_numel() == sizes.rows, op, ": rstd has ", rstd.sym_numel(), " elements, expected ", sizes.rows,
+      ", one a row");
+  check_norm_parameter(op, "weight", weight, normalized_shape, "output", output);
+  check_norm_parameter(op, "bias", bias, normalized_shape, "output", output);
+  return sizes;
+}
+
+at::ScalarType rstd_dtype(at::ScalarType input_dtype) {
+  return input_dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+double default_rms_norm_eps(at::ScalarType input_dtype) {
+  return input_dtype == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                    : static_cast<double>(std::numeric_limits<float>::epsilon());
+}
+
+}  // namespace lomem::detail

@@ -1,0 +1,72 @@
+// The rules for arguments, once for every backend. Each error names op, argument, the value it
+// got and the value it wants.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymIntArrayRef.h>
+#include <lomem/core/dtype.h>
+
+#include <optional>
+
+namespace lomem::detail {
+
+inline constexpr const char* float_dtypes = "float64, float32, bfloat16 or float16";
+
+bool is_supported_float(at::ScalarType dtype);
+
+/// Precondition: is_supported_float(dtype).
+DType to_dtype(at::ScalarType dtype);
+
+/// A strided tensor of a supported floating-point dtype.
+void check_float_tensor(const char* op, const char* argument, const at::Tensor& tensor);
+
+/// A strided uint8 tensor.
+void check_byte_tensor(const char* op, const char* argument, const at::Tensor& tensor);
+
+void check_same_device(
+    const char* op, const char* argument, const at::Tensor& tensor, const char* other_argument,
+    const at::Tensor& other);
+
+/// bits in [1, 8].
+void check_bits(const char* op, int64_t bits);
+
+/// `packed` is uint8 with packed_bytes(numel, bits) elements.
+void check_packed(
+    const char* op, const char* argument, const at::Tensor& packed, const c10::SymInt& numel, int64_t bits);
+
+void check_step_backward(
+    const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits);
+
+void check_unpack(const at::Tensor& packed, int64_t bits, const c10::SymInt& numel);
+
+/// Sizes that follow from an input and its normalized_shape.
+struct NormSizes {
+  c10::SymInt rows = 1;
+  c10::SymInt cols = 1;
+  /// Sizes of rstd: the leading dimensions of the input, then ones (as torch's native_layer_norm).
+  c10::SymDimVector rstd;
+};
+
+/// Checks the arguments of a norm's forward. A norm without bias passes nullopt.
+NormSizes check_norm_forward(
+    const char* op, const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
+    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, std::optional<double> eps,
+    std::optional<at::ScalarType> dtype);
+
+/// Checks the arguments of a norm's backward.
+NormSizes check_norm_backward(
+    const char* op, const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& rstd,
+    c10::SymIntArrayRef normalized_shape, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, at::ScalarType input_dtype);
+
+/// dtype of rstd, and so of a norm's statistics, for an input dtype.
+at::ScalarType rstd_dtype(at::ScalarType input_dtype);
+
+/// F.rms_norm's default eps: machine epsilon of the type that the input is computed in.
+double default_rms_norm_eps(at::ScalarType input_dtype);
+
+inline bool has_tensor(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && tensor->defined();
+}
+
+}  // namespace lomem::detail

@@ -1,0 +1,23 @@
+// Work of at least this many elements is worth a thread.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#ifndef _OPENMP
+// Without it at::parallel_for compiles to a serial loop, silently.
+#error "compile the CPU ops with OpenMP"
+#endif
+
+namespace lomem::detail {
+
+inline constexpr int64_t elements_per_thread = 32768;
+
+/// Calls body(begin, end) for ranges of elements of [0, n) that begin at multiples of `unit`.
+template <class Body>
+void parallel_over_elements(int64_t n, int64_t unit, const Body& body) {
+  at::parallel_for(0, (n + unit - 1) / unit, elements_per_thread / unit, [&](int64_t begin, int64_t end) {
+    body(begin * unit, std::min(end * unit, n));
+  });
+}
+
+}  // namespace lomem::detail

@@ -1,0 +1,89 @@
+#include "dispatch.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+namespace lomem::detail {
+namespace {
+
+/// Handle of the op `name` whose C++ signature is that of `function`.
+template <class Signature>
+auto find_op(const char* name, Signature* /*function*/) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace
+
+// The handle is looked up once: the dispatcher keeps it valid for the life of the library.
+#define LOMEM_CALL_OP(name, ...)                              \
+  static const auto op = find_op("lomem::" #name, &name); \
+  return op.call(__VA_ARGS__)
+
+at::Tensor regelu2(const at::Tensor& input, std::string_view approximate) {
+  LOMEM_CALL_OP(regelu2, input, approximate);
+}
+
+std::tuple<at::Tensor, at::Tensor> regelu2_forward(const at::Tensor& input, std::string_view approximate) {
+  LOMEM_CALL_OP(regelu2_forward, input, approximate);
+}
+
+at::Tensor resilu2(const at::Tensor& input) {
+  LOMEM_CALL_OP(resilu2, input);
+}
+
+std::tuple<at::Tensor, at::Tensor> resilu2_forward(const at::Tensor& input) {
+  LOMEM_CALL_OP(resilu2_forward, input);
+}
+
+at::Tensor step_activation_backward(
+    const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits) {
+  LOMEM_CALL_OP(step_activation_backward, grad_output, codes, levels, bits);
+}
+
+at::Tensor ms_layer_norm(
+    const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps, OptionalDtype dtype) {
+  LOMEM_CALL_OP(ms_layer_norm, input, normalized_shape, weight, bias, eps, dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor> ms_layer_norm_forward(
+    const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps, OptionalDtype dtype) {
+  LOMEM_CALL_OP(ms_layer_norm_forward, input, normalized_shape, weight, bias, eps, dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_layer_norm_backward(
+    const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& rstd,
+    c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight, const OptionalTensor& bias,
+    at::ScalarType input_dtype, std::array<bool, 3> output_mask) {
+  LOMEM_CALL_OP(
+      ms_layer_norm_backward, grad_output, output, rstd, normalized_shape, weight, bias, input_dtype, output_mask);
+}
+
+at::Tensor ms_rms_norm(
+    const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+    std::optional<double> eps, OptionalDtype dtype) {
+  LOMEM_CALL_OP(ms_rms_norm, input, normalized_shape, weight, eps, dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor> ms_rms_norm_forward(
+    const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+    std::optional<double> eps, OptionalDtype dtype) {
+  LOMEM_CALL_OP(ms_rms_norm_forward, input, normalized_shape, weight, eps, dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor> ms_rms_norm_backward(
+    const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& rstd,
+    c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight, at::ScalarType input_dtype,
+    std::array<bool, 2> output_mask) {
+  LOMEM_CALL_OP(ms_rms_norm_backward, grad_output, output, rstd, normalized_shape, weight, input_dtype, output_mask);
+}
+
+at::Tensor pack_bits(const at::Tensor& codes, int64_t bits) {
+  LOMEM_CALL_OP(pack_bits, codes, bits);
+}
+
+at::Tensor unpack_bits(const at::Tensor& packed, int64_t bits, c10::SymInt numel) {
+  LOMEM_CALL_OP(unpack_bits, packed, bits, numel);
+}
+
+}  // namespace lomem::detail

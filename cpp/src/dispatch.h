@@ -1,0 +1,49 @@
+// The library's ops as C++ functions with symbolic sizes: each is one call of the dispatcher.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymIntArrayRef.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace lomem::detail {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using OptionalDtype = std::optional<at::ScalarType>;
+
+at::Tensor regelu2(const at::Tensor& input, std::string_view approximate);
+std::tuple<at::Tensor, at::Tensor> regelu2_forward(const at::Tensor& input, std::string_view approximate);
+at::Tensor resilu2(const at::Tensor& input);
+std::tuple<at::Tensor, at::Tensor> resilu2_forward(const at::Tensor& input);
+at::Tensor step_activation_backward(
+    const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits);
+
+at::Tensor ms_layer_norm(
+    const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps, OptionalDtype dtype);
+std::tuple<at::Tensor, at::Tensor> ms_layer_norm_forward(
+    const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps, OptionalDtype dtype);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_layer_norm_backward(
+    const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& rstd,
+    c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight, const OptionalTensor& bias,
+    at::ScalarType input_dtype, std::array<bool, 3> output_mask);
+
+at::Tensor ms_rms_norm(
+    const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+    std::optional<double> eps, OptionalDtype dtype);
+std::tuple<at::Tensor, at::Tensor> ms_rms_norm_forward(
+    const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+    std::optional<double> eps, OptionalDtype dtype);
+std::tuple<at::Tensor, at::Tensor> ms_rms_norm_backward(
+    const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& rstd,
+    c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight, at::ScalarType input_dtype,
+    std::array<bool, 2> output_mask);
+
+at::Tensor pack_bits(const at::Tensor& codes, int64_t bits);
+at::Tensor unpack_bits(const at::Tensor& packed, int64_t bits, c10::SymInt numel);
+
+}  // namespace lomem::detail

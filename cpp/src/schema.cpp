@@ -1,0 +1,59 @@
+// Every op of the library, in one place.
+//
+// An op is a triple:
+//   X            public and differentiable; keeps nothing where no gradient is needed
+//   X_forward    X's result and what its backward pass needs
+//   X_backward   gradients from grad_output and what X_forward returned
+// All are functional. What differs between backends stands in cpu/ and meta/; what does not
+// (autograd, autocast) in folders of its own, with the same file names in each.
+#include <torch/library.h>
+
+TORCH_LIBRARY(lomem, m) {
+  // needs_exact_strides: codes follow the memory order of the forward's output, so a compiler
+  // must hand the ops the strides that it traced them with.
+  const std::vector<at::Tag> functional = {at::Tag::pt2_compliant_tag};
+  const std::vector<at::Tag> strided = {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides};
+
+  // Step activations. `codes`: 1-D uint8, 2 bits an element in the memory order of `output`.
+  m.def("regelu2(Tensor input, *, str approximate=\"none\") -> Tensor", strided);
+  m.def("regelu2_forward(Tensor input, *, str approximate=\"none\") -> (Tensor output, Tensor codes)", strided);
+  m.def("resilu2(Tensor input) -> Tensor", strided);
+  m.def("resilu2_forward(Tensor input) -> (Tensor output, Tensor codes)", strided);
+
+  // The backward of every step activation. Here codes follow the row-major order of grad_output,
+  // whatever its strides: the autograd layer permutes it to the memory order of the forward.
+  m.def(
+      "step_activation_backward(Tensor grad_output, Tensor codes, float[] levels, int bits) -> Tensor", functional);
+
+  // Norms. `dtype`: dtype of the output; by default the autocast dtype where autocast is on and
+  // else the input's. `rstd`: float32 (float64 for a float64 input), one element a row.
+  m.def(
+      "ms_layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, "
+      "float eps=1e-05, *, ScalarType? dtype=None) -> Tensor",
+      functional);
+  m.def(
+      "ms_layer_norm_forward(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, "
+      "float eps=1e-05, *, ScalarType? dtype=None) -> (Tensor output, Tensor rstd)",
+      functional);
+  m.def(
+      "ms_layer_norm_backward(Tensor grad_output, Tensor output, Tensor rstd, SymInt[] normalized_shape, "
+      "Tensor? weight, Tensor? bias, ScalarType input_dtype, bool[3] output_mask) -> "
+      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      functional);
+  m.def(
+      "ms_rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
+      "ScalarType? dtype=None) -> Tensor",
+      functional);
+  m.def(
+      "ms_rms_norm_forward(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
+      "ScalarType? dtype=None) -> (Tensor output, Tensor rstd)",
+      functional);
+  m.def(
+      "ms_rms_norm_backward(Tensor grad_output, Tensor output, Tensor rstd, SymInt[] normalized_shape, "
+      "Tensor? weight, ScalarType input_dtype, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_weight)",
+      functional);
+
+  // Packing of codes of 1 to 8 bits. Not differentiable.
+  m.def("pack_bits(Tensor codes, int bits) -> Tensor", functional);
+  m.def("unpack_bits(Tensor packed, int bits, SymInt numel) -> Tensor", functional);
+}

@@ -1,0 +1,6 @@
+version: str
+torch_version: str
+compiler: str
+
+def cpu_capability() -> str: ...
+def cuda_archs() -> list[str]: ...

@@ -1,0 +1,29 @@
+"""Less activation memory in PyTorch training, without recomputation and with the same forward pass.
+
+Step activations keep 1 to 8 bits an element for the backward pass; memory-sharing norms keep their
+output, which the next linear layer keeps anyway.
+
+    model.act = lomem.nn.ReGELU2()          # in place of torch.nn.GELU()
+    model.norm = lomem.nn.MSLayerNorm(768)  # in place of torch.nn.LayerNorm(768, elementwise_affine=False)
+"""
+
+from pathlib import Path as _Path
+
+import torch as _torch
+
+from ._build_info import torch_version as _built_for
+from ._build_info import version as __version__
+
+if not (_torch.__version__ + ".").startswith(_built_for + "."):
+    raise ImportError(
+        f"lomem {__version__} was built against torch {_built_for} and does not load under torch "
+        f"{_torch.__version__}: build it again in this environment with "
+        "`pip install --no-build-isolation --force-reinstall --no-deps` from its sources"
+    )
+
+from . import _C, functional, memory, nn, reference
+
+#: For `CMAKE_PREFIX_PATH`, so that `find_package(lomem)` finds the C++ package in this wheel.
+cmake_prefix_path = str(_Path(__file__).resolve().parent)
+
+__all__ = ["__version__", "cmake_prefix_path", "functional", "memory", "nn", "reference"]

@@ -1,0 +1,203 @@
+"""The ops as functions, with the argument order of :mod:`torch.nn.functional`.
+
+Every function raises a RuntimeError or ValueError that names op, argument, the value it got and the
+value it wants. They work under autocast, ``torch.compile``, ``torch.export``, checkpointing and
+saved-tensor hooks. Forward-mode differentiation and ``torch.func`` gradients raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "layer_norm",
+    "ms_layer_norm",
+    "ms_rms_norm",
+    "pack_bits",
+    "pack_bool_to_uint8",
+    "regelu2",
+    "resilu2",
+    "rms_norm",
+    "unpack_bits",
+    "unpack_uint8_to_bool",
+]
+
+# The overloads, not the packets: without the look-up by argument types a call costs less.
+_regelu2 = torch.ops.lomem.regelu2.default
+_resilu2 = torch.ops.lomem.resilu2.default
+_ms_layer_norm = torch.ops.lomem.ms_layer_norm.default
+_ms_rms_norm = torch.ops.lomem.ms_rms_norm.default
+_pack_bits = torch.ops.lomem.pack_bits.default
+_unpack_bits = torch.ops.lomem.unpack_bits.default
+
+
+def regelu2(input: Tensor, approximate: str = "none") -> Tensor:
+    """GELU whose backward pass keeps 2 bits an element.
+
+    The result is bit for bit ``F.gelu(input, approximate=approximate)``. The gradient is that of a
+    sum of three ReLUs, a step function with four levels, fitted to GELU (Yang et al., ICML 2024,
+    arXiv:2406.16282, ReGELU2).
+
+    Args:
+        input: Any shape and strides; float64, float32, bfloat16 or float16.
+        approximate: ``"none"`` or ``"tanh"``, as in ``F.gelu``. The step function is the same.
+
+    Returns:
+        A tensor of the shape, dtype and strides that ``F.gelu`` returns. Saved for backward:
+        ``ceil(numel / 4)`` bytes.
+    """
+    return _regelu2(input, approximate=approximate)
+
+
+def resilu2(input: Tensor) -> Tensor:
+    """SiLU whose backward pass keeps 2 bits an element.
+
+    The result is bit for bit ``F.silu(input)``. The gradient is that of a sum of three ReLUs, a step
+    function with four levels, fitted to SiLU (Yang et al., ICML 2024, arXiv:2406.16282, ReSiLU2).
+
+    Args:
+        input: Any shape and strides; float64, float32, bfloat16 or float16.
+
+    Returns:
+        A tensor of the shape, dtype and strides that ``F.silu`` returns. Saved for backward:
+        ``ceil(numel / 4)`` bytes.
+    """
+    return _resilu2(input)
+
+
+def ms_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Layer normalization that keeps its output for the backward pass, not its input.
+
+    A linear layer that follows keeps the same tensor, so the norm costs one float a row (Yang et al.,
+    ICML 2024, arXiv:2406.16282, MS-LayerNorm). With ``weight`` and ``bias`` the backward pass
+    recovers the normalized input as ``(output - bias) / weight``; it loses digits in channels where
+    ``abs(bias)`` is much greater than ``abs(weight)``.
+
+    Args:
+        input: Shape ``(*, *normalized_shape)``; float64, float32, bfloat16 or float16.
+        normalized_shape: The last dimensions of ``input``, over which is normalized.
+        weight: Shape ``normalized_shape``, any floating-point dtype. No element may be 0 where a
+            gradient is needed.
+        bias: Shape ``normalized_shape``, any floating-point dtype.
+        eps: Added to the variance; finite and not negative.
+        dtype: Of the output. By default the autocast dtype where autocast is on (so that linear
+            layers share it), else that of ``input``. Pass ``torch.float32`` where the output also
+            feeds a residual stream in float32.
+
+    Returns:
+        A contiguous tensor of the shape of ``input``. Saved for backward: itself, and 4 bytes a row
+        (8 for a float64 input). Second derivatives raise.
+    """
+    return _ms_layer_norm(input, normalized_shape, weight, bias, eps, dtype=dtype)
+
+
+def ms_rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """RMS normalization that keeps its output for the backward pass, not its input.
+
+    As :func:`ms_layer_norm`, without centring and without bias (Yang et al., ICML 2024,
+    arXiv:2406.16282, MS-RMSNorm). Recovering the normalized input as ``output / weight`` loses no
+    digits.
+
+    Args:
+        input: Shape ``(*, *normalized_shape)``; float64, float32, bfloat16 or float16.
+        normalized_shape: The last dimensions of ``input``, over which is normalized.
+        weight: Shape ``normalized_shape``, any floating-point dtype. No element may be 0 where a
+            gradient is needed.
+        eps: Added to the mean square; finite and not negative. By default, as in ``F.rms_norm``, the
+            machine epsilon of float32 (of float64 for a float64 input).
+        dtype: Of the output; see :func:`ms_layer_norm`.
+
+    Returns:
+        A contiguous tensor of the shape of ``input``. Saved for backward: itself, and 4 bytes a row
+        (8 for a float64 input). Second derivatives raise.
+    """
+    return _ms_rms_norm(input, normalized_shape, weight, eps, dtype=dtype)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Packs codes of ``bits`` bits into bytes.
+
+    Element ``i`` of the flattened codes occupies bits ``[bits*i, bits*i + bits)`` of a little-endian
+    bit stream; padding bits are 0.
+
+    Args:
+        codes: Any shape, uint8, values below ``2**bits``.
+        bits: 1 to 8.
+
+    Returns:
+        A 1-D uint8 tensor of ``ceil(bits * numel / 8)`` bytes.
+    """
+    return _pack_bits(codes, bits)
+
+
+def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
+    """Unpacks codes of ``bits`` bits, the inverse of :func:`pack_bits`.
+
+    Args:
+        packed: uint8, ``ceil(bits * numel / 8)`` bytes.
+        bits: 1 to 8.
+        numel: Number of codes.
+
+    Returns:
+        A 1-D uint8 tensor of ``numel`` codes.
+    """
+    return _unpack_bits(packed, bits, numel)
+
+
+# Names of LowMemoryBP, so that its users change nothing.
+
+
+def layer_norm(input: Tensor, normalized_shape: Sequence[int], eps: float = 1e-5) -> Tensor:
+    """LowMemoryBP's name for :func:`ms_layer_norm` without weight and bias. The third argument is eps."""
+    return ms_layer_norm(input, normalized_shape, eps=eps)
+
+
+def rms_norm(input: Tensor, normalized_shape: Sequence[int], eps: float = 1e-5) -> Tensor:
+    """LowMemoryBP's name for :func:`ms_rms_norm` without weight. The third argument is eps."""
+    return ms_rms_norm(input, normalized_shape, eps=eps)
+
+
+def pack_bool_to_uint8(x: Tensor) -> Tensor:
+    """LowMemoryBP's name for :func:`pack_bits` of a bool tensor, one bit an element.
+
+    Args:
+        x: Any shape, bool.
+
+    Returns:
+        A 1-D uint8 tensor of ``ceil(numel / 8)`` bytes.
+    """
+    if x.dtype != torch.bool:
+        raise ValueError(f"lomem.functional.pack_bool_to_uint8: x has dtype {x.dtype}, expected torch.bool")
+    return pack_bits(x.contiguous().view(torch.uint8), 1)
+
+
+def unpack_uint8_to_bool(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of :func:`pack_bool_to_uint8`.
+
+    Args:
+        x: uint8, ``ceil(numel / 8)`` bytes.
+        shape: Of the result.
+
+    Returns:
+        A bool tensor of shape ``shape``.
+    """
+    shape = torch.Size(shape)
+    return unpack_bits(x, 1, shape.numel()).view(torch.bool).reshape(shape)

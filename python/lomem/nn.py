@@ -1,0 +1,173 @@
+"""The ops as modules, in place of those of :mod:`torch.nn`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as F  # noqa: N812
+
+__all__ = ["MSLayerNorm", "MSRMSNorm", "ReGELU2", "ReSiLU2"]
+
+
+class ReGELU2(nn.Module):
+    """GELU whose backward pass keeps 2 bits an element, in place of :class:`torch.nn.GELU`.
+
+    See :func:`lomem.functional.regelu2`.
+
+    Args:
+        approximate: ``"none"`` or ``"tanh"``.
+    """
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        if approximate not in ("none", "tanh"):
+            raise ValueError(
+                f"lomem.nn.ReGELU2: approximate is {approximate!r}, expected 'none' or 'tanh'"
+            )
+        self.approximate = approximate
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns GELU of ``input``."""
+        return F.regelu2(input, self.approximate)
+
+    def extra_repr(self) -> str:
+        """Arguments, for ``repr``."""
+        return f"approximate={self.approximate!r}"
+
+
+class ReSiLU2(nn.Module):
+    """SiLU whose backward pass keeps 2 bits an element, in place of :class:`torch.nn.SiLU`.
+
+    See :func:`lomem.functional.resilu2`.
+
+    Args:
+        inplace: Whether the result overwrites the input, as in :class:`torch.nn.SiLU`. It saves no
+            memory here: a temporary of the input's size is made either way.
+    """
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns SiLU of ``input``."""
+        output = F.resilu2(input)
+        return input.copy_(output) if self.inplace else output
+
+    def extra_repr(self) -> str:
+        """Arguments, for ``repr``."""
+        return "inplace=True" if self.inplace else ""
+
+
+def _shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+
+
+class MSLayerNorm(nn.Module):
+    """Layer normalization that keeps its output for the backward pass.
+
+    Takes the arguments of :class:`torch.nn.LayerNorm`; ``elementwise_affine`` is off by default, as in
+    LowMemoryBP. See :func:`lomem.functional.ms_layer_norm`.
+
+    Args:
+        normalized_shape: The last dimensions of the input, or the last one as an int.
+        eps: Added to the variance.
+        elementwise_affine: Whether there is a weight (initially 1) and a bias (initially 0) of shape
+            ``normalized_shape``.
+        bias: With ``elementwise_affine``, whether there is a bias.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        output_dtype: Of the output; by default the autocast dtype where autocast is on, else that of
+            the input.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        output_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalized_shape = _shape(normalized_shape)
+        self.eps = eps
+        self.elementwise_affine = elementwise_affine
+        self.output_dtype = output_dtype
+        for name, present in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
+            parameter = torch.empty(self.normalized_shape, device=device, dtype=dtype) if present else None
+            self.register_parameter(name, None if parameter is None else nn.Parameter(parameter))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets weight to 1 and bias to 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns ``input`` normalized over its last dimensions."""
+        return F.ms_layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, dtype=self.output_dtype
+        )
+
+    def extra_repr(self) -> str:
+        """Arguments, for ``repr``."""
+        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+
+
+class MSRMSNorm(nn.Module):
+    """RMS normalization that keeps its output for the backward pass.
+
+    Takes the arguments of :class:`torch.nn.RMSNorm`; ``elementwise_affine`` is off by default, as in
+    LowMemoryBP. See :func:`lomem.functional.ms_rms_norm`.
+
+    Args:
+        normalized_shape: The last dimensions of the input, or the last one as an int.
+        eps: Added to the mean square. By default, as in :class:`torch.nn.RMSNorm`, the machine
+            epsilon of the type computed in. (LowMemoryBP's default was 1e-5.)
+        elementwise_affine: Whether there is a weight of shape ``normalized_shape``, initially 1.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        output_dtype: Of the output; by default the autocast dtype where autocast is on, else that of
+            the input.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        output_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalized_shape = _shape(normalized_shape)
+        self.eps = eps
+        self.elementwise_affine = elementwise_affine
+        self.output_dtype = output_dtype
+        parameter = torch.empty(self.normalized_shape, device=device, dtype=dtype) if elementwise_affine else None
+        self.register_parameter("weight", None if parameter is None else nn.Parameter(parameter))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets weight to 1."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns ``input`` normalized over its last dimensions."""
+        return F.ms_rms_norm(input, self.normalized_shape, self.weight, self.eps, dtype=self.output_dtype)
+
+    def extra_repr(self) -> str:
+        """Arguments, for ``repr``."""
+        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"

@@ -1,0 +1,183 @@
+"""Slow, readable implementations in plain torch, for every device that torch runs on.
+
+The oracle of the tests, and a fallback for devices without kernels. Same arguments and results as
+:mod:`lomem.functional`; codes have the same bytes. Formulas: Yang et al., ICML 2024, arXiv:2406.16282.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+__all__ = [
+    "REGELU2",
+    "RESILU2",
+    "StepFunction",
+    "ms_layer_norm",
+    "ms_rms_norm",
+    "pack_bits",
+    "regelu2",
+    "resilu2",
+    "step_activation_backward",
+    "step_codes",
+    "unpack_bits",
+]
+
+
+class StepFunction(NamedTuple):
+    """The derivative of ``sum_i slopes[i] * relu(x - boundaries[i])``."""
+
+    boundaries: tuple[float, ...]
+    slopes: tuple[float, ...]
+
+    @property
+    def levels(self) -> list[float]:
+        """Value on each step: running sums of the slopes, from 0."""
+        return [sum(self.slopes[:i]) for i in range(len(self.slopes) + 1)]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return math.ceil(math.log2(len(self.slopes) + 1))
+
+    def primitive(self, x: Tensor) -> Tensor:
+        """The sum of ReLUs itself."""
+        return sum(a * F.relu(x - c) for a, c in zip(self.slopes, self.boundaries, strict=True))
+
+
+REGELU2 = StepFunction(
+    boundaries=(-3.1858810036855245, -0.001178821281161997, 3.190832613414926),
+    slopes=(-0.04922261145617846, 1.0979632065417297, -0.048740595085551286),
+)
+RESILU2 = StepFunction(
+    boundaries=(-6.3050461001646445, -0.0008684942046214787, 6.325815242089708),
+    slopes=(-0.04060357190528599, 1.080925428529668, 1 - (-0.04060357190528599 + 1.080925428529668)),
+)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """See :func:`lomem.functional.pack_bits`."""
+    shifts = torch.arange(bits, device=codes.device)
+    stream = (codes.reshape(-1, 1).to(torch.int64) >> shifts & 1).flatten()
+    stream = F.pad(stream, (0, -stream.numel() % 8)).reshape(-1, 8)
+    return (stream << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
+    """See :func:`lomem.functional.unpack_bits`."""
+    stream = (packed.reshape(-1, 1).to(torch.int64) >> torch.arange(8, device=packed.device) & 1).flatten()
+    groups = stream[: numel * bits].reshape(numel, bits)
+    return (groups << torch.arange(bits, device=packed.device)).sum(1).to(torch.uint8)
+
+
+def step_codes(input: Tensor, step: StepFunction) -> Tensor:
+    """Number of boundaries below each element, uint8, of the input's shape. NaN has code 0."""
+    x = input.to(_compute_dtype(input.dtype))
+    codes = torch.zeros(input.shape, dtype=torch.uint8, device=input.device)
+    for boundary in step.boundaries:
+        codes += x > torch.tensor(boundary, dtype=x.dtype, device=x.device)
+    return codes
+
+
+def step_activation_backward(grad_output: Tensor, codes: Tensor, levels: Sequence[float], bits: int) -> Tensor:
+    """``grad_output * levels[codes]``, with packed codes in row-major order of ``grad_output``."""
+    dtype = _compute_dtype(grad_output.dtype)
+    table = torch.tensor(levels, dtype=torch.float64).to(dtype).to(grad_output.device)
+    level = table[unpack_bits(codes, bits, grad_output.numel()).long()].reshape(grad_output.shape)
+    return (grad_output.to(dtype) * level).to(grad_output.dtype)
+
+
+class _StepActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, output, step):
+        ctx.step = step
+        ctx.save_for_backward(pack_bits(step_codes(input, step), step.bits))
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (codes,) = ctx.saved_tensors
+        return step_activation_backward(grad_output, codes, ctx.step.levels, ctx.step.bits), None, None
+
+
+def regelu2(input: Tensor, approximate: str = "none") -> Tensor:
+    """See :func:`lomem.functional.regelu2`."""
+    return _StepActivation.apply(input, F.gelu(input.detach(), approximate=approximate), REGELU2)
+
+
+def resilu2(input: Tensor) -> Tensor:
+    """See :func:`lomem.functional.resilu2`."""
+    return _StepActivation.apply(input, F.silu(input.detach()), RESILU2)
+
+
+class _MSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, normalized_shape, weight, bias, eps, dtype, centred):
+        dims = tuple(range(-len(normalized_shape), 0))
+        x = input.double()
+        centre = x.mean(dims, keepdim=True) if centred else torch.zeros((), dtype=x.dtype, device=x.device)
+        rstd = ((x - centre).square().mean(dims, keepdim=True) + eps).rsqrt()
+        z = (x - centre) * rstd
+        if weight is not None:
+            z = z * weight.double()
+        if bias is not None:
+            z = z + bias.double()
+        output = z.to(dtype or input.dtype)
+        ctx.dims, ctx.centred, ctx.input_dtype = dims, centred, input.dtype
+        ctx.save_for_backward(output, rstd.to(_compute_dtype(input.dtype)), weight, bias)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        output, rstd, weight, bias = ctx.saved_tensors
+        y, g = output.double(), grad_output.double()
+        grad_weight = grad_bias = None
+        leading = tuple(range(y.dim() - len(ctx.dims)))
+        if bias is not None:
+            grad_bias = g.sum(leading).to(bias.dtype) if leading else g.to(bias.dtype)
+            y = y - bias.double()
+        if weight is not None:
+            y = y / weight.double()
+            grad_weight = ((g * y).sum(leading) if leading else g * y).to(weight.dtype)
+            g = g * weight.double()
+        mean_g = g.mean(ctx.dims, keepdim=True) if ctx.centred else 0
+        mean_gy = (g * y).mean(ctx.dims, keepdim=True)
+        grad_input = rstd.double() * (g - mean_g - y * mean_gy)
+        return grad_input.to(ctx.input_dtype), None, grad_weight, grad_bias, None, None, None
+
+
+def ms_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See :func:`lomem.functional.ms_layer_norm`. Ignores autocast."""
+    return _MSNorm.apply(input, normalized_shape, weight, bias, eps, dtype, True)
+
+
+def ms_rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See :func:`lomem.functional.ms_rms_norm`. Ignores autocast."""
+    if eps is None:
+        eps = torch.finfo(_compute_dtype(input.dtype)).eps
+    return _MSNorm.apply(input, normalized_shape, weight, None, eps, dtype, False)
