@@ -10,7 +10,7 @@
 namespace lomem::cpu {
 namespace {
 
-constexpr int tile_size = 512;
+constexpr int tile_size = 1024;
 
 struct Tile {
   double values[tile_size];
@@ -53,6 +53,23 @@ double sum_tile(int count, Term&& term) {
          ((partial[2] + partial[6]) + (partial[3] + partial[7]));
 }
 
+/// A tile of weight and bias: 1 and 0 where there is none.
+struct Parameters {
+  Tile gamma;
+  Tile beta;
+
+  void load(const Array& weight, const Array& bias, std::int64_t offset, int count) {
+    std::fill_n(gamma.values, count, 1.0);
+    std::fill_n(beta.values, count, 0.0);
+    if (weight.data != nullptr) {
+      cpu::load(weight, offset, count, gamma);
+    }
+    if (bias.data != nullptr) {
+      cpu::load(bias, offset, count, beta);
+    }
+  }
+};
+
 /// Calls body(offset in the row, count) for the tiles of a row.
 template <class Body>
 void for_each_tile(std::int64_t cols, Body&& body) {
@@ -90,11 +107,12 @@ std::int64_t find_zero(const Array& array, std::int64_t n) {
 template <Norm norm>
 void norm_forward(const NormForward& args, std::int64_t begin, std::int64_t end) {
   const double cols = static_cast<double>(args.cols);
-  // A row of one tile is converted once.
+  const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
+  // Rows of one tile are converted once, and their parameters once for all rows.
   const bool one_tile = args.cols <= tile_size;
   Tile x;
-  Tile gamma;
-  Tile beta;
+  Tile y;
+  Parameters parameters;
   for (std::int64_t row = begin; row < end; ++row) {
     const std::int64_t base = row * args.cols;
     if (one_tile) {
@@ -133,22 +151,15 @@ void norm_forward(const NormForward& args, std::int64_t begin, std::int64_t end)
     }
 
     for_each_input_tile([&](std::int64_t offset, int count) {
-      Tile y;
       for (int j = 0; j < count; ++j) {
         y.values[j] = norm_value(x[j], mean, rstd);
       }
-      if (args.weight.data != nullptr || args.bias.data != nullptr) {
-        // The affine step starts from the rounded-to-double y, in double: still one rounding.
-        std::fill_n(gamma.values, count, 1.0);
-        std::fill_n(beta.values, count, 0.0);
-        if (args.weight.data != nullptr) {
-          load(args.weight, offset, count, gamma);
-        }
-        if (args.bias.data != nullptr) {
-          load(args.bias, offset, count, beta);
+      if (affine) {
+        if (!one_tile || row == begin) {
+          parameters.load(args.weight, args.bias, offset, count);
         }
         for (int j = 0; j < count; ++j) {
-          y.values[j] = norm_affine(y[j], gamma[j], beta[j]);
+          y.values[j] = norm_affine(y[j], parameters.gamma[j], parameters.beta[j]);
         }
       }
       store(y.values, count, args.output, base + offset);
@@ -167,24 +178,22 @@ void norm_backward(
   const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
   Tile g;
   Tile y;
-  Tile gamma;
-  Tile beta;
-  std::fill_n(gamma.values, tile_size, 1.0);
-  std::fill_n(beta.values, tile_size, 0.0);
+  Parameters parameters;
+  Tile inverse_gamma;
 
   // Leaves grad_z in g, and y in y.
-  const auto load_tile = [&](std::int64_t base, std::int64_t offset, int count) {
-    load(args.grad_output, base + offset, count, g);
-    load(args.output, base + offset, count, y);
+  const auto load_tile = [&](std::int64_t row, std::int64_t offset, int count) {
+    load(args.grad_output, row * args.cols + offset, count, g);
+    load(args.output, row * args.cols + offset, count, y);
     if (affine) {
-      if (args.weight.data != nullptr) {
-        load(args.weight, offset, count, gamma);
-      }
-      if (args.bias.data != nullptr) {
-        load(args.bias, offset, count, beta);
+      if (!one_tile || row == begin) {
+        parameters.load(args.weight, args.bias, offset, count);
+        for (int j = 0; j < count; ++j) {
+          inverse_gamma.values[j] = 1.0 / parameters.gamma[j];
+        }
       }
       for (int j = 0; j < count; ++j) {
-        y.values[j] = norm_recover(y[j], gamma[j], beta[j]);
+        y.values[j] = norm_recover(y[j], inverse_gamma[j], parameters.beta[j]);
       }
     }
   };
@@ -192,18 +201,17 @@ void norm_backward(
   const auto scale_tile = [&](int count) {
     if (affine) {
       for (int j = 0; j < count; ++j) {
-        g.values[j] *= gamma[j];
+        g.values[j] *= parameters.gamma[j];
       }
     }
   };
 
   for (std::int64_t row = begin; row < end; ++row) {
-    const std::int64_t base = row * args.cols;
     const double rstd = load_scalar(args.rstd, row);
     double sum_g = 0;
     double sum_gy = 0;
     for_each_tile(args.cols, [&](std::int64_t offset, int count) {
-      load_tile(base, offset, count);
+      load_tile(row, offset, count);
       if (grad_weight != nullptr) {
         for (int j = 0; j < count; ++j) {
           grad_weight[offset + j] += g[j] * y[j];
@@ -227,13 +235,13 @@ void norm_backward(
     const double mean_gy = sum_gy / cols;
     for_each_tile(args.cols, [&](std::int64_t offset, int count) {
       if (!one_tile) {
-        load_tile(base, offset, count);
+        load_tile(row, offset, count);
         scale_tile(count);
       }
       for (int j = 0; j < count; ++j) {
         g.values[j] = norm_gradient(g[j], y[j], rstd, mean_g, mean_gy);
       }
-      store(g.values, count, args.grad_input, base + offset);
+      store(g.values, count, args.grad_input, row * args.cols + offset);
     });
   }
 }

@@ -44,10 +44,11 @@ LOMEM_HOST_DEVICE constexpr C norm_affine(C y, C gamma, C beta) {
   return y * gamma + beta;
 }
 
-/// y from the saved z. Needs gamma != 0. Loses digits where |beta| >> |gamma|.
+/// y from the saved z. Needs gamma != 0. Loses digits where |beta| >> |gamma|. Takes 1 / gamma,
+/// which is the same for every row.
 template <class C>
-LOMEM_HOST_DEVICE constexpr C norm_recover(C z, C gamma, C beta) {
-  return (z - beta) / gamma;
+LOMEM_HOST_DEVICE constexpr C norm_recover(C z, C inverse_gamma, C beta) {
+  return (z - beta) * inverse_gamma;
 }
 
 /// grad_x. RMSNorm passes mean_g = 0.

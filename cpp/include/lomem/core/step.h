@@ -7,7 +7,8 @@
 //
 // Source: Yang et al., "Reducing Fine-Tuning Memory Overhead by Approximate and Memory-Sharing
 // Backpropagation", ICML 2024, arXiv:2406.16282. The constants minimise the integral of
-// (h - h~)^2 over the real line under sum a_i = 1 and sum a_i c_i = 0.
+// (h - h~)^2 over the real line under sum a_i = 1 and sum a_i c_i = 0 (to 1e-4 of its value; the
+// tests check).
 #pragma once
 
 #include <lomem/config.h>
