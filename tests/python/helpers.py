@@ -1,0 +1,89 @@
+"""What the tests share: dtypes, inputs in every layout, comparisons."""
+
+import lomem
+import torch
+import torch.nn.functional as F
+from lomem import reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SIXTEEN_BIT = [torch.bfloat16, torch.float16]
+
+# Spacing at 1, twice the relative error of one rounding.
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+
+# name -> op, the torch op that its forward is, its step function, the op that makes codes
+ACTIVATIONS = {
+    "regelu2": (
+        lomem.functional.regelu2,
+        F.gelu,
+        reference.REGELU2,
+        torch.ops.lomem.regelu2_forward.default,
+    ),
+    "regelu2-tanh": (
+        lambda x: lomem.functional.regelu2(x, approximate="tanh"),
+        lambda x: F.gelu(x, approximate="tanh"),
+        reference.REGELU2,
+        lambda x: torch.ops.lomem.regelu2_forward.default(x, approximate="tanh"),
+    ),
+    "resilu2": (
+        lomem.functional.resilu2,
+        F.silu,
+        reference.RESILU2,
+        torch.ops.lomem.resilu2_forward.default,
+    ),
+}
+
+# name -> function of (dtype, device) that makes an input of that layout, with values on every step
+LAYOUTS = {
+    "contiguous": lambda **kw: torch.randn(3, 5, 7, **kw),
+    "channels_last": lambda **kw: torch.randn(2, 5, 4, 3, **kw).to(memory_format=torch.channels_last),
+    "channels_last_3d": lambda **kw: torch.randn(2, 3, 4, 3, 2, **kw).to(memory_format=torch.channels_last_3d),
+    "transposed": lambda **kw: torch.randn(6, 11, **kw).t(),
+    "permuted": lambda **kw: torch.randn(3, 4, 5, 2, **kw).permute(2, 0, 3, 1),
+    "sliced": lambda **kw: torch.randn(9, 14, **kw)[1::2, 3:11],
+    "sliced_transposed": lambda **kw: torch.randn(9, 14, **kw)[1::2, 3:11].t(),
+    "strided_1d": lambda **kw: torch.randn(50, **kw)[::3],
+    "expanded": lambda **kw: torch.randn(5, 1, 3, **kw).expand(5, 4, 3),
+    "expanded_scalar": lambda **kw: torch.randn((), **kw).expand(7),
+    "unaligned": lambda **kw: torch.randn(38, **kw)[1:],
+    "0-d": lambda **kw: torch.randn((), **kw),
+    "one_element": lambda **kw: torch.randn(1, 1, 1, **kw).transpose(0, 2),
+    "empty": lambda **kw: torch.randn(3, 0, 2, **kw),
+    "empty_1d": lambda **kw: torch.randn(0, **kw),
+}
+
+
+def make_input(layout, dtype, device, scale=4):
+    """An input whose values reach all steps. Scaling in place keeps the strides."""
+    base = LAYOUTS[layout](dtype=torch.float64, device=device).mul(scale)
+    return base.to(dtype)
+
+
+def all_patterns(dtype, device="cpu"):
+    """All 65,536 values of a 16-bit dtype, NaNs and infinities included."""
+    return torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype).to(device)
+
+
+def same_bits(a, b):
+    """Same dtype, shape, strides and bits (so that NaN equals NaN, and 0 does not equal -0)."""
+    if a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
+        return False
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[a.element_size()]
+    return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+
+
+def in_memory_order(tensor):
+    """The elements of a dense tensor, as they lie in memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def rounding_steps(a, b):
+    """Distance of two tensors of one dtype in representable values."""
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
+
+    def ordered(t):
+        i = t.contiguous().view(bits).to(torch.int64)
+        sign = torch.iinfo(bits).min
+        return torch.where(i < 0, sign - i, i)
+
+    return (ordered(a) - ordered(b)).abs()

@@ -1,0 +1,323 @@
+"""Memory-sharing norms against torch's in float64."""
+
+import itertools
+
+import lomem
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DTYPES, EPS, rounding_steps
+from lomem import reference
+
+LF = lomem.functional
+
+
+class Layer:
+    """LayerNorm: the op, torch's, and how many parameters it takes."""
+
+    op = staticmethod(LF.ms_layer_norm)
+    torch_op = staticmethod(F.layer_norm)
+    reference = staticmethod(reference.ms_layer_norm)
+    parameters = 2
+
+
+class RMS:
+    """RMSNorm. eps is given, since torch's default depends on the dtype."""
+
+    op = staticmethod(LF.ms_rms_norm)
+    torch_op = staticmethod(F.rms_norm)
+    reference = staticmethod(reference.ms_rms_norm)
+    parameters = 1
+
+
+NORMS = {"layer": Layer, "rms": RMS}
+pytestmark = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
+
+COLS = [1, 2, 3, 7, 8, 9, 63, 64, 65, 127, 511, 512, 513, 768, 1023, 1024, 1025, 2047, 2049, 4096, 65_537, 1_000_000]
+
+
+def make_parameters(norm, shape, dtype, device="cpu", conditioned=True):
+    """Weights of both signs away from 0; biases of the same size."""
+    weight = torch.rand(shape, device=device) + 0.5
+    weight = (weight * torch.where(torch.rand(shape, device=device) < 0.3, -1, 1)).to(dtype)
+    bias = ((torch.rand(shape, device=device) - 0.5) * (1 if conditioned else 100)).to(dtype)
+    return (weight, bias)[: norm.parameters]
+
+
+def double(tensors):
+    return tuple(t.double() for t in tensors)
+
+
+def assert_within_one_rounding(got, want, mean=1):
+    """`want` in float64: rounding it must give `got` or, where its own last digits decide, a neighbour."""
+    if got.dtype == torch.float64:
+        # Both sides have rounding errors of their own: sums of up to 1e6 terms, z = y * w + b, and
+        # a mean that is rounded.
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13 + 4 * EPS[torch.float64] * mean)
+        return
+    steps = rounding_steps(got, want.to(got.dtype))
+    # A float64 result that lies next to a midpoint may round to either side. That is rare: were the
+    # arithmetic in float32, it would be common.
+    assert steps.max() <= 1
+    assert (steps > 0).float().mean() <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cols", COLS)
+def test_forward_every_row_length(norm, dtype, cols, device):
+    x = (torch.randn(3 if cols < 100_000 else 2, cols, device=device) * 3 + 1).to(dtype)
+    assert_within_one_rounding(norm.op(x, (cols,), eps=1e-5), norm.torch_op(x.double(), (cols,), eps=1e-5))
+    for parameter_dtype in {dtype, torch.float32}:
+        parameters = make_parameters(norm, (cols,), parameter_dtype, device)
+        got = norm.op(x, (cols,), *parameters, eps=1e-5)
+        assert_within_one_rounding(got, norm.torch_op(x.double(), (cols,), *double(parameters), eps=1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (5, 2, 3, 4)])
+def test_forward_multi_dimensional(norm, dtype, shape, device):
+    x = torch.randn(shape, device=device).to(dtype)
+    for k in range(1, len(shape) + 1):
+        normalized_shape = shape[-k:]
+        parameters = make_parameters(norm, normalized_shape, dtype, device)
+        got = norm.op(x, normalized_shape, *parameters, eps=1e-5)
+        assert got.shape == x.shape
+        assert_within_one_rounding(
+            got, norm.torch_op(x.double(), normalized_shape, *double(parameters), eps=1e-5)
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_input_strides_do_not_matter(norm, dtype, device):
+    base = torch.randn(4, 6, 10, device=device).to(dtype)
+    views = {
+        "transposed": base.transpose(0, 1),
+        "sliced": base[:, ::2, 1:9],
+        "expanded": base[:, :1].expand(4, 5, 10),
+        "channels_last": base[None].contiguous(memory_format=torch.channels_last)[0],
+    }
+    for kind, x in views.items():
+        cols = x.shape[-1]
+        got = norm.op(x, (cols,), eps=1e-5)
+        assert got.is_contiguous(), kind
+        assert torch.equal(got, norm.op(x.contiguous(), (cols,), eps=1e-5)), kind
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e-3, 1e3, 3e4, 1e30])
+def test_huge_and_tiny_values(norm, dtype, scale, device):
+    info = torch.finfo(dtype)
+    x = (torch.rand(5, 100, dtype=torch.float64, device=device) - 0.5) * 2 * scale
+    x = x.clamp(info.min, info.max).to(dtype)
+    for eps in (1e-5, 1e-12):
+        got = norm.op(x, (100,), eps=eps)
+        assert got.isfinite().all()
+        assert_within_one_rounding(got, norm.torch_op(x.double(), (100,), eps=eps))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_far_from_zero(norm, dtype, device):
+    # Computed from a float32 mean, these would be wrong in the third digit.
+    x = (torch.randn(7, 333, dtype=torch.float64, device=device) + 1e4).to(dtype)
+    assert_within_one_rounding(norm.op(x, (333,), eps=1e-5), norm.torch_op(x.double(), (333,), eps=1e-5), mean=1e4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.14159, 1000.1, 6e4])
+@pytest.mark.parametrize("cols", [1, 5, 1000, 3001])
+def test_constant_rows(norm, dtype, value, cols, device):
+    x = torch.full((3, cols), value, device=device).to(dtype).requires_grad_()
+    y = norm.op(x, (cols,), eps=1e-5)
+    if norm is Layer:
+        assert (y == 0).all()
+    else:
+        assert_within_one_rounding(y.detach(), norm.torch_op(x.detach().double(), (cols,), eps=1e-5))
+    y.backward(torch.randn_like(y))
+    assert x.grad.isfinite().all()
+
+
+def test_zero_rows(norm, device):
+    for shape, normalized_shape in [((0, 8), (8,)), ((3, 0, 8), (8,)), ((0, 2, 4), (2, 4))]:
+        x = torch.randn(shape, device=device, requires_grad=True)
+        parameters = [p.requires_grad_() for p in make_parameters(norm, normalized_shape, torch.float32, device)]
+        y = norm.op(x, normalized_shape, *parameters, eps=1e-5)
+        y.sum().backward()
+        assert y.shape == x.grad.shape == shape
+        for parameter in parameters:
+            assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
+def test_rows_of_zero_elements(norm, device):
+    x = torch.randn(3, 0, device=device, requires_grad=True)
+    y = norm.op(x, (0,), eps=1e-5)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (3, 0)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("shape", "dims"), [((3, 5), 1), ((2, 3, 4), 2), ((7,), 1), ((1, 1), 1), ((2, 1030), 1)])
+def test_gradcheck(norm, affine, shape, dims, device):
+    x = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+    normalized_shape = shape[-dims:]
+    parameters = make_parameters(norm, normalized_shape, torch.float64, device) if affine else ()
+    for parameter in parameters:
+        parameter.requires_grad_()
+    fast = x.numel() > 100
+    assert torch.autograd.gradcheck(
+        lambda x, *p: norm.op(x, normalized_shape, *p, eps=1e-5), (x, *parameters), fast_mode=fast
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("affine", [None, "same", torch.float32])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (5, 3), (33, 64), (9, 768), (300, 100), (4, 2500), (2, 70_000)])
+def test_gradients(norm, dtype, affine, rows, cols, device):
+    x = (torch.randn(rows, cols, device=device) * 2 + 0.5).to(dtype).requires_grad_()
+    parameters = ()
+    if affine is not None:
+        parameter_dtype = dtype if affine == "same" else affine
+        parameters = [p.requires_grad_() for p in make_parameters(norm, (cols,), parameter_dtype, device)]
+    inputs = (x, *parameters)
+    grad = torch.randn(rows, cols, device=device).to(dtype)
+    got = torch.autograd.grad(norm.op(x, (cols,), *parameters, eps=1e-5), inputs, grad)
+
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    exact = norm.torch_op(exact_inputs[0], (cols,), *exact_inputs[1:], eps=1e-5)
+    want = torch.autograd.grad(exact, exact_inputs, grad.double())
+    for i, (g, w, t) in enumerate(zip(got, want, inputs, strict=True)):
+        assert g.dtype == t.dtype
+        if i == 0:
+            # The saved output is rounded to dtype (eps / 2), and divided by weights >= 0.5 with
+            # biases <= 0.5; then the result is rounded. Relative to the largest gradient of a row.
+            scale = w.abs().amax(1, keepdim=True) + exact_rstd(norm, x, cols)
+            bound = 4 * max(EPS[dtype], 1e-7 if dtype != torch.float64 else 1e-12) * scale
+        else:
+            # Sums over rows: each term is off by the rounding of y. (bias: only the last rounding.)
+            bound = 2 * max(EPS[dtype], EPS[t.dtype]) * ((grad.double().abs() * 8).sum(0) + 1)
+        assert ((g.double() - w).abs() <= bound).all(), i
+
+
+def exact_rstd(norm, x, cols):
+    x = x.detach().double()
+    if norm is Layer:
+        x = x - x.mean(1, keepdim=True)
+    return (x.square().mean(1, keepdim=True) + 1e-5).rsqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_equals_the_reference(norm, dtype, device):
+    # Both compute in float64 and round once, so that only ties of float64 could differ.
+    x = torch.randn(17, 500, device=device).to(dtype)
+    parameters = make_parameters(norm, (500,), torch.float32, device)
+    grad = torch.randn(17, 500, device=device).to(dtype)
+    results = []
+    for op in (norm.op, norm.reference):
+        inputs = [t.clone().requires_grad_() for t in (x, *parameters)]
+        y = op(inputs[0], (500,), *inputs[1:], eps=1e-5)
+        results.append((y.detach(), *torch.autograd.grad(y, inputs, grad)))
+    for got, want in zip(*results, strict=True):
+        assert rounding_steps(got, want).max() <= 1
+        assert (got == want).float().mean() > 0.999
+
+
+def test_only_the_gradients_asked_for(norm, device):
+    x = torch.randn(6, 10, device=device)
+    tensors = [x, *make_parameters(norm, (10,), torch.float32, device)]
+    grad = torch.randn(6, 10, device=device)
+
+    def run(mask):
+        inputs = [t.clone().requires_grad_(m) for t, m in zip(tensors, mask, strict=True)]
+        y = norm.op(inputs[0], (10,), *inputs[1:], eps=1e-5)
+        assert y.requires_grad == any(mask)
+        if any(mask):
+            y.backward(grad)
+        return [t.grad for t in inputs]
+
+    want = run([True] * len(tensors))
+    for mask in itertools.product([False, True], repeat=len(tensors)):
+        for got, full, wanted in zip(run(mask), want, mask, strict=True):
+            assert (got is not None) == wanted
+            assert not wanted or torch.equal(got, full)
+
+
+def test_bias_alone(norm, device):
+    if norm is not Layer:
+        return
+    x = torch.randn(6, 10, device=device, requires_grad=True)
+    bias = torch.randn(10, device=device, requires_grad=True)
+    grad = torch.randn(6, 10, device=device)
+    got = torch.autograd.grad(LF.ms_layer_norm(x, (10,), None, bias), (x, bias), grad)
+    want = torch.autograd.grad(F.layer_norm(x, (10,), None, bias), (x, bias), grad)
+    # Two float32 implementations: a few roundings of values of order 1.
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_zero_weights(norm, device):
+    x = torch.randn(4, 6, device=device)
+    weight = torch.ones(6, device=device)
+    weight[3] = 0
+    # Without gradient there is nothing to recover.
+    want = norm.torch_op(x, (6,), weight, eps=1e-5)
+    torch.testing.assert_close(norm.op(x, (6,), weight, eps=1e-5), want, rtol=1e-6, atol=1e-6)
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="weight is 0 at element 3, expected no zeros"):
+            norm.op(x.requires_grad_(), (6,), weight, eps=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("output_dtype", DTYPES)
+def test_output_dtype(norm, dtype, output_dtype, device):
+    x = torch.randn(5, 40, device=device).to(dtype).requires_grad_()
+    y = norm.op(x, (40,), eps=1e-5, dtype=output_dtype)
+    assert y.dtype == output_dtype
+    want = norm.torch_op(x.detach().double(), (40,), eps=1e-5)
+    assert_within_one_rounding(y.detach(), want)
+    y.sum().backward()
+    assert x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_default_eps_is_torchs(norm, dtype, device):
+    if norm is Layer:
+        default = 1e-5
+    else:
+        default = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    # So small that eps decides.
+    x = (torch.rand(3, 16, device=device) * default**0.5).to(dtype)
+    assert torch.equal(norm.op(x, (16,)), norm.op(x, (16,), eps=default))
+    torch.testing.assert_close(
+        norm.op(x, (16,)).double(), norm.torch_op(x, (16,)).double(), rtol=4 * EPS[dtype], atol=4 * EPS[dtype]
+    )
+
+
+def test_modules(norm, device):
+    layer = norm is Layer
+    ours, theirs = (
+        (lomem.nn.MSLayerNorm, torch.nn.LayerNorm) if layer else (lomem.nn.MSRMSNorm, torch.nn.RMSNorm)
+    )
+    x = torch.randn(4, 3, 8, device=device)
+    assert not list(ours(8).parameters()), "no affine parameters by default, as in LowMemoryBP"
+    for shape in (8, (3, 8), [8]):
+        torch.testing.assert_close(ours(shape, eps=1e-4)(x), theirs(shape, eps=1e-4).to(device)(x))
+    a, b = ours(8, 1e-4, True), theirs(8, 1e-4, True)
+    assert {k: v.shape for k, v in a.state_dict().items()} == {k: v.shape for k, v in b.state_dict().items()}
+    with torch.no_grad():
+        for parameter in b.parameters():
+            parameter.uniform_(0.5, 1)
+    a.load_state_dict(b.state_dict())
+    torch.testing.assert_close(a.to(device)(x), b.to(device)(x))
+    a.reset_parameters()
+    assert torch.equal(a.weight, torch.ones(8, device=device))
+    meta = ours(8, elementwise_affine=True, device="meta", dtype=torch.bfloat16)
+    assert (meta.weight.device.type, meta.weight.dtype) == ("meta", torch.bfloat16)
+    assert ours(8, output_dtype=torch.float16)(x).dtype == torch.float16
+    if layer:
+        assert ours(8, elementwise_affine=True, bias=False).bias is None
+    assert "(8,)" in repr(ours(8))
+
+
+def test_names_of_lowmemorybp(norm, device):
+    x = torch.randn(3, 8, device=device)
+    alias = LF.layer_norm if norm is Layer else LF.rms_norm
+    assert torch.equal(alias(x, (8,), 1e-3), norm.op(x, (8,), eps=1e-3))
+    assert torch.equal(alias(x, (8,)), norm.op(x, (8,), eps=1e-5))

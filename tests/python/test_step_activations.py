@@ -1,0 +1,217 @@
+"""Step activations: forward bit for bit torch's, codes and gradients from the definition."""
+
+import lomem
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ACTIVATIONS, DTYPES, LAYOUTS, SIXTEEN_BIT, all_patterns, in_memory_order, make_input, same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lomem import reference
+
+pytestmark = pytest.mark.parametrize("name", ACTIVATIONS)
+
+
+def levels_of(step, dtype):
+    """Levels summed in double, rounded once to the type that gradients are computed in."""
+    return torch.tensor(step.levels, dtype=torch.float64).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+
+
+def expected_gradient(x, grad, step):
+    """grad * level[code], computed in float64 and rounded once."""
+    level = levels_of(step, x.dtype)[reference.step_codes(x, step).long().cpu()].to(x.device)
+    return (grad.double() * level.double()).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_every_size(name, dtype, requires_grad, device):
+    op, torch_op, _, _ = ACTIVATIONS[name]
+    for n in range(131):
+        x = (torch.randn(n, device=device) * 4).to(dtype)
+        assert same_bits(op(x.clone().requires_grad_(requires_grad)).detach(), torch_op(x)), n
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_every_layout(name, dtype, layout, requires_grad, device):
+    op, torch_op, _, _ = ACTIVATIONS[name]
+    x = make_input(layout, dtype, device)
+    assert same_bits(op(x.detach().requires_grad_(requires_grad)).detach(), torch_op(x))
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_every_pattern(name, dtype, requires_grad, device):
+    op, torch_op, _, _ = ACTIVATIONS[name]
+    x = all_patterns(dtype, device)
+    assert same_bits(op(x.clone().requires_grad_(requires_grad)).detach(), torch_op(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_and_codes_across_threads(name, dtype, device):
+    # torch's float16 GELU depends on how the range is split over threads: the split must be torch's.
+    op, torch_op, step, forward = ACTIVATIONS[name]
+    x = (torch.randn(1_000_003, device=device) * 4).to(dtype)
+    assert same_bits(op(x.clone().requires_grad_()).detach(), torch_op(x))
+    output, codes = forward(x)
+    assert same_bits(output, torch_op(x))
+    assert torch.equal(codes, reference.pack_bits(reference.step_codes(x, step), 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_codes_follow_the_memory_order_of_the_output(name, dtype, layout, device):
+    _, _, step, forward = ACTIVATIONS[name]
+    x = make_input(layout, dtype, device)
+    output, codes = forward(x)
+    dense = torch.empty_like(output).copy_(x)
+    assert dense.stride() == output.stride()
+    assert codes.dtype == torch.uint8
+    assert codes.shape == ((x.numel() + 3) // 4,)
+    assert torch.equal(codes, reference.pack_bits(reference.step_codes(in_memory_order(dense), step), 2))
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_codes_of_every_pattern(name, dtype, device):
+    _, _, step, forward = ACTIVATIONS[name]
+    x = all_patterns(dtype, device)
+    assert torch.equal(forward(x)[1], reference.pack_bits(reference.step_codes(x, step), 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values(name, dtype, device):
+    _, _, step, forward = ACTIVATIONS[name]
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    inf = torch.tensor(float("inf"))
+    values, want = [float("nan"), float("inf"), -float("inf")], [0, 3, 0]
+    if dtype == compute:
+        for i, c in enumerate(step.boundaries):
+            boundary = torch.tensor(c, dtype=dtype)
+            values += [boundary, torch.nextafter(boundary, inf.to(dtype)), torch.nextafter(boundary, -inf.to(dtype))]
+            want += [i, i + 1, i]  # a tie is not greater
+    x = torch.tensor([float(v) for v in values], dtype=dtype, device=device)
+    got = lomem.functional.unpack_bits(forward(x)[1], 2, x.numel())
+    assert got.tolist() == want
+
+
+def test_padding_bits_are_zero(name, device):
+    _, _, _, forward = ACTIVATIONS[name]
+    for n in range(1, 40):
+        x = torch.full((n,), 100.0, device=device)  # code 3 everywhere
+        codes = forward(x)[1]
+        assert codes[-1].item() == (1 << 2 * ((n - 1) % 4 + 1)) - 1
+        assert (codes[:-1] == 0xFF).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_every_layout(name, dtype, layout, device):
+    op, _, step, _ = ACTIVATIONS[name]
+    x = make_input(layout, dtype, device)
+    grads = {
+        "row-major": torch.randn(x.shape, dtype=torch.float64, device=device).to(dtype),
+        "expanded": torch.ones((), dtype=dtype, device=device).expand(x.shape),
+        "like the input": torch.empty_like(x).copy_(torch.randn(x.shape, device=device)),
+    }
+    if x.dim() > 1:
+        reversed_shape = tuple(reversed(x.shape))
+        grads["transposed"] = torch.randn(reversed_shape, device=device).to(dtype).permute(*reversed(range(x.dim())))
+    if x.dim() > 0:
+        grads["strided"] = torch.randn((*x.shape[:-1], 2 * x.shape[-1]), device=device).to(dtype)[..., ::2]
+    for kind, grad in grads.items():
+        leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        # Through the original strides, which clone() does not keep for sliced inputs.
+        (got,) = torch.autograd.grad(op(leaf.as_strided(x.shape, leaf.stride())), leaf, grad)
+        assert torch.equal(got, expected_gradient(x, grad, step)), kind
+        view = x.detach().requires_grad_()
+        (got,) = torch.autograd.grad(op(view), view, grad)
+        assert torch.equal(got, expected_gradient(x, grad, step)), kind
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_gradient_every_pattern(name, dtype, device):
+    op, _, step, _ = ACTIVATIONS[name]
+    x = all_patterns(dtype, device)
+    grad = x.flip(0)
+    leaf = x.clone().requires_grad_()
+    (got,) = torch.autograd.grad(op(leaf), leaf, grad)
+    assert torch.equal(got.isnan(), grad.isnan() | (grad.isinf() & (reference.step_codes(x, step) == 0)))
+    keep = ~got.isnan()
+    assert torch.equal(got[keep], expected_gradient(x, grad, step)[keep])
+
+
+def test_gradient_is_that_of_the_sum_of_relus(name, device):
+    op, _, step, _ = ACTIVATIONS[name]
+    x = (torch.randn(10_000, dtype=torch.float64, device=device) * 4).requires_grad_()
+    grad = torch.randn_like(x)
+    (got,) = torch.autograd.grad(op(x), x, grad)
+    (want,) = torch.autograd.grad(step.primitive(x), x, grad)
+    # autograd adds the slopes in another order: sums of three terms of size about 1.
+    torch.testing.assert_close(got, want, rtol=4e-16, atol=4e-16)
+
+
+def test_gradient_approximates_the_exact_one(name, device):
+    # What the approximation is worth: in the mean over a standard normal input it is unbiased to
+    # a percent, and correlates with the exact derivative.
+    op, torch_op, _, _ = ACTIVATIONS[name]
+    x = torch.linspace(-8, 8, 100_001, dtype=torch.float64, device=device).requires_grad_()
+    (approximate,) = torch.autograd.grad(op(x).sum(), x)
+    (exact,) = torch.autograd.grad(torch_op(x).sum(), x)
+    assert F.cosine_similarity(approximate, exact, dim=0) > 0.98
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.lists(st.integers(0, 7), min_size=0, max_size=5),
+    seed=st.integers(0, 2**31),
+    steps=st.lists(st.integers(1, 3), min_size=5, max_size=5),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_random_views(name, shape, seed, steps, dtype):
+    op, torch_op, step, _ = ACTIVATIONS[name]
+    generator = torch.Generator().manual_seed(seed)
+    base = (torch.randn([2 * s for s in shape], generator=generator) * 4).to(dtype)
+    order = torch.randperm(len(shape), generator=generator).tolist()
+    view = base[tuple(slice(None, None, k) for k in steps[: len(shape)])].permute(order)
+    x = view.detach().requires_grad_()
+    y = op(x)
+    assert same_bits(y.detach(), torch_op(view))
+    grad = torch.randn(view.shape, generator=generator).to(dtype)
+    (got,) = torch.autograd.grad(y, x, grad)
+    assert torch.equal(got, expected_gradient(view, grad, step))
+
+
+def test_modules(name, device):
+    op = ACTIVATIONS[name][0]
+    module = {
+        "regelu2": lomem.nn.ReGELU2(),
+        "regelu2-tanh": lomem.nn.ReGELU2(approximate="tanh"),
+        "resilu2": lomem.nn.ReSiLU2(),
+    }[name]
+    x = torch.randn(4, 5, device=device)
+    assert same_bits(module(x), op(x))
+    assert not list(module.parameters())
+    assert not module.state_dict()
+
+
+def test_reference_agrees(name, device):
+    op = ACTIVATIONS[name][0]
+    other = {
+        "regelu2": reference.regelu2,
+        "regelu2-tanh": lambda x: reference.regelu2(x, approximate="tanh"),
+        "resilu2": reference.resilu2,
+    }[name]
+    for dtype in DTYPES:
+        x = (torch.randn(777, device=device) * 4).to(dtype)
+        results = []
+        for f in (op, other):
+            leaf = x.clone().requires_grad_()
+            y = f(leaf)
+            y.backward(torch.ones_like(y))
+            results.append((y.detach(), leaf.grad))
+        assert same_bits(results[0][0], results[1][0])
+        assert same_bits(results[0][1], results[1][1])
