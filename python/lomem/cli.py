@@ -43,7 +43,7 @@ def info() -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from . import demo  # needs the optional packages
 
-    return demo.main(seeds=arguments.seeds, epochs=arguments.epochs, plot=arguments.plot)
+    return demo.main(seeds=arguments.seeds, epochs=arguments.epochs, plot_path=arguments.plot)
 
 
 def parser() -> argparse.ArgumentParser:

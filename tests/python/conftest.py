@@ -1,8 +1,16 @@
+import os
+
+import hypothesis
 import lomem
 import pytest
 import torch
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and lomem._C.cuda_archs() else [])]
+
+# The same examples in every CI run, new ones on a developer's machine.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(params=DEVICES)

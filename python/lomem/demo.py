@@ -1,0 +1,251 @@
+"""``lomem demo``: a small Vision Transformer on scikit-learn's digits, with plain torch and with lomem.
+
+Needs the optional packages of ``pip install 'lomem[demo]'``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+    from sklearn.datasets import load_digits
+except ImportError as error:
+    raise ImportError(f"the demo needs the package {error.name}: pip install 'lomem[demo]'") from error
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from . import memory
+from . import nn as lnn
+
+BATCH = 64
+EPOCHS = 60
+
+
+class Layers(NamedTuple):
+    """What a model is made of."""
+
+    norm: Callable[[int], nn.Module]
+    activation: Callable[[], nn.Module]
+
+
+#: The same parameters, so that a seed gives both the same start.
+METHODS = {
+    "torch": Layers(nn.LayerNorm, nn.GELU),
+    "lomem": Layers(lambda width: lnn.MSLayerNorm(width, elementwise_affine=True), lnn.ReGELU2),
+}
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, layers: Layers) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = layers.norm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
+        self.norm2 = layers.norm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), layers.activation(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) to the same."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.projection(attended)
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """Of 8x8 images: 16 patches of 2x2 pixels and a class token."""
+
+    def __init__(self, layers: Layers, width: int = 64, depth: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, kernel_size=2, stride=2)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(torch.randn(1, 17, width) * 0.02)
+        self.blocks = nn.Sequential(*(Block(width, heads, layers) for _ in range(depth)))
+        self.norm = layers.norm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(batch, 1, 8, 8) to (batch, 10) logits."""
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+class Data(NamedTuple):
+    """Images (n, 1, 8, 8) in [0, 1] and labels."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def load_data() -> Data:
+    """The digits, in their own order: the last fifth, of other writers, is the test set."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(digits.target)
+    split = len(labels) * 4 // 5
+    return Data(images[:split], labels[:split], images[split:], labels[split:])
+
+
+class Result(NamedTuple):
+    """Of one training run."""
+
+    saved_bytes: int
+    step_ms: list[float]
+    accuracy: float
+
+
+class Run:
+    """One model in training."""
+
+    def __init__(self, layers: Layers, data: Data, seed: int, steps: int) -> None:
+        torch.manual_seed(seed)
+        self.model = VisionTransformer(layers)
+        self.data = data
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=3e-3, total_steps=steps)
+        self.step_ms: list[float] = []
+
+    def loss(self, index: Tensor) -> Tensor:
+        """Of a batch of training images."""
+        return F.cross_entropy(self.model(self.data.train_images[index]), self.data.train_labels[index])
+
+    def saved_bytes(self, index: Tensor) -> int:
+        """Bytes that autograd keeps of a batch; parameters, which are there anyway, left out."""
+        with memory.saved_for_backward(self.model.parameters()) as saved:
+            self.loss(index)
+        return saved.nbytes
+
+    def step(self, index: Tensor) -> None:
+        """One optimizer step, timed."""
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        self.loss(index).backward()
+        self.optimizer.step()
+        self.step_ms.append((time.perf_counter() - start) * 1e3)
+        self.schedule.step()
+
+    def accuracy(self) -> float:
+        """On the test set."""
+        with torch.no_grad():
+            predicted = self.model(self.data.test_images).argmax(1)
+        return (predicted == self.data.test_labels).double().mean().item()
+
+
+def compare(seeds: int, epochs: int, console: Console) -> dict[str, list[Result]]:
+    """Trains both models from each seed, on the same batches, step by step in turns."""
+    data = load_data()
+    n = len(data.train_labels)
+    steps = epochs * (n // BATCH)
+    results: dict[str, list[Result]] = {name: [] for name in METHODS}
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("training", total=seeds * steps)
+        for seed in range(seeds):
+            progress.update(task, description=f"training both, seed {seed}")
+            runs = {name: Run(layers, data, seed, steps) for name, layers in METHODS.items()}
+            shuffle = torch.Generator().manual_seed(seed)
+            for _ in range(epochs):
+                # Whole batches only: the step times are to be comparable.
+                for index in torch.randperm(n, generator=shuffle)[: n // BATCH * BATCH].split(BATCH):
+                    for run in runs.values():
+                        run.step(index)
+                    progress.advance(task)
+            for name, run in runs.items():
+                saved_bytes = run.saved_bytes(torch.arange(BATCH))
+                results[name].append(Result(saved_bytes, run.step_ms, run.accuracy()))
+    return results
+
+
+def _mean_and_error(values: list[float]) -> tuple[float, float]:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
+
+
+class Figures(NamedTuple):
+    """One row of the comparison: a figure of each seed and method, and their difference."""
+
+    name: str
+    form: str
+    values: dict[str, list[float]]
+    difference: str
+
+
+def figures(results: dict[str, list[Result]]) -> list[Figures]:
+    """What the table and the plot show."""
+    torch_runs, lomem_runs = results["torch"], results["lomem"]
+    saved = {name: [r.saved_bytes * 2**-20 for r in runs] for name, runs in results.items()}
+    step = {name: [statistics.median(r.step_ms) for r in runs] for name, runs in results.items()}
+    accuracy = {name: [100 * r.accuracy for r in runs] for name, runs in results.items()}
+    # Steps were taken in turns: the ratio of neighbours is what the machine's moods leave alone.
+    ratio = statistics.median(
+        b / a
+        for x, y in zip(torch_runs, lomem_runs, strict=True)
+        for a, b in zip(x.step_ms, y.step_ms, strict=True)
+    )
+    gain, error = _mean_and_error([b - a for a, b in zip(accuracy["torch"], accuracy["lomem"], strict=True)])
+    smaller = 100 * (saved["lomem"][0] / saved["torch"][0] - 1)
+    return [
+        Figures("activations saved for backward, MiB", ".2f", saved, f"{smaller:+.1f} %"),
+        Figures("step time, ms (median)", ".1f", step, f"{100 * (ratio - 1):+.1f} %"),
+        Figures("test accuracy, %", ".2f", accuracy, f"{gain:+.2f}" + (f" ± {error:.2f}" if error else "")),
+    ]
+
+
+def table(results: dict[str, list[Result]]) -> Table:
+    """The comparison, with standard errors where there are several seeds."""
+    runs = len(results["torch"])
+    seeds = f", mean of {runs} seeds ± standard error" if runs > 1 else ""
+    rows = Table("", title=f"Vision Transformer on digits, batch {BATCH}{seeds}")
+    for heading in (*METHODS, "difference"):
+        rows.add_column(heading, justify="right")
+    for row in figures(results):
+        cells = []
+        for method in METHODS:
+            mean, error = _mean_and_error(row.values[method])
+            cells.append(format(mean, row.form) + (f" ± {error:{row.form}}" if error else ""))
+        rows.add_row(row.name, *cells, row.difference)
+    return rows
+
+
+def plot(results: dict[str, list[Result]], path: str) -> None:
+    """Draws the three figures of the table as bars."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"--plot needs the package {error.name}: pip install 'lomem[demo]'") from error
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    rows = figures(results)
+    for axes, row in zip(figure.subplots(1, len(rows)), rows, strict=True):
+        means, errors = zip(*(_mean_and_error(row.values[m]) for m in METHODS), strict=True)
+        bars = axes.bar(list(METHODS), means, yerr=errors if any(errors) else None, color=["#9aa0a6", "#1a73e8"])
+        axes.bar_label(bars, labels=[format(mean, row.form) for mean in means], padding=2)
+        axes.set_title(f"{row.name}\n{row.difference}", fontsize=9)
+        axes.margins(y=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main(seeds: int = 1, epochs: int | None = None, plot_path: str | None = None) -> int:
+    """Trains, prints the table, and draws it where a path is given."""
+    console = Console()
+    results = compare(seeds, epochs or EPOCHS, console)
+    console.print(table(results))
+    if plot_path is not None:
+        plot(results, plot_path)
+        console.print(f"drawn to {plot_path}")
+    return 0

@@ -1,0 +1,319 @@
+"""Bad input: one sentence that names op, argument, the value got and the value wanted; never a crash."""
+
+import re
+
+import lomem
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+LF = lomem.functional
+ops = torch.ops.lomem
+X = torch.ones(4, 8)
+WRONG_DTYPES = {
+    "int32": torch.ones(4, 8, dtype=torch.int32),
+    "uint8": torch.ones(4, 8, dtype=torch.uint8),
+    "bool": torch.ones(4, 8, dtype=torch.bool),
+    "complex64": torch.ones(4, 8, dtype=torch.complex64),
+}
+FLOATS = "expected float64, float32, bfloat16 or float16"
+
+
+def raises(message, kinds=(RuntimeError, ValueError)):
+    return pytest.raises(kinds, match="^" + re.escape(message))
+
+
+@pytest.mark.parametrize("name", WRONG_DTYPES)
+def test_wrong_dtype_of_input(name):
+    bad = WRONG_DTYPES[name]
+    for op, call in {
+        "regelu2": lambda: LF.regelu2(bad),
+        "resilu2": lambda: LF.resilu2(bad),
+        "regelu2_forward": lambda: ops.regelu2_forward(bad),
+        "resilu2_forward": lambda: ops.resilu2_forward(bad),
+        "ms_layer_norm": lambda: LF.ms_layer_norm(bad, (8,)),
+        "ms_rms_norm": lambda: LF.ms_rms_norm(bad, (8,)),
+    }.items():
+        with raises(f"lomem::{op}: input has dtype {name}, {FLOATS}"):
+            call()
+    for op in (LF.ms_layer_norm, LF.ms_rms_norm):
+        with raises(f"lomem::{op.__name__}: weight has dtype {name}, {FLOATS}"):
+            op(X, (8,), bad[0])
+    if name != "uint8":
+        with raises(f"lomem::pack_bits: codes has dtype {name}, expected uint8"):
+            LF.pack_bits(bad, 2)
+        with raises(f"lomem::unpack_bits: packed has dtype {name}, expected uint8"):
+            LF.unpack_bits(bad, 2, 4)
+        with raises(f"lomem::step_activation_backward: codes has dtype {name}, expected uint8"):
+            ops.step_activation_backward(X, bad, [0.0, 1.0, 2.0, 3.0], 2)
+    with raises(f"lomem::step_activation_backward: grad_output has dtype {name}, {FLOATS}"):
+        ops.step_activation_backward(bad, torch.zeros(8, dtype=torch.uint8), [0.0, 1.0, 2.0, 3.0], 2)
+
+
+def test_complex_input_with_gradient():
+    with raises(f"lomem::regelu2_forward: input has dtype complex64, {FLOATS}"):
+        LF.regelu2(WRONG_DTYPES["complex64"].clone().requires_grad_())
+
+
+def test_sparse_input():
+    with raises("lomem::regelu2: input has layout Sparse, expected a dense (torch.strided) tensor"):
+        LF.regelu2(X.to_sparse())
+
+
+@pytest.mark.parametrize("approximate", ["", "Tanh", "exact"])
+def test_approximate(approximate):
+    message = f"approximate is '{approximate}', expected 'none' or 'tanh'"
+    with raises(f"lomem::regelu2: {message}", ValueError):
+        LF.regelu2(X, approximate)
+    with raises(f"lomem::regelu2_forward: {message}", ValueError):
+        LF.regelu2(X.clone().requires_grad_(), approximate)
+    with raises(f"lomem.nn.ReGELU2: {message}", ValueError):
+        lomem.nn.ReGELU2(approximate)
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 9, 64, 2**40])
+def test_bits(bits):
+    codes = torch.zeros(8, dtype=torch.uint8)
+    with raises(f"lomem::pack_bits: bits is {bits}, expected 1 to 8", ValueError):
+        LF.pack_bits(codes, bits)
+    with raises(f"lomem::unpack_bits: bits is {bits}, expected 1 to 8", ValueError):
+        LF.unpack_bits(codes, bits, 4)
+    with raises(f"lomem::step_activation_backward: bits is {bits}, expected 1 to 8", ValueError):
+        ops.step_activation_backward(X, codes, [0.0] * 4, bits)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 5, 8])
+def test_levels(count):
+    with raises(f"lomem::step_activation_backward: levels has {count} entries, expected 4 for 2 bits", ValueError):
+        ops.step_activation_backward(X, torch.zeros(8, dtype=torch.uint8), [0.0] * count, 2)
+
+
+@pytest.mark.parametrize("count", [0, 7, 9, 1000])
+def test_size_of_codes(count):
+    codes = torch.zeros(count, dtype=torch.uint8)
+    message = f"codes has {count} bytes, expected 8 for 32 elements of 2 bits"
+    with raises(f"lomem::step_activation_backward: {message}"):
+        ops.step_activation_backward(X, codes, [0.0] * 4, 2)
+    with raises(f"lomem::step_activation_backward: {message}"):
+        ops.step_activation_backward(X.to("meta"), codes.to("meta"), [0.0] * 4, 2)
+
+
+def test_numel():
+    packed = torch.zeros(3, dtype=torch.uint8)
+    with raises("lomem::unpack_bits: packed has 3 bytes, expected 4 for 9 elements of 3 bits"):
+        LF.unpack_bits(packed, 3, 9)
+    for numel in (-1, 2**62, 2**63 - 1):
+        with raises(f"lomem::unpack_bits: numel is {numel}, expected 0 to ", ValueError):
+            LF.unpack_bits(packed, 8, numel)
+
+
+@pytest.mark.parametrize("op", [LF.ms_layer_norm, LF.ms_rms_norm])
+class TestNorms:
+    @pytest.mark.parametrize("shape", [(7,), (4,), (8, 4), (2, 4, 8), (1, 8)])
+    def test_normalized_shape(self, op, shape):
+        want = f"input has shape [4, 8], expected one that ends with normalized_shape {list(shape)}"
+        for x in (X, X.to("meta"), X.clone().requires_grad_()):
+            with pytest.raises(RuntimeError, match=re.escape(want)):
+                op(x, shape)
+
+    def test_empty_normalized_shape(self, op):
+        with raises(f"lomem::{op.__name__}: normalized_shape is empty, expected at least one dimension", ValueError):
+            op(X, ())
+
+    @pytest.mark.parametrize("eps", [-1e-30, -1.0, float("nan"), float("inf"), -float("inf")])
+    def test_eps(self, op, eps):
+        with raises(f"lomem::{op.__name__}: eps is ", ValueError):
+            op(X, (8,), eps=eps)
+
+    def test_eps_zero_is_torchs_business_too(self, op):
+        x = torch.randn(4, 8)
+        assert op(x, (8,), eps=0.0).isfinite().all()
+
+    @pytest.mark.parametrize("shape", [(7,), (), (1, 8), (8, 1), (4, 8)])
+    def test_shape_of_weight(self, op, shape):
+        with raises(
+            f"lomem::{op.__name__}: weight has shape {list(shape)}, expected normalized_shape [8]"
+        ):
+            op(X, (8,), torch.ones(shape))
+
+    def test_shape_of_bias(self, op):
+        if op is LF.ms_layer_norm:
+            with raises("lomem::ms_layer_norm: bias has shape [9], expected normalized_shape [8]"):
+                op(X, (8,), None, torch.ones(9))
+
+    def test_mixed_devices(self, op):
+        with raises(f"lomem::{op.__name__}: weight is on meta, expected cpu, the device of input"):
+            op(X, (8,), torch.ones(8, device="meta"))
+        with raises(f"lomem::{op.__name__}: weight is on cpu, expected meta, the device of input"):
+            op(X.to("meta"), (8,), torch.ones(8))
+
+    def test_dtype(self, op):
+        with raises(f"lomem::{op.__name__}: dtype is int32, {FLOATS}"):
+            op(X, (8,), dtype=torch.int32)
+
+    def test_backward_op(self, op):
+        backward = getattr(ops, f"{op.__name__}_backward")
+        output, rstd = getattr(ops, f"{op.__name__}_forward")(X, [8])
+        none, mask = ([None, None], [True] * 3) if op is LF.ms_layer_norm else ([None], [True] * 2)
+
+        def call(grad=X, output=output, rstd=rstd, dtype=torch.float32):
+            return backward(grad, output, rstd, [8], *none, dtype, mask)
+
+        assert call()[0].shape == X.shape
+        name = f"lomem::{op.__name__}_backward"
+        with raises(f"{name}: grad_output has shape [3, 8], expected [4, 8], the shape of output"):
+            call(grad=X[:3])
+        with raises(f"{name}: rstd has 3 elements, expected 4, one a row"):
+            call(rstd=rstd[:3])
+        with raises(f"{name}: rstd has dtype float32, expected float64 for input_dtype float64"):
+            call(dtype=torch.float64)
+        with raises(f"{name}: rstd has dtype bfloat16, expected float32 for input_dtype float32"):
+            call(rstd=rstd.bfloat16())
+        with raises(f"{name}: input_dtype is int64, {FLOATS}"):
+            call(dtype=torch.int64)
+        with raises(f"{name}: grad_output is on meta, expected cpu, the device of output"):
+            call(grad=X.to("meta"))
+        with raises(f"{name}: rstd is on meta, expected cpu, the device of output"):
+            call(rstd=rstd.to("meta"))
+
+
+def test_mixed_devices_of_codes():
+    codes = torch.zeros(8, dtype=torch.uint8)
+    with raises(
+        "lomem::step_activation_backward: codes is on meta, expected cpu, the device of grad_output"
+    ):
+        ops.step_activation_backward(X, codes.to("meta"), [0.0] * 4, 2)
+
+
+@pytest.mark.skipif(bool(lomem._C.cuda_archs()), reason="this build has CUDA kernels")
+def test_a_device_without_kernels_is_named():
+    # The dispatcher's sentence: it names the op, and the backends that have it.
+    with pytest.raises((NotImplementedError, RuntimeError, AssertionError), match=r"CUDA|regelu2_forward"):
+        LF.regelu2(torch.ones(3, device="cuda", requires_grad=True))
+
+
+# Random arguments: every call returns or raises one of torch's errors. Reads out of bounds show under
+# valgrind or AddressSanitizer, and through the tests of the kernels' sentinels.
+
+FLOAT_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+OTHER_DTYPES = [torch.uint8, torch.int64, torch.bool, torch.complex64]
+small = st.one_of(st.integers(-2, 40), st.sampled_from([-(2**63), 2**31, 2**40, 2**62, 2**63 - 1]))
+widths = st.one_of(st.integers(1, 8), small)
+floats = st.one_of(st.floats(), st.floats(0, 1))
+shapes = st.lists(st.integers(-1, 5), max_size=3)
+dtypes = st.sampled_from([*FLOAT_DTYPES, torch.int32])
+
+
+@st.composite
+def tensors(draw, shape=None, dtype=None):
+    """A tensor of any layout; of a given shape or dtype most of the time, where one is given."""
+    if shape is None or draw(st.integers(0, 9)) == 0:
+        shape = draw(st.lists(st.integers(0, 5), max_size=3))
+    if dtype is None or draw(st.integers(0, 9)) == 0:
+        dtype = draw(st.sampled_from(FLOAT_DTYPES * 2 + OTHER_DTYPES))
+    device = "meta" if draw(st.integers(0, 19)) == 0 else "cpu"
+    step = draw(st.integers(1, 2))
+    order = draw(st.permutations(range(len(shape))))
+    base = torch.ones([shape[i] * step for i in order], dtype=dtype, device=device)
+    view = base[tuple(slice(None, None, step) for _ in shape)]
+    return view.permute([order.index(i) for i in range(len(shape))])
+
+
+@st.composite
+def norm_arguments(draw, parameters, eps, *, backward=False):
+    x = draw(tensors())
+    k = draw(st.integers(0, x.dim()))
+    shape = list(x.shape[x.dim() - k :]) if draw(st.integers(0, 9)) else draw(shapes)
+    affine = [draw(st.one_of(st.none(), tensors(shape=[abs(s) for s in shape]))) for _ in range(parameters)]
+    if not backward:
+        return (x, shape, *affine, draw(eps))
+    output = draw(tensors(shape=x.shape, dtype=x.dtype))
+    rstd = draw(tensors(shape=[*x.shape[: x.dim() - k], *[1] * k], dtype=torch.float32))
+    mask = draw(st.lists(st.booleans(), min_size=parameters + 1, max_size=parameters + 1))
+    return (x, output, rstd, shape, *affine, draw(dtypes), mask)
+
+
+@st.composite
+def step_arguments(draw):
+    grad = draw(tensors())
+    bits = draw(widths)
+    sane = bits if 1 <= bits <= 8 else 2
+    codes = draw(tensors(shape=[(grad.numel() * sane + 7) // 8], dtype=torch.uint8))
+    count = 2**sane if draw(st.integers(0, 4)) else draw(st.integers(0, 9))
+    return (grad, codes, [draw(floats)] * count, bits)
+
+
+@st.composite
+def unpack_arguments(draw):
+    bits, numel = draw(widths), draw(small)
+    sane = (numel * bits + 7) // 8 if 1 <= bits <= 8 and 0 <= numel <= 40 else 3
+    return (draw(tensors(shape=[sane], dtype=torch.uint8)), bits, numel)
+
+
+optional_floats = st.one_of(st.none(), floats)
+ARGUMENTS = {
+    "regelu2": st.tuples(tensors()),
+    "regelu2_forward": st.tuples(tensors()),
+    "resilu2": st.tuples(tensors()),
+    "resilu2_forward": st.tuples(tensors()),
+    "step_activation_backward": step_arguments(),
+    "ms_layer_norm": norm_arguments(2, floats),
+    "ms_layer_norm_forward": norm_arguments(2, floats),
+    "ms_layer_norm_backward": norm_arguments(2, floats, backward=True),
+    "ms_rms_norm": norm_arguments(1, optional_floats),
+    "ms_rms_norm_forward": norm_arguments(1, optional_floats),
+    "ms_rms_norm_backward": norm_arguments(1, optional_floats, backward=True),
+    "pack_bits": st.tuples(tensors(dtype=torch.uint8), widths),
+    "unpack_bits": unpack_arguments(),
+}
+
+
+def test_random_arguments_cover_every_op():
+    registered = {name.removeprefix("lomem::") for name in torch._C._dispatch_get_all_op_names() if "lomem::" in name}
+    assert registered == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_random_arguments(name, requires_grad):
+    op = getattr(ops, name).default
+
+    outcomes = {"returned": 0, "raised": 0}
+
+    @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow], database=None)
+    @given(ARGUMENTS[name])
+    def run(arguments):
+        arguments = [
+            a.detach().requires_grad_() if requires_grad and torch.is_tensor(a) and a.is_floating_point() else a
+            for a in arguments
+        ]
+        try:
+            result = op(*arguments)
+        except (RuntimeError, ValueError) as error:
+            assert str(error)
+            outcomes["raised"] += 1
+            return
+        for output in result if isinstance(result, tuple) else (result,):
+            assert output is None or torch.is_tensor(output)
+        outcomes["returned"] += 1
+
+    run()
+    # Both sides were visited: the arguments are neither all good nor all bad.
+    assert min(outcomes.values()) >= 5, outcomes
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    n=st.integers(0, 300),
+    bits=st.integers(1, 8),
+    junk=st.integers(0, 2**31),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_any_codes_are_in_bounds(n, bits, junk, dtype):
+    """Whatever the bytes hold, each code picks one of the levels."""
+    generator = torch.Generator().manual_seed(junk)
+    codes = torch.randint(0, 256, ((n * bits + 7) // 8,), dtype=torch.uint8, generator=generator)
+    levels = [float(i) for i in range(2**bits)]
+    got = ops.step_activation_backward(torch.ones(n, dtype=dtype), codes, levels, bits)
+    assert got.double().tolist() == lomem.reference.unpack_bits(codes, bits, n).tolist()

@@ -1,0 +1,391 @@
+"""The ops under what torch does to ops: opcheck, compile, export, checkpointing, hooks, transforms."""
+
+import copy
+import io
+import pickle
+
+import lomem
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+LF = lomem.functional
+ops = torch.ops.lomem
+
+
+def tensors(device, requires_grad=True):
+    x = torch.randn(4, 6, device=device)
+    image = torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
+    weight = torch.rand(6, device=device) + 0.5
+    bias = torch.randn(6, device=device)
+    return [t.requires_grad_(requires_grad) for t in (x, image, weight, bias)]
+
+
+def samples(device):
+    """Arguments of every op of the library, by the op's name; leaves require grad."""
+    x, image, weight, bias = tensors(device)
+    x0, image0, weight0, bias0 = tensors(device, requires_grad=False)
+    codes = torch.randint(0, 8, (5, 7), dtype=torch.uint8, device=device)
+    output, rstd = ops.ms_layer_norm_forward(x0, [6], weight0, bias0)
+    rms_output, rms_rstd = ops.ms_rms_norm_forward(x0, [6], weight0)
+    f32 = torch.float32
+    return {
+        "regelu2": [((x,), {}), ((image,), {"approximate": "tanh"}), ((x0,), {})],
+        "regelu2_forward": [((x0,), {}), ((image0,), {"approximate": "tanh"})],
+        "resilu2": [((x,), {}), ((image,), {}), ((x0,), {})],
+        "resilu2_forward": [((x0,), {}), ((image0,), {})],
+        "step_activation_backward": [((x, ops.resilu2_forward(x0)[1], [0.0, -0.1, 1.1, 1.0], 2), {})],
+        "ms_layer_norm": [
+            ((x, [6], weight, bias), {}),
+            ((x, [4, 6]), {"eps": 1e-3}),
+            ((x, [6], weight0), {"dtype": torch.bfloat16}),
+            ((x0, [6], weight0, bias), {}),
+        ],
+        "ms_layer_norm_forward": [((x0, [6], weight0, bias0), {}), ((x0, [6]), {"dtype": torch.float16})],
+        "ms_layer_norm_backward": [
+            ((x0, output, rstd, [6], weight0, bias0, f32, [True, True, True]), {}),
+            ((x0, output, rstd, [6], weight0, bias0, f32, [True, False, True]), {}),
+            ((x0, output, rstd, [6], None, None, f32, [True, True, True]), {}),
+        ],
+        "ms_rms_norm": [
+            ((x, [6], weight), {}),
+            ((x, [4, 6]), {"eps": 1e-3}),
+            ((x, [6]), {"dtype": torch.bfloat16}),
+        ],
+        "ms_rms_norm_forward": [((x0, [6], weight0), {}), ((x0, [6]), {"eps": 1e-3})],
+        "ms_rms_norm_backward": [
+            ((x0, rms_output, rms_rstd, [6], weight0, f32, [True, True]), {}),
+            ((x0, rms_output, rms_rstd, [6], weight0, f32, [False, True]), {}),
+        ],
+        "pack_bits": [((codes, 3), {}), ((codes, 8), {})],
+        "unpack_bits": [((LF.pack_bits(codes, 3), 3, 35), {})],
+    }
+
+
+OPS = sorted(samples("cpu"))
+
+
+def test_every_op_has_samples():
+    registered = {name.removeprefix("lomem::") for name in torch._C._dispatch_get_all_op_names() if "lomem::" in name}
+    assert registered == set(OPS)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name, device):
+    for args, kwargs in samples(device)[name]:
+        opcheck(getattr(ops, name).default, args, kwargs)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_has_a_cpp_kernel_for_shapes(name):
+    # In C++, so that LibTorch users have it too.
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"lomem::{name}", "Meta")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = lomem.nn.MSLayerNorm(6, elementwise_affine=True)
+        self.up = nn.Linear(6, 8)
+        self.act = lomem.nn.ReGELU2()
+        self.rms = lomem.nn.MSRMSNorm(8, elementwise_affine=True)
+        self.silu = lomem.nn.ReSiLU2()
+
+    def forward(self, x):
+        return self.silu(self.rms(self.act(self.up(self.norm(x)))))
+
+
+def gradients(net, f, x):
+    x = x.clone().requires_grad_()
+    for parameter in net.parameters():
+        parameter.grad = None
+    f(x).square().sum().backward()
+    return [x.grad, *(p.grad.clone() for p in net.parameters())]
+
+
+def assert_gradients_close(got, want):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_dynamic(backend, device):
+    net = Net().to(device)
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (4, 5, 9):
+        x = torch.randn(rows, 6, device=device)
+        assert_gradients_close(gradients(net, compiled, x), gradients(net, net, x))
+
+
+@pytest.mark.parametrize("op", [LF.regelu2, LF.resilu2], ids=["regelu2", "resilu2"])
+def test_compile_keeps_layouts(op, device):
+    def f(x):
+        return op(x * 2).cos()
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True)
+    for shape in ((2, 3, 4, 5), (3, 4, 5, 6)):
+        for make in (lambda s: torch.randn(s).to(memory_format=torch.channels_last), lambda s: torch.randn(s).mT):
+            x = make(shape).to(device)
+            results = []
+            for g in (f, compiled):
+                leaf = x.detach().clone().requires_grad_()
+                y = g(leaf)
+                (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y).contiguous())
+                results.append((y.detach(), grad))
+            torch.testing.assert_close(results[0], results[1])
+
+
+def test_compile_under_autocast(device):
+    net = Net().to(device)
+    x = torch.randn(4, 6, device=device)
+
+    def with_autocast(f):
+        def g(x):
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                return f(x)
+
+        return g
+
+    compiled = torch.compile(with_autocast(net), fullgraph=True)
+    assert compiled(x).dtype == with_autocast(net)(x).dtype
+    for a, b in zip(gradients(net, compiled, x), gradients(net, with_autocast(net), x), strict=True):
+        # bfloat16 products in another order.
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+def test_compiled_autograd(device):
+    net = Net().to(device)
+    x = torch.randn(4, 6, device=device)
+    want = gradients(net, net, x)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        compiled = torch.compile(lambda x: gradients(net, net, x), backend="aot_eager")
+        assert_gradients_close(compiled(x), want)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_export_keeps_the_public_ops(training, device):
+    net = Net().to(device).train(training)
+    x = torch.randn(4, 6, device=device)
+    program = torch.export.export(net, (x,), dynamic_shapes={"x": {0: torch.export.Dim("rows")}})
+    for exported in (program, program.run_decompositions()):
+        names = [str(node.target) for node in exported.graph.nodes if "lomem" in str(node.target)]
+        assert names == [
+            "lomem.ms_layer_norm.default",
+            "lomem.regelu2.default",
+            "lomem.ms_rms_norm.default",
+            "lomem.resilu2.default",
+        ]
+    other = torch.randn(7, 6, device=device)
+    torch.testing.assert_close(program.module()(other), net(other))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    torch.testing.assert_close(torch.export.load(buffer).module()(other), net(other))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(use_reentrant, device):
+    net = Net().to(device)
+    x = torch.randn(4, 6, device=device)
+    got = gradients(net, lambda x: checkpoint(net, x, use_reentrant=use_reentrant), x)
+    assert_gradients_close(got, gradients(net, net, x))
+
+
+def test_saved_tensor_hooks(device):
+    net = Net().to(device)
+    x = torch.randn(4, 6, device=device)
+    with torch.autograd.graph.save_on_cpu():
+        got = gradients(net, net, x)
+    assert_gradients_close(got, gradients(net, net, x))
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.dtype) or t.clone(), lambda t: t):
+        got = gradients(net, net, x)
+    assert torch.uint8 in seen
+    assert_gradients_close(got, gradients(net, net, x))
+
+
+def test_fake_tensors(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net = Net()
+        x = torch.randn(3, 6, requires_grad=True)
+        y = net(x)
+        y.sum().backward()
+        assert y.shape == (3, 8)
+        assert x.grad.shape == (3, 6)
+
+
+def test_inference_mode(device):
+    net = Net().to(device)
+    x = torch.randn(4, 6, device=device)
+    with torch.inference_mode():
+        y = net(x)
+    assert y.is_inference()
+    assert torch.equal(y, net(x))
+
+
+@pytest.mark.parametrize("op", [LF.regelu2, LF.resilu2], ids=["regelu2", "resilu2"])
+def test_double_backward_of_activations_is_exact(op, device):
+    """The second derivative of a step function is 0; what flows through grad_output is linear."""
+    x = torch.randn(3, 5, dtype=torch.float64, device=device, requires_grad=True)
+    v = torch.randn(3, 5, dtype=torch.float64, device=device, requires_grad=True)
+    (first,) = torch.autograd.grad(op(x), x, v, create_graph=True)
+    u = torch.randn_like(x)
+    gx, gv = torch.autograd.grad(first, (x, v), u, allow_unused=True)
+    (want,) = torch.autograd.grad(op(x), x, u)
+    assert torch.equal(gv, want)
+    assert gx is None or not gx.any()
+    # In another layout, and a third time.
+    y = x.detach().t().requires_grad_()
+    (first,) = torch.autograd.grad(op(y), y, v.t(), create_graph=True)
+    (second,) = torch.autograd.grad(first, v, u.t(), create_graph=True)
+    assert torch.equal(second, want)
+
+
+@pytest.mark.parametrize("op", [LF.ms_layer_norm, LF.ms_rms_norm], ids=["layer", "rms"])
+def test_double_backward_of_norms_is_refused(op, device):
+    x = torch.randn(3, 5, device=device, requires_grad=True)
+    (first,) = torch.autograd.grad(op(x, (5,)).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"derivative for lomem::ms_(layer|rms)_norm_backward is not implemented"):
+        first.sum().backward()
+
+
+PUBLIC = {
+    "regelu2": LF.regelu2,
+    "resilu2": LF.resilu2,
+    "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (6,)),
+    "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (6,)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_functorch_gradients_raise(name, device):
+    x = torch.randn(4, 6, device=device)
+    for transform in (
+        lambda f: torch.func.grad(lambda x: f(x).sum())(x),
+        lambda f: torch.func.vjp(f, x)[1](x),
+        lambda f: torch.func.jacrev(f)(x),
+        lambda f: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(x),
+    ):
+        with pytest.raises(RuntimeError, match=r"functorch transforms|torch\.func"):
+            transform(PUBLIC[name])
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_forward_mode_raises(name, device):
+    x = torch.randn(4, 6, device=device)
+    match = f"lomem::{name}: input has a forward-mode tangent"
+    with pytest.raises(NotImplementedError, match=match):
+        torch.func.jvp(PUBLIC[name], (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=match):
+        PUBLIC[name](forward_ad.make_dual(x, x))
+    with forward_ad.dual_level(), torch.no_grad(), pytest.raises(NotImplementedError, match=match):
+        PUBLIC[name](forward_ad.make_dual(x, x))
+
+
+def test_forward_mode_of_weights_and_halves_raises(device):
+    x, _, weight, bias = tensors(device, requires_grad=False)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(weight, weight)
+        with pytest.raises(NotImplementedError, match="weight has a forward-mode tangent"):
+            LF.ms_layer_norm(x, (6,), dual, bias)
+        with pytest.raises(NotImplementedError, match="bias has a forward-mode tangent"):
+            LF.ms_layer_norm(x, (6,), weight, dual)
+        with pytest.raises(NotImplementedError, match="weight has a forward-mode tangent"):
+            LF.ms_rms_norm(x, (6,), dual)
+        with pytest.raises(NotImplementedError, match="forward AD"):
+            ops.resilu2_forward(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_vmap_without_gradient(name, device):
+    x = torch.randn(3, 4, 6, device=device)
+    torch.testing.assert_close(torch.func.vmap(PUBLIC[name])(x), PUBLIC[name](x))
+
+
+@pytest.mark.parametrize("op", [LF.ms_layer_norm, LF.ms_rms_norm], ids=["layer", "rms"])
+def test_changing_the_output_in_place_raises_at_backward(op, device):
+    x = torch.randn(3, 5, device=device, requires_grad=True)
+    y = op(x, (5,))
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("op", [LF.regelu2, LF.resilu2], ids=["regelu2", "resilu2"])
+def test_activations_do_not_mind_changes_in_place(op, device):
+    # Neither input nor output is needed any more.
+    x = torch.randn(3, 5, device=device, requires_grad=True)
+    (want,) = torch.autograd.grad(op(x).sum(), x)
+    h = x.clone()
+    y = op(h)
+    h.zero_()
+    y.mul_(2)
+    (got,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(got, 2 * want)
+
+
+def test_inplace_silu_module(device):
+    x = torch.randn(3, 5, device=device, requires_grad=True)
+    (want,) = torch.autograd.grad(LF.resilu2(x).sum(), x)
+    h = x.clone()
+    y = lomem.nn.ReSiLU2(inplace=True)(h)
+    assert y.data_ptr() == h.data_ptr()
+    assert torch.equal(h.detach(), F.silu(x.detach()))
+    (got,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+def test_autocast(autocast_dtype, device):
+    x, _, weight, bias = tensors(device)
+    with torch.autocast(device.type, dtype=autocast_dtype):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            h = x.to(dtype)
+            assert LF.regelu2(h).dtype == LF.resilu2(h).dtype == dtype
+            want = torch.float64 if dtype == torch.float64 else autocast_dtype
+            layer = LF.ms_layer_norm(h, (6,), weight, bias)
+            rms = LF.ms_rms_norm(h, (6,), weight)
+            assert layer.dtype == rms.dtype == want
+            assert LF.ms_rms_norm(h, (6,), dtype=torch.float32).dtype == torch.float32
+            assert LF.ms_layer_norm(h, (6,), dtype=torch.float32).dtype == torch.float32
+            gradients = torch.autograd.grad(layer.sum() + rms.sum(), (x, weight, bias))
+            assert [g.dtype for g in gradients] == [torch.float32] * 3
+        with torch.autocast(device.type, enabled=False):
+            assert LF.ms_rms_norm(x, (6,)).dtype == torch.float32
+
+
+def test_autocast_emits_the_float32_result_rounded_once(device):
+    x, _, weight, bias = tensors(device, requires_grad=False)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        got = LF.ms_layer_norm(x, (6,), weight, bias)
+    assert torch.equal(got, LF.ms_layer_norm(x, (6,), weight, bias, dtype=torch.float32).bfloat16())
+
+
+def test_modules_copy_and_pickle(device):
+    net = Net().to(device)
+    x = torch.randn(4, 6, device=device)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other(x), net(x))
+        assert other.state_dict().keys() == net.state_dict().keys()
+
+
+def test_many_threads(device):
+    from concurrent.futures import ThreadPoolExecutor
+
+    net = Net().to(device)
+    inputs = [torch.randn(50, 6, device=device) for _ in range(16)]
+
+    def grad(x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(net(x).square().sum(), x)[0]
+
+    want = [grad(x) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for got, expected in zip(pool.map(grad, inputs * 4), want * 4, strict=True):
+            assert torch.equal(got, expected)
