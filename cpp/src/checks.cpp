@@ -40,8 +40,7 @@ void check_norm_parameter(
 NormSizes norm_sizes(
     const char* op, const char* argument, const at::Tensor& tensor, c10::SymIntArrayRef normalized_shape) {
   const auto sizes = tensor.sym_sizes();
-  TORCH_CHECK_VALUE(
-      !normalized_shape.empty(), op, ": normalized_shape is empty, expected at least one dimension");
+  TORCH_CHECK_VALUE(!normalized_shape.empty(), op, ": normalized_shape is empty, expected at least one dimension");
   const bool matches = sizes.size() >= normalized_shape.size() &&
                        sizes.slice(sizes.size() - normalized_shape.size()) == normalized_shape;
   TORCH_CHECK(
@@ -88,8 +87,8 @@ void check_same_device(
     const char* op, const char* argument, const at::Tensor& tensor, const char* other_argument,
     const at::Tensor& other) {
   TORCH_CHECK(
-      tensor.device() == other.device(), op, ": ", argument, " is on ", tensor.device(), ", expected ",
-      other.device(), ", the device of ", other_argument);
+      tensor.device() == other.device(), op, ": ", argument, " is on ", tensor.device(), ", expected ", other.device(),
+      ", the device of ", other_argument);
 }
 
 void check_bits(const char* op, int64_t bits) {
@@ -111,8 +110,8 @@ void check_step_backward(
   constexpr const char* op = "lomem::step_activation_backward";
   check_bits(op, bits);
   TORCH_CHECK_VALUE(
-      levels.size() == size_t{1} << bits, op, ": levels has ", levels.size(), " entries, expected ",
-      size_t{1} << bits, " for ", bits, " bits");
+      levels.size() == size_t{1} << bits, op, ": levels has ", levels.size(), " entries, expected ", size_t{1} << bits,
+      " for ", bits, " bits");
   check_float_tensor(op, "grad_output", grad_output);
   check_packed(op, "codes", codes, grad_output.sym_numel(), bits);
   check_same_device(op, "codes", codes, "grad_output", grad_output);
@@ -123,8 +122,7 @@ void check_unpack(const at::Tensor& packed, int64_t bits, const c10::SymInt& num
   check_bits(op, bits);
   // Above this, the number of bits does not fit int64.
   constexpr int64_t max_numel = std::numeric_limits<int64_t>::max() / 16;
-  TORCH_CHECK_VALUE(
-      numel >= 0 && numel <= max_numel, op, ": numel is ", numel, ", expected 0 to ", max_numel);
+  TORCH_CHECK_VALUE(numel >= 0 && numel <= max_numel, op, ": numel is ", numel, ", expected 0 to ", max_numel);
   check_packed(op, "packed", packed, numel, bits);
 }
 
@@ -138,8 +136,7 @@ NormSizes check_norm_forward(
   check_norm_parameter(op, "bias", bias, normalized_shape, "input", input);
   TORCH_CHECK_VALUE(
       !eps || (std::isfinite(*eps) && *eps >= 0), op, ": eps is ", *eps, ", expected a finite number >= 0");
-  TORCH_CHECK(
-      !dtype || is_supported_float(*dtype), op, ": dtype is ", dtype_name(*dtype), ", expected ", float_dtypes);
+  TORCH_CHECK(!dtype || is_supported_float(*dtype), op, ": dtype is ", dtype_name(*dtype), ", expected ", float_dtypes);
   return sizes;
 }
 
@@ -155,8 +152,7 @@ NormSizes check_norm_backward(
       grad_output.sym_sizes() == output.sym_sizes(), op, ": grad_output has shape ", grad_output.sym_sizes(),
       ", expected ", output.sym_sizes(), ", the shape of output");
   TORCH_CHECK(
-      is_supported_float(input_dtype), op, ": input_dtype is ", dtype_name(input_dtype), ", expected ",
-      float_dtypes);
+      is_supported_float(input_dtype), op, ": input_dtype is ", dtype_name(input_dtype), ", expected ", float_dtypes);
   check_strided(op, "rstd", rstd);
   check_same_device(op, "rstd", rstd, "output", output);
   TORCH_CHECK(

@@ -14,7 +14,7 @@ auto find_op(const char* name, Signature* /*function*/) {
 }  // namespace
 
 // The handle is looked up once: the dispatcher keeps it valid for the life of the library.
-#define LOMEM_CALL_OP(name, ...)                              \
+#define LOMEM_CALL_OP(name, ...)                          \
   static const auto op = find_op("lomem::" #name, &name); \
   return op.call(__VA_ARGS__)
 

@@ -78,8 +78,7 @@ void MSRMSNormImpl::reset() {
 }
 
 void MSRMSNormImpl::pretty_print(std::ostream& stream) const {
-  stream << std::boolalpha << "lomem::nn::MSRMSNorm(" << torch::IntArrayRef(options.normalized_shape())
-         << ", eps=";
+  stream << std::boolalpha << "lomem::nn::MSRMSNorm(" << torch::IntArrayRef(options.normalized_shape()) << ", eps=";
   if (options.eps()) {
     stream << *options.eps();
   } else {
@@ -89,8 +88,7 @@ void MSRMSNormImpl::pretty_print(std::ostream& stream) const {
 }
 
 torch::Tensor MSRMSNormImpl::forward(const torch::Tensor& input) {
-  return ms_rms_norm(
-      input, options.normalized_shape(), optional_tensor(weight), options.eps(), options.dtype());
+  return ms_rms_norm(input, options.normalized_shape(), optional_tensor(weight), options.eps(), options.dtype());
 }
 
 }  // namespace lomem::nn

@@ -22,8 +22,7 @@ TORCH_LIBRARY(lomem, m) {
 
   // The backward of every step activation. Here codes follow the row-major order of grad_output,
   // whatever its strides: the autograd layer permutes it to the memory order of the forward.
-  m.def(
-      "step_activation_backward(Tensor grad_output, Tensor codes, float[] levels, int bits) -> Tensor", functional);
+  m.def("step_activation_backward(Tensor grad_output, Tensor codes, float[] levels, int bits) -> Tensor", functional);
 
   // Norms. `dtype`: dtype of the output; by default the autocast dtype where autocast is on and
   // else the input's. `rstd`: float32 (float64 for a float64 input), one element a row.

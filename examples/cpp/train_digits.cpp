@@ -134,11 +134,11 @@ int main(int argc, char** argv) {
   const Digits test_set{digits.images.slice(0, split), digits.labels.slice(0, split)};
 
   torch::manual_seed(0);
-  const Result plain = train(
-      make_net<torch::nn::LayerNorm, torch::nn::LayerNormOptions, torch::nn::GELU>(), train_set, test_set);
+  const Result plain =
+      train(make_net<torch::nn::LayerNorm, torch::nn::LayerNormOptions, torch::nn::GELU>(), train_set, test_set);
   torch::manual_seed(0);
-  const Result lean = train(
-      make_net<lomem::nn::MSLayerNorm, lomem::nn::MSLayerNormOptions, lomem::nn::ReGELU2>(), train_set, test_set);
+  const Result lean =
+      train(make_net<lomem::nn::MSLayerNorm, lomem::nn::MSLayerNormOptions, lomem::nn::ReGELU2>(), train_set, test_set);
 
   std::cout << "            accuracy   saved bytes\n";
   print("torch", plain);

@@ -51,9 +51,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="lomem", description="Less activation memory in PyTorch training.")
     result.add_argument("--version", action="version", version=f"lomem {__version__}")
     commands = result.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="print what is installed and which kernels run").set_defaults(
-        run=lambda _: info()
-    )
+    commands.add_parser("info", help="print what is installed and which kernels run").set_defaults(run=lambda _: info())
     demo = commands.add_parser(
         "demo",
         help="train a small Vision Transformer with plain torch and with lomem",

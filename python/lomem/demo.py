@@ -19,7 +19,7 @@ except ImportError as error:
     raise ImportError(f"the demo needs the package {error.name}: pip install 'lomem[demo]'") from error
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import memory
@@ -192,14 +192,12 @@ def figures(results: dict[str, list[Result]]) -> list[Figures]:
     accuracy = {name: [100 * r.accuracy for r in runs] for name, runs in results.items()}
     # Steps were taken in turns: the ratio of neighbours is what the machine's moods leave alone.
     ratio = statistics.median(
-        b / a
-        for x, y in zip(torch_runs, lomem_runs, strict=True)
-        for a, b in zip(x.step_ms, y.step_ms, strict=True)
+        b / a for x, y in zip(torch_runs, lomem_runs, strict=True) for a, b in zip(x.step_ms, y.step_ms, strict=True)
     )
     gain, error = _mean_and_error([b - a for a, b in zip(accuracy["torch"], accuracy["lomem"], strict=True)])
     smaller = 100 * (saved["lomem"][0] / saved["torch"][0] - 1)
     return [
-        Figures("activations saved for backward, MiB", ".2f", saved, f"{smaller:+.1f} %"),
+        Figures("saved for backward, MiB", ".2f", saved, f"{smaller:+.1f} %"),
         Figures("step time, ms (median)", ".1f", step, f"{100 * (ratio - 1):+.1f} %"),
         Figures("test accuracy, %", ".2f", accuracy, f"{gain:+.2f}" + (f" ± {error:.2f}" if error else "")),
     ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import functional as F  # noqa: N812
+from . import functional as F
 
 __all__ = ["MSLayerNorm", "MSRMSNorm", "ReGELU2", "ReSiLU2"]
 
@@ -24,9 +24,7 @@ class ReGELU2(nn.Module):
     def __init__(self, approximate: str = "none") -> None:
         super().__init__()
         if approximate not in ("none", "tanh"):
-            raise ValueError(
-                f"lomem.nn.ReGELU2: approximate is {approximate!r}, expected 'none' or 'tanh'"
-            )
+            raise ValueError(f"lomem.nn.ReGELU2: approximate is {approximate!r}, expected 'none' or 'tanh'")
         self.approximate = approximate
 
     def forward(self, input: Tensor) -> Tensor:
@@ -114,9 +112,7 @@ class MSLayerNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns ``input`` normalized over its last dimensions."""
-        return F.ms_layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps, dtype=self.output_dtype
-        )
+        return F.ms_layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, dtype=self.output_dtype)
 
     def extra_repr(self) -> str:
         """Arguments, for ``repr``."""

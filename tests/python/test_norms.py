@@ -82,9 +82,7 @@ def test_forward_multi_dimensional(norm, dtype, shape, device):
         parameters = make_parameters(norm, normalized_shape, dtype, device)
         got = norm.op(x, normalized_shape, *parameters, eps=1e-5)
         assert got.shape == x.shape
-        assert_within_one_rounding(
-            got, norm.torch_op(x.double(), normalized_shape, *double(parameters), eps=1e-5)
-        )
+        assert_within_one_rounding(got, norm.torch_op(x.double(), normalized_shape, *double(parameters), eps=1e-5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -278,10 +276,8 @@ def test_output_dtype(norm, dtype, output_dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_default_eps_is_torchs(norm, dtype, device):
-    if norm is Layer:
-        default = 1e-5
-    else:
-        default = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    computed_in = torch.float64 if dtype == torch.float64 else torch.float32
+    default = 1e-5 if norm is Layer else torch.finfo(computed_in).eps
     # So small that eps decides.
     x = (torch.rand(3, 16, device=device) * default**0.5).to(dtype)
     assert torch.equal(norm.op(x, (16,)), norm.op(x, (16,), eps=default))
@@ -292,9 +288,7 @@ def test_default_eps_is_torchs(norm, dtype, device):
 
 def test_modules(norm, device):
     layer = norm is Layer
-    ours, theirs = (
-        (lomem.nn.MSLayerNorm, torch.nn.LayerNorm) if layer else (lomem.nn.MSRMSNorm, torch.nn.RMSNorm)
-    )
+    ours, theirs = (lomem.nn.MSLayerNorm, torch.nn.LayerNorm) if layer else (lomem.nn.MSRMSNorm, torch.nn.RMSNorm)
     x = torch.randn(4, 3, 8, device=device)
     assert not list(ours(8).parameters()), "no affine parameters by default, as in LowMemoryBP"
     for shape in (8, (3, 8), [8]):

@@ -14,9 +14,7 @@ pytestmark = pytest.mark.parametrize("name", ACTIVATIONS)
 
 def levels_of(step, dtype):
     """Levels summed in double, rounded once to the type that gradients are computed in."""
-    return torch.tensor(step.levels, dtype=torch.float64).to(
-        torch.float64 if dtype == torch.float64 else torch.float32
-    )
+    return torch.tensor(step.levels, dtype=torch.float64).to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def expected_gradient(x, grad, step):

@@ -80,10 +80,8 @@ template <Norm norm>
 LOMEM_API void norm_backward(
     const NormBackward& args, std::int64_t begin, std::int64_t end, double* grad_weight, double* grad_bias);
 
-extern template void norm_backward<Norm::layer>(
-    const NormBackward&, std::int64_t, std::int64_t, double*, double*);
-extern template void norm_backward<Norm::rms>(
-    const NormBackward&, std::int64_t, std::int64_t, double*, double*);
+extern template void norm_backward<Norm::layer>(const NormBackward&, std::int64_t, std::int64_t, double*, double*);
+extern template void norm_backward<Norm::rms>(const NormBackward&, std::int64_t, std::int64_t, double*, double*);
 
 /// Index of the first zero of an array of n elements, or -1.
 LOMEM_API std::int64_t find_zero(const Array& array, std::int64_t n);

@@ -29,8 +29,8 @@ struct MSLayerNorm : torch::autograd::Function<MSLayerNorm> {
   static constexpr bool is_traceable = true;
 
   static at::Tensor forward(
-      AutogradContext* ctx, const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
-      const OptionalTensor& weight, const OptionalTensor& bias, double eps, OptionalDtype dtype) {
+      AutogradContext* ctx, const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+      const OptionalTensor& bias, double eps, OptionalDtype dtype) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [output, rstd] = ms_layer_norm_forward(input, normalized_shape, weight, bias, eps, dtype);
     // The output, not the input: the next linear layer saves the same storage, so this costs
@@ -55,8 +55,8 @@ struct MSRMSNorm : torch::autograd::Function<MSRMSNorm> {
   static constexpr bool is_traceable = true;
 
   static at::Tensor forward(
-      AutogradContext* ctx, const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
-      const OptionalTensor& weight, std::optional<double> eps, OptionalDtype dtype) {
+      AutogradContext* ctx, const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+      std::optional<double> eps, OptionalDtype dtype) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [output, rstd] = ms_rms_norm_forward(input, normalized_shape, weight, eps, dtype);
     ctx->save_for_backward({output, rstd, tensor_or_undefined(weight)});

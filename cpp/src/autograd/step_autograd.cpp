@@ -16,8 +16,7 @@ std::vector<int64_t> memory_order(const at::Tensor& dense) {
   const auto strides = dense.sym_strides();
   std::vector<int64_t> order(strides.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(
-      order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
   return order;
 }
 
@@ -54,8 +53,7 @@ struct StepActivation : torch::autograd::Function<StepActivation<Op>> {
       gradients[0] = step_activation_backward(grad_outputs[0], codes, levels, Op::Step::bits);
     } else {
       const at::Tensor grad_output = grad_outputs[0].permute(order);
-      gradients[0] =
-          step_activation_backward(grad_output, codes, levels, Op::Step::bits).permute(inverse(order));
+      gradients[0] = step_activation_backward(grad_output, codes, levels, Op::Step::bits).permute(inverse(order));
     }
     return gradients;
   }

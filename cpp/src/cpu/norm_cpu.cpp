@@ -47,8 +47,7 @@ std::tuple<at::Tensor, at::Tensor> norm_forward_cpu(
   const OptionalTensor gamma = contiguous(weight);
   const OptionalTensor beta = contiguous(bias);
   at::Tensor output = at::empty(x.sizes(), x.options().dtype(dtype.value_or(x.scalar_type())));
-  at::Tensor rstd =
-      at::empty(C10_AS_INTARRAYREF_SLOW(sizes.rstd), x.options().dtype(rstd_dtype(x.scalar_type())));
+  at::Tensor rstd = at::empty(C10_AS_INTARRAYREF_SLOW(sizes.rstd), x.options().dtype(rstd_dtype(x.scalar_type())));
 
   const cpu::NormForward args{
       array(x),
@@ -58,9 +57,8 @@ std::tuple<at::Tensor, at::Tensor> norm_forward_cpu(
       mutable_array(rstd),
       cols,
       eps.value_or(default_rms_norm_eps(x.scalar_type()))};
-  at::parallel_for(0, rows, rows_per_thread(cols), [&](int64_t begin, int64_t end) {
-    cpu::norm_forward<norm>(args, begin, end);
-  });
+  at::parallel_for(
+      0, rows, rows_per_thread(cols), [&](int64_t begin, int64_t end) { cpu::norm_forward<norm>(args, begin, end); });
   return {output, rstd};
 }
 
@@ -113,20 +111,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_cpu(
   // their own; a second pass adds the blocks in order.
   constexpr int64_t max_blocks = 64;
   constexpr int64_t max_buffer_elements = int64_t{1} << 22;
-  const int64_t blocks = std::max<int64_t>(
-      1, std::min({max_blocks, rows, max_buffer_elements / std::max<int64_t>(1, cols)}));
+  const int64_t blocks =
+      std::max<int64_t>(1, std::min({max_blocks, rows, max_buffer_elements / std::max<int64_t>(1, cols)}));
   const auto buffer_options = z.options().dtype(at::kDouble);
   const at::Tensor weight_sums = needs_weight ? at::zeros({blocks, cols}, buffer_options) : at::Tensor();
   const at::Tensor bias_sums = needs_bias ? at::zeros({blocks, cols}, buffer_options) : at::Tensor();
   double* weight_sum = needs_weight ? weight_sums.mutable_data_ptr<double>() : nullptr;
   double* bias_sum = needs_bias ? bias_sums.mutable_data_ptr<double>() : nullptr;
-  const int64_t blocks_per_thread =
-      std::max<int64_t>(1, blocks * rows_per_thread(cols) / std::max<int64_t>(1, rows));
+  const int64_t blocks_per_thread = std::max<int64_t>(1, blocks * rows_per_thread(cols) / std::max<int64_t>(1, rows));
   at::parallel_for(0, blocks, blocks_per_thread, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       cpu::norm_backward<norm>(
-          args, block * rows / blocks, (block + 1) * rows / blocks,
-          needs_weight ? weight_sum + block * cols : nullptr, needs_bias ? bias_sum + block * cols : nullptr);
+          args, block * rows / blocks, (block + 1) * rows / blocks, needs_weight ? weight_sum + block * cols : nullptr,
+          needs_bias ? bias_sum + block * cols : nullptr);
     }
   });
 
@@ -149,15 +146,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_cpu(
 }
 
 at::Tensor ms_layer_norm_cpu(
-    const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
-    const OptionalTensor& bias, double eps, OptionalDtype dtype) {
+    const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight, const OptionalTensor& bias,
+    double eps, OptionalDtype dtype) {
   return std::get<0>(
       norm_forward_cpu<Norm::layer>("lomem::ms_layer_norm", input, normalized_shape, weight, bias, eps, dtype));
 }
 
 std::tuple<at::Tensor, at::Tensor> ms_layer_norm_forward_cpu(
-    const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
-    const OptionalTensor& bias, double eps, OptionalDtype dtype) {
+    const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight, const OptionalTensor& bias,
+    double eps, OptionalDtype dtype) {
   constexpr const char* op = "lomem::ms_layer_norm_forward";
   auto result = norm_forward_cpu<Norm::layer>(op, input, normalized_shape, weight, bias, eps, dtype);
   check_recoverable(op, weight);
@@ -165,24 +162,24 @@ std::tuple<at::Tensor, at::Tensor> ms_layer_norm_forward_cpu(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_layer_norm_backward_cpu(
-    const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& rstd,
-    at::IntArrayRef normalized_shape, const OptionalTensor& weight, const OptionalTensor& bias,
-    at::ScalarType input_dtype, std::array<bool, 3> output_mask) {
+    const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& rstd, at::IntArrayRef normalized_shape,
+    const OptionalTensor& weight, const OptionalTensor& bias, at::ScalarType input_dtype,
+    std::array<bool, 3> output_mask) {
   return norm_backward_cpu<Norm::layer>(
       "lomem::ms_layer_norm_backward", grad_output, output, rstd, normalized_shape, weight, bias, input_dtype,
       output_mask);
 }
 
 at::Tensor ms_rms_norm_cpu(
-    const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
-    std::optional<double> eps, OptionalDtype dtype) {
+    const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight, std::optional<double> eps,
+    OptionalDtype dtype) {
   return std::get<0>(
       norm_forward_cpu<Norm::rms>("lomem::ms_rms_norm", input, normalized_shape, weight, std::nullopt, eps, dtype));
 }
 
 std::tuple<at::Tensor, at::Tensor> ms_rms_norm_forward_cpu(
-    const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
-    std::optional<double> eps, OptionalDtype dtype) {
+    const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight, std::optional<double> eps,
+    OptionalDtype dtype) {
   constexpr const char* op = "lomem::ms_rms_norm_forward";
   auto result = norm_forward_cpu<Norm::rms>(op, input, normalized_shape, weight, std::nullopt, eps, dtype);
   check_recoverable(op, weight);
@@ -190,9 +187,8 @@ std::tuple<at::Tensor, at::Tensor> ms_rms_norm_forward_cpu(
 }
 
 std::tuple<at::Tensor, at::Tensor> ms_rms_norm_backward_cpu(
-    const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& rstd,
-    at::IntArrayRef normalized_shape, const OptionalTensor& weight, at::ScalarType input_dtype,
-    std::array<bool, 2> output_mask) {
+    const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& rstd, at::IntArrayRef normalized_shape,
+    const OptionalTensor& weight, at::ScalarType input_dtype, std::array<bool, 2> output_mask) {
   auto [grad_input, grad_weight, grad_bias] = norm_backward_cpu<Norm::rms>(
       "lomem::ms_rms_norm_backward", grad_output, output, rstd, normalized_shape, weight, std::nullopt, input_dtype,
       {output_mask[0], output_mask[1], false});

@@ -131,8 +131,7 @@ void norm_forward(const NormForward& args, std::int64_t begin, std::int64_t end)
     double mean = 0;
     if constexpr (norm == Norm::layer) {
       double sum = 0;
-      for_each_input_tile(
-          [&](std::int64_t, int count) { sum += sum_tile(count, [&](int j) { return x[j]; }); });
+      for_each_input_tile([&](std::int64_t, int count) { sum += sum_tile(count, [&](int j) { return x[j]; }); });
       mean = args.cols > 0 ? sum / cols : 0;
     }
     double sum = 0;
@@ -246,9 +245,7 @@ void norm_backward(
   }
 }
 
-template LOMEM_API void norm_backward<Norm::layer>(
-    const NormBackward&, std::int64_t, std::int64_t, double*, double*);
-template LOMEM_API void norm_backward<Norm::rms>(
-    const NormBackward&, std::int64_t, std::int64_t, double*, double*);
+template LOMEM_API void norm_backward<Norm::layer>(const NormBackward&, std::int64_t, std::int64_t, double*, double*);
+template LOMEM_API void norm_backward<Norm::rms>(const NormBackward&, std::int64_t, std::int64_t, double*, double*);
 
 }  // namespace lomem::cpu

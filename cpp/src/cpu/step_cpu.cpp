@@ -22,8 +22,7 @@ std::tuple<at::Tensor, at::Tensor> step_forward_cpu(const at::Tensor& input, Arg
   const at::Tensor output = Op::activation(input, args...);
   // The output is dense, and has the input's strides if that is dense too; else (sliced,
   // expanded) the input is copied to the output's strides, so that one order serves both.
-  const at::Tensor dense =
-      input.strides() == output.strides() ? input : at::empty_like(output).copy_(input);
+  const at::Tensor dense = input.strides() == output.strides() ? input : at::empty_like(output).copy_(input);
   const int64_t n = input.numel();
   at::Tensor codes = at::empty({packed_bytes(n, Step::bits)}, input.options().dtype(at::kByte));
 

@@ -14,7 +14,8 @@ template <class T>
 class Guarded {
  public:
   explicit Guarded(std::size_t count, std::size_t misalignment = 0)
-      : count_(count), before_(guard + misalignment * sizeof(T)),
+      : count_(count),
+        before_(guard + misalignment * sizeof(T)),
         bytes_(before_ + count * sizeof(T) + guard, sentinel) {}
 
   T* data() {

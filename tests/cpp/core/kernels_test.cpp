@@ -111,8 +111,8 @@ TYPED_TEST(Kernels, StepDecodeMultiply) {
       source.assign(grad);
       Guarded<TypeParam> result(n, n % 3);
       lomem::cpu::step_decode_multiply(
-          Element<TypeParam>::dtype, source.data(), packed.data(), levels.data(), bits,
-          static_cast<std::int64_t>(n), result.data());
+          Element<TypeParam>::dtype, source.data(), packed.data(), levels.data(), bits, static_cast<std::int64_t>(n),
+          result.data());
       const auto got = result.values();
       for (std::size_t i = 0; i < n; ++i) {
         const auto want = lomem::step_gradient(grad[i], static_cast<C>(levels[codes[i]]));
@@ -258,8 +258,8 @@ void check_norm(bool affine) {
     const auto z = output.values();
     const auto grad_x = grad_input.values();
     for (std::size_t row = 0; row < rows; ++row) {
-      const auto want = expected_row(
-          x.data() + row * cols, gamma.data(), beta.data(), grad.data() + row * cols, cols, centred, eps);
+      const auto want =
+          expected_row(x.data() + row * cols, gamma.data(), beta.data(), grad.data() + row * cols, cols, centred, eps);
       EXPECT_NEAR(rstd.values()[row], want.rstd, tolerance<Statistic>(want.rstd));
       double scale = 0;
       for (std::size_t j = 0; j < cols; ++j) {

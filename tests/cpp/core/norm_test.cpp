@@ -30,8 +30,9 @@ Row normalize(const Row& x, bool centred, long double eps, long double* rstd_out
 }
 
 class NormFormula : public testing::TestWithParam<bool> {};
-INSTANTIATE_TEST_SUITE_P(
-    Norms, NormFormula, testing::Bool(), [](const auto& info) { return info.param ? "layer" : "rms"; });
+INSTANTIATE_TEST_SUITE_P(Norms, NormFormula, testing::Bool(), [](const auto& info) {
+  return info.param ? "layer" : "rms";
+});
 
 TEST_P(NormFormula, GradientMatchesFiniteDifferences) {
   const bool centred = GetParam();
@@ -61,8 +62,8 @@ TEST_P(NormFormula, GradientMatchesFiniteDifferences) {
     }
     // Central differences in long double: h^2 truncation, 1e-19 / h rounding.
     EXPECT_NEAR(
-        static_cast<double>(lomem::norm_gradient(g[i], y[i], rstd, mean_g, mean_gy)),
-        static_cast<double>(difference), 1e-10);
+        static_cast<double>(lomem::norm_gradient(g[i], y[i], rstd, mean_g, mean_gy)), static_cast<double>(difference),
+        1e-10);
   }
 }
 

@@ -18,8 +18,8 @@ struct Case {
 
 template <class T>
 class StepFunction : public testing::Test {};
-using StepFunctions = testing::Types<
-    Case<lomem::ReGELU2, lomem::ReGELU2Constants>, Case<lomem::ReSiLU2, lomem::ReSiLU2Constants>>;
+using StepFunctions =
+    testing::Types<Case<lomem::ReGELU2, lomem::ReGELU2Constants>, Case<lomem::ReSiLU2, lomem::ReSiLU2Constants>>;
 TYPED_TEST_SUITE(StepFunction, StepFunctions);
 
 template <class Param, class T>
@@ -68,8 +68,8 @@ TYPED_TEST(StepFunction, CodesAroundBoundaries) {
 
 TYPED_TEST(StepFunction, LevelsAreTheSlopesOfThePrimitive) {
   using Constants = typename TypeParam::Constants;
-  const double points[] = {Constants::c1 - 1, (Constants::c1 + Constants::c2) / 2,
-                           (Constants::c2 + Constants::c3) / 2, Constants::c3 + 1};
+  const double points[] = {
+      Constants::c1 - 1, (Constants::c1 + Constants::c2) / 2, (Constants::c2 + Constants::c3) / 2, Constants::c3 + 1};
   for (const double x : points) {
     const double slope = (TypeParam::Step::primitive(x + 0.25) - TypeParam::Step::primitive(x - 0.25)) / 0.5;
     // Differences of values up to 10: 10 * 2^-53 / 0.5, with a margin.

@@ -44,20 +44,22 @@ TEST(Ops, ReSiLU2ForwardIsSilu) {
 TEST(Ops, StepGradientsAreThoseOfTheReLUs) {
   auto x = (torch::randn({5, 33}, torch::kDouble) * 5).requires_grad_();
   lomem::regelu2(x).sum().backward();
-  EXPECT_TRUE(torch::allclose(
-      x.grad(),
-      step_gradient(
-          x, {-3.1858810036855245, -0.001178821281161997, 3.190832613414926},
-          {-0.04922261145617846, 1.0979632065417297, -0.048740595085551286}),
-      /*rtol=*/1e-14, /*atol=*/1e-15));
+  EXPECT_TRUE(
+      torch::allclose(
+          x.grad(),
+          step_gradient(
+              x, {-3.1858810036855245, -0.001178821281161997, 3.190832613414926},
+              {-0.04922261145617846, 1.0979632065417297, -0.048740595085551286}),
+          /*rtol=*/1e-14, /*atol=*/1e-15));
   x.mutable_grad().reset();
   lomem::resilu2(x).sum().backward();
-  EXPECT_TRUE(torch::allclose(
-      x.grad(),
-      step_gradient(
-          x, {-6.3050461001646445, -0.0008684942046214787, 6.325815242089708},
-          {-0.04060357190528599, 1.080925428529668, 1 - (-0.04060357190528599 + 1.080925428529668)}),
-      /*rtol=*/1e-14, /*atol=*/1e-15));
+  EXPECT_TRUE(
+      torch::allclose(
+          x.grad(),
+          step_gradient(
+              x, {-6.3050461001646445, -0.0008684942046214787, 6.325815242089708},
+              {-0.04060357190528599, 1.080925428529668, 1 - (-0.04060357190528599 + 1.080925428529668)}),
+          /*rtol=*/1e-14, /*atol=*/1e-15));
 }
 
 TEST(Ops, StepGradientOfATransposedInput) {
@@ -82,9 +84,7 @@ TEST(Ops, NormsMatchTorch) {
       EXPECT_TRUE(torch::allclose(got_gradients[i], want_gradients[i], 1e-11, 1e-12)) << i;
     }
   };
-  check(
-      lomem::ms_layer_norm(x, {3, 10}, weight, bias), torch::layer_norm(x, {3, 10}, weight, bias),
-      {x, weight, bias});
+  check(lomem::ms_layer_norm(x, {3, 10}, weight, bias), torch::layer_norm(x, {3, 10}, weight, bias), {x, weight, bias});
   check(lomem::ms_layer_norm(x, {10}), torch::layer_norm(x, {10}), {x});
   check(lomem::ms_rms_norm(x, {3, 10}, weight, 1e-6), torch::rms_norm(x, {3, 10}, weight, 1e-6), {x, weight});
   check(lomem::ms_rms_norm(x, {10}), torch::rms_norm(x, {10}), {x});

@@ -55,8 +55,8 @@ struct TwoBitStep {
     return x > 0.0 ? x : 0.0;
   }
 
-  static constexpr double moment = Constants::a1 * Constants::c1 + Constants::a2 * Constants::c2 +
-                                   Constants::a3 * Constants::c3;
+  static constexpr double moment =
+      Constants::a1 * Constants::c1 + Constants::a2 * Constants::c2 + Constants::a3 * Constants::c3;
   static_assert(Constants::c1 < Constants::c2 && Constants::c2 < Constants::c3, "boundaries ascend");
   static_assert(Constants::a1 + Constants::a2 + Constants::a3 == 1.0, "h~ has slope 1 at +infinity");
   static_assert(-1e-6 < moment && moment < 1e-6, "h~(x) - x vanishes at +infinity");
