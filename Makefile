@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PRE_COMMIT_HOME ?= $(abspath build/pre-commit)
 
-.PHONY: demo test install ctest pytest asan lint format gtest clean help
+.PHONY: demo test install ctest pytest types asan lint format gtest clean help
 
 help:
 	@sed -n '1,4p' Makefile
@@ -55,6 +55,10 @@ ctest: $(VENV)/.tools gtest
 
 pytest: install
 	$(BIN)/python -m pytest -q -n $(JOBS)
+
+# From another folder, so that the installed package is checked.
+types: install
+	cd tests && $(BIN)/mypy --config-file ../pyproject.toml
 
 asan: $(VENV)/.tools gtest
 	cmake --preset asan -DTorch_DIR="$$($(BIN)/python cmake/lomem_torch.py)"

@@ -37,6 +37,8 @@ torch::Tensor ReSiLU2Impl::forward(const torch::Tensor& input) {
 MSLayerNormOptions::MSLayerNormOptions(std::vector<int64_t> normalized_shape)
     : normalized_shape_(std::move(normalized_shape)) {}
 
+MSLayerNormImpl::MSLayerNormImpl(int64_t size) : MSLayerNormImpl(MSLayerNormOptions(size)) {}
+
 MSLayerNormImpl::MSLayerNormImpl(std::vector<int64_t> normalized_shape)
     : MSLayerNormImpl(MSLayerNormOptions(std::move(normalized_shape))) {}
 
@@ -59,11 +61,13 @@ void MSLayerNormImpl::pretty_print(std::ostream& stream) const {
 torch::Tensor MSLayerNormImpl::forward(const torch::Tensor& input) {
   return ms_layer_norm(
       input, options.normalized_shape(), optional_tensor(weight), optional_tensor(bias), options.eps(),
-      options.dtype());
+      options.output_dtype());
 }
 
 MSRMSNormOptions::MSRMSNormOptions(std::vector<int64_t> normalized_shape)
     : normalized_shape_(std::move(normalized_shape)) {}
+
+MSRMSNormImpl::MSRMSNormImpl(int64_t size) : MSRMSNormImpl(MSRMSNormOptions(size)) {}
 
 MSRMSNormImpl::MSRMSNormImpl(std::vector<int64_t> normalized_shape)
     : MSRMSNormImpl(MSRMSNormOptions(std::move(normalized_shape))) {}
@@ -88,7 +92,7 @@ void MSRMSNormImpl::pretty_print(std::ostream& stream) const {
 }
 
 torch::Tensor MSRMSNormImpl::forward(const torch::Tensor& input) {
-  return ms_rms_norm(input, options.normalized_shape(), optional_tensor(weight), options.eps(), options.dtype());
+  return ms_rms_norm(input, options.normalized_shape(), optional_tensor(weight), options.eps(), options.output_dtype());
 }
 
 }  // namespace lomem::nn

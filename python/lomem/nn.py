@@ -82,6 +82,9 @@ class MSLayerNorm(nn.Module):
             the input.
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -135,6 +138,8 @@ class MSRMSNorm(nn.Module):
         output_dtype: Of the output; by default the autocast dtype where autocast is on, else that of
             the input.
     """
+
+    weight: nn.Parameter | None
 
     def __init__(
         self,

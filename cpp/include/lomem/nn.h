@@ -37,22 +37,24 @@ class LOMEM_API ReSiLU2Impl : public torch::nn::Cloneable<ReSiLU2Impl> {
 };
 TORCH_MODULE(ReSiLU2);
 
-/// Options of MSLayerNorm: torch::nn::LayerNormOptions with `bias` and `dtype` (of the output).
+/// Options of MSLayerNorm: torch::nn::LayerNormOptions with `bias` and `output_dtype`.
 /// `elementwise_affine` is off by default, as in LowMemoryBP.
 struct LOMEM_API MSLayerNormOptions {
-  /* implicit */ MSLayerNormOptions(std::vector<int64_t> normalized_shape);  // NOLINT
+  /* implicit */ MSLayerNormOptions(std::vector<int64_t> normalized_shape);                            // NOLINT
+  /* implicit */ MSLayerNormOptions(int64_t size) : MSLayerNormOptions(std::vector<int64_t>{size}) {}  // NOLINT
 
   TORCH_ARG(std::vector<int64_t>, normalized_shape);
   TORCH_ARG(double, eps) = 1e-5;
   TORCH_ARG(bool, elementwise_affine) = false;
   TORCH_ARG(bool, bias) = true;
-  TORCH_ARG(std::optional<torch::Dtype>, dtype) = std::nullopt;
+  TORCH_ARG(std::optional<torch::Dtype>, output_dtype) = std::nullopt;
 };
 
 /// lomem::ms_layer_norm as a module, in place of torch::nn::LayerNorm.
 class LOMEM_API MSLayerNormImpl : public torch::nn::Cloneable<MSLayerNormImpl> {
  public:
-  MSLayerNormImpl(std::vector<int64_t> normalized_shape);  // NOLINT
+  explicit MSLayerNormImpl(int64_t size);
+  explicit MSLayerNormImpl(std::vector<int64_t> normalized_shape);
   explicit MSLayerNormImpl(MSLayerNormOptions options);
   void reset() override;
   void pretty_print(std::ostream& stream) const override;
@@ -67,18 +69,20 @@ TORCH_MODULE(MSLayerNorm);
 
 /// Options of MSRMSNorm. `elementwise_affine` is off by default, as in LowMemoryBP.
 struct LOMEM_API MSRMSNormOptions {
-  /* implicit */ MSRMSNormOptions(std::vector<int64_t> normalized_shape);  // NOLINT
+  /* implicit */ MSRMSNormOptions(std::vector<int64_t> normalized_shape);                          // NOLINT
+  /* implicit */ MSRMSNormOptions(int64_t size) : MSRMSNormOptions(std::vector<int64_t>{size}) {}  // NOLINT
 
   TORCH_ARG(std::vector<int64_t>, normalized_shape);
   TORCH_ARG(std::optional<double>, eps) = std::nullopt;
   TORCH_ARG(bool, elementwise_affine) = false;
-  TORCH_ARG(std::optional<torch::Dtype>, dtype) = std::nullopt;
+  TORCH_ARG(std::optional<torch::Dtype>, output_dtype) = std::nullopt;
 };
 
 /// lomem::ms_rms_norm as a module.
 class LOMEM_API MSRMSNormImpl : public torch::nn::Cloneable<MSRMSNormImpl> {
  public:
-  MSRMSNormImpl(std::vector<int64_t> normalized_shape);  // NOLINT
+  explicit MSRMSNormImpl(int64_t size);
+  explicit MSRMSNormImpl(std::vector<int64_t> normalized_shape);
   explicit MSRMSNormImpl(MSRMSNormOptions options);
   void reset() override;
   void pretty_print(std::ostream& stream) const override;

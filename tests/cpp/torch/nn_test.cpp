@@ -10,8 +10,8 @@ namespace {
 torch::nn::Sequential make_net() {
   return torch::nn::Sequential(
       torch::nn::Linear(8, 16), lomem::nn::MSLayerNorm(lomem::nn::MSLayerNormOptions({16}).elementwise_affine(true)),
-      lomem::nn::ReGELU2(), torch::nn::Linear(16, 8), lomem::nn::MSRMSNorm(std::vector<int64_t>{8}),
-      lomem::nn::ReSiLU2(), lomem::nn::MSRMSNorm(lomem::nn::MSRMSNormOptions({8}).elementwise_affine(true).eps(1e-6)));
+      lomem::nn::ReGELU2(), torch::nn::Linear(16, 8), lomem::nn::MSRMSNorm(8), lomem::nn::ReSiLU2(),
+      lomem::nn::MSRMSNorm(lomem::nn::MSRMSNormOptions({8}).elementwise_affine(true).eps(1e-6)));
 }
 
 TEST(Modules, TrainInSequential) {
@@ -68,14 +68,27 @@ TEST(Modules, HonourTheirOptions) {
   lomem::nn::MSLayerNorm no_bias(lomem::nn::MSLayerNormOptions({8}).elementwise_affine(true).bias(false).eps(0.1));
   EXPECT_EQ(no_bias->parameters().size(), 1);
   EXPECT_TRUE(torch::allclose(no_bias->forward(x), torch::layer_norm(x, {8}, {}, {}, 0.1), 1e-5, 1e-6));
-  lomem::nn::MSRMSNorm half(lomem::nn::MSRMSNormOptions({8}).dtype(torch::kHalf));
+  lomem::nn::MSRMSNorm half(lomem::nn::MSRMSNormOptions({8}).output_dtype(torch::kHalf));
   EXPECT_EQ(half->forward(x).scalar_type(), torch::kHalf);
+}
+
+TEST(Modules, TakeOneSizeOrSeveral) {
+  const auto x = torch::randn({5, 3, 8});
+  EXPECT_TRUE(
+      torch::allclose(
+          lomem::nn::MSLayerNorm(std::vector<int64_t>{3, 8})->forward(x), torch::layer_norm(x, {3, 8}), 1e-5, 1e-6));
+  EXPECT_TRUE(
+      torch::allclose(
+          lomem::nn::MSRMSNorm(lomem::nn::MSRMSNormOptions({3, 8}))->forward(x), torch::rms_norm(x, {3, 8}), 1e-5,
+          1e-6));
+  EXPECT_TRUE(torch::allclose(lomem::nn::MSLayerNorm(8)->forward(x), torch::layer_norm(x, {8}), 1e-5, 1e-6));
+  EXPECT_TRUE(torch::allclose(lomem::nn::MSRMSNorm(8)->forward(x), torch::rms_norm(x, {8}), 1e-5, 1e-6));
 }
 
 TEST(Modules, PrintThemselves) {
   std::stringstream stream;
-  stream << *lomem::nn::ReGELU2() << "; " << *lomem::nn::ReSiLU2() << "; "
-         << *lomem::nn::MSLayerNorm(std::vector<int64_t>{8}) << "; " << *lomem::nn::MSRMSNorm(std::vector<int64_t>{8});
+  stream << *lomem::nn::ReGELU2() << "; " << *lomem::nn::ReSiLU2() << "; " << *lomem::nn::MSLayerNorm(8) << "; "
+         << *lomem::nn::MSRMSNorm(8);
   EXPECT_EQ(
       stream.str(),
       "lomem::nn::ReGELU2(approximate=none); lomem::nn::ReSiLU2(); "
