@@ -1,36 +1,46 @@
 # make demo   build lomem in a virtual environment and run the demo
 # make test   the same, then ctest and pytest
 #
-# Variables: PYTHON (3.10 or newer), TORCH (what pip installs as torch), VENV, JOBS.
+# Variables: PYTHON (3.10 or newer), TORCH (what pip installs as torch), PIP_ARGS (further arguments for that,
+# such as --pre or an index), VENV (without spaces), JOBS.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+PIP_ARGS ?=
 VENV ?= .venv
 JOBS ?= 2
 
-BIN := $(abspath $(VENV))/bin
+# A relative path: the checkout's own may hold spaces.
+BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-export PATH := $(BIN):$(PATH)
+export PATH := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin:$(PATH)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
-export PRE_COMMIT_HOME ?= $(abspath build/pre-commit)
+export PRE_COMMIT_HOME ?= $(CURDIR)/build/pre-commit
 
-.PHONY: demo test install ctest pytest types asan lint format gtest clean help
+# The oldest CMake that lomem says it works with: consumer projects are tested with it.
+OLDEST_CMAKE := 3.22
+
+.PHONY: help demo test install ctest pytest types asan dev lint format gtest clean FORCE
 
 help:
-	@sed -n '1,4p' Makefile
+	@sed -n '1,5p' Makefile
 
 demo: install
 	$(BIN)/lomem demo
 
-test: install
-	$(MAKE) ctest pytest
+test: ctest pytest
+
+# Changes when TORCH does.
+$(VENV)/.torch-requirement: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(TORCH) $(PIP_ARGS)' | cmp -s - $@ || echo '$(TORCH) $(PIP_ARGS)' > $@
 
 # torch first, by itself: whatever else asks for torch then finds it there.
-$(VENV)/.torch: Makefile
+$(VENV)/.torch: $(VENV)/.torch-requirement
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lomem needs Python 3.10 or newer, PYTHON is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade 'pip>=25.1'
-	$(PIP) install --quiet '$(TORCH)'
+	$(PIP) install --quiet $(PIP_ARGS) '$(TORCH)'
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.torch pyproject.toml
@@ -48,8 +58,14 @@ gtest:
 	  apt-get update -qq && apt-get install -y -qq libgtest-dev >/dev/null || true; \
 	fi
 
-ctest: $(VENV)/.tools gtest
-	cmake --preset release -DTorch_DIR="$$($(BIN)/python cmake/lomem_torch.py)"
+build/oldest-cmake/.done: $(VENV)/.torch Makefile
+	$(PIP) install --quiet --upgrade --target build/oldest-cmake 'cmake==$(OLDEST_CMAKE).*'
+	touch $@
+
+CONFIGURE = cmake -DTorch_DIR="$$($(BIN)/python cmake/lomem_torch.py)" --preset
+
+ctest: $(VENV)/.tools gtest build/oldest-cmake/.done
+	$(CONFIGURE) release -DLOMEM_CONSUMER_CMAKE="$(CURDIR)/build/oldest-cmake/cmake/data/bin/cmake"
 	cmake --build --preset release
 	ctest --preset release -j $(JOBS)
 
@@ -58,12 +74,12 @@ pytest: install
 
 # From another folder, so that the installed package is checked.
 types: install
-	cd tests && $(BIN)/mypy --config-file ../pyproject.toml
+	cd tests && mypy --config-file ../pyproject.toml
 
-asan: $(VENV)/.tools gtest
-	cmake --preset asan -DTorch_DIR="$$($(BIN)/python cmake/lomem_torch.py)"
-	cmake --build --preset asan
-	ctest --preset asan -j $(JOBS)
+asan dev: $(VENV)/.tools gtest
+	$(CONFIGURE) $@
+	cmake --build --preset $@
+	ctest --preset $@ -j $(JOBS)
 
 lint: $(VENV)/.tools
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -32,5 +32,11 @@ endif()
 if(Torch_VERSION VERSION_LESS 2.11)
   message(FATAL_ERROR "lomem: found torch ${Torch_VERSION} in ${Torch_DIR}, expected 2.11 or newer.")
 endif()
+# As a subproject: torch's targets must be visible where lomem is linked, which is elsewhere.
+get_property(imported_targets DIRECTORY PROPERTY IMPORTED_TARGETS)
+foreach(target IN LISTS imported_targets)
+  set_target_properties(${target} PROPERTIES IMPORTED_GLOBAL TRUE)
+endforeach()
+
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" LOMEM_TORCH_VERSION "${Torch_VERSION}")
 message(STATUS "lomem: building against torch ${Torch_VERSION} in ${Torch_DIR}")

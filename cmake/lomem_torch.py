@@ -32,15 +32,34 @@ def find_torch() -> tuple[Path, str]:
             if match:
                 return folder, match[1]
     msg = (
-        f"lomem: no torch in reach of {sys.executable}: install torch 2.11 or newer first, "
-        "then build with `pip install --no-build-isolation .`"
+        f"lomem: no torch in reach of {sys.executable}: install torch 2.11 or newer in the environment that lomem is "
+        "to run in; a front end that builds elsewhere needs --no-build-isolation"
     )
     raise TorchNotFoundError(msg)
 
 
+_state = ""
+
+
+def build_state(state: str) -> None:
+    """What is being built, from the build backend."""
+    global _state
+    _state = state
+
+
+def dynamic_wheel(_settings: object) -> dict[str, bool]:
+    """That the dependencies of a source distribution are not those of the wheels made of it."""
+    return {"dependencies": True}
+
+
 def dynamic_metadata(_settings: object, _project: object) -> dict[str, list[str]]:
-    """The wheel's dependencies."""
-    major, minor, *_ = find_torch()[1].split(".")
+    """The dependencies."""
+    if _state == "sdist":
+        return {"dependencies": ["torch>=2.11"]}
+    try:
+        major, minor, *_ = find_torch()[1].split(".")
+    except TorchNotFoundError as error:
+        raise SystemExit(str(error)) from None  # one sentence, no traceback
     return {"dependencies": [f"torch=={major}.{minor}.*"]}
 
 

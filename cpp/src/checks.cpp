@@ -8,12 +8,19 @@
 namespace lomem::detail {
 namespace {
 
+constexpr const char* float_dtypes = "float64, float32, bfloat16 or float16";
+
+bool is_supported_float(at::ScalarType dtype) {
+  return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
 auto dtype_name(at::ScalarType dtype) {
   return c10::getDtypeNames(dtype).first;
 }
 
 void check_strided(const char* op, const char* argument, const at::Tensor& tensor) {
   TORCH_CHECK(tensor.defined(), op, ": ", argument, " is undefined, expected a tensor");
+  TORCH_CHECK(!tensor.is_nested(), op, ": ", argument, " is a nested tensor, expected a dense one");
   TORCH_CHECK(
       tensor.layout() == at::kStrided, op, ": ", argument, " has layout ", tensor.layout(),
       ", expected a dense (torch.strided) tensor");
@@ -22,6 +29,23 @@ void check_strided(const char* op, const char* argument, const at::Tensor& tenso
 void check_float_dtype(const char* op, const char* argument, at::ScalarType dtype) {
   TORCH_CHECK(
       is_supported_float(dtype), op, ": ", argument, " has dtype ", dtype_name(dtype), ", expected ", float_dtypes);
+}
+
+void check_same_device(
+    const char* op, const char* argument, const at::Tensor& tensor, const char* other_argument,
+    const at::Tensor& other) {
+  TORCH_CHECK(
+      tensor.device() == other.device(), op, ": ", argument, " is on ", tensor.device(), ", expected ", other.device(),
+      ", the device of ", other_argument);
+}
+
+void check_packed(
+    const char* op, const char* argument, const at::Tensor& packed, const c10::SymInt& numel, int64_t bits) {
+  check_byte_tensor(op, argument, packed);
+  const c10::SymInt expected = packed_bytes(numel, static_cast<int>(bits));
+  TORCH_CHECK(
+      packed.sym_numel() == expected, op, ": ", argument, " has ", packed.sym_numel(), " bytes, expected ", expected,
+      " for ", numel, " elements of ", bits, " bits");
 }
 
 void check_norm_parameter(
@@ -57,10 +81,6 @@ NormSizes norm_sizes(
 
 }  // namespace
 
-bool is_supported_float(at::ScalarType dtype) {
-  return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
-}
-
 DType to_dtype(at::ScalarType dtype) {
   switch (dtype) {
     case at::kDouble: return DType::float64;
@@ -83,26 +103,9 @@ void check_byte_tensor(const char* op, const char* argument, const at::Tensor& t
       ", expected uint8");
 }
 
-void check_same_device(
-    const char* op, const char* argument, const at::Tensor& tensor, const char* other_argument,
-    const at::Tensor& other) {
-  TORCH_CHECK(
-      tensor.device() == other.device(), op, ": ", argument, " is on ", tensor.device(), ", expected ", other.device(),
-      ", the device of ", other_argument);
-}
-
 void check_bits(const char* op, int64_t bits) {
   TORCH_CHECK_VALUE(
       min_bits <= bits && bits <= max_bits, op, ": bits is ", bits, ", expected ", min_bits, " to ", max_bits);
-}
-
-void check_packed(
-    const char* op, const char* argument, const at::Tensor& packed, const c10::SymInt& numel, int64_t bits) {
-  check_byte_tensor(op, argument, packed);
-  const c10::SymInt expected = packed_bytes(numel, static_cast<int>(bits));
-  TORCH_CHECK(
-      packed.sym_numel() == expected, op, ": ", argument, " has ", packed.sym_numel(), " bytes, expected ", expected,
-      " for ", numel, " elements of ", bits, " bits");
 }
 
 void check_step_backward(

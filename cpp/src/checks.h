@@ -10,11 +10,7 @@
 
 namespace lomem::detail {
 
-inline constexpr const char* float_dtypes = "float64, float32, bfloat16 or float16";
-
-bool is_supported_float(at::ScalarType dtype);
-
-/// Precondition: is_supported_float(dtype).
+/// Precondition: a dtype that a check below has passed.
 DType to_dtype(at::ScalarType dtype);
 
 /// A strided tensor of a supported floating-point dtype.
@@ -23,16 +19,8 @@ void check_float_tensor(const char* op, const char* argument, const at::Tensor& 
 /// A strided uint8 tensor.
 void check_byte_tensor(const char* op, const char* argument, const at::Tensor& tensor);
 
-void check_same_device(
-    const char* op, const char* argument, const at::Tensor& tensor, const char* other_argument,
-    const at::Tensor& other);
-
 /// bits in [1, 8].
 void check_bits(const char* op, int64_t bits);
-
-/// `packed` is uint8 with packed_bytes(numel, bits) elements.
-void check_packed(
-    const char* op, const char* argument, const at::Tensor& packed, const c10::SymInt& numel, int64_t bits);
 
 void check_step_backward(
     const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits);

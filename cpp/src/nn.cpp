@@ -2,6 +2,7 @@
 #include <torch/types.h>
 
 #include <ostream>
+#include <utility>
 
 namespace lomem::nn {
 namespace {

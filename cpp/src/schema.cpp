@@ -1,10 +1,11 @@
 // Every op of the library, in one place.
 //
-// An op is a triple:
-//   X            public and differentiable; keeps nothing where no gradient is needed
+// A differentiable op is a triple:
+//   X            public; keeps nothing where no gradient is needed
 //   X_forward    X's result and what its backward pass needs
-//   X_backward   gradients from grad_output and what X_forward returned
-// All are functional. What differs between backends stands in cpu/ and meta/; what does not
+//   X_backward   gradients from grad_output and what X_forward returned. The step activations
+//                share one, step_activation_backward.
+// All ops are functional. What differs between backends stands in cpu/ and meta/; what does not
 // (autograd, autocast) in folders of its own, with the same file names in each.
 #include <torch/library.h>
 

@@ -17,5 +17,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &lomem::cpu::capability, "Instruction set that lomem's CPU kernels run with.");
   m.def(
       "cuda_archs", [] { return std::vector<std::string>{}; },
-      "CUDA architectures that kernels were compiled for; empty for a CPU-only build.");
+      "CUDA architectures that kernels were compiled for: none, this version has CPU kernels only.");
 }

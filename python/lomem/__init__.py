@@ -1,7 +1,7 @@
-"""Less activation memory in PyTorch training, without recomputation and with the same forward pass.
+"""Less activation memory in PyTorch training, without recomputation.
 
-Step activations keep 1 to 8 bits an element for the backward pass; memory-sharing norms keep their
-output, which the next linear layer keeps anyway.
+Step activations keep 2 bits an element for the backward pass; memory-sharing norms keep their output,
+which the next linear layer keeps anyway.
 
     model.act = lomem.nn.ReGELU2()          # in place of torch.nn.GELU()
     model.norm = lomem.nn.MSLayerNorm(768)  # in place of torch.nn.LayerNorm(768, elementwise_affine=False)
@@ -24,6 +24,6 @@ if not (_torch.__version__ + ".").startswith(_built_for + "."):
 from . import _C, functional, memory, nn, reference
 
 #: For `CMAKE_PREFIX_PATH`, so that `find_package(lomem)` finds the C++ package in this wheel.
-cmake_prefix_path = str(_Path(__file__).resolve().parent)
+cmake_prefix_path = str(_Path(_C.__file__).resolve().parent)
 
 __all__ = ["__version__", "cmake_prefix_path", "functional", "memory", "nn", "reference"]

@@ -70,6 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
     try:
         return parsed.run(parsed)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         print(f"lomem {parsed.command}: {error}", file=sys.stderr)
         return 1

@@ -1,8 +1,9 @@
 """The ops as functions, with the argument order of :mod:`torch.nn.functional`.
 
 Every function raises a RuntimeError or ValueError that names op, argument, the value it got and the
-value it wants. They work under autocast, ``torch.compile``, ``torch.export``, checkpointing and
-saved-tensor hooks. Forward-mode differentiation and ``torch.func`` gradients raise.
+value it wants; of arguments that are not of the type asked for, torch's own error. They work under
+autocast, ``torch.compile``, ``torch.export``, checkpointing and saved-tensor hooks. Forward-mode
+differentiation and ``torch.func`` gradients raise.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def regelu2(input: Tensor, approximate: str = "none") -> Tensor:
 
     The result is bit for bit ``F.gelu(input, approximate=approximate)``. The gradient is that of a
     sum of three ReLUs, a step function with four levels, fitted to GELU (Yang et al., ICML 2024,
-    arXiv:2406.16282, ReGELU2).
+    arXiv:2406.16282, ReGELU2). A NaN input gives a NaN result and, as it is above no boundary, the
+    gradient of the lowest level, 0.
 
     Args:
         input: Any shape and strides; float64, float32, bfloat16 or float16.
@@ -82,13 +84,14 @@ def ms_layer_norm(
     A linear layer that follows keeps the same tensor, so the norm costs one float a row (Yang et al.,
     ICML 2024, arXiv:2406.16282, MS-LayerNorm). With ``weight`` and ``bias`` the backward pass
     recovers the normalized input as ``(output - bias) / weight``; it loses digits in channels where
-    ``abs(bias)`` is much greater than ``abs(weight)``.
+    ``abs(bias)`` is much greater than ``abs(weight)``, and where ``weight`` is so small that the
+    output is subnormal in its dtype (float16: below 6e-5).
 
     Args:
         input: Shape ``(*, *normalized_shape)``; float64, float32, bfloat16 or float16.
         normalized_shape: The last dimensions of ``input``, over which is normalized.
-        weight: Shape ``normalized_shape``, any floating-point dtype. No element may be 0 where a
-            gradient is needed.
+        weight: Shape ``normalized_shape``, any floating-point dtype. Where a gradient is needed, no
+            element may be smaller in magnitude than the smallest normal number of the output's dtype.
         bias: Shape ``normalized_shape``, any floating-point dtype.
         eps: Added to the variance; finite and not negative.
         dtype: Of the output. By default the autocast dtype where autocast is on (so that linear
@@ -113,14 +116,14 @@ def ms_rms_norm(
     """RMS normalization that keeps its output for the backward pass, not its input.
 
     As :func:`ms_layer_norm`, without centring and without bias (Yang et al., ICML 2024,
-    arXiv:2406.16282, MS-RMSNorm). Recovering the normalized input as ``output / weight`` loses no
-    digits.
+    arXiv:2406.16282, MS-RMSNorm). Recovering the normalized input as ``output / weight`` loses
+    digits only where the output is subnormal in its dtype.
 
     Args:
         input: Shape ``(*, *normalized_shape)``; float64, float32, bfloat16 or float16.
         normalized_shape: The last dimensions of ``input``, over which is normalized.
-        weight: Shape ``normalized_shape``, any floating-point dtype. No element may be 0 where a
-            gradient is needed.
+        weight: Shape ``normalized_shape``, any floating-point dtype. Where a gradient is needed, no
+            element may be smaller in magnitude than the smallest normal number of the output's dtype.
         eps: Added to the mean square; finite and not negative. By default, as in ``F.rms_norm``, the
             machine epsilon of float32 (of float64 for a float64 input).
         dtype: Of the output; see :func:`ms_layer_norm`.
@@ -200,4 +203,5 @@ def unpack_uint8_to_bool(x: Tensor, shape: Sequence[int]) -> Tensor:
         A bool tensor of shape ``shape``.
     """
     shape = torch.Size(shape)
-    return unpack_bits(x, 1, shape.numel()).view(torch.bool).reshape(shape)
+    # Not view(torch.bool): Inductor's C++ backend cannot use such a view as a mask.
+    return (unpack_bits(x, 1, shape.numel()) != 0).reshape(shape)

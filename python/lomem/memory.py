@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from types import TracebackType
 
@@ -11,11 +12,42 @@ from torch import Tensor
 __all__ = ["SavedForBackward", "saved_for_backward"]
 
 
+class _Recorders(threading.local):
+    def __init__(self) -> None:
+        self.active: list[SavedForBackward] = []
+
+
+_recorders = _Recorders()
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    if tensor.layout == torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    elif tensor.layout == torch.strided:
+        parts = [tensor]
+    else:
+        parts = []  # opaque: no storage to count
+    return [part.untyped_storage() for part in parts]
+
+
+def _record(tensor: Tensor) -> Tensor:
+    # torch calls the innermost hooks only, so they speak for all blocks around them.
+    for recorder in _recorders.active:
+        recorder._record(tensor)
+    return tensor
+
+
 class SavedForBackward:
     """Context manager that records the storages that autograd saves inside it.
 
     Two tensors that share a storage count once: that is what the memory-sharing norms are about.
-    While it lives it keeps the storages alive.
+    While it lives it keeps the storages alive. Blocks may be nested; each counts what is saved inside
+    it. Other saved-tensor hooks around the block are not called inside it (torch calls the innermost
+    alone). Tensors of opaque layouts (mkldnn) are not counted.
 
     Args:
         exclude: Tensors that are there anyway (parameters, buffers, inputs); storages of theirs are
@@ -27,17 +59,14 @@ class SavedForBackward:
 
     def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
         # The address of the storage object, not of its data: that is 0 for fake and meta tensors.
-        self._excluded = {t.untyped_storage()._cdata: t.untyped_storage() for t in exclude}
+        self._excluded = {s._cdata: s for t in exclude for s in _storages(t)}
         self._storages: dict[int, torch.UntypedStorage] = {}
         self.tensors = 0
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._record, lambda t: t)
 
-    def _record(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._excluded:
-            self._storages[storage._cdata] = storage
-            self.tensors += 1
-        return tensor
+    def _record(self, tensor: Tensor) -> None:
+        counted = [s for s in _storages(tensor) if s._cdata not in self._excluded]
+        self._storages.update((s._cdata, s) for s in counted)
+        self.tensors += bool(counted)
 
     @property
     def storages(self) -> list[torch.UntypedStorage]:
@@ -50,6 +79,9 @@ class SavedForBackward:
         return sum(storage.nbytes() for storage in self._storages.values())
 
     def __enter__(self) -> SavedForBackward:
+        _recorders.active.append(self)
+        # Hooks that do not refer to the recorder: a cycle would keep its storages alive.
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(_record, lambda t: t)
         self._hooks.__enter__()
         return self
 
@@ -60,6 +92,7 @@ class SavedForBackward:
         traceback: TracebackType | None,
     ) -> None:
         self._hooks.__exit__(kind, error, traceback)
+        _recorders.active.remove(self)
 
 
 def saved_for_backward(exclude: Iterable[Tensor] = ()) -> SavedForBackward:

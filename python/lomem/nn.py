@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -61,7 +62,13 @@ class ReSiLU2(nn.Module):
 
 
 def _shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    # operator.index: any integer (numpy's too), and no float.
+    return tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (operator.index(normalized_shape),)
+
+
+def _repr(norm: MSLayerNorm | MSRMSNorm) -> str:
+    text = f"{norm.normalized_shape}, eps={norm.eps}, elementwise_affine={norm.elementwise_affine}"
+    return text if norm.output_dtype is None else text + f", output_dtype={norm.output_dtype}"
 
 
 class MSLayerNorm(nn.Module):
@@ -119,7 +126,7 @@ class MSLayerNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Arguments, for ``repr``."""
-        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+        return _repr(self) + f", bias={self.bias is not None}"
 
 
 class MSRMSNorm(nn.Module):
@@ -171,4 +178,4 @@ class MSRMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Arguments, for ``repr``."""
-        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+        return _repr(self)

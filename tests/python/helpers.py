@@ -1,5 +1,9 @@
 """What the tests share: dtypes, inputs in every layout, comparisons."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import lomem
 import torch
 import torch.nn.functional as F
@@ -11,25 +15,42 @@ SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 # Spacing at 1, twice the relative error of one rounding.
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
-# name -> op, the torch op that its forward is, its step function, the op that makes codes
+
+class Activation(NamedTuple):
+    """A step activation, in all its forms."""
+
+    op: Callable
+    torch_op: Callable  # what its forward is
+    step: reference.StepFunction
+    forward: Callable  # the op that also makes codes
+    module: Callable
+    reference: Callable
+
+
 ACTIVATIONS = {
-    "regelu2": (
+    "regelu2": Activation(
         lomem.functional.regelu2,
         F.gelu,
         reference.REGELU2,
         torch.ops.lomem.regelu2_forward.default,
+        lomem.nn.ReGELU2,
+        reference.regelu2,
     ),
-    "regelu2-tanh": (
-        lambda x: lomem.functional.regelu2(x, approximate="tanh"),
-        lambda x: F.gelu(x, approximate="tanh"),
+    "regelu2-tanh": Activation(
+        partial(lomem.functional.regelu2, approximate="tanh"),
+        partial(F.gelu, approximate="tanh"),
         reference.REGELU2,
-        lambda x: torch.ops.lomem.regelu2_forward.default(x, approximate="tanh"),
+        partial(torch.ops.lomem.regelu2_forward.default, approximate="tanh"),
+        partial(lomem.nn.ReGELU2, approximate="tanh"),
+        partial(reference.regelu2, approximate="tanh"),
     ),
-    "resilu2": (
+    "resilu2": Activation(
         lomem.functional.resilu2,
         F.silu,
         reference.RESILU2,
         torch.ops.lomem.resilu2_forward.default,
+        lomem.nn.ReSiLU2,
+        reference.resilu2,
     ),
 }
 

@@ -29,8 +29,6 @@ def test_wrong_dtype_of_input(name):
     bad = WRONG_DTYPES[name]
     for op, call in {
         "regelu2": lambda: LF.regelu2(bad),
-        "resilu2": lambda: LF.resilu2(bad),
-        "regelu2_forward": lambda: ops.regelu2_forward(bad),
         "resilu2_forward": lambda: ops.resilu2_forward(bad),
         "ms_layer_norm": lambda: LF.ms_layer_norm(bad, (8,)),
         "ms_rms_norm": lambda: LF.ms_rms_norm(bad, (8,)),
@@ -52,13 +50,26 @@ def test_wrong_dtype_of_input(name):
 
 
 def test_complex_input_with_gradient():
-    with raises(f"lomem::regelu2_forward: input has dtype complex64, {FLOATS}"):
+    with raises(f"lomem::regelu2: input has dtype complex64, {FLOATS}"):
         LF.regelu2(WRONG_DTYPES["complex64"].clone().requires_grad_())
 
 
-def test_sparse_input():
-    with raises("lomem::regelu2: input has layout Sparse, expected a dense (torch.strided) tensor"):
-        LF.regelu2(X.to_sparse())
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_other_layouts(requires_grad):
+    sparse = torch.eye(4).to_sparse().requires_grad_(requires_grad)
+    nested = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)]).requires_grad_(requires_grad)
+    for op, call in {
+        "regelu2": LF.regelu2,
+        "resilu2": LF.resilu2,
+        "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (4,)),
+        "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (4,)),
+    }.items():
+        with raises(f"lomem::{op}: input has layout Sparse, expected a dense (torch.strided) tensor"):
+            call(sparse)
+        with raises(f"lomem::{op}: input is a nested tensor, expected a dense one"):
+            call(nested)
+    with raises("lomem::ms_layer_norm: weight has layout Sparse, expected a dense (torch.strided) tensor"):
+        LF.ms_layer_norm(torch.ones(4), (4,), torch.ones(4).to_sparse())
 
 
 @pytest.mark.parametrize("approximate", ["", "Tanh", "exact"])
@@ -66,8 +77,10 @@ def test_approximate(approximate):
     message = f"approximate is '{approximate}', expected 'none' or 'tanh'"
     with raises(f"lomem::regelu2: {message}", ValueError):
         LF.regelu2(X, approximate)
-    with raises(f"lomem::regelu2_forward: {message}", ValueError):
+    with raises(f"lomem::regelu2: {message}", ValueError):
         LF.regelu2(X.clone().requires_grad_(), approximate)
+    with raises(f"lomem::regelu2_forward: {message}", ValueError):
+        ops.regelu2_forward(X, approximate=approximate)
     with raises(f"lomem.nn.ReGELU2: {message}", ValueError):
         lomem.nn.ReGELU2(approximate)
 
@@ -114,7 +127,7 @@ class TestNorms:
     def test_normalized_shape(self, op, shape):
         want = f"input has shape [4, 8], expected one that ends with normalized_shape {list(shape)}"
         for x in (X, X.to("meta"), X.clone().requires_grad_()):
-            with pytest.raises(RuntimeError, match=re.escape(want)):
+            with raises(f"lomem::{op.__name__}: {want}"):
                 op(x, shape)
 
     def test_empty_normalized_shape(self, op):

@@ -3,6 +3,7 @@
 import itertools
 
 import lomem
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -250,16 +251,38 @@ def test_bias_alone(norm, device):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_zero_weights(norm, device):
+@pytest.mark.parametrize(
+    ("output_dtype", "weight", "smallest"),
+    [
+        (torch.float32, 0.0, "1.17549e-38"),
+        (torch.float64, 0.0, "2.22507e-308"),
+        (torch.bfloat16, 1e-39, "1.17549e-38"),
+        (torch.float16, 6e-5, "6.10352e-05"),
+        (torch.float16, -1e-7, "6.10352e-05"),
+    ],
+)
+def test_weights_too_small_to_divide_by(norm, output_dtype, weight, smallest, device):
     x = torch.randn(4, 6, device=device)
-    weight = torch.ones(6, device=device)
-    weight[3] = 0
+    w = torch.ones(6, dtype=torch.float64, device=device)
+    w[3] = weight
     # Without gradient there is nothing to recover.
-    want = norm.torch_op(x, (6,), weight, eps=1e-5)
-    torch.testing.assert_close(norm.op(x, (6,), weight, eps=1e-5), want, rtol=1e-6, atol=1e-6)
+    got = norm.op(x, (6,), w, eps=1e-5, dtype=output_dtype)
+    assert_within_one_rounding(got, norm.torch_op(x.double(), (6,), w, eps=1e-5))
     if device.type == "cpu":
-        with pytest.raises(ValueError, match="weight is 0 at element 3, expected no zeros"):
-            norm.op(x.requires_grad_(), (6,), weight, eps=1e-5)
+        message = rf"lomem::ms_\w+_norm: weight is {weight:g} at element 3, expected magnitudes of at least {smallest}"
+        with pytest.raises(ValueError, match=message.replace("+", r"\+").replace(r"\w\+", r"\w+")):
+            norm.op(x.requires_grad_(), (6,), w, eps=1e-5, dtype=output_dtype)
+
+
+def test_gradients_of_the_smallest_float16_weights(norm, device):
+    # At the limit: about half of the outputs are subnormal, and still good to a percent.
+    x = torch.randn(64, 64, device=device)
+    results = []
+    for op, dtype in ((norm.op, torch.float16), (norm.torch_op, None)):
+        w = torch.full((64,), 2.0**-14, device=device, requires_grad=True)
+        y = op(x, (64,), w, eps=1e-5, **({"dtype": dtype} if dtype else {}))
+        results.append(torch.autograd.grad(y.double().sum(), w)[0])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-2, atol=1e-2 * results[1].abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -307,7 +330,9 @@ def test_modules(norm, device):
     assert ours(8, output_dtype=torch.float16)(x).dtype == torch.float16
     if layer:
         assert ours(8, elementwise_affine=True, bias=False).bias is None
-    assert "(8,)" in repr(ours(8))
+    assert repr(ours(8)).startswith(f"{ours.__name__}((8,), eps=")
+    assert "output_dtype=torch.float16" in repr(ours(8, output_dtype=torch.float16))
+    assert ours(np.int64(8)).normalized_shape == (8,)
 
 
 def test_names_of_lowmemorybp(norm, device):

@@ -89,6 +89,17 @@ def test_demo_without_its_packages_is_one_sentence():
     )
 
 
+@pytest.mark.parametrize(
+    ("path", "wanted"), [("/nonexistent/a.png", "in a folder that exists"), ("a.doc", "that ends in one of")]
+)
+def test_demo_checks_the_plot_before_it_trains(path, wanted):
+    result = run(sys.executable, "-m", "lomem", "demo", "--epochs", "100000", "--plot", path)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"lomem demo: --plot is {path}, expected a file")
+    assert wanted in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def test_demo_models_start_equal_and_save_less():
     from lomem import demo
 
@@ -110,11 +121,27 @@ def test_torch_is_found_without_importing_it():
 
 
 def test_no_torch_is_one_sentence(tmp_path):
-    """Metadata of a build in an environment without torch: what pip shows."""
+    """In an environment without torch: what CMake's script says, and what the build backend shows."""
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty")
-    result = run(tmp_path / "empty/bin/python", ROOT / "cmake/lomem_torch.py")
-    assert result.returncode == 1
-    assert re.fullmatch(r"lomem: no torch in reach of \S+: install torch .*\n", result.stderr)
+    metadata_hook = "import sys; sys.path.insert(0, 'cmake'); import lomem_torch; lomem_torch.dynamic_metadata({}, {})"
+    for command in (["cmake/lomem_torch.py"], ["-c", metadata_hook]):
+        result = run(tmp_path / "empty/bin/python", *command, cwd=ROOT)
+        assert result.returncode == 1
+        assert re.fullmatch(r"lomem: no torch in reach of \S+: install torch .*\n", result.stderr)
+
+
+def test_requirements_of_wheel_and_source_distribution():
+    sys.path.insert(0, str(ROOT / "cmake"))
+    try:
+        import lomem_torch
+    finally:
+        sys.path.pop(0)
+    assert lomem_torch.dynamic_metadata({}, {}) == {"dependencies": [f"torch=={MINOR}.*"]}
+    # Its wheels will differ from it, and from each other.
+    assert lomem_torch.dynamic_wheel({}) == {"dependencies": True}
+    lomem_torch.build_state("sdist")
+    assert lomem_torch.dynamic_metadata({}, {}) == {"dependencies": ["torch>=2.11"]}
+    lomem_torch.build_state("wheel")
 
 
 def code_blocks(language):

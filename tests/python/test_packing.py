@@ -60,7 +60,10 @@ def test_any_shape_and_strides(device):
 def test_codes_that_do_not_fit_are_refused(bits, position):
     codes = torch.zeros(100_000, dtype=torch.uint8)
     codes[position] = 2**bits
-    with pytest.raises(ValueError, match=rf"lomem::pack_bits: codes has values of more than {bits} bits"):
+    with pytest.raises(
+        ValueError,
+        match=f"lomem::pack_bits: codes has the value {2**bits}, expected at most {2**bits - 1} for {bits} bits",
+    ):
         lomem.functional.pack_bits(codes, bits)
 
 

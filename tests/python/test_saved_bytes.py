@@ -1,5 +1,9 @@
 """What is kept for the backward pass, in bytes and shared storages."""
 
+import gc
+import weakref
+from functools import partial
+
 import lomem
 import pytest
 import torch
@@ -11,7 +15,7 @@ from torch import nn
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_activation_keeps_two_bits_an_element(name, dtype, device):
-    op = ACTIVATIONS[name][0]
+    op = ACTIVATIONS[name].op
     for n in [*range(10), 1000, 1001, 1002, 1003]:
         x = torch.randn(n, device=device).to(dtype).requires_grad_()
         with saved_for_backward() as saved:
@@ -25,7 +29,7 @@ def test_an_activation_keeps_two_bits_an_element(name, dtype, device):
 def test_an_activation_keeps_two_bits_an_element_in_every_layout(name, layout, device):
     x = make_input(layout, torch.float32, device).requires_grad_()
     with saved_for_backward() as saved:
-        ACTIVATIONS[name][0](x)
+        ACTIVATIONS[name].op(x)
     assert (saved.nbytes, saved.tensors) == ((x.numel() + 3) // 4, 1)
 
 
@@ -43,9 +47,13 @@ def test_a_norm_keeps_its_output_and_one_float_a_row(make, affine, dtype, device
     assert len(saved.storages) == 2
 
 
-@pytest.mark.parametrize("make", [lomem.nn.MSLayerNorm, lomem.nn.MSRMSNorm, lomem.nn.ReGELU2, lomem.nn.ReSiLU2])
+@pytest.mark.parametrize(
+    "make",
+    [partial(lomem.nn.MSLayerNorm, 8), partial(lomem.nn.MSRMSNorm, 8), *(a.module for a in ACTIVATIONS.values())],
+    ids=["layer", "rms", *ACTIVATIONS],
+)
 def test_nothing_is_kept_without_gradient(make, device):
-    module = make() if make in (lomem.nn.ReGELU2, lomem.nn.ReSiLU2) else make(8)
+    module = make()
     x = torch.randn(4, 8, device=device)
     with saved_for_backward() as saved:
         module(x)
@@ -179,3 +187,39 @@ def test_saved_for_backward_counts_storages_once(device):
     with saved_for_backward([x]) as saved:
         x.sin()
     assert (saved.nbytes, saved.tensors) == (0, 0)
+
+
+def test_saved_for_backward_nests_and_frees(device):
+    x = torch.randn(8, device=device, requires_grad=True)
+    with saved_for_backward() as outer:
+        lomem.functional.regelu2(x)
+        with saved_for_backward() as inner:
+            lomem.functional.regelu2(x)
+        lomem.functional.regelu2(x)
+    assert (outer.nbytes, inner.nbytes) == (6, 2)
+    failed = saved_for_backward()
+    with pytest.raises(RuntimeError, match="normalized_shape"), failed:
+        lomem.functional.ms_layer_norm(lomem.functional.regelu2(x), (7,))
+    assert failed.nbytes == 2
+    lomem.functional.regelu2(x)
+    assert (outer.nbytes, failed.nbytes) == (6, 2)
+    # Without the garbage collector: no reference cycle holds the storages.
+    gc.disable()
+    try:
+        reference = weakref.ref(outer)
+        del outer
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_saved_for_backward_counts_sparse_tensors(device):
+    sparse = torch.eye(4, device=device).to_sparse()
+    dense = torch.randn(4, 3, device=device, requires_grad=True)
+    with saved_for_backward([dense]) as saved:
+        torch.sparse.mm(sparse, dense)
+    # 4 values of 4 bytes and 2 x 4 indices of 8.
+    assert saved.nbytes == 4 * 4 + 8 * 8
+    with saved_for_backward([sparse, dense]) as saved:
+        torch.sparse.mm(sparse, dense)
+    assert saved.nbytes == 0

@@ -26,7 +26,7 @@ def expected_gradient(x, grad, step):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_forward_every_size(name, dtype, requires_grad, device):
-    op, torch_op, _, _ = ACTIVATIONS[name]
+    op, torch_op, _, _, *_ = ACTIVATIONS[name]
     for n in range(131):
         x = (torch.randn(n, device=device) * 4).to(dtype)
         assert same_bits(op(x.clone().requires_grad_(requires_grad)).detach(), torch_op(x)), n
@@ -36,7 +36,7 @@ def test_forward_every_size(name, dtype, requires_grad, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_forward_every_layout(name, dtype, layout, requires_grad, device):
-    op, torch_op, _, _ = ACTIVATIONS[name]
+    op, torch_op, _, _, *_ = ACTIVATIONS[name]
     x = make_input(layout, dtype, device)
     assert same_bits(op(x.detach().requires_grad_(requires_grad)).detach(), torch_op(x))
 
@@ -44,7 +44,7 @@ def test_forward_every_layout(name, dtype, layout, requires_grad, device):
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_forward_every_pattern(name, dtype, requires_grad, device):
-    op, torch_op, _, _ = ACTIVATIONS[name]
+    op, torch_op, _, _, *_ = ACTIVATIONS[name]
     x = all_patterns(dtype, device)
     assert same_bits(op(x.clone().requires_grad_(requires_grad)).detach(), torch_op(x))
 
@@ -52,7 +52,7 @@ def test_forward_every_pattern(name, dtype, requires_grad, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_and_codes_across_threads(name, dtype, device):
     # torch's float16 GELU depends on how the range is split over threads: the split must be torch's.
-    op, torch_op, step, forward = ACTIVATIONS[name]
+    op, torch_op, step, forward, *_ = ACTIVATIONS[name]
     x = (torch.randn(1_000_003, device=device) * 4).to(dtype)
     assert same_bits(op(x.clone().requires_grad_()).detach(), torch_op(x))
     output, codes = forward(x)
@@ -63,7 +63,7 @@ def test_forward_and_codes_across_threads(name, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_codes_follow_the_memory_order_of_the_output(name, dtype, layout, device):
-    _, _, step, forward = ACTIVATIONS[name]
+    _, _, step, forward, *_ = ACTIVATIONS[name]
     x = make_input(layout, dtype, device)
     output, codes = forward(x)
     dense = torch.empty_like(output).copy_(x)
@@ -75,14 +75,14 @@ def test_codes_follow_the_memory_order_of_the_output(name, dtype, layout, device
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_codes_of_every_pattern(name, dtype, device):
-    _, _, step, forward = ACTIVATIONS[name]
+    _, _, step, forward, *_ = ACTIVATIONS[name]
     x = all_patterns(dtype, device)
     assert torch.equal(forward(x)[1], reference.pack_bits(reference.step_codes(x, step), 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_values(name, dtype, device):
-    _, _, step, forward = ACTIVATIONS[name]
+    _, _, step, forward, *_ = ACTIVATIONS[name]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     inf = torch.tensor(float("inf"))
     values, want = [float("nan"), float("inf"), -float("inf")], [0, 3, 0]
@@ -97,7 +97,7 @@ def test_special_values(name, dtype, device):
 
 
 def test_padding_bits_are_zero(name, device):
-    _, _, _, forward = ACTIVATIONS[name]
+    _, _, _, forward, *_ = ACTIVATIONS[name]
     for n in range(1, 40):
         x = torch.full((n,), 100.0, device=device)  # code 3 everywhere
         codes = forward(x)[1]
@@ -108,7 +108,7 @@ def test_padding_bits_are_zero(name, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_every_layout(name, dtype, layout, device):
-    op, _, step, _ = ACTIVATIONS[name]
+    op, _, step, _, *_ = ACTIVATIONS[name]
     x = make_input(layout, dtype, device)
     grads = {
         "row-major": torch.randn(x.shape, dtype=torch.float64, device=device).to(dtype),
@@ -132,7 +132,7 @@ def test_gradient_every_layout(name, dtype, layout, device):
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_gradient_every_pattern(name, dtype, device):
-    op, _, step, _ = ACTIVATIONS[name]
+    op, _, step, _, *_ = ACTIVATIONS[name]
     x = all_patterns(dtype, device)
     grad = x.flip(0)
     leaf = x.clone().requires_grad_()
@@ -143,7 +143,7 @@ def test_gradient_every_pattern(name, dtype, device):
 
 
 def test_gradient_is_that_of_the_sum_of_relus(name, device):
-    op, _, step, _ = ACTIVATIONS[name]
+    op, _, step, _, *_ = ACTIVATIONS[name]
     x = (torch.randn(10_000, dtype=torch.float64, device=device) * 4).requires_grad_()
     grad = torch.randn_like(x)
     (got,) = torch.autograd.grad(op(x), x, grad)
@@ -155,7 +155,7 @@ def test_gradient_is_that_of_the_sum_of_relus(name, device):
 def test_gradient_approximates_the_exact_one(name, device):
     # What the approximation is worth: in the mean over a standard normal input it is unbiased to
     # a percent, and correlates with the exact derivative.
-    op, torch_op, _, _ = ACTIVATIONS[name]
+    op, torch_op, _, _, *_ = ACTIVATIONS[name]
     x = torch.linspace(-8, 8, 100_001, dtype=torch.float64, device=device).requires_grad_()
     (approximate,) = torch.autograd.grad(op(x).sum(), x)
     (exact,) = torch.autograd.grad(torch_op(x).sum(), x)
@@ -170,7 +170,7 @@ def test_gradient_approximates_the_exact_one(name, device):
     dtype=st.sampled_from(DTYPES),
 )
 def test_random_views(name, shape, seed, steps, dtype):
-    op, torch_op, step, _ = ACTIVATIONS[name]
+    op, torch_op, step, _, *_ = ACTIVATIONS[name]
     generator = torch.Generator().manual_seed(seed)
     base = (torch.randn([2 * s for s in shape], generator=generator) * 4).to(dtype)
     order = torch.randperm(len(shape), generator=generator).tolist()
@@ -184,32 +184,29 @@ def test_random_views(name, shape, seed, steps, dtype):
 
 
 def test_modules(name, device):
-    op = ACTIVATIONS[name][0]
-    module = {
-        "regelu2": lomem.nn.ReGELU2(),
-        "regelu2-tanh": lomem.nn.ReGELU2(approximate="tanh"),
-        "resilu2": lomem.nn.ReSiLU2(),
-    }[name]
+    module = ACTIVATIONS[name].module()
     x = torch.randn(4, 5, device=device)
-    assert same_bits(module(x), op(x))
+    assert same_bits(module(x), ACTIVATIONS[name].op(x))
     assert not list(module.parameters())
     assert not module.state_dict()
 
 
 def test_reference_agrees(name, device):
-    op = ACTIVATIONS[name][0]
-    other = {
-        "regelu2": reference.regelu2,
-        "regelu2-tanh": lambda x: reference.regelu2(x, approximate="tanh"),
-        "resilu2": reference.resilu2,
-    }[name]
     for dtype in DTYPES:
         x = (torch.randn(777, device=device) * 4).to(dtype)
         results = []
-        for f in (op, other):
+        for f in (ACTIVATIONS[name].op, ACTIVATIONS[name].reference):
             leaf = x.clone().requires_grad_()
             y = f(leaf)
             y.backward(torch.ones_like(y))
             results.append((y.detach(), leaf.grad))
         assert same_bits(results[0][0], results[1][0])
         assert same_bits(results[0][1], results[1][1])
+
+
+def test_wrong_dtypes(name):
+    for dtype in (torch.int32, torch.uint8, torch.bool, torch.complex64):
+        x = torch.ones(4, dtype=dtype)
+        for op in (ACTIVATIONS[name].op, ACTIVATIONS[name].forward):
+            with pytest.raises(RuntimeError, match=r"^lomem::\w+: input has dtype \w+, expected float64, float32"):
+                op(x)

@@ -139,6 +139,33 @@ def test_compile_keeps_layouts(op, device):
             torch.testing.assert_close(results[0], results[1])
 
 
+def test_compile_with_sizes_that_depend_on_data(device):
+    def f(x, mask):
+        rows = x[mask]
+        return LF.regelu2(rows.t()).sum() + LF.ms_layer_norm(rows, (16,)).square().sum() + LF.resilu2(rows).sum()
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(f, fullgraph=True)
+        for count in (5, 2, 8):
+            x = torch.randn(8, 16, device=device, requires_grad=True)
+            mask = torch.arange(8, device=device) < count
+            (got,) = torch.autograd.grad(compiled(x, mask), x)
+            (want,) = torch.autograd.grad(f(x, mask), x)
+            torch.testing.assert_close(got, want)
+
+
+def test_compile_unpacked_mask(device):
+    x = torch.randn(8, 16, device=device)
+    packed = LF.pack_bool_to_uint8(x > 0)
+
+    def f(x, packed):
+        mask = LF.unpack_uint8_to_bool(packed, x.shape)
+        return x * mask, torch.where(mask, x, 0.0)
+
+    for got in torch.compile(f, fullgraph=True)(x, packed):
+        assert torch.equal(got, F.relu(x))
+
+
 def test_compile_under_autocast(device):
     net = Net().to(device)
     x = torch.randn(4, 6, device=device)

@@ -83,8 +83,8 @@ LOMEM_API void norm_backward(
 extern template void norm_backward<Norm::layer>(const NormBackward&, std::int64_t, std::int64_t, double*, double*);
 extern template void norm_backward<Norm::rms>(const NormBackward&, std::int64_t, std::int64_t, double*, double*);
 
-/// Index of the first zero of an array of n elements, or -1.
-LOMEM_API std::int64_t find_zero(const Array& array, std::int64_t n);
+/// Index of the first of n elements that is below `magnitude` in absolute value, or -1.
+LOMEM_API std::int64_t find_below(const Array& array, std::int64_t n, double magnitude);
 
 /// Rounds n doubles into target[offset, offset + n).
 LOMEM_API void store(const double* values, std::int64_t n, MutableArray target, std::int64_t offset);

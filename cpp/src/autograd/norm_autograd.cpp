@@ -79,6 +79,7 @@ at::Tensor ms_layer_norm_autograd(
     const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
     const OptionalTensor& bias, double eps, OptionalDtype dtype) {
   constexpr const char* op = "lomem::ms_layer_norm";
+  check_norm_forward(op, input, normalized_shape, weight, bias, eps, dtype);
   check_no_tangent(op, "input", input);
   check_no_tangent(op, "weight", weight);
   check_no_tangent(op, "bias", bias);
@@ -93,6 +94,7 @@ at::Tensor ms_rms_norm_autograd(
     const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
     std::optional<double> eps, OptionalDtype dtype) {
   constexpr const char* op = "lomem::ms_rms_norm";
+  check_norm_forward(op, input, normalized_shape, weight, std::nullopt, eps, dtype);
   check_no_tangent(op, "input", input);
   check_no_tangent(op, "weight", weight);
   if (needs_grad(input, weight)) {

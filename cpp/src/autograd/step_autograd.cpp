@@ -10,7 +10,9 @@ namespace {
 
 /// The permutation that makes a dense tensor row-major, or nothing where it is already.
 std::vector<int64_t> memory_order(const at::Tensor& dense) {
-  if (dense.is_contiguous()) {
+  // Sizes may be symbolic and depend on data. Where they leave it open whether the tensor is
+  // row-major, the strides are sorted: the order that comes out is right either way.
+  if (dense.is_contiguous_or_false()) {
     return {};
   }
   const auto strides = dense.sym_strides();
@@ -61,6 +63,8 @@ struct StepActivation : torch::autograd::Function<StepActivation<Op>> {
 
 template <class Op, class... Args>
 at::Tensor step_activation_autograd(const at::Tensor& input, Args... args) {
+  check_float_tensor(Op::name, "input", input);
+  Op::check(Op::name, args...);
   check_no_tangent(Op::name, "input", input);
   if (needs_grad(input)) {
     return StepActivation<Op>::apply(input, args...);

@@ -1,4 +1,5 @@
 // Norms on the CPU.
+#include <ATen/TensorIndexing.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -62,18 +63,23 @@ std::tuple<at::Tensor, at::Tensor> norm_forward_cpu(
   return {output, rstd};
 }
 
-/// The backward pass divides by weight. Refused here, before memory is spent on it: a clamped
-/// weight would give wrong gradients.
-void check_recoverable(const char* op, const OptionalTensor& weight) {
+/// The backward pass recovers the normalised input by dividing the saved output by weight. Where
+/// weight is 0, or so small that the output is mostly subnormal, that is refused: a clamped weight
+/// would give wrong gradients.
+void check_recoverable(const char* op, const OptionalTensor& weight, const at::Tensor& output) {
   if (!has_tensor(weight)) {
     return;
   }
   const at::Tensor gamma = weight->contiguous();
-  const int64_t zero = cpu::find_zero(array(gamma), gamma.numel());
-  TORCH_CHECK_VALUE(
-      zero < 0, op, ": weight is 0 at element ", zero,
-      ", expected no zeros: the backward pass recovers the normalised input by dividing by weight (use torch's "
-      "norm for this layer)");
+  const double smallest = smallest_normal(to_dtype(output.scalar_type()));
+  const int64_t index = cpu::find_below(array(gamma), gamma.numel(), smallest);
+  if (index >= 0) {
+    TORCH_CHECK_VALUE(
+        false, op, ": weight is ", gamma.flatten()[index].item<double>(), " at element ", index,
+        ", expected magnitudes of at least ", smallest,
+        ", the smallest normal number of the output's dtype: the "
+        "backward pass divides by weight (use torch's norm for this layer)");
+  }
 }
 
 template <Norm norm>
@@ -155,9 +161,9 @@ at::Tensor ms_layer_norm_cpu(
 std::tuple<at::Tensor, at::Tensor> ms_layer_norm_forward_cpu(
     const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight, const OptionalTensor& bias,
     double eps, OptionalDtype dtype) {
-  constexpr const char* op = "lomem::ms_layer_norm_forward";
-  auto result = norm_forward_cpu<Norm::layer>(op, input, normalized_shape, weight, bias, eps, dtype);
-  check_recoverable(op, weight);
+  auto result =
+      norm_forward_cpu<Norm::layer>("lomem::ms_layer_norm_forward", input, normalized_shape, weight, bias, eps, dtype);
+  check_recoverable("lomem::ms_layer_norm", weight, std::get<0>(result));
   return result;
 }
 
@@ -180,9 +186,9 @@ at::Tensor ms_rms_norm_cpu(
 std::tuple<at::Tensor, at::Tensor> ms_rms_norm_forward_cpu(
     const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight, std::optional<double> eps,
     OptionalDtype dtype) {
-  constexpr const char* op = "lomem::ms_rms_norm_forward";
-  auto result = norm_forward_cpu<Norm::rms>(op, input, normalized_shape, weight, std::nullopt, eps, dtype);
-  check_recoverable(op, weight);
+  auto result = norm_forward_cpu<Norm::rms>(
+      "lomem::ms_rms_norm_forward", input, normalized_shape, weight, std::nullopt, eps, dtype);
+  check_recoverable("lomem::ms_rms_norm", weight, std::get<0>(result));
   return result;
 }
 

@@ -4,6 +4,7 @@
 #include <lomem/kernels.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "dtype_dispatch.h"
 
@@ -85,12 +86,12 @@ void store(const double* values, std::int64_t n, MutableArray target, std::int64
     using T = typename decltype(element)::type;
     T* destination = static_cast<T*>(target.data) + offset;
     for (std::int64_t j = 0; j < n; ++j) {
-      destination[j] = from_compute<T>(static_cast<compute_t<T>>(values[j]));
+      destination[j] = from_double<T>(values[j]);
     }
   });
 }
 
-std::int64_t find_zero(const Array& array, std::int64_t n) {
+std::int64_t find_below(const Array& array, std::int64_t n, double magnitude) {
   std::int64_t found = -1;
   Tile tile;
   for_each_tile(n, [&](std::int64_t offset, int count) {
@@ -98,8 +99,9 @@ std::int64_t find_zero(const Array& array, std::int64_t n) {
       return;
     }
     load(array, offset, count, tile);
-    const double* zero = std::find(tile.values, tile.values + count, 0.0);
-    found = zero == tile.values + count ? -1 : offset + (zero - tile.values);
+    const double* small =
+        std::find_if(tile.values, tile.values + count, [&](double x) { return std::fabs(x) < magnitude; });
+    found = small == tile.values + count ? -1 : offset + (small - tile.values);
   });
   return found;
 }

@@ -1,5 +1,6 @@
 // Packing on the CPU.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/max.h>
 #include <lomem/kernels.h>
 #include <torch/library.h>
 
@@ -26,9 +27,11 @@ at::Tensor pack_bits_cpu(const at::Tensor& codes, int64_t bits) {
   parallel_over_elements(n, group_size, [&](int64_t begin, int64_t end) {
     any |= cpu::pack_bits(in + begin, end - begin, width, out + begin / group_size * width);
   });
-  TORCH_CHECK_VALUE(
-      any <= max_code(width), op, ": codes has values of more than ", bits, " bits, expected values of at most ",
-      static_cast<int>(max_code(width)));
+  if (any > max_code(width)) {
+    TORCH_CHECK_VALUE(
+        false, op, ": codes has the value ", static_cast<int>(source.max().item<uint8_t>()), ", expected at most ",
+        static_cast<int>(max_code(width)), " for ", bits, " bits");
+  }
   return packed;
 }
 

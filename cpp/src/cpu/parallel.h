@@ -3,6 +3,9 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <cstdint>
+
 #ifndef _OPENMP
 // Without it at::parallel_for compiles to a serial loop, silently.
 #error "compile the CPU ops with OpenMP"

@@ -84,6 +84,40 @@ TYPED_TEST(SixteenBit, RoundsExtremes) {
   }
 }
 
+TYPED_TEST(SixteenBit, RoundsDoublesOnce) {
+  // Around every midpoint, by less than a float can tell: two roundings would see a tie.
+  for (int pattern = 0; pattern < 65535; ++pattern) {
+    const double low = oracle::decode(static_cast<std::uint16_t>(pattern), this->format);
+    const double high = oracle::decode(static_cast<std::uint16_t>(pattern + 1), this->format);
+    if (!std::isfinite(low) || !std::isfinite(high)) {
+      continue;
+    }
+    const double midpoint = (low + high) / 2;
+    for (const double x :
+         {low, midpoint, midpoint * (1 - 1e-12), midpoint * (1 + 1e-12), midpoint * (1 - 1e-4),
+          midpoint * (1 + 1e-4)}) {
+      EXPECT_EQ(lomem::from_double<TypeParam>(x).bits, oracle::encode(x, this->format)) << std::hexfloat << x;
+    }
+  }
+  for (const double x : {0.0, 1e-300, 1e-46, 65519.999999999, 65520.0, 3.4e38, 3.5e38, 1e300, double{INFINITY}}) {
+    EXPECT_EQ(lomem::from_double<TypeParam>(x).bits, oracle::encode(x, this->format)) << x;
+    EXPECT_EQ(lomem::from_double<TypeParam>(-x).bits, oracle::encode(-x, this->format)) << -x;
+  }
+  EXPECT_TRUE(std::isnan(lomem::to_compute(lomem::from_double<TypeParam>(double{NAN}))));
+}
+
+TEST(Dtype, RoundsDoublesToFloatAndDouble) {
+  EXPECT_EQ(lomem::from_double<float>(0.1), 0.1F);
+  EXPECT_EQ(lomem::from_double<double>(0.1), 0.1);
+}
+
+TEST(Dtype, SmallestNormals) {
+  EXPECT_EQ(lomem::smallest_normal(lomem::DType::float64), std::numeric_limits<double>::min());
+  EXPECT_EQ(lomem::smallest_normal(lomem::DType::float32), std::numeric_limits<float>::min());
+  EXPECT_EQ(lomem::smallest_normal(lomem::DType::bfloat16), oracle::decode(1 << 7, oracle::bfloat16));
+  EXPECT_EQ(lomem::smallest_normal(lomem::DType::float16), oracle::decode(1 << 10, oracle::float16));
+}
+
 TEST(Dtype, ElementSizes) {
   EXPECT_EQ(lomem::element_size(lomem::DType::float64), sizeof(double));
   EXPECT_EQ(lomem::element_size(lomem::DType::float32), sizeof(float));

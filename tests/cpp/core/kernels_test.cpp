@@ -130,15 +130,18 @@ TEST(PackingKernel, ReportsCodesThatDoNotFit) {
   EXPECT_EQ(lomem::cpu::pack_bits(codes.data(), 0, 2, packed.data()), 0);
 }
 
-TEST(FindZero, ReturnsTheFirst) {
+TEST(FindBelow, ReturnsTheFirst) {
   std::vector<float> values(3000, 1);
+  values[7] = -0.5F;
   const lomem::cpu::Array array{values.data(), DType::float32};
-  EXPECT_EQ(lomem::cpu::find_zero(array, 3000), -1);
+  EXPECT_EQ(lomem::cpu::find_below(array, 3000, 0.25), -1);
+  EXPECT_EQ(lomem::cpu::find_below(array, 3000, 0.5), -1);
   values[2999] = -0.0F;
-  EXPECT_EQ(lomem::cpu::find_zero(array, 3000), 2999);
-  values[1024] = 0;
-  EXPECT_EQ(lomem::cpu::find_zero(array, 3000), 1024);
-  EXPECT_EQ(lomem::cpu::find_zero(array, 0), -1);
+  EXPECT_EQ(lomem::cpu::find_below(array, 3000, 0.25), 2999);
+  values[1024] = 0.125F;
+  EXPECT_EQ(lomem::cpu::find_below(array, 3000, 0.25), 1024);
+  EXPECT_EQ(lomem::cpu::find_below(array, 3000, 0.75), 7);
+  EXPECT_EQ(lomem::cpu::find_below(array, 0, 0.25), -1);
 }
 
 // One row by the definition, in long double.

@@ -35,6 +35,11 @@ LOMEM_HOST_DEVICE constexpr std::size_t element_size(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
+/// Smallest normal number: below it, digits are lost.
+LOMEM_HOST_DEVICE constexpr double smallest_normal(DType dtype) {
+  return dtype == DType::float64 ? 0x1p-1022 : dtype == DType::float16 ? 0x1p-14 : 0x1p-126;
+}
+
 /// Exact upcasts.
 LOMEM_HOST_DEVICE constexpr double to_compute(double x) {
   return x;
@@ -91,6 +96,24 @@ LOMEM_HOST_DEVICE constexpr float16 from_compute<float16>(float x) {
   const std::uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   return float16{static_cast<std::uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite))};
+}
+
+/// A double rounded once to T. Through float alone, 16-bit types would be rounded twice.
+template <class T>
+LOMEM_HOST_DEVICE constexpr T from_double(double x) {
+  if constexpr (sizeof(T) >= sizeof(float)) {
+    return static_cast<T>(x);
+  } else {
+    // To float by rounding to odd: towards zero, with the last bit set where that was inexact. It
+    // then tells the second rounding on which side of a tie x lay.
+    const float nearest = static_cast<float>(x);
+    const double back = static_cast<double>(nearest);
+    const double magnitude = x < 0 ? -x : x;
+    const bool away = (back < 0 ? -back : back) > magnitude;
+    const std::uint32_t u = __builtin_bit_cast(std::uint32_t, nearest);
+    const std::uint32_t odd = (u - (away ? 1u : 0u)) | 1u;
+    return from_compute<T>(__builtin_bit_cast(float, back != x ? odd : u));
+  }
 }
 
 }  // namespace lomem

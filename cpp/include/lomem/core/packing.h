@@ -112,7 +112,8 @@ struct Bits {
   static constexpr int value = bits_;
 };
 
-/// Calls visitor(Bits<bits>{}). Precondition: bits in [1, 8].
+/// Calls visitor(Bits<bits>{}). Precondition: bits in [1, 8]. Host only: what it selects are
+/// instantiations, of kernels too.
 template <class Visitor>
 constexpr decltype(auto) visit_bits(int bits, Visitor&& visitor) {
   switch (bits) {

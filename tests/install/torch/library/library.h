@@ -1,0 +1,4 @@
+#pragma once
+
+/// Whether lomem's op gives what torch's gives.
+bool works();
