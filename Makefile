@@ -20,7 +20,7 @@ export PRE_COMMIT_HOME ?= $(CURDIR)/build/pre-commit
 # The oldest CMake that lomem says it works with: consumer projects are tested with it.
 OLDEST_CMAKE := 3.22
 
-.PHONY: help demo test install ctest pytest types asan dev lint format gtest clean FORCE
+.PHONY: help demo test install ctest pytest types asan asan-pytest dev lint format gtest clean FORCE
 
 help:
 	@sed -n '1,5p' Makefile
@@ -80,6 +80,18 @@ asan dev: $(VENV)/.tools gtest
 	$(CONFIGURE) $@
 	cmake --build --preset $@
 	ctest --preset $@ -j $(JOBS)
+
+# The ops' Python tests, with the library under the sanitizers: random arguments and random codes read and write in
+# bounds. (gcc: its run-time libraries must be loaded before Python's.)
+SANITIZERS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+library = $$($${CXX:-c++} -print-file-name=$(1))
+asan-pytest: $(VENV)/.tools
+	$(PIP) install --quiet --no-build-isolation --no-deps --upgrade --target build/asan-python \
+	  -C build-dir=build/asan-wheel -C cmake.build-type=Debug -C cmake.define.CMAKE_CXX_FLAGS="$(SANITIZERS)" .
+	PYTHONPATH=build/asan-python ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$(call library,libasan.so) $(call library,libubsan.so) $(call library,libstdc++.so.6)" \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/python/test_errors.py tests/python/test_packing.py \
+	  tests/python/test_step_backward.py tests/python/test_step_activations.py tests/python/test_norms.py
 
 lint: $(VENV)/.tools
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
