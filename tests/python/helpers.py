@@ -98,6 +98,14 @@ def in_memory_order(tensor):
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+def neighbours(tensor):
+    """The representable values next to each element: away from 0, and towards it (0 for 0)."""
+    bits = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
+    pattern = tensor.contiguous().view(bits)
+    magnitude = pattern & torch.iinfo(bits).max
+    return (pattern + 1).view(tensor.dtype), torch.where(magnitude > 0, pattern - 1, pattern).view(tensor.dtype)
+
+
 def rounding_steps(a, b):
     """Distance of two tensors of one dtype in representable values."""
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
