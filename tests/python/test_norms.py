@@ -241,10 +241,12 @@ def test_only_the_gradients_asked_for(norm, device):
 
 
 def test_bias_alone(norm, device):
-    if norm is not Layer:
-        return
     x = torch.randn(6, 10, device=device, requires_grad=True)
     bias = torch.randn(10, device=device, requires_grad=True)
+    if norm is RMS:
+        with pytest.raises(TypeError, match="bias"):
+            LF.ms_rms_norm(x, (10,), bias=bias)
+        return
     grad = torch.randn(6, 10, device=device)
     got = torch.autograd.grad(LF.ms_layer_norm(x, (10,), None, bias), (x, bias), grad)
     want = torch.autograd.grad(F.layer_norm(x, (10,), None, bias), (x, bias), grad)

@@ -141,7 +141,7 @@ def test_the_norm_output_is_shared(case, kind, affine, device):
 
     if kind == "layer":
         theirs = plain(WIDTH, elementwise_affine=affine, device=device, dtype=dtype)
-        assert activation_copies(theirs, consumers, x, autocast)[0] >= plain_copies
+        assert activation_copies(theirs, consumers, x, autocast)[0] == plain_copies
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
@@ -167,7 +167,8 @@ def test_dropout_between_breaks_the_sharing_by_its_own_copy_only(device):
     with saved_for_backward(consumers.parameters()) as saved, torch.autocast(device.type, dtype=torch.bfloat16):
         consumers(norm(x))
     unit = ROWS * WIDTH * 2
-    assert sum(s.nbytes() == unit for s in saved.storages) in (2, 3)  # the mask is bf16 on the CPU
+    # On the CPU dropout's mask has the activation's dtype, elsewhere it is bool: half a unit.
+    assert sum(s.nbytes() == unit for s in saved.storages) == (3 if device.type == "cpu" else 2)
 
 
 def test_float32_output_on_request(device):
