@@ -1,7 +1,11 @@
-# Finds torch and sets LOMEM_TORCH_VERSION (major.minor).
+# Finds torch and sets LOMEM_TORCH_VERSION (major.minor) and LOMEM_TORCH_CUDA, the version of CUDA that this torch
+# was built with, or nothing.
 #
 # A Python build takes the torch of the Python environment that will run it, and no other. A plain
 # CMake build takes the one on CMAKE_PREFIX_PATH or in Torch_DIR, else that of the Python found.
+#
+# (A CUDA build of torch adds flags for architectures of its own choice to CMAKE_CUDA_FLAGS; LomemCuda chooses.)
+set(cuda_flags_before_torch "${CMAKE_CUDA_FLAGS}")
 if(NOT SKBUILD)
   find_package(Torch CONFIG QUIET)
 endif()
@@ -38,5 +42,10 @@ foreach(target IN LISTS imported_targets)
   set_target_properties(${target} PROPERTIES IMPORTED_GLOBAL TRUE)
 endforeach()
 
+set(CMAKE_CUDA_FLAGS "${cuda_flags_before_torch}")
+set(LOMEM_TORCH_CUDA "")
+if(TARGET torch_cuda)
+  set(LOMEM_TORCH_CUDA TRUE)
+endif()
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" LOMEM_TORCH_VERSION "${Torch_VERSION}")
 message(STATUS "lomem: building against torch ${Torch_VERSION} in ${Torch_DIR}")

@@ -34,45 +34,12 @@ LOMEM_API std::uint8_t pack_bits(const std::uint8_t* codes, std::int64_t n, int 
 /// Unpacks n codes of `bits` = 1..8 bits.
 LOMEM_API void unpack_bits(const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes);
 
-/// A row-major array whose element type is known at run time.
-struct Array {
-  const void* data = nullptr;
-  DType dtype = DType::float32;
-};
-struct MutableArray {
-  void* data = nullptr;
-  DType dtype = DType::float32;
-};
-
-/// Rows of `cols` elements. `weight` and `bias` have `cols` elements, or no data where absent
-/// (RMSNorm has no bias). rstd has one element a row. Every array may have a dtype of its own.
-struct NormForward {
-  Array input;
-  Array weight;
-  Array bias;
-  MutableArray output;
-  MutableArray rstd;
-  std::int64_t cols = 0;
-  double eps = 0;
-};
-
 /// output and rstd of rows [begin, end).
 template <Norm norm>
 LOMEM_API void norm_forward(const NormForward& args, std::int64_t begin, std::int64_t end);
 
 extern template void norm_forward<Norm::layer>(const NormForward&, std::int64_t, std::int64_t);
 extern template void norm_forward<Norm::rms>(const NormForward&, std::int64_t, std::int64_t);
-
-/// `output` and `rstd` are what norm_forward wrote. No `grad_input` data: it is not computed.
-struct NormBackward {
-  Array grad_output;
-  Array output;
-  Array rstd;
-  Array weight;
-  Array bias;
-  MutableArray grad_input;
-  std::int64_t cols = 0;
-};
 
 /// grad_input of rows [begin, end). Adds the rows' share of the weight and bias gradients to
 /// grad_weight[0, cols) and grad_bias[0, cols); either may be null.

@@ -6,8 +6,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "dtype_dispatch.h"
-
 namespace lomem::cpu {
 namespace {
 
@@ -177,6 +175,7 @@ void norm_backward(
   const double cols = static_cast<double>(args.cols);
   const bool one_tile = args.cols <= tile_size;
   const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
+  const double smallest = smallest_normal(args.output.dtype);
   Tile g;
   Tile y;
   Parameters parameters;
@@ -190,7 +189,7 @@ void norm_backward(
       if (!one_tile || row == begin) {
         parameters.load(args.weight, args.bias, offset, count);
         for (int j = 0; j < count; ++j) {
-          inverse_gamma.values[j] = 1.0 / parameters.gamma[j];
+          inverse_gamma.values[j] = norm_inverse(parameters.gamma[j], smallest);
         }
       }
       for (int j = 0; j < count; ++j) {

@@ -1,8 +1,6 @@
 // Step activations on the CPU: instantiations of core/step.h.
 #include <lomem/kernels.h>
 
-#include "dtype_dispatch.h"
-
 namespace lomem::cpu {
 
 template <class Step>

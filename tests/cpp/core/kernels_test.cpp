@@ -133,7 +133,7 @@ TEST(PackingKernel, ReportsCodesThatDoNotFit) {
 TEST(FindBelow, ReturnsTheFirst) {
   std::vector<float> values(3000, 1);
   values[7] = -0.5F;
-  const lomem::cpu::Array array{values.data(), DType::float32};
+  const lomem::Array array{values.data(), DType::float32};
   EXPECT_EQ(lomem::cpu::find_below(array, 3000, 0.25), -1);
   EXPECT_EQ(lomem::cpu::find_below(array, 3000, 0.5), -1);
   values[2999] = -0.0F;
@@ -225,13 +225,13 @@ void check_norm(bool affine) {
     }
     Guarded<T> output(rows * cols, cols % 5);
     Guarded<Statistic> rstd(rows);
-    lomem::cpu::NormForward forward;
+    lomem::NormForward forward;
     forward.input = {x.data(), Element<T>::dtype};
     forward.output = {output.data(), Element<T>::dtype};
     forward.rstd = {rstd.data(), Element<Statistic>::dtype};
     if (affine) {
       forward.weight = {gamma.data(), DType::float64};
-      forward.bias = centred ? lomem::cpu::Array{beta.data(), DType::float64} : lomem::cpu::Array{};
+      forward.bias = centred ? lomem::Array{beta.data(), DType::float64} : lomem::Array{};
     }
     forward.cols = static_cast<std::int64_t>(cols);
     forward.eps = eps;
@@ -244,7 +244,7 @@ void check_norm(bool affine) {
     Guarded<double> grad_input(rows * cols);
     std::vector<double> grad_weight(cols, 0);
     std::vector<double> grad_bias(cols, 0);
-    lomem::cpu::NormBackward backward;
+    lomem::NormBackward backward;
     backward.grad_output = {grad.data(), DType::float64};
     backward.output = {output.data(), Element<T>::dtype};
     backward.rstd = {rstd.data(), Element<Statistic>::dtype};

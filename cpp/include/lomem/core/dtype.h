@@ -6,6 +6,23 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+// In device code, outside constant expressions, conversions are the hardware's: one instruction
+// where the portable form takes ten. Both round to nearest even and differ in the bits of a NaN
+// alone.
+#if defined(__CUDA_ARCH__)
+#define LOMEM_CONVERT_IN_HARDWARE(result)     \
+  if (!__builtin_is_constant_evaluated()) {   \
+    return result;                            \
+  }
+#else
+#define LOMEM_CONVERT_IN_HARDWARE(result)
+#endif
+
 namespace lomem {
 
 /// The element types that every kernel accepts.
@@ -40,6 +57,33 @@ LOMEM_HOST_DEVICE constexpr double smallest_normal(DType dtype) {
   return dtype == DType::float64 ? 0x1p-1022 : dtype == DType::float16 ? 0x1p-14 : 0x1p-126;
 }
 
+/// An element type as a value, so that a runtime dtype can select a template.
+template <class T>
+struct Type {
+  using type = T;
+};
+
+/// Calls visitor(Type<T>{}) with the element type of `dtype`. Host only, as visit_bits.
+template <class Visitor>
+constexpr decltype(auto) visit_dtype(DType dtype, Visitor&& visitor) {
+  switch (dtype) {
+    case DType::float64: return visitor(Type<double>{});
+    case DType::float32: return visitor(Type<float>{});
+    case DType::bfloat16: return visitor(Type<bfloat16>{});
+    default: return visitor(Type<float16>{});
+  }
+}
+
+/// A row-major array whose element type is known at run time.
+struct Array {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+};
+struct MutableArray {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+};
+
 /// Exact upcasts.
 LOMEM_HOST_DEVICE constexpr double to_compute(double x) {
   return x;
@@ -51,6 +95,7 @@ LOMEM_HOST_DEVICE constexpr float to_compute(bfloat16 x) {
   return __builtin_bit_cast(float, static_cast<std::uint32_t>(x.bits) << 16);
 }
 LOMEM_HOST_DEVICE constexpr float to_compute(float16 x) {
+  LOMEM_CONVERT_IN_HARDWARE(__half2float(__ushort_as_half(x.bits)))
   // Selects, not branches, so that loops vectorise; integer steps, so that flush-to-zero modes
   // cannot touch subnormal inputs.
   const std::uint32_t sign = (x.bits & 0x8000u) << 16;
@@ -76,6 +121,7 @@ LOMEM_HOST_DEVICE constexpr float from_compute<float>(float x) {
 }
 template <>
 LOMEM_HOST_DEVICE constexpr bfloat16 from_compute<bfloat16>(float x) {
+  LOMEM_CONVERT_IN_HARDWARE(bfloat16{__bfloat16_as_ushort(__float2bfloat16_rn(x))})
   const std::uint32_t u = __builtin_bit_cast(std::uint32_t, x);
   const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
@@ -83,6 +129,7 @@ LOMEM_HOST_DEVICE constexpr bfloat16 from_compute<bfloat16>(float x) {
 }
 template <>
 LOMEM_HOST_DEVICE constexpr float16 from_compute<float16>(float x) {
+  LOMEM_CONVERT_IN_HARDWARE(float16{__half_as_ushort(__float2half_rn(x))})
   const std::uint32_t u = __builtin_bit_cast(std::uint32_t, x);
   const std::uint32_t sign = (u >> 16) & 0x8000u;
   const std::uint32_t magnitude = u & 0x7fffffffu;
@@ -114,6 +161,19 @@ LOMEM_HOST_DEVICE constexpr T from_double(double x) {
     const std::uint32_t odd = (u - (away ? 1u : 0u)) | 1u;
     return from_compute<T>(__builtin_bit_cast(float, back != x ? odd : u));
   }
+}
+
+/// The largest value of a 16-bit T that is not above x. For every t of type T, t > x if and only if
+/// t > largest_not_above(x).
+template <class T>
+LOMEM_HOST_DEVICE constexpr T largest_not_above(float x) {
+  const T nearest = from_compute<T>(x);
+  if (!(to_compute(nearest) > x)) {
+    return nearest;
+  }
+  const bool negative = (nearest.bits & 0x8000u) != 0;
+  const bool zero = (nearest.bits & 0x7fffu) == 0;
+  return T{static_cast<std::uint16_t>(zero ? 0x8001u : negative ? nearest.bits + 1u : nearest.bits - 1u)};
 }
 
 }  // namespace lomem

@@ -11,8 +11,11 @@
 #pragma once
 
 #include <lomem/config.h>
+#include <lomem/core/dtype.h>
 
 #include <cmath>
+#include <cstdint>
+#include <limits>
 
 namespace lomem {
 
@@ -51,10 +54,41 @@ LOMEM_HOST_DEVICE constexpr C norm_recover(C z, C inverse_gamma, C beta) {
   return (z - beta) * inverse_gamma;
 }
 
+/// 1 / gamma for `norm_recover`, or NaN for a gamma so small that z holds no digits of y: the
+/// gradients of such a channel are then NaN, never wrong in silence. `smallest` is the smallest
+/// normal number of z's dtype.
+template <class C>
+LOMEM_HOST_DEVICE inline C norm_inverse(C gamma, C smallest) {
+  return std::fabs(gamma) < smallest ? std::numeric_limits<C>::quiet_NaN() : C(1) / gamma;
+}
+
 /// grad_x. RMSNorm passes mean_g = 0.
 template <class C>
 LOMEM_HOST_DEVICE constexpr C norm_gradient(C g, C y, C rstd, C mean_g, C mean_gy) {
   return rstd * (g - mean_g - y * mean_gy);
 }
+
+/// Rows of `cols` elements. `weight` and `bias` have `cols` elements, or no data where absent
+/// (RMSNorm has no bias). rstd has one element a row. Every array may have a dtype of its own.
+struct NormForward {
+  Array input;
+  Array weight;
+  Array bias;
+  MutableArray output;
+  MutableArray rstd;
+  std::int64_t cols = 0;
+  double eps = 0;
+};
+
+/// `output` and `rstd` are what norm_forward wrote. No `grad_input` data: it is not computed.
+struct NormBackward {
+  Array grad_output;
+  Array output;
+  Array rstd;
+  Array weight;
+  Array bias;
+  MutableArray grad_input;
+  std::int64_t cols = 0;
+};
 
 }  // namespace lomem

@@ -29,15 +29,30 @@ LOMEM_HOST_DEVICE constexpr std::uint8_t max_code(int bits) {
   return static_cast<std::uint8_t>((1u << bits) - 1u);
 }
 
-/// Packs `count` <= 8 codes; writes packed_bytes(count, bits) bytes and no other.
-/// Bits of a code above `bits` are ignored.
+/// The stream of `count` <= 8 codes, of which code 0 has the lowest bits. Bits of a code above
+/// `bits` are ignored.
 template <int bits>
-LOMEM_HOST_DEVICE constexpr void pack_group(const std::uint8_t* codes, int count, std::uint8_t* packed) {
+LOMEM_HOST_DEVICE constexpr std::uint64_t pack_word(const std::uint8_t* codes, int count = group_size) {
   static_assert(min_bits <= bits && bits <= max_bits);
   std::uint64_t word = 0;
   for (int j = 0; j < count; ++j) {
     word |= static_cast<std::uint64_t>(codes[j] & max_code(bits)) << (bits * j);
   }
+  return word;
+}
+
+/// Code j = 0..7 of such a stream.
+template <int bits>
+LOMEM_HOST_DEVICE constexpr std::uint8_t unpack_word(std::uint64_t word, int j) {
+  static_assert(min_bits <= bits && bits <= max_bits);
+  return static_cast<std::uint8_t>((word >> (bits * j)) & max_code(bits));
+}
+
+/// Packs `count` <= 8 codes; writes packed_bytes(count, bits) bytes and no other.
+/// Bits of a code above `bits` are ignored.
+template <int bits>
+LOMEM_HOST_DEVICE constexpr void pack_group(const std::uint8_t* codes, int count, std::uint8_t* packed) {
+  const std::uint64_t word = pack_word<bits>(codes, count);
   const int bytes = packed_bytes(count, bits);
   for (int b = 0; b < bytes; ++b) {
     packed[b] = static_cast<std::uint8_t>(word >> (8 * b));
@@ -57,14 +72,13 @@ LOMEM_HOST_DEVICE constexpr std::uint8_t unpack2(std::uint8_t packed, int j) {
 /// Unpacks `count` <= 8 codes; reads packed_bytes(count, bits) bytes and no other.
 template <int bits>
 LOMEM_HOST_DEVICE constexpr void unpack_group(const std::uint8_t* packed, int count, std::uint8_t* codes) {
-  static_assert(min_bits <= bits && bits <= max_bits);
   const int bytes = packed_bytes(count, bits);
   std::uint64_t word = 0;
   for (int b = 0; b < bytes; ++b) {
     word |= static_cast<std::uint64_t>(packed[b]) << (8 * b);
   }
   for (int j = 0; j < count; ++j) {
-    codes[j] = static_cast<std::uint8_t>((word >> (bits * j)) & max_code(bits));
+    codes[j] = unpack_word<bits>(word, j);
   }
 }
 

@@ -39,6 +39,11 @@ struct TwoBitStep {
         (value > static_cast<C>(Constants::c3)));
   }
 
+  /// Boundary i = 0..2.
+  LOMEM_HOST_DEVICE static constexpr double boundary(int i) {
+    return i == 0 ? Constants::c1 : i == 1 ? Constants::c2 : Constants::c3;
+  }
+
   /// Derivative on the step `code` (0..3), summed in double.
   LOMEM_HOST_DEVICE static constexpr double level(int code) {
     return (code > 0 ? Constants::a1 : 0.0) + (code > 1 ? Constants::a2 : 0.0) + (code > 2 ? Constants::a3 : 0.0);

@@ -1,0 +1,100 @@
+"""Registers, spills and stack of the CUDA kernels, as the compiler reports them.
+
+As a compiler launcher (`cuda_resources.py --record nvcc ...`), runs the compiler and keeps its report beside the
+object file. With a build folder (`cuda_resources.py build/cuda`), prints a table of every kernel and architecture and
+fails where a kernel spills registers.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+SUFFIX = ".ptxas"
+
+
+class Kernel(NamedTuple):
+    """What the compiler says of one kernel on one architecture."""
+
+    name: str
+    arch: str
+    registers: int
+    spilled_bytes: int
+
+
+def record(command: list[str]) -> int:
+    """Runs the compiler; keeps what it says of its kernels and passes the rest on."""
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    report, other = [], []
+    for line in result.stderr.splitlines(keepends=True):
+        is_report = line.startswith("ptxas info") or re.match(r"\s+\d+ bytes (stack frame|gmem|cmem)", line)
+        (report if is_report else other).append(line)
+    sys.stderr.write("".join(other))
+    if result.returncode == 0 and "-o" in command:
+        Path(command[command.index("-o") + 1] + SUFFIX).write_text("".join(report), encoding="utf-8")
+    return result.returncode
+
+
+def parse(report: str) -> Iterator[Kernel]:
+    """The kernels of one report."""
+    entry = re.compile(
+        r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'.*?"
+        r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers",
+        re.DOTALL,
+    )
+    for match in entry.finditer(report):
+        spilled = int(match["stores"]) + int(match["loads"])
+        yield Kernel(match["name"], match["arch"], int(match["registers"]), spilled)
+
+
+def readable(names: list[str]) -> list[str]:
+    """Names as C++ spells them, without the namespaces that all share."""
+    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    result = []
+    for line in text.splitlines():
+        name = re.sub(r"^void |\((?!lomem::Norm\)).*$", "", line)
+        name = name.replace("(lomem::Norm)0", "layer").replace("(lomem::Norm)1", "rms")
+        name = name.replace("lomem::cuda::", "").replace("lomem::", "")
+        result.append(re.sub(r"TwoBitStep<(\w+)Constants>", r"\1", name).replace("> >", ">>"))
+    return result
+
+
+def main(folder: Path) -> int:
+    """Prints the table; returns 1 where registers are spilled, 2 where there are no reports."""
+    kernels = [kernel for path in folder.rglob("*" + SUFFIX) for kernel in parse(path.read_text(encoding="utf-8"))]
+    if not kernels:
+        print(f"no reports under {folder}: build it with LOMEM_CUDA=ON and LOMEM_CUDA_RESOURCES=ON", file=sys.stderr)
+        return 2
+    archs = sorted({kernel.arch for kernel in kernels}, key=lambda arch: int(re.sub(r"\D", "", arch)))
+    table: dict[str, dict[str, Kernel]] = defaultdict(dict)
+    for kernel in kernels:
+        table[kernel.name][kernel.arch] = kernel
+    names = readable(list(table))
+    width = max(map(len, names))
+    print("registers a thread; +n: bytes spilled")
+    print(f"{'kernel':<{width}}" + "".join(f"{arch:>8}" for arch in archs))
+    for name, row in sorted(zip(names, table.values(), strict=True), key=lambda pair: pair[0]):
+        cells = []
+        for arch in archs:
+            kernel = row.get(arch)
+            cells.append(
+                "-" if kernel is None else f"{kernel.registers}" + f"+{kernel.spilled_bytes}" * (kernel.spilled_bytes > 0)
+            )
+        print(f"{name:<{width}}" + "".join(f"{cell:>8}" for cell in cells))
+    spills = [kernel for kernel in kernels if kernel.spilled_bytes]
+    print(f"{len(table)} kernels, {len(archs)} architectures, {len(spills)} with spills")
+    return 1 if spills else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--record"]:
+        sys.exit(record(sys.argv[2:]))
+    if len(sys.argv) != 2:
+        sys.exit("usage: cuda_resources.py BUILD_FOLDER")
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,44 @@
+// Activation functions, as torch's CUDA kernels evaluate them: the same operations in the same
+// order and type, so that a kernel that computes them beside something else returns the same bits.
+// (ATen evaluates 16-bit inputs in float32. Its CPU kernels use other formulas: on the CPU the
+// torch op itself is called.)
+#pragma once
+
+#include <lomem/config.h>
+
+#include <cmath>
+
+namespace lomem {
+
+/// x * Phi(x), Phi the standard normal distribution function.
+struct GELU {
+  template <class C>
+  LOMEM_HOST_DEVICE static C value(C x) {
+    constexpr C sqrt_half = C(0.70710678118654752440);
+    return x * C(0.5) * (C(1) + std::erf(x * sqrt_half));
+  }
+};
+
+/// GELU with a tanh in place of erf (approximate="tanh").
+struct GELUTanh {
+  template <class C>
+  LOMEM_HOST_DEVICE static C value(C x) {
+    constexpr double sqrt_2 = 1.41421356237309504880;
+    constexpr double two_over_sqrt_pi = 1.12837916709551257390;
+    constexpr C beta = C(sqrt_2 * two_over_sqrt_pi * 0.5);
+    constexpr C kappa = C(0.044715);
+    const C cube = x * x * x;
+    const C inner = beta * (x + kappa * cube);
+    return C(0.5) * x * (C(1) + std::tanh(inner));
+  }
+};
+
+/// x * sigmoid(x).
+struct SiLU {
+  template <class C>
+  LOMEM_HOST_DEVICE static C value(C x) {
+    return x / (C(1) + std::exp(-x));
+  }
+};
+
+}  // namespace lomem

@@ -1,0 +1,77 @@
+// CUDA kernels on plain device pointers: no torch types, no allocation. Each call enqueues work on
+// `stream`, of the current device, and returns without waiting for it.
+#pragma once
+
+#include <lomem/config.h>
+#include <lomem/core/activation.h>
+#include <lomem/core/dtype.h>
+#include <lomem/core/norm.h>
+#include <lomem/core/step.h>
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace lomem::cuda {
+
+/// Architectures that the kernels were compiled for, as CMake writes them: "75-real;90-real;120".
+LOMEM_API const char* compiled_archs();
+
+/// output = Function(input) and the codes of Step, packed, of n elements. Function and Step: GELU or
+/// GELUTanh with ReGELU2, SiLU with ReSiLU2.
+template <class Function, class Step>
+LOMEM_API cudaError_t step_forward(
+    DType dtype, const void* input, std::int64_t n, void* output, std::uint8_t* codes, cudaStream_t stream);
+
+extern template cudaError_t step_forward<GELU, ReGELU2>(
+    DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+extern template cudaError_t step_forward<GELUTanh, ReGELU2>(
+    DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+extern template cudaError_t step_forward<SiLU, ReSiLU2>(
+    DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+
+/// grad_input[i] = grad_output[i] * levels[code i] for i in [0, n). `levels`, on the host, has
+/// 2^bits entries, of which each is rounded once to the arithmetic type of `dtype`. bits = 1..8.
+LOMEM_API cudaError_t step_backward(
+    DType dtype, const void* grad_output, const std::uint8_t* codes, const double* levels, int bits, std::int64_t n,
+    void* grad_input, cudaStream_t stream);
+
+/// Packs n codes of `bits` = 1..8 bits. A code that does not fit stops the kernel with a
+/// device-side assertion.
+LOMEM_API cudaError_t pack_bits(
+    const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed, cudaStream_t stream);
+
+/// Unpacks n codes of `bits` = 1..8 bits.
+LOMEM_API cudaError_t unpack_bits(
+    const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes, cudaStream_t stream);
+
+/// output and rstd of `rows` rows.
+template <Norm norm>
+LOMEM_API cudaError_t norm_forward(const NormForward& args, std::int64_t rows, cudaStream_t stream);
+
+extern template cudaError_t norm_forward<Norm::layer>(const NormForward&, std::int64_t, cudaStream_t);
+extern template cudaError_t norm_forward<Norm::rms>(const NormForward&, std::int64_t, cudaStream_t);
+
+/// Gradients of weight and bias; without data where they are not needed. `workspace`, on the
+/// device, has norm_backward_workspace() bytes, aligned to 16.
+struct NormParameterGradients {
+  MutableArray grad_weight;
+  MutableArray grad_bias;
+  void* workspace = nullptr;
+};
+
+/// Bytes of workspace that norm_backward needs on the current device.
+LOMEM_API std::int64_t norm_backward_workspace(
+    const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters);
+
+/// grad_input of `rows` rows, and the gradients of weight and bias.
+template <Norm norm>
+LOMEM_API cudaError_t norm_backward(
+    const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters, cudaStream_t stream);
+
+extern template cudaError_t norm_backward<Norm::layer>(
+    const NormBackward&, std::int64_t, const NormParameterGradients&, cudaStream_t);
+extern template cudaError_t norm_backward<Norm::rms>(
+    const NormBackward&, std::int64_t, const NormParameterGradients&, cudaStream_t);
+
+}  // namespace lomem::cuda

@@ -1,0 +1,537 @@
+// Norms: bodies of CUDA kernels, for groups of threads that work on a row together.
+//
+// The body of a row is written once, as phases between which the group adds up what its threads
+// found. On the device a group is a warp or a block, each thread runs the phases with the state in
+// its registers, and sums go through shuffles and shared memory. On the host, for tests, one
+// thread runs each phase for all threads of the group.
+//
+// Arithmetic is in C: float, or double where any array is float64. dtypes of the arrays are run-time
+// values: the branch on them is the same for a whole grid and costs little beside memory, and one
+// kernel serves every mix of dtypes.
+#pragma once
+
+#include <lomem/core/norm.h>
+#include <lomem/cuda/group.cuh>
+#include <lomem/cuda/launch.cuh>
+#include <lomem/cuda/vector.cuh>
+
+#include <cstdint>
+
+namespace lomem::cuda {
+
+/// Elements of a row are dealt out in vectors of `width` elements; vector k of thread t is vector
+/// k * threads + t of the row. The number of columns is a multiple of `width`. A thread keeps
+/// `vectors` vectors in registers, or, with vectors = 0, none: it reads the row again in each phase.
+template <class C_, int width_, int vectors_>
+struct Tiling {
+  using C = C_;
+  static constexpr int width = width_;
+  static constexpr int vectors = vectors_;
+  static constexpr bool in_registers = vectors > 0;
+  static constexpr int elements = in_registers ? width * vectors : width;
+};
+
+/// Which elements of a row are whose.
+struct Place {
+  std::int64_t row;
+  std::int64_t cols;
+  int thread;
+  int threads;
+
+  LOMEM_HOST_DEVICE std::int64_t column(std::int64_t k, int width) const {
+    return (k * threads + thread) * width;
+  }
+  LOMEM_HOST_DEVICE std::int64_t offset(std::int64_t k, int width) const {
+    return row * cols + column(k, width);
+  }
+};
+
+namespace detail {
+
+/// Calls visitor(Type<T>{}) with the element type of `dtype`. Where arithmetic is in float there is
+/// no float64: see plan_forward and plan_backward.
+template <class C, class Visitor>
+LOMEM_HOST_DEVICE constexpr void visit_element_type(DType dtype, Visitor&& visitor) {
+  if constexpr (sizeof(C) == sizeof(double)) {
+    if (dtype == DType::float64) {
+      visitor(Type<double>{});
+      return;
+    }
+  }
+  switch (dtype) {
+    case DType::float32: visitor(Type<float>{}); break;
+    case DType::bfloat16: visitor(Type<bfloat16>{}); break;
+    default: visitor(Type<float16>{}); break;
+  }
+}
+
+template <class T, class C>
+LOMEM_HOST_DEVICE T round_to(C x) {
+  if constexpr (sizeof(C) == sizeof(double)) {
+    return from_double<T>(x);
+  } else {
+    return from_compute<T>(x);
+  }
+}
+
+template <class C, int width>
+LOMEM_HOST_DEVICE void load(const Array& array, std::int64_t offset, C* values) {
+  visit_element_type<C>(array.dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    const auto vector = load_vector<width>(static_cast<const T*>(array.data) + offset);
+    for (int j = 0; j < width; ++j) {
+      values[j] = static_cast<C>(to_compute(vector[j]));
+    }
+  });
+}
+
+template <class C, int width>
+LOMEM_HOST_DEVICE void store(const MutableArray& array, std::int64_t offset, const C* values) {
+  visit_element_type<C>(array.dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    Vector<T, width> vector;
+    for (int j = 0; j < width; ++j) {
+      vector[j] = round_to<T>(values[j]);
+    }
+    store_vector(static_cast<T*>(array.data) + offset, vector);
+  });
+}
+
+/// All vectors of a thread, so that their loads are in flight together. 0 beyond the row.
+template <class Tiling>
+LOMEM_HOST_DEVICE void load_row(const Array& array, const Place& place, typename Tiling::C* values) {
+  using C = typename Tiling::C;
+  constexpr int width = Tiling::width;
+  visit_element_type<C>(array.dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    Vector<T, width> vectors[Tiling::vectors];
+    for (int k = 0; k < Tiling::vectors; ++k) {
+      vectors[k] = Vector<T, width>{};
+      if (place.column(k, width) < place.cols) {
+        vectors[k] = load_vector<width>(static_cast<const T*>(array.data) + place.offset(k, width));
+      }
+    }
+    for (int k = 0; k < Tiling::vectors; ++k) {
+      for (int j = 0; j < width; ++j) {
+        values[k * width + j] = static_cast<C>(to_compute(vectors[k][j]));
+      }
+    }
+  });
+}
+
+/// Calls visit(k, index of the vector in the thread's registers) for the vectors of a thread.
+template <class Tiling, class Visitor>
+LOMEM_HOST_DEVICE void for_each_vector(const Place& place, Visitor&& visit) {
+  constexpr int width = Tiling::width;
+  if constexpr (Tiling::in_registers) {
+    for (int k = 0; k < Tiling::vectors; ++k) {
+      if (place.column(k, width) < place.cols) {
+        visit(std::int64_t{k}, k * width);
+      }
+    }
+  } else {
+    for (std::int64_t k = 0; place.column(k, width) < place.cols; ++k) {
+      visit(k, 0);
+    }
+  }
+}
+
+/// A sum of many terms. Compensated (Kahan), so that a thread may add thousands.
+template <class C>
+struct LongSum {
+  C sum = 0;
+  C lost = 0;
+
+  LOMEM_HOST_DEVICE void add(C x) {
+    const C term = x - lost;
+    const C next = sum + term;
+    lost = (next - sum) - term;
+    sum = next;
+  }
+};
+
+template <class C, int width>
+LOMEM_HOST_DEVICE C sum_of(const C* values) {
+  C sum = 0;
+  for (int j = 0; j < width; ++j) {
+    sum += values[j];
+  }
+  return sum;
+}
+
+/// weight and bias of some columns: 1 and 0 where there is none.
+template <class C, int width>
+struct Affine {
+  C gamma[width];
+  C beta[width];
+
+  LOMEM_HOST_DEVICE Affine(const Array& weight, const Array& bias, std::int64_t column) {
+    for (int j = 0; j < width; ++j) {
+      gamma[j] = 1;
+      beta[j] = 0;
+    }
+    if (weight.data != nullptr) {
+      load<C, width>(weight, column, gamma);
+    }
+    if (bias.data != nullptr) {
+      load<C, width>(bias, column, beta);
+    }
+  }
+};
+
+template <class C>
+LOMEM_HOST_DEVICE C load_scalar(const Array& array, std::int64_t index) {
+  return array.dtype == DType::float64 ? static_cast<C>(static_cast<const double*>(array.data)[index])
+                                       : static_cast<C>(static_cast<const float*>(array.data)[index]);
+}
+
+template <class C>
+LOMEM_HOST_DEVICE void store_scalar(const MutableArray& array, std::int64_t index, C value) {
+  if (array.dtype == DType::float64) {
+    static_cast<double*>(array.data)[index] = value;
+  } else {
+    static_cast<float*>(array.data)[index] = static_cast<float>(value);
+  }
+}
+
+}  // namespace detail
+
+/// What a thread keeps of a row in the forward pass.
+template <class Tiling>
+struct NormForwardState {
+  typename Tiling::C x[Tiling::elements];
+};
+
+/// One row of the forward pass.
+template <Norm norm, class Tiling, class Group>
+LOMEM_HOST_DEVICE void norm_forward_row(const NormForward& args, std::int64_t row, Group& group) {
+  using C = typename Tiling::C;
+  using State = NormForwardState<Tiling>;
+  constexpr int width = Tiling::width;
+  const C n = static_cast<C>(args.cols > 0 ? args.cols : 1);
+  const auto place = [&](int thread) { return Place{row, args.cols, thread, group.threads}; };
+  const auto reload = [&](const Place& p, std::int64_t k, State& state) {
+    if constexpr (!Tiling::in_registers) {
+      detail::load<C, width>(args.input, p.offset(k, width), state.x);
+    }
+  };
+
+  // The sum of the row; also reads it.
+  const Sums<C, 1> total = group.template sum<1>([&](int thread, State& state) {
+    const Place p = place(thread);
+    if constexpr (Tiling::in_registers) {
+      detail::load_row<Tiling>(args.input, p, state.x);
+    }
+    detail::LongSum<C> sum;
+    if constexpr (norm == Norm::layer) {
+      if constexpr (Tiling::in_registers) {
+        sum.sum = detail::sum_of<C, Tiling::elements>(state.x);
+      } else {
+        detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int) {
+          reload(p, k, state);
+          sum.add(detail::sum_of<C, width>(state.x));
+        });
+      }
+    }
+    return Sums<C, 1>{{sum.sum}};
+  });
+  const C mean = total[0] / n;
+
+  // Sums of the distances from the mean and of their squares.
+  const Sums<C, 2> spread = group.template sum<2>([&](int thread, State& state) {
+    const Place p = place(thread);
+    detail::LongSum<C> sum;
+    detail::LongSum<C> squares;
+    detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int at) {
+      reload(p, k, state);
+      C part = 0;
+      C part_squares = 0;
+      for (int j = at; j < at + width; ++j) {
+        state.x[j] -= mean;
+        part += state.x[j];
+        part_squares += state.x[j] * state.x[j];
+      }
+      if constexpr (Tiling::in_registers) {
+        sum.sum += part;
+        squares.sum += part_squares;
+      } else {
+        sum.add(part);
+        squares.add(part_squares);
+      }
+    });
+    return Sums<C, 2>{{norm == Norm::layer ? sum.sum : C(0), squares.sum}};
+  });
+  const C rstd = norm_rstd(norm_variance(spread[1], spread[0], n), static_cast<C>(args.eps));
+  // What rounding left in the mean. Subtracted from small numbers, so that no digit of it is lost.
+  const C rest = spread[0] / n;
+
+  group.each([&](int thread, State& state) {
+    const Place p = place(thread);
+    detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int at) {
+      reload(p, k, state);
+      C* y = state.x + at;
+      for (int j = 0; j < width; ++j) {
+        y[j] = norm_value(Tiling::in_registers ? y[j] : y[j] - mean, rest, rstd);
+      }
+      if (args.weight.data != nullptr || args.bias.data != nullptr) {
+        const detail::Affine<C, width> affine(args.weight, args.bias, p.column(k, width));
+        for (int j = 0; j < width; ++j) {
+          y[j] = norm_affine(y[j], affine.gamma[j], affine.beta[j]);
+        }
+      }
+      detail::store<C, width>(args.output, p.offset(k, width), y);
+    });
+    if (thread == 0) {
+      detail::store_scalar(args.rstd, row, rstd);
+    }
+  });
+}
+
+/// What a thread keeps of a row in the backward pass and, with `parameters`, of all its rows.
+template <class Tiling, bool parameters>
+struct NormBackwardState {
+  using C = typename Tiling::C;
+  C g[Tiling::elements];
+  C y[Tiling::elements];
+  C grad_weight[parameters ? Tiling::elements : 1] = {};
+  C grad_bias[parameters ? Tiling::elements : 1] = {};
+};
+
+namespace detail {
+
+/// From grad_z and z to g = gamma * grad_z and y.
+template <class C, int width>
+LOMEM_HOST_DEVICE void recover(const NormBackward& args, std::int64_t column, C* g, C* y) {
+  if (args.weight.data == nullptr && args.bias.data == nullptr) {
+    return;
+  }
+  const Affine<C, width> affine(args.weight, args.bias, column);
+  const C smallest = static_cast<C>(smallest_normal(args.output.dtype));
+  for (int j = 0; j < width; ++j) {
+    y[j] = norm_recover(y[j], norm_inverse(affine.gamma[j], smallest), affine.beta[j]);
+    g[j] *= affine.gamma[j];
+  }
+}
+
+}  // namespace detail
+
+/// One row of the backward pass. With `parameters`, which needs rows in registers, adds the row's
+/// share of the weight and bias gradients to the state.
+template <Norm norm, class Tiling, bool parameters, class Group>
+LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t row, Group& group) {
+  static_assert(!parameters || Tiling::in_registers);
+  using C = typename Tiling::C;
+  using State = NormBackwardState<Tiling, parameters>;
+  constexpr int width = Tiling::width;
+  const C n = static_cast<C>(args.cols);
+  const auto place = [&](int thread) { return Place{row, args.cols, thread, group.threads}; };
+  const auto reload = [&](const Place& p, std::int64_t k, State& state) {
+    if constexpr (!Tiling::in_registers) {
+      detail::load<C, width>(args.grad_output, p.offset(k, width), state.g);
+      detail::load<C, width>(args.output, p.offset(k, width), state.y);
+      detail::recover<C, width>(args, p.column(k, width), state.g, state.y);
+    }
+  };
+
+  const Sums<C, 2> total = group.template sum<2>([&](int thread, State& state) {
+    const Place p = place(thread);
+    if constexpr (Tiling::in_registers) {
+      detail::load_row<Tiling>(args.grad_output, p, state.g);
+      detail::load_row<Tiling>(args.output, p, state.y);
+    }
+    detail::LongSum<C> sum;
+    detail::LongSum<C> products;
+    detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int at) {
+      if constexpr (Tiling::in_registers) {
+        C grad[width];
+        for (int j = 0; j < width; ++j) {
+          grad[j] = state.g[at + j];
+        }
+        detail::recover<C, width>(args, p.column(k, width), state.g + at, state.y + at);
+        if constexpr (parameters) {
+          for (int j = 0; j < width; ++j) {
+            state.grad_weight[at + j] += grad[j] * state.y[at + j];
+            state.grad_bias[at + j] += grad[j];
+          }
+        }
+      } else {
+        reload(p, k, state);
+      }
+      C part = 0;
+      C part_products = 0;
+      for (int j = at; j < at + width; ++j) {
+        part += state.g[j];
+        part_products += state.g[j] * state.y[j];
+      }
+      if constexpr (Tiling::in_registers) {
+        sum.sum += part;
+        products.sum += part_products;
+      } else {
+        sum.add(part);
+        products.add(part_products);
+      }
+    });
+    return Sums<C, 2>{{norm == Norm::layer ? sum.sum : C(0), products.sum}};
+  });
+  if (args.grad_input.data == nullptr) {
+    return;
+  }
+  const C mean_g = total[0] / n;
+  const C mean_gy = total[1] / n;
+
+  group.each([&](int thread, State& state) {
+    const Place p = place(thread);
+    const C rstd = detail::load_scalar<C>(args.rstd, row);
+    detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int at) {
+      reload(p, k, state);
+      for (int j = at; j < at + width; ++j) {
+        state.g[j] = norm_gradient(state.g[j], state.y[j], rstd, mean_g, mean_gy);
+      }
+      detail::store<C, width>(args.grad_input, p.offset(k, width), state.g + at);
+    });
+  });
+}
+
+/// Sums over rows for the gradients of weight and bias, stage 1 of 2: partial sums of strips of
+/// rows, each `cols` elements of C. Stage 2 adds the strips in order, so the result does not
+/// depend on how threads are scheduled.
+template <class C>
+struct StripSums {
+  C* grad_weight = nullptr;  // (strips, cols), or null
+  C* grad_bias = nullptr;
+  std::int64_t strips = 0;
+};
+
+/// Rows [begin(s), begin(s + 1)) are those of strip s.
+LOMEM_HOST_DEVICE constexpr std::int64_t strip_begin(std::int64_t strip, std::int64_t strips, std::int64_t rows) {
+  // Without the product strip * rows, which may overflow.
+  return strip * (rows / strips) + (strip < rows % strips ? strip : rows % strips);
+}
+
+/// The rows of one strip: gradients of the input, and the strip's sums.
+template <Norm norm, class Tiling, class Group>
+LOMEM_HOST_DEVICE void norm_backward_strip(
+    const NormBackward& args, std::int64_t rows, const StripSums<typename Tiling::C>& sums, std::int64_t strip,
+    Group& group) {
+  constexpr int width = Tiling::width;
+  using State = NormBackwardState<Tiling, true>;
+  const std::int64_t end = strip_begin(strip + 1, sums.strips, rows);
+  for (std::int64_t row = strip_begin(strip, sums.strips, rows); row < end; ++row) {
+    norm_backward_row<norm, Tiling, true>(args, row, group);
+  }
+  group.each([&](int thread, State& state) {
+    const Place p{strip, args.cols, thread, group.threads};
+    detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int at) {
+      for (int j = 0; j < width; ++j) {
+        if (sums.grad_weight != nullptr) {
+          sums.grad_weight[p.offset(k, width) + j] = state.grad_weight[at + j];
+        }
+        if (sums.grad_bias != nullptr) {
+          sums.grad_bias[p.offset(k, width) + j] = state.grad_bias[at + j];
+        }
+      }
+    });
+  });
+}
+
+/// Stage 1 for rows that do not fit in registers: a body (see launch.cuh) that reads the rows once
+/// more. A thread sums `width` columns of one strip.
+template <class C, int width>
+struct StripSumsBody {
+  using Shared = Nothing;
+
+  NormBackward args;
+  std::int64_t rows;
+  StripSums<C> sums;
+
+  LOMEM_HOST_DEVICE std::int64_t blocks_per_strip() const {
+    return (args.cols / width + threads_per_block - 1) / threads_per_block;
+  }
+  std::int64_t blocks() const {
+    return blocks_per_strip() * sums.strips;
+  }
+  LOMEM_HOST_DEVICE void prepare(std::int64_t /*block*/, int /*thread*/, Shared&) const {}
+
+  LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared&) const {
+    const std::int64_t strip = block / blocks_per_strip();
+    const std::int64_t column = (block % blocks_per_strip() * threads_per_block + thread) * width;
+    if (column >= args.cols) {
+      return;
+    }
+    const detail::Affine<C, width> affine(args.weight, args.bias, column);
+    const C smallest = static_cast<C>(smallest_normal(args.output.dtype));
+    C inverse[width];
+    C grad_weight[width];
+    C grad_bias[width];
+    for (int j = 0; j < width; ++j) {
+      inverse[j] = norm_inverse(affine.gamma[j], smallest);
+      grad_weight[j] = 0;
+      grad_bias[j] = 0;
+    }
+    const std::int64_t end = strip_begin(strip + 1, sums.strips, rows);
+    for (std::int64_t row = strip_begin(strip, sums.strips, rows); row < end; ++row) {
+      C grad[width];
+      C z[width];
+      detail::load<C, width>(args.grad_output, row * args.cols + column, grad);
+      detail::load<C, width>(args.output, row * args.cols + column, z);
+      for (int j = 0; j < width; ++j) {
+        grad_weight[j] += grad[j] * norm_recover(z[j], inverse[j], affine.beta[j]);
+        grad_bias[j] += grad[j];
+      }
+    }
+    for (int j = 0; j < width; ++j) {
+      if (sums.grad_weight != nullptr) {
+        sums.grad_weight[strip * args.cols + column + j] = grad_weight[j];
+      }
+      if (sums.grad_bias != nullptr) {
+        sums.grad_bias[strip * args.cols + column + j] = grad_bias[j];
+      }
+    }
+  }
+};
+
+/// Stage 2: a body that adds the strips of each column in a fixed order and rounds the sum.
+template <class C>
+struct AddStripsBody {
+  static constexpr int columns = 8;
+  static constexpr int parts = threads_per_block / columns;
+  struct Shared {
+    C sums[parts][columns];
+  };
+
+  const C* strip_sums;  // (strips, cols)
+  std::int64_t strips;
+  std::int64_t cols;
+  MutableArray result;
+
+  std::int64_t blocks() const {
+    return (cols + columns - 1) / columns;
+  }
+  /// Part p of the threads adds strips p, p + parts, ... of eight columns.
+  LOMEM_HOST_DEVICE void prepare(std::int64_t block, int thread, Shared& shared) const {
+    const std::int64_t column = block * columns + thread % columns;
+    C sum = 0;
+    if (column < cols) {
+      for (std::int64_t strip = thread / columns; strip < strips; strip += parts) {
+        sum += strip_sums[strip * cols + column];
+      }
+    }
+    shared.sums[thread / columns][thread % columns] = sum;
+  }
+  LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared& shared) const {
+    const std::int64_t column = block * columns + thread;
+    if (thread >= columns || column >= cols) {
+      return;
+    }
+    C sum = 0;
+    for (int part = 0; part < parts; ++part) {
+      sum += shared.sums[part][thread];
+    }
+    detail::visit_element_type<double>(result.dtype, [&](auto element) {
+      using T = typename decltype(element)::type;
+      static_cast<T*>(result.data)[column] = from_double<T>(static_cast<double>(sum));
+    });
+  }
+};
+
+}  // namespace lomem::cuda

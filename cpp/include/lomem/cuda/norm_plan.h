@@ -1,0 +1,147 @@
+// Which kernel for which rows: how many threads work on a row, in vectors of which width, and how
+// much of it each keeps in registers.
+#pragma once
+
+#include <lomem/core/norm.h>
+#include <lomem/cuda/group.cuh>
+#include <lomem/cuda/norm.cuh>
+#include <lomem/cuda/vector.cuh>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+
+namespace lomem::cuda {
+
+inline constexpr int max_threads_per_row = 512;
+
+struct NormPlan {
+  bool in_double = false;
+  int width = 1;
+  /// Elements that a thread keeps in registers; 0: the row is read again in each phase.
+  int elements = 0;
+  int threads = warp_size;
+  /// The sums for weight and bias are made in the same pass over the rows.
+  bool parameters = false;
+
+  bool operator==(const NormPlan&) const = default;
+};
+
+namespace detail {
+
+constexpr int threads_for(std::int64_t cols, int elements) {
+  const std::int64_t warps = (cols + std::int64_t{elements} * warp_size - 1) / (elements * warp_size);
+  return static_cast<int>(std::clamp<std::int64_t>(warps * warp_size, warp_size, max_threads_per_row));
+}
+
+/// Arrays of the size of the input decide the width; weight and bias only have to be aligned.
+inline int vector_width(
+    std::int64_t cols, bool in_double, std::initializer_list<Array> arrays, std::initializer_list<Array> parameters) {
+  std::size_t largest = 2;
+  for (const Array& array : arrays) {
+    largest = std::max(largest, array.data == nullptr ? 0 : element_size(array.dtype));
+  }
+  const int width = in_double ? 2 : static_cast<int>(max_access / largest);
+  const auto fits = [&](const Array& array) {
+    const int bytes = width * static_cast<int>(element_size(array.dtype));
+    return is_aligned(array.data, std::min(bytes, max_access));
+  };
+  const bool all_fit = std::all_of(arrays.begin(), arrays.end(), fits) &&
+                       std::all_of(parameters.begin(), parameters.end(), fits);
+  return all_fit && cols % width == 0 ? width : 1;
+}
+
+inline bool any_double(std::initializer_list<Array> arrays) {
+  return std::any_of(arrays.begin(), arrays.end(), [](const Array& array) {
+    return array.data != nullptr && array.dtype == DType::float64;
+  });
+}
+
+inline Array as_array(const MutableArray& array) {
+  return {array.data, array.dtype};
+}
+
+/// Rows whose threads keep them in registers where they can.
+inline NormPlan plan_rows(NormPlan plan, std::int64_t cols) {
+  // Up to 1024 columns a warp works on a row, which needs no barrier.
+  const auto warp_fits = [&](int elements) { return cols <= std::int64_t{elements} * warp_size; };
+  if (plan.in_double) {
+    plan.elements = plan.width > 1 && warp_fits(16) ? 16 : 0;
+  } else if (plan.width > 1) {
+    plan.elements = warp_fits(8)                                     ? 8
+                    : warp_fits(16)                                  ? 16
+                    : warp_fits(32)                                  ? 32
+                    : cols <= 16 * (max_threads_per_row / 2)         ? 16
+                    : cols <= std::int64_t{32} * max_threads_per_row ? 32
+                                                                     : 0;
+  } else {
+    plan.elements = cols <= std::int64_t{16} * max_threads_per_row ? 16 : 0;
+  }
+  plan.threads = threads_for(cols, plan.elements > 0 ? plan.elements : 8 * plan.width);
+  return plan;
+}
+
+}  // namespace detail
+
+inline NormPlan plan_forward(const NormForward& args) {
+  const Array output = detail::as_array(args.output);
+  NormPlan plan;
+  plan.in_double = detail::any_double({args.input, output, args.weight, args.bias});
+  plan.width = detail::vector_width(args.cols, plan.in_double, {args.input, output}, {args.weight, args.bias});
+  return detail::plan_rows(plan, args.cols);
+}
+
+/// `parameters`: the sums for weight and bias are needed too.
+inline NormPlan plan_backward(const NormBackward& args, bool parameters) {
+  const Array grad_input = detail::as_array(args.grad_input);
+  NormPlan plan;
+  plan.in_double = detail::any_double({args.grad_output, args.output, grad_input, args.weight, args.bias});
+  plan.width = detail::vector_width(
+      args.cols, plan.in_double, {args.grad_output, args.output, grad_input}, {args.weight, args.bias});
+  if (parameters && !plan.in_double && plan.width > 1 && args.cols <= 8 * max_threads_per_row) {
+    // Few elements a thread: it keeps gradient, output and two sums of each.
+    plan.parameters = true;
+    plan.elements = args.cols > 8 * warp_size && args.cols <= 16 * warp_size ? 16 : 8;
+    plan.threads = detail::threads_for(args.cols, plan.elements);
+    return plan;
+  }
+  return detail::plan_rows(plan, args.cols);
+}
+
+/// How many strips of rows the sums for weight and bias are made in, on a device with
+/// `multiprocessors`. Few rows are not worth a strip.
+inline std::int64_t plan_strips(const NormPlan& plan, std::int64_t rows, std::int64_t cols, int multiprocessors) {
+  constexpr std::int64_t min_rows = 4;
+  std::int64_t strips = 0;
+  if (plan.parameters) {
+    strips = std::int64_t{multiprocessors} * (plan.threads == warp_size ? 16 : std::max(1, 1024 / plan.threads));
+  } else {
+    const std::int64_t blocks = (cols / plan.width + threads_per_block - 1) / threads_per_block;
+    strips = std::int64_t{multiprocessors} * 8 / std::max<std::int64_t>(1, blocks);
+  }
+  return std::clamp<std::int64_t>(strips, 1, std::max<std::int64_t>(1, rows / min_rows));
+}
+
+/// Calls visitor(Tiling<...>{}) with the tiling of a plan.
+template <class Visitor>
+decltype(auto) visit_tiling(const NormPlan& plan, Visitor&& visitor) {
+  if (plan.in_double) {
+    return plan.elements > 0  ? visitor(Tiling<double, 2, 8>{})
+           : plan.width > 1   ? visitor(Tiling<double, 2, 0>{})
+                              : visitor(Tiling<double, 1, 0>{});
+  }
+  switch (plan.width * 100 + plan.elements) {
+    case 808: return visitor(Tiling<float, 8, 1>{});
+    case 816: return visitor(Tiling<float, 8, 2>{});
+    case 832: return visitor(Tiling<float, 8, 4>{});
+    case 800: return visitor(Tiling<float, 8, 0>{});
+    case 408: return visitor(Tiling<float, 4, 2>{});
+    case 416: return visitor(Tiling<float, 4, 4>{});
+    case 432: return visitor(Tiling<float, 4, 8>{});
+    case 400: return visitor(Tiling<float, 4, 0>{});
+    case 116: return visitor(Tiling<float, 1, 16>{});
+    default: return visitor(Tiling<float, 1, 0>{});
+  }
+}
+
+}  // namespace lomem::cuda

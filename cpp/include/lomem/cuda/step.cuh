@@ -1,0 +1,308 @@
+// Step activations: bodies of CUDA kernels (see launch.cuh), and the parts to fuse codes into
+// kernels of one's own.
+//
+// A thread works on units: the fewest consecutive elements that fill 16 bytes and whole bytes of
+// codes. So no two threads touch the same byte, and every access is one vector.
+#pragma once
+
+#include <lomem/core/activation.h>
+#include <lomem/core/packing.h>
+#include <lomem/core/step.h>
+#include <lomem/cuda/launch.cuh>
+#include <lomem/cuda/vector.cuh>
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace lomem::cuda {
+namespace detail {
+
+constexpr int unit_elements(int element_bytes, int bits) {
+  int elements = max_access / element_bytes;
+  while (elements * bits % 8 != 0) {
+    elements *= 2;
+  }
+  return elements;
+}
+
+}  // namespace detail
+
+template <class T, int bits>
+struct Unit {
+  static constexpr int elements = detail::unit_elements(sizeof(T), bits);
+  static constexpr int bytes = elements * bits / 8;
+  static_assert(elements <= group_size);
+};
+
+/// Independent loads that a thread has in flight.
+inline constexpr int units_per_thread = 2;
+
+/// How units are dealt out: neighbouring threads take neighbouring units.
+template <class T, int bits>
+struct UnitGrid {
+  static constexpr int elements = Unit<T, bits>::elements;
+  static constexpr std::int64_t block_units = units_per_thread * threads_per_block;
+  static constexpr std::int64_t block_elements = elements * block_units;
+
+  LOMEM_HOST_DEVICE static constexpr std::int64_t blocks(std::int64_t n) {
+    return (n + block_elements - 1) / block_elements;
+  }
+  /// Index of the unit that is number `u` of a thread.
+  LOMEM_HOST_DEVICE static constexpr std::int64_t unit(std::int64_t block, int thread, int u) {
+    return block * block_units + u * threads_per_block + thread;
+  }
+  LOMEM_HOST_DEVICE static constexpr bool is_full(std::int64_t block, std::int64_t n) {
+    return (block + 1) * block_elements <= n;
+  }
+};
+
+namespace detail {
+
+/// 0xffff in each half of `pair` that is greater than `boundary`, else 0. NaN is not greater.
+template <class T>
+LOMEM_HOST_DEVICE inline std::uint32_t greater_mask(std::uint32_t pair, T boundary) {
+#if defined(__CUDA_ARCH__)
+  const std::uint32_t both = boundary.bits | static_cast<std::uint32_t>(boundary.bits) << 16;
+  if constexpr (std::is_same_v<T, float16>) {
+    __half2 a, b;
+    memcpy(&a, &pair, sizeof(a));
+    memcpy(&b, &both, sizeof(b));
+    return __hgt2_mask(a, b);
+  } else {
+    __nv_bfloat162 a, b;
+    memcpy(&a, &pair, sizeof(a));
+    memcpy(&b, &both, sizeof(b));
+    return __hgt2_mask(a, b);
+  }
+#else
+  const T low{static_cast<std::uint16_t>(pair)};
+  const T high{static_cast<std::uint16_t>(pair >> 16)};
+  const auto c = to_compute(boundary);
+  return (to_compute(low) > c ? 0xffffu : 0u) | (to_compute(high) > c ? 0xffff0000u : 0u);
+#endif
+}
+
+/// Eight 2-bit codes of 16-bit elements, two elements an instruction.
+template <class Step, class T>
+LOMEM_HOST_DEVICE inline std::uint64_t encode_pairs(const Vector<T, 8>& x) {
+  // x > c for a c between two neighbours of T is x > the lower of them.
+  constexpr T c1 = largest_not_above<T>(static_cast<float>(Step::boundary(0)));
+  constexpr T c2 = largest_not_above<T>(static_cast<float>(Step::boundary(1)));
+  constexpr T c3 = largest_not_above<T>(static_cast<float>(Step::boundary(2)));
+  // Element 0 takes bits 0 and 1 of the low half, element 1 bits 2 and 3 of the high half; pair p
+  // lies 4 * p bits above.
+  constexpr std::uint32_t low_bits = 0x00040001u;
+  constexpr std::uint32_t high_bits = low_bits << 1;
+  std::uint32_t halves = 0;
+  for (int p = 0; p < 4; ++p) {
+    const std::uint32_t pair = x[2 * p].bits | static_cast<std::uint32_t>(x[2 * p + 1].bits) << 16;
+    const std::uint32_t m1 = greater_mask(pair, c1);
+    const std::uint32_t m2 = greater_mask(pair, c2);
+    const std::uint32_t m3 = greater_mask(pair, c3);
+    // The number of masks set, in binary: m1 covers m2 covers m3.
+    halves |= ((m1 ^ m2 ^ m3) & (low_bits << (4 * p))) | (m2 & (high_bits << (4 * p)));
+  }
+  return (halves | halves >> 16) & 0xffffu;
+}
+
+}  // namespace detail
+
+/// The packed codes of `count` <= 8 elements, code 0 in the lowest bits.
+template <class Step, class T, int count>
+LOMEM_HOST_DEVICE std::uint64_t encode(const Vector<T, count>& x) {
+  if constexpr (sizeof(T) == 2 && count == 8 && Step::bits == 2) {
+    return detail::encode_pairs<Step, T>(x);
+  } else {
+    std::uint8_t codes[count];
+    for (int j = 0; j < count; ++j) {
+      codes[j] = Step::template code<T>(x[j]);
+    }
+    return pack_word<Step::bits>(codes, count);
+  }
+}
+
+/// output = Function(input), and the codes of input.
+template <class Function, class Step, class T>
+struct StepForward {
+  using Grid = UnitGrid<T, Step::bits>;
+  using Shared = Nothing;
+  static constexpr int elements = Grid::elements;
+  static constexpr int code_bytes = Unit<T, Step::bits>::bytes;
+
+  const T* input;
+  T* output;
+  std::uint8_t* codes;
+  std::int64_t n;
+  bool aligned;
+
+  StepForward(const T* input_, std::int64_t n_, T* output_, std::uint8_t* codes_)
+      : input(input_),
+        output(output_),
+        codes(codes_),
+        n(n_),
+        aligned(
+            is_aligned(input, max_access) && is_aligned(output, max_access) &&
+            is_aligned(codes, bytes_alignment<code_bytes>)) {}
+
+  std::int64_t blocks() const {
+    return Grid::blocks(n);
+  }
+  LOMEM_HOST_DEVICE void prepare(std::int64_t /*block*/, int /*thread*/, Shared&) const {}
+
+  LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared&) const {
+    if (aligned && Grid::is_full(block, n)) {
+      Vector<T, elements> x[units_per_thread];
+      for (int u = 0; u < units_per_thread; ++u) {
+        x[u] = load_vector<elements>(input + Grid::unit(block, thread, u) * elements);
+      }
+      for (int u = 0; u < units_per_thread; ++u) {
+        const std::int64_t unit = Grid::unit(block, thread, u);
+        store_bytes<code_bytes>(codes + unit * code_bytes, encode<Step>(x[u]));
+        Vector<T, elements> y;
+        for (int j = 0; j < elements; ++j) {
+          y[j] = value(x[u][j]);
+        }
+        store_vector(output + unit * elements, y);
+      }
+    } else {
+      for (int u = 0; u < units_per_thread; ++u) {
+        one_by_one(Grid::unit(block, thread, u));
+      }
+    }
+  }
+
+ private:
+  LOMEM_HOST_DEVICE static T value(T x) {
+    return from_compute<T>(Function::value(to_compute(x)));
+  }
+
+  LOMEM_HOST_DEVICE void one_by_one(std::int64_t unit) const {
+    const std::int64_t begin = unit * elements;
+    if (begin >= n) {
+      return;
+    }
+    const int count = static_cast<int>(n - begin < elements ? n - begin : elements);
+    std::uint64_t word = 0;
+    for (int j = 0; j < count; ++j) {
+      const T x = input[begin + j];
+      const std::uint8_t code = Step::template code<T>(x);
+      word |= pack_word<Step::bits>(&code, 1) << (Step::bits * j);
+      output[begin + j] = value(x);
+    }
+    const int bytes = packed_bytes(count, Step::bits);
+    for (int b = 0; b < bytes; ++b) {
+      codes[unit * code_bytes + b] = static_cast<std::uint8_t>(word >> (8 * b));
+    }
+  }
+};
+
+/// grad_input = grad_output * level of code.
+template <class T, int bits>
+struct StepBackward {
+  using C = compute_t<T>;
+  using Grid = UnitGrid<T, bits>;
+  static constexpr int elements = Grid::elements;
+  static constexpr int code_bytes = Unit<T, bits>::bytes;
+  static constexpr int level_count = 1 << bits;
+
+  struct Levels {
+    C values[level_count];
+  };
+  // Up to four levels are selected between in registers. More are looked up, which constant memory
+  // would serialise.
+  static constexpr bool looked_up = bits > 2;
+  using Shared = std::conditional_t<looked_up, Levels, Nothing>;
+
+  const T* grad_output;
+  const std::uint8_t* codes;
+  T* grad_input;
+  std::int64_t n;
+  bool aligned;
+  Levels levels;
+
+  /// `levels_` has 2^bits entries, of which each is rounded once.
+  StepBackward(
+      const T* grad_output_, const std::uint8_t* codes_, const double* levels_, std::int64_t n_, T* grad_input_)
+      : grad_output(grad_output_),
+        codes(codes_),
+        grad_input(grad_input_),
+        n(n_),
+        aligned(
+            is_aligned(grad_output, max_access) && is_aligned(grad_input, max_access) &&
+            is_aligned(codes, bytes_alignment<code_bytes>)),
+        levels{} {
+    for (int code = 0; code < level_count; ++code) {
+      levels.values[code] = static_cast<C>(levels_[code]);
+    }
+  }
+
+  std::int64_t blocks() const {
+    return Grid::blocks(n);
+  }
+  LOMEM_HOST_DEVICE void prepare(std::int64_t /*block*/, int thread, Shared& shared) const {
+    if constexpr (looked_up) {
+      static_assert(level_count <= threads_per_block);
+      if (thread < level_count) {
+        shared.values[thread] = levels.values[thread];
+      }
+    }
+  }
+
+  LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared& shared) const {
+    if (aligned && Grid::is_full(block, n)) {
+      Vector<T, elements> grad[units_per_thread];
+      std::uint64_t word[units_per_thread];
+      for (int u = 0; u < units_per_thread; ++u) {
+        const std::int64_t unit = Grid::unit(block, thread, u);
+        grad[u] = load_vector<elements>(grad_output + unit * elements);
+        word[u] = load_bytes<code_bytes>(codes + unit * code_bytes);
+      }
+      for (int u = 0; u < units_per_thread; ++u) {
+        for (int j = 0; j < elements; ++j) {
+          grad[u][j] = step_gradient<T>(grad[u][j], level(unpack_word<bits>(word[u], j), shared));
+        }
+        store_vector(grad_input + Grid::unit(block, thread, u) * elements, grad[u]);
+      }
+    } else {
+      for (int u = 0; u < units_per_thread; ++u) {
+        one_by_one(Grid::unit(block, thread, u), shared);
+      }
+    }
+  }
+
+ private:
+  LOMEM_HOST_DEVICE C level(int code, const Shared& shared) const {
+    if constexpr (looked_up) {
+      return shared.values[code];
+    } else if constexpr (bits == 2) {
+      const C low = (code & 1) != 0 ? levels.values[1] : levels.values[0];
+      const C high = (code & 1) != 0 ? levels.values[3] : levels.values[2];
+      return (code & 2) != 0 ? high : low;
+    } else {
+      return code != 0 ? levels.values[1] : levels.values[0];
+    }
+  }
+
+  LOMEM_HOST_DEVICE void one_by_one(std::int64_t unit, const Shared& shared) const {
+    const std::int64_t begin = unit * elements;
+    if (begin >= n) {
+      return;
+    }
+    const int count = static_cast<int>(n - begin < elements ? n - begin : elements);
+    std::uint64_t word = 0;
+    const int bytes = packed_bytes(count, bits);
+    for (int b = 0; b < bytes; ++b) {
+      word |= std::uint64_t{codes[unit * code_bytes + b]} << (8 * b);
+    }
+    for (int j = 0; j < count; ++j) {
+      const C factor = level(unpack_word<bits>(word, j), shared);
+      grad_input[begin + j] = step_gradient<T>(grad_output[begin + j], factor);
+    }
+  }
+};
+
+}  // namespace lomem::cuda
