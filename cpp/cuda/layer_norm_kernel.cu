@@ -1,3 +1,4 @@
+// LayerNorm on CUDA: instantiations of lomem/cuda/norm.cuh.
 #include "norm_kernel.cuh"
 
 namespace lomem::cuda {
@@ -8,13 +9,7 @@ norm_backward<Norm::layer>(const NormBackward&, std::int64_t, const NormParamete
 
 std::int64_t norm_backward_workspace(
     const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters) {
-  if (!detail::needs_sums(parameters)) {
-    return 0;
-  }
-  const NormPlan plan = plan_backward(args, true);
-  const std::int64_t strips = detail::strips_on_device(plan, rows, args.cols);
-  const int arrays = (parameters.grad_weight.data != nullptr ? 1 : 0) + (parameters.grad_bias.data != nullptr ? 1 : 0);
-  return arrays * strips * args.cols * static_cast<std::int64_t>(plan.in_double ? sizeof(double) : sizeof(float));
+  return norm_backward_bytes(args, rows, parameters, multiprocessor_count());
 }
 
 }  // namespace lomem::cuda

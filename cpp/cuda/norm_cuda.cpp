@@ -1,4 +1,6 @@
 // Norms on CUDA.
+#include <lomem/cuda/norm_plan.h>
+
 #include "../src/norm_ops.h"
 #include "call.h"
 

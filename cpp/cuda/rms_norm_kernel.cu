@@ -1,3 +1,4 @@
+// RMSNorm on CUDA: instantiations of lomem/cuda/norm.cuh.
 #include "norm_kernel.cuh"
 
 namespace lomem::cuda {

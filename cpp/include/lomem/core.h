@@ -2,6 +2,7 @@
 #pragma once
 
 #include <lomem/config.h>
+#include <lomem/core/activation.h>
 #include <lomem/core/dtype.h>
 #include <lomem/core/norm.h>
 #include <lomem/core/packing.h>

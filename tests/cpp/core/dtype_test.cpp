@@ -106,6 +106,25 @@ TYPED_TEST(SixteenBit, RoundsDoublesOnce) {
   EXPECT_TRUE(std::isnan(lomem::to_compute(lomem::from_double<TypeParam>(double{NAN}))));
 }
 
+TYPED_TEST(SixteenBit, LargestNotAboveKeepsEveryComparison) {
+  std::vector<float> boundaries = {0.0F, -0.0F, 1e-30F, -1e-30F, 3.1858811F, -3.1858811F, 6.325815F, -1e-3F, 7e4F, -7e4F};
+  for (int bits = 0; bits < 0x10000; bits += 97) {
+    const double value = oracle::decode(static_cast<std::uint16_t>(bits), this->format);
+    if (std::isfinite(value)) {
+      boundaries.push_back(static_cast<float>(value));
+      boundaries.push_back(std::nextafter(static_cast<float>(value), INFINITY));
+      boundaries.push_back(std::nextafter(static_cast<float>(value), -INFINITY));
+    }
+  }
+  for (const float boundary : boundaries) {
+    const double rounded = oracle::decode(lomem::largest_not_above<TypeParam>(boundary).bits, this->format);
+    for (int bits = 0; bits < 0x10000; ++bits) {
+      const double value = oracle::decode(static_cast<std::uint16_t>(bits), this->format);
+      ASSERT_EQ(value > rounded, value > double{boundary}) << value << " " << boundary;
+    }
+  }
+}
+
 TEST(Dtype, RoundsDoublesToFloatAndDouble) {
   EXPECT_EQ(lomem::from_double<float>(0.1), 0.1F);
   EXPECT_EQ(lomem::from_double<double>(0.1), 0.1);

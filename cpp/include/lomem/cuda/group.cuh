@@ -1,5 +1,10 @@
-// Groups of threads that work on a row together: see norm.cuh for what they run.
+// Groups of threads that work together: a warp or a block.
 //
+// What groups do is a `Work`: an object that is passed to the kernel by value, with
+//     using C                                      what is added up: float or double
+//     struct State                                 what a thread keeps in registers
+//     void operator()(int64_t i, Group&) const     item i of the work, by one group
+//     static constexpr bool by_warps, by_blocks    which groups it is written for
 // A group has `threads` and
 //     sum<count>(phase)   runs phase(thread, State&) -> Sums in every thread; returns the sum of all
 //     each(phase)         runs phase(thread, State&) in every thread
@@ -10,10 +15,12 @@
 #include <lomem/config.h>
 
 #include <cstdint>
+#include <memory>
 
 namespace lomem::cuda {
 
 inline constexpr int warp_size = 32;
+inline constexpr int max_block_threads = 512;
 
 /// One or two numbers that a group adds up together.
 template <class C, int count>
@@ -35,9 +42,11 @@ struct Sums {
   }
 };
 
-/// A group of `threads`, a multiple of 32 up to 1024, that one host thread executes. For tests.
-template <class State, int max_threads = 1024>
+/// A group of `threads`, a multiple of 32, that one host thread executes. For tests.
+template <class State>
 struct HostGroup {
+  static constexpr int max_threads = max_block_threads;
+
   explicit HostGroup(int threads_) : threads(threads_) {}
 
   template <int count, class Phase>
@@ -78,6 +87,15 @@ struct HostGroup {
 
   State states[max_threads];
 };
+
+/// Executes `count` items of work on the CPU, for tests.
+template <class Work>
+void execute_groups_on_host(const Work& work, std::int64_t count, int threads) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const auto group = std::make_unique<HostGroup<typename Work::State>>(threads);
+    work(i, *group);
+  }
+}
 
 #if defined(__CUDACC__)
 
@@ -154,6 +172,43 @@ struct BlockGroup {
  private:
   int turn = 0;
 };
+
+inline constexpr int warps_per_block = 4;
+
+// (The second number of launch bounds: see launch.cuh.)
+template <class Work>
+__global__ void __launch_bounds__(warps_per_block* warp_size, 2)
+    warps_kernel(const __grid_constant__ Work work, std::int64_t count) {
+  const std::int64_t i = std::int64_t{blockIdx.x} * warps_per_block + threadIdx.x / warp_size;
+  if (i < count) {  // the same for all threads of a warp
+    WarpGroup<typename Work::State> group;
+    work(i, group);
+  }
+}
+
+template <class Work>
+__global__ void __launch_bounds__(max_block_threads, 1) blocks_kernel(const __grid_constant__ Work work) {
+  BlockGroup<typename Work::State, typename Work::C> group;
+  work(static_cast<std::int64_t>(blockIdx.x), group);
+}
+
+/// Launches `count` > 0 items of work for groups of `threads`: a warp, or a block of up to
+/// max_block_threads. Work that never goes to warps, or to blocks, says so and gets no kernel for
+/// them.
+template <class Work>
+cudaError_t launch_groups(const Work& work, std::int64_t count, int threads, cudaStream_t stream) {
+  if constexpr (Work::by_warps) {
+    if (threads == warp_size) {
+      const std::int64_t blocks = (count + warps_per_block - 1) / warps_per_block;
+      warps_kernel<<<static_cast<unsigned>(blocks), warps_per_block * warp_size, 0, stream>>>(work, count);
+      return cudaGetLastError();
+    }
+  }
+  if constexpr (Work::by_blocks) {
+    blocks_kernel<<<static_cast<unsigned>(count), static_cast<unsigned>(threads), 0, stream>>>(work);
+  }
+  return cudaGetLastError();
+}
 
 #endif
 

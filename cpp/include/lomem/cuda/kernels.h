@@ -52,13 +52,7 @@ LOMEM_API cudaError_t norm_forward(const NormForward& args, std::int64_t rows, c
 extern template cudaError_t norm_forward<Norm::layer>(const NormForward&, std::int64_t, cudaStream_t);
 extern template cudaError_t norm_forward<Norm::rms>(const NormForward&, std::int64_t, cudaStream_t);
 
-/// Gradients of weight and bias; without data where they are not needed. `workspace`, on the
-/// device, has norm_backward_workspace() bytes, aligned to 16.
-struct NormParameterGradients {
-  MutableArray grad_weight;
-  MutableArray grad_bias;
-  void* workspace = nullptr;
-};
+struct NormParameterGradients;  // norm_plan.h
 
 /// Bytes of workspace that norm_backward needs on the current device.
 LOMEM_API std::int64_t norm_backward_workspace(

@@ -1,9 +1,8 @@
 // Norms: bodies of CUDA kernels, for groups of threads that work on a row together.
 //
 // The body of a row is written once, as phases between which the group adds up what its threads
-// found. On the device a group is a warp or a block, each thread runs the phases with the state in
-// its registers, and sums go through shuffles and shared memory. On the host, for tests, one
-// thread runs each phase for all threads of the group.
+// found (see group.cuh). On the device each thread runs the phases with its state in registers; on
+// the host, for tests, one thread runs each phase for all threads of the group.
 //
 // Arithmetic is in C: float, or double where any array is float64. dtypes of the arrays are run-time
 // values: the branch on them is the same for a whole grid and costs little beside memory, and one
@@ -287,6 +286,22 @@ LOMEM_HOST_DEVICE void norm_forward_row(const NormForward& args, std::int64_t ro
   });
 }
 
+/// Rows of the forward pass. A row is read again in float only where it is too long for a warp.
+template <Norm norm, class Tiling>
+struct NormForwardRows {
+  using C = typename Tiling::C;
+  using State = NormForwardState<Tiling>;
+  static constexpr bool by_warps = Tiling::in_registers || sizeof(C) == sizeof(double);
+  static constexpr bool by_blocks = true;
+
+  NormForward args;
+
+  template <class Group>
+  LOMEM_HOST_DEVICE void operator()(std::int64_t row, Group& group) const {
+    norm_forward_row<norm, Tiling>(args, row, group);
+  }
+};
+
 /// What a thread keeps of a row in the backward pass and, with `parameters`, of all its rows.
 template <class Tiling, bool parameters>
 struct NormBackwardState {
@@ -392,6 +407,22 @@ LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t 
   });
 }
 
+/// Rows of the backward pass, without the sums for weight and bias.
+template <Norm norm, class Tiling>
+struct NormBackwardRows {
+  using C = typename Tiling::C;
+  using State = NormBackwardState<Tiling, false>;
+  static constexpr bool by_warps = NormForwardRows<norm, Tiling>::by_warps;
+  static constexpr bool by_blocks = true;
+
+  NormBackward args;
+
+  template <class Group>
+  LOMEM_HOST_DEVICE void operator()(std::int64_t row, Group& group) const {
+    norm_backward_row<norm, Tiling, false>(args, row, group);
+  }
+};
+
 /// Sums over rows for the gradients of weight and bias, stage 1 of 2: partial sums of strips of
 /// rows, each `cols` elements of C. Stage 2 adds the strips in order, so the result does not
 /// depend on how threads are scheduled.
@@ -408,31 +439,42 @@ LOMEM_HOST_DEVICE constexpr std::int64_t strip_begin(std::int64_t strip, std::in
   return strip * (rows / strips) + (strip < rows % strips ? strip : rows % strips);
 }
 
-/// The rows of one strip: gradients of the input, and the strip's sums.
-template <Norm norm, class Tiling, class Group>
-LOMEM_HOST_DEVICE void norm_backward_strip(
-    const NormBackward& args, std::int64_t rows, const StripSums<typename Tiling::C>& sums, std::int64_t strip,
-    Group& group) {
-  constexpr int width = Tiling::width;
+/// Strips of rows: gradients of the input, and the strips' sums, in one pass.
+template <Norm norm, class Tiling>
+struct NormBackwardStrips {
+  using C = typename Tiling::C;
   using State = NormBackwardState<Tiling, true>;
-  const std::int64_t end = strip_begin(strip + 1, sums.strips, rows);
-  for (std::int64_t row = strip_begin(strip, sums.strips, rows); row < end; ++row) {
-    norm_backward_row<norm, Tiling, true>(args, row, group);
-  }
-  group.each([&](int thread, State& state) {
-    const Place p{strip, args.cols, thread, group.threads};
-    detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int at) {
-      for (int j = 0; j < width; ++j) {
-        if (sums.grad_weight != nullptr) {
-          sums.grad_weight[p.offset(k, width) + j] = state.grad_weight[at + j];
+  // A thread keeps gradient, output and two sums of its elements: few elements, or it runs out of
+  // registers.
+  static constexpr bool by_warps = Tiling::in_registers && Tiling::elements <= 16 && sizeof(C) == sizeof(float);
+  static constexpr bool by_blocks = by_warps && Tiling::elements <= 8;
+
+  NormBackward args;
+  std::int64_t rows;
+  StripSums<C> sums;
+
+  template <class Group>
+  LOMEM_HOST_DEVICE void operator()(std::int64_t strip, Group& group) const {
+    constexpr int width = Tiling::width;
+    const std::int64_t end = strip_begin(strip + 1, sums.strips, rows);
+    for (std::int64_t row = strip_begin(strip, sums.strips, rows); row < end; ++row) {
+      norm_backward_row<norm, Tiling, true>(args, row, group);
+    }
+    group.each([&](int thread, State& state) {
+      const Place p{strip, args.cols, thread, group.threads};
+      detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int at) {
+        for (int j = 0; j < width; ++j) {
+          if (sums.grad_weight != nullptr) {
+            sums.grad_weight[p.offset(k, width) + j] = state.grad_weight[at + j];
+          }
+          if (sums.grad_bias != nullptr) {
+            sums.grad_bias[p.offset(k, width) + j] = state.grad_bias[at + j];
+          }
         }
-        if (sums.grad_bias != nullptr) {
-          sums.grad_bias[p.offset(k, width) + j] = state.grad_bias[at + j];
-        }
-      }
+      });
     });
-  });
-}
+  }
+};
 
 /// Stage 1 for rows that do not fit in registers: a body (see launch.cuh) that reads the rows once
 /// more. A thread sums `width` columns of one strip.

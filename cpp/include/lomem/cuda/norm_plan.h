@@ -1,5 +1,6 @@
-// Which kernel for which rows: how many threads work on a row, in vectors of which width, and how
-// much of it each keeps in registers.
+// Which kernels for which rows: how many threads work on a row, in vectors of which width, how much
+// of it each keeps in registers, and what runs after what. Host code, without a device: a `Runner`
+// launches kernels (cpp/cuda/norm_kernel.cuh) or executes them on the CPU (tests).
 #pragma once
 
 #include <lomem/core/norm.h>
@@ -10,10 +11,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <type_traits>
 
 namespace lomem::cuda {
-
-inline constexpr int max_threads_per_row = 512;
 
 struct NormPlan {
   bool in_double = false;
@@ -23,15 +23,13 @@ struct NormPlan {
   int threads = warp_size;
   /// The sums for weight and bias are made in the same pass over the rows.
   bool parameters = false;
-
-  bool operator==(const NormPlan&) const = default;
 };
 
 namespace detail {
 
 constexpr int threads_for(std::int64_t cols, int elements) {
   const std::int64_t warps = (cols + std::int64_t{elements} * warp_size - 1) / (elements * warp_size);
-  return static_cast<int>(std::clamp<std::int64_t>(warps * warp_size, warp_size, max_threads_per_row));
+  return static_cast<int>(std::clamp<std::int64_t>(warps * warp_size, warp_size, max_block_threads));
 }
 
 /// Arrays of the size of the input decide the width; weight and bias only have to be aligned.
@@ -71,11 +69,11 @@ inline NormPlan plan_rows(NormPlan plan, std::int64_t cols) {
     plan.elements = warp_fits(8)                                     ? 8
                     : warp_fits(16)                                  ? 16
                     : warp_fits(32)                                  ? 32
-                    : cols <= 16 * (max_threads_per_row / 2)         ? 16
-                    : cols <= std::int64_t{32} * max_threads_per_row ? 32
+                    : cols <= 16 * (max_block_threads / 2)         ? 16
+                    : cols <= std::int64_t{32} * max_block_threads ? 32
                                                                      : 0;
   } else {
-    plan.elements = cols <= std::int64_t{16} * max_threads_per_row ? 16 : 0;
+    plan.elements = cols <= std::int64_t{16} * max_block_threads ? 16 : 0;
   }
   plan.threads = threads_for(cols, plan.elements > 0 ? plan.elements : 8 * plan.width);
   return plan;
@@ -98,7 +96,7 @@ inline NormPlan plan_backward(const NormBackward& args, bool parameters) {
   plan.in_double = detail::any_double({args.grad_output, args.output, grad_input, args.weight, args.bias});
   plan.width = detail::vector_width(
       args.cols, plan.in_double, {args.grad_output, args.output, grad_input}, {args.weight, args.bias});
-  if (parameters && !plan.in_double && plan.width > 1 && args.cols <= 8 * max_threads_per_row) {
+  if (parameters && !plan.in_double && plan.width > 1 && args.cols <= 8 * max_block_threads) {
     // Few elements a thread: it keeps gradient, output and two sums of each.
     plan.parameters = true;
     plan.elements = args.cols > 8 * warp_size && args.cols <= 16 * warp_size ? 16 : 8;
@@ -122,6 +120,18 @@ inline std::int64_t plan_strips(const NormPlan& plan, std::int64_t rows, std::in
   return std::clamp<std::int64_t>(strips, 1, std::max<std::int64_t>(1, rows / min_rows));
 }
 
+/// Gradients of weight and bias; without data where they are not needed. `workspace`, on the
+/// device, has norm_backward_workspace() bytes, aligned to 16.
+struct NormParameterGradients {
+  MutableArray grad_weight;
+  MutableArray grad_bias;
+  void* workspace = nullptr;
+
+  bool needed() const {
+    return grad_weight.data != nullptr || grad_bias.data != nullptr;
+  }
+};
+
 /// Calls visitor(Tiling<...>{}) with the tiling of a plan.
 template <class Visitor>
 decltype(auto) visit_tiling(const NormPlan& plan, Visitor&& visitor) {
@@ -142,6 +152,116 @@ decltype(auto) visit_tiling(const NormPlan& plan, Visitor&& visitor) {
     case 116: return visitor(Tiling<float, 1, 16>{});
     default: return visitor(Tiling<float, 1, 0>{});
   }
+}
+
+// A Runner has
+//     using Error; static constexpr Error ok
+//     int multiprocessors
+//     Error body(const Body&)                                          see launch.cuh
+//     Error groups(const Work&, int64_t count > 0, int threads)        see group.cuh
+
+template <Norm norm, class Runner>
+typename Runner::Error run_norm_forward(const NormForward& args, std::int64_t rows, const Runner& runner) {
+  if (rows == 0) {
+    return Runner::ok;
+  }
+  const NormPlan plan = plan_forward(args);
+  return visit_tiling(plan, [&](auto tiling) {
+    return runner.groups(NormForwardRows<norm, decltype(tiling)>{args}, rows, plan.threads);
+  });
+}
+
+/// Bytes of the workspace of run_norm_backward.
+inline std::int64_t norm_backward_bytes(
+    const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters, int multiprocessors) {
+  if (!parameters.needed()) {
+    return 0;
+  }
+  const NormPlan plan = plan_backward(args, true);
+  const int sums = (parameters.grad_weight.data != nullptr ? 1 : 0) + (parameters.grad_bias.data != nullptr ? 1 : 0);
+  const std::int64_t element = plan.in_double ? sizeof(double) : sizeof(float);
+  return sums * element * args.cols * plan_strips(plan, rows, args.cols, multiprocessors);
+}
+
+namespace detail {
+
+template <Norm norm, class Runner>
+typename Runner::Error run_rows(
+    const NormBackward& args, std::int64_t rows, const NormPlan& plan, const Runner& runner) {
+  if (rows == 0 || args.grad_input.data == nullptr) {
+    return Runner::ok;
+  }
+  return visit_tiling(plan, [&](auto tiling) {
+    return runner.groups(NormBackwardRows<norm, decltype(tiling)>{args}, rows, plan.threads);
+  });
+}
+
+/// The strips' sums: with the rows, in one pass, or in a pass of their own after them.
+template <Norm norm, class C, class Runner>
+typename Runner::Error run_strips(
+    const NormBackward& args, std::int64_t rows, const NormPlan& plan, const StripSums<C>& sums,
+    const Runner& runner) {
+  if (!plan.parameters) {
+    const auto error = run_rows<norm>(args, rows, plan, runner);
+    if (error != Runner::ok) {
+      return error;
+    }
+  }
+  return visit_tiling(plan, [&](auto tiling) -> typename Runner::Error {
+    using Tiling = decltype(tiling);
+    if constexpr (std::is_same_v<typename Tiling::C, C>) {
+      if constexpr (NormBackwardStrips<norm, Tiling>::by_warps && Tiling::width > 1) {
+        if (plan.parameters) {
+          return runner.groups(NormBackwardStrips<norm, Tiling>{args, rows, sums}, sums.strips, plan.threads);
+        }
+      }
+      return runner.body(StripSumsBody<C, Tiling::width>{args, rows, sums});
+    } else {
+      return Runner::ok;  // plan.in_double says which C
+    }
+  });
+}
+
+template <Norm norm, class C, class Runner>
+typename Runner::Error run_backward(
+    const NormBackward& args, std::int64_t rows, const NormPlan& plan, const NormParameterGradients& parameters,
+    const Runner& runner) {
+  const std::int64_t strips = plan_strips(plan, rows, args.cols, runner.multiprocessors);
+  C* next = static_cast<C*>(parameters.workspace);
+  const auto take = [&](const MutableArray& gradient) {
+    C* sums = gradient.data != nullptr ? next : nullptr;
+    next += gradient.data != nullptr ? strips * args.cols : 0;
+    return sums;
+  };
+  StripSums<C> sums;
+  sums.grad_weight = take(parameters.grad_weight);
+  sums.grad_bias = take(parameters.grad_bias);
+  sums.strips = strips;
+  auto error = run_strips<norm, C>(args, rows, plan, sums, runner);
+  if (error == Runner::ok && sums.grad_weight != nullptr) {
+    error = runner.body(AddStripsBody<C>{sums.grad_weight, strips, args.cols, parameters.grad_weight});
+  }
+  if (error == Runner::ok && sums.grad_bias != nullptr) {
+    error = runner.body(AddStripsBody<C>{sums.grad_bias, strips, args.cols, parameters.grad_bias});
+  }
+  return error;
+}
+
+}  // namespace detail
+
+/// Without rows, the gradients of weight and bias are 0.
+template <Norm norm, class Runner>
+typename Runner::Error run_norm_backward(
+    const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters, const Runner& runner) {
+  if (args.cols == 0) {
+    return Runner::ok;
+  }
+  const NormPlan plan = plan_backward(args, parameters.needed());
+  if (!parameters.needed()) {
+    return detail::run_rows<norm>(args, rows, plan, runner);
+  }
+  return plan.in_double ? detail::run_backward<norm, double>(args, rows, plan, parameters, runner)
+                        : detail::run_backward<norm, float>(args, rows, plan, parameters, runner);
 }
 
 }  // namespace lomem::cuda
