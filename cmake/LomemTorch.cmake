@@ -1,16 +1,15 @@
-# Finds torch and sets LOMEM_TORCH_VERSION (major.minor) and LOMEM_TORCH_CUDA, the version of CUDA that this torch
-# was built with, or nothing.
+# Finds torch. Sets LOMEM_TORCH_VERSION (major.minor), LOMEM_TORCH_PREFIX and LOMEM_TORCH_CUDA (whether this torch has
+# CUDA), and makes the target lomem_libtorch.
 #
-# A Python build takes the torch of the Python environment that will run it, and no other. A plain
-# CMake build takes the one on CMAKE_PREFIX_PATH or in Torch_DIR, else that of the Python found.
+# A Python build takes the torch of the Python environment that will run it, and no other. A plain CMake build takes
+# the one in Torch_DIR or on CMAKE_PREFIX_PATH, else that of the Python found.
 #
-# (A CUDA build of torch adds flags for architectures of its own choice to CMAKE_CUDA_FLAGS; LomemCuda chooses.)
-set(cuda_flags_before_torch "${CMAKE_CUDA_FLAGS}")
-if(NOT SKBUILD)
-  find_package(Torch CONFIG QUIET)
+# torch's own CMake package is looked at, not loaded: with a CUDA build of torch it fails where there is no CUDA
+# toolkit, which lomem's CPU kernels do not need, and it adds flags of its own choice to CUDA code.
+if(NOT SKBUILD AND NOT Torch_DIR AND NOT CMAKE_DISABLE_FIND_PACKAGE_Torch)
+  find_path(Torch_DIR TorchConfig.cmake PATH_SUFFIXES share/cmake/Torch torch/share/cmake/Torch)
 endif()
-
-if(NOT Torch_FOUND)
+if(SKBUILD OR (NOT Torch_DIR AND NOT CMAKE_DISABLE_FIND_PACKAGE_Python))
   find_package(Python COMPONENTS Interpreter QUIET)
   if(Python_Interpreter_FOUND)
     execute_process(
@@ -23,29 +22,43 @@ if(NOT Torch_FOUND)
           "is in ${python_torch_dir}; unset Torch_DIR.")
       endif()
       set(Torch_DIR ${python_torch_dir} CACHE PATH "Where TorchConfig.cmake is" FORCE)
-      find_package(Torch CONFIG REQUIRED)
     endif()
   endif()
 endif()
 
-if(NOT Torch_FOUND)
+if(NOT Torch_DIR OR NOT EXISTS "${Torch_DIR}/TorchConfigVersion.cmake")
   message(FATAL_ERROR "lomem: no torch in reach: install torch 2.11 or newer in the Python environment that you "
     "build with (and pass --no-build-isolation to pip), or put a LibTorch on CMAKE_PREFIX_PATH, or set "
     "-DLOMEM_TORCH=OFF for the header-only core.")
 endif()
-if(Torch_VERSION VERSION_LESS 2.11)
-  message(FATAL_ERROR "lomem: found torch ${Torch_VERSION} in ${Torch_DIR}, expected 2.11 or newer.")
+include("${Torch_DIR}/TorchConfigVersion.cmake")  # sets PACKAGE_VERSION
+if(PACKAGE_VERSION VERSION_LESS 2.11)
+  message(FATAL_ERROR "lomem: found torch ${PACKAGE_VERSION} in ${Torch_DIR}, expected 2.11 or newer.")
 endif()
-# As a subproject: torch's targets must be visible where lomem is linked, which is elsewhere.
-get_property(imported_targets DIRECTORY PROPERTY IMPORTED_TARGETS)
-foreach(target IN LISTS imported_targets)
-  set_target_properties(${target} PROPERTIES IMPORTED_GLOBAL TRUE)
-endforeach()
+string(REGEX MATCH "^[0-9]+\\.[0-9]+" LOMEM_TORCH_VERSION "${PACKAGE_VERSION}")
+message(STATUS "lomem: building against torch ${PACKAGE_VERSION} in ${Torch_DIR}")
 
-set(CMAKE_CUDA_FLAGS "${cuda_flags_before_torch}")
-set(LOMEM_TORCH_CUDA "")
-if(TARGET torch_cuda)
-  set(LOMEM_TORCH_CUDA TRUE)
+get_filename_component(LOMEM_TORCH_PREFIX "${Torch_DIR}/../../.." ABSOLUTE)
+foreach(library IN ITEMS torch torch_cpu c10)
+  find_library(LOMEM_${library}_LIBRARY ${library} PATHS "${LOMEM_TORCH_PREFIX}/lib" NO_DEFAULT_PATH REQUIRED)
+  mark_as_advanced(LOMEM_${library}_LIBRARY)
+endforeach()
+find_library(LOMEM_torch_cuda_LIBRARY torch_cuda PATHS "${LOMEM_TORCH_PREFIX}/lib" NO_DEFAULT_PATH)
+mark_as_advanced(LOMEM_torch_cuda_LIBRARY)
+set(LOMEM_TORCH_CUDA OFF)
+if(LOMEM_torch_cuda_LIBRARY)
+  set(LOMEM_TORCH_CUDA ON)
 endif()
-string(REGEX MATCH "^[0-9]+\\.[0-9]+" LOMEM_TORCH_VERSION "${Torch_VERSION}")
-message(STATUS "lomem: building against torch ${Torch_VERSION} in ${Torch_DIR}")
+
+# The installed package names torch's own target, `torch`, instead.
+add_library(lomem_libtorch INTERFACE)
+target_include_directories(lomem_libtorch SYSTEM INTERFACE
+  "${LOMEM_TORCH_PREFIX}/include" "${LOMEM_TORCH_PREFIX}/include/torch/csrc/api/include")
+target_link_libraries(lomem_libtorch INTERFACE
+  "${LOMEM_torch_LIBRARY}" "${LOMEM_torch_cpu_LIBRARY}" "${LOMEM_c10_LIBRARY}")
+if(LOMEM_TORCH_CUDA AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
+  # For programs: its kernels register themselves, so no symbol would keep it; and what it needs itself (cuBLAS, ...)
+  # is found at run time. lomem's own libraries do not need it.
+  target_link_options(lomem_libtorch INTERFACE
+    "$<$<STREQUAL:$<TARGET_PROPERTY:TYPE>,EXECUTABLE>:LINKER:--push-state,--no-as-needed,${LOMEM_torch_cuda_LIBRARY},--pop-state,--allow-shlib-undefined>")
+endif()

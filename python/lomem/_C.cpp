@@ -6,8 +6,23 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
 #include <string>
 #include <vector>
+
+namespace {
+
+/// The architectures of a CMake list.
+std::vector<std::string> cuda_archs() {
+  std::vector<std::string> result;
+  std::istringstream list(LOMEM_CUDA_ARCHS);
+  for (std::string arch; std::getline(list, arch, ';');) {
+    result.push_back(arch);
+  }
+  return result;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build and run-time facts of lomem.";
@@ -16,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
   m.def("cpu_capability", &lomem::cpu::capability, "Instruction set that lomem's CPU kernels run with.");
   m.def(
-      "cuda_archs", [] { return std::vector<std::string>{}; },
-      "CUDA architectures that kernels were compiled for: none, this version has CPU kernels only.");
+      "cuda_archs", &cuda_archs,
+      "CUDA architectures that kernels were compiled for, in the notation of TORCH_CUDA_ARCH_LIST; none in a build "
+      "without CUDA.");
 }

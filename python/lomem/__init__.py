@@ -21,7 +21,13 @@ if not (_torch.__version__ + ".").startswith(_built_for + "."):
         "`pip install --no-build-isolation --force-reinstall --no-deps` from its sources"
     )
 
-from . import _C, functional, memory, nn, reference
+from . import _C
+
+# The CUDA kernels are a library of their own, for torch builds with CUDA.
+if _torch.version.cuda is not None and _C.cuda_archs():
+    _torch.ops.load_library(str(_Path(_C.__file__).with_name("lib") / "liblomem_cuda.so"))
+
+from . import functional, memory, nn, reference
 
 #: For `CMAKE_PREFIX_PATH`, so that `find_package(lomem)` finds the C++ package in this wheel.
 cmake_prefix_path = str(_Path(_C.__file__).resolve().parent)

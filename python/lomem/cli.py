@@ -21,7 +21,8 @@ def _positive(text: str) -> int:
 
 def info() -> int:
     """Prints what is installed and what runs."""
-    archs = _C.cuda_archs()
+    archs = " ".join(_C.cuda_archs())
+    cuda = "none (CPU-only build)" if not archs else archs if torch.version.cuda else f"{archs}, not loaded"
     rows = {
         "lomem": __version__,
         "built against torch": _C.torch_version,
@@ -31,8 +32,9 @@ def info() -> int:
         "CPU kernels": _C.cpu_capability(),
         "CPU capability of torch": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "CUDA kernels": ", ".join(archs) if archs else "none (CPU-only build)",
+        "CUDA kernels": cuda,
         "CUDA of torch": torch.version.cuda or "none",
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     width = max(map(len, rows))
     for name, value in rows.items():
