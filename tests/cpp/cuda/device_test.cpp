@@ -1,0 +1,470 @@
+// The CUDA kernels on a device, through their launchers: the same bytes as their bodies give on the
+// CPU (which bodies_test.cpp compares with the definitions), on side streams, in graphs, with
+// misaligned bases and sentinels, on every device. No torch.
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+#include <lomem/cuda/kernels.h>
+#include <lomem/cuda/norm_plan.h>
+#include <lomem/cuda/packing.cuh>
+#include <lomem/cuda/step.cuh>
+
+#include <cstring>
+#include <functional>
+#include <numeric>
+
+#include "../core/elements.h"
+
+namespace {
+
+using lomem::DType;
+using namespace lomem::cuda;
+
+void check(cudaError_t error) {
+  ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error);
+}
+
+/// `count` elements on the device, `misalignment` elements after an aligned address, between
+/// sentinel bytes.
+template <class T>
+class DeviceBuffer {
+ public:
+  explicit DeviceBuffer(std::size_t count, std::size_t misalignment = 0)
+      : count_(count), before_(guard + misalignment * sizeof(T)), bytes_(before_ + count * sizeof(T) + guard) {
+    check(cudaMalloc(&memory_, bytes_));
+    check(cudaMemset(memory_, sentinel, bytes_));
+  }
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+  ~DeviceBuffer() {
+    cudaFree(memory_);
+  }
+
+  T* data() const {
+    return reinterpret_cast<T*>(static_cast<std::uint8_t*>(memory_) + before_);
+  }
+  void assign(const std::vector<T>& values) {
+    ASSERT_EQ(values.size(), count_);
+    check(cudaMemcpy(data(), values.data(), count_ * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  /// The elements, after checking the sentinels. Waits for the device.
+  std::vector<T> values() const {
+    check(cudaDeviceSynchronize());
+    std::vector<std::uint8_t> bytes(bytes_);
+    check(cudaMemcpy(bytes.data(), memory_, bytes_, cudaMemcpyDeviceToHost));
+    for (std::size_t i = 0; i < bytes_; ++i) {
+      if (i < before_ || i >= before_ + count_ * sizeof(T)) {
+        EXPECT_EQ(bytes[i], sentinel) << "written out of bounds, byte " << i << " of " << bytes_;
+      }
+    }
+    std::vector<T> result(count_);
+    if (count_ > 0) {
+      std::memcpy(result.data(), bytes.data() + before_, count_ * sizeof(T));
+    }
+    return result;
+  }
+
+ private:
+  static constexpr std::size_t guard = 256;
+  static constexpr std::uint8_t sentinel = 0xa5;
+  std::size_t count_;
+  std::size_t before_;
+  std::size_t bytes_;
+  void* memory_ = nullptr;
+};
+
+/// Runs `launch(stream)` on the default stream, on a side stream, and captured in a graph.
+void on_all_streams(const std::function<cudaError_t(cudaStream_t)>& launch, const std::function<void()>& verify) {
+  check(launch(nullptr));
+  verify();
+
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  check(launch(stream));
+  verify();
+
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  check(launch(stream));
+  check(cudaStreamEndCapture(stream, &graph));
+  check(cudaGraphInstantiate(&executable, graph, 0));
+  check(cudaGraphLaunch(executable, stream));
+  check(cudaGraphLaunch(executable, stream));
+  verify();
+  check(cudaGraphExecDestroy(executable));
+  check(cudaGraphDestroy(graph));
+  check(cudaStreamDestroy(stream));
+}
+
+std::vector<std::int64_t> sizes() {
+  return {0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 255, 256, 1023, 2047, 2048, 2049, 4095, 4096, 4097, 8193, 100003};
+}
+
+template <class T>
+std::vector<std::uint8_t> bytes_of(const std::vector<T>& values) {
+  std::vector<std::uint8_t> result(values.size() * sizeof(T));
+  if (!values.empty()) {
+    std::memcpy(result.data(), values.data(), result.size());
+  }
+  return result;
+}
+
+class EveryDevice : public testing::Test {
+ protected:
+  /// Runs the test on each device.
+  static void on_every_device(const std::function<void()>& test) {
+    int devices = 0;
+    check(cudaGetDeviceCount(&devices));
+    ASSERT_GT(devices, 0);
+    for (int device = 0; device < devices; ++device) {
+      SCOPED_TRACE(device);
+      check(cudaSetDevice(device));
+      test();
+    }
+    check(cudaSetDevice(0));
+  }
+};
+
+template <class Function, class Step, class T>
+void check_forward() {
+  for (const std::int64_t n : sizes()) {
+    for (int misaligned = -1; misaligned < 3; ++misaligned) {
+      const auto values = random_elements<T>(n, 4, static_cast<unsigned>(n));
+      DeviceBuffer<T> x(n, misaligned == 0 ? 1 : 0);
+      x.assign(values);
+      DeviceBuffer<T> y(n, misaligned == 1 ? 1 : 0);
+      DeviceBuffer<std::uint8_t> codes(lomem::packed_bytes(n, Step::bits), misaligned == 2 ? 1 : 0);
+      std::vector<T> host_y(n);
+      std::vector<std::uint8_t> host_codes(lomem::packed_bytes(n, Step::bits));
+      const StepForward<Function, Step, T> body(values.data(), n, host_y.data(), host_codes.data());
+      execute_on_host(body, body.blocks());
+      on_all_streams(
+          [&](cudaStream_t stream) {
+            return step_forward<Function, Step>(Element<T>::dtype, x.data(), n, y.data(), codes.data(), stream);
+          },
+          [&] {
+            EXPECT_EQ(codes.values(), host_codes) << n;
+            const auto got = y.values();
+            for (std::int64_t i = 0; i < n; ++i) {
+              // Host and device evaluate erf, tanh and exp by other formulas, each within a few
+              // roundings; 1 + erf loses digits that the size of x bounds.
+              const double input = std::fabs(static_cast<double>(lomem::to_compute(values[i])));
+              const double want = lomem::to_compute(host_y[i]);
+              const double tolerance = 2 * spacing<T>() * std::fabs(want) + 8 * spacing<lomem::compute_t<T>>() * input +
+                                       (sizeof(T) == 2 ? std::ldexp(1, -23) : 0);
+              ASSERT_NEAR(lomem::to_compute(got[i]), want, tolerance) << i << " of " << n;
+            }
+          });
+    }
+  }
+}
+
+template <class T>
+void check_forwards() {
+  check_forward<lomem::GELU, lomem::ReGELU2, T>();
+  check_forward<lomem::GELUTanh, lomem::ReGELU2, T>();
+  check_forward<lomem::SiLU, lomem::ReSiLU2, T>();
+}
+
+TEST_F(EveryDevice, StepForward) {
+  on_every_device([] {
+    check_forwards<double>();
+    check_forwards<float>();
+    check_forwards<lomem::bfloat16>();
+    check_forwards<lomem::float16>();
+  });
+}
+
+/// Codes of every 16-bit pattern: the device compares two at a time.
+template <class T, class Step, class Function>
+void check_all_patterns() {
+  constexpr std::int64_t n = 0x10000;
+  std::vector<T> values(n);
+  std::vector<std::uint8_t> want(lomem::packed_bytes(n, Step::bits));
+  for (std::int64_t i = 0; i < n; ++i) {
+    values[i].bits = static_cast<std::uint16_t>(i);
+  }
+  lomem::step_encode<Step>(values.data(), n, want.data());
+  DeviceBuffer<T> x(n);
+  x.assign(values);
+  DeviceBuffer<T> y(n);
+  DeviceBuffer<std::uint8_t> codes(want.size());
+  check(step_forward<Function, Step>(Element<T>::dtype, x.data(), n, y.data(), codes.data(), nullptr));
+  EXPECT_EQ(codes.values(), want);
+}
+
+TEST_F(EveryDevice, CodesOfAllSixteenBitPatterns) {
+  on_every_device([] {
+    check_all_patterns<lomem::bfloat16, lomem::ReGELU2, lomem::GELU>();
+    check_all_patterns<lomem::bfloat16, lomem::ReSiLU2, lomem::SiLU>();
+    check_all_patterns<lomem::float16, lomem::ReGELU2, lomem::GELU>();
+    check_all_patterns<lomem::float16, lomem::ReSiLU2, lomem::SiLU>();
+  });
+}
+
+template <class T>
+void check_backward() {
+  for (int bits = 1; bits <= 8; ++bits) {
+    std::vector<double> levels(std::size_t{1} << bits);
+    for (std::size_t i = 0; i < levels.size(); ++i) {
+      levels[i] = std::sin(static_cast<double>(i) + 0.1);
+    }
+    for (const std::int64_t n : sizes()) {
+      std::vector<std::uint8_t> code_values(n);
+      for (std::int64_t i = 0; i < n; ++i) {
+        code_values[i] = static_cast<std::uint8_t>((i * 37 + n) % static_cast<std::int64_t>(levels.size()));
+      }
+      const auto packed_values = oracle::pack(code_values, bits);
+      const auto gradients = random_elements<T>(n, 1, static_cast<unsigned>(n));
+      std::vector<T> want(n);
+      for (std::int64_t i = 0; i < n; ++i) {
+        want[i] = lomem::step_gradient(gradients[i], static_cast<lomem::compute_t<T>>(levels[code_values[i]]));
+      }
+      for (int misaligned = -1; misaligned < 3; ++misaligned) {
+        DeviceBuffer<T> grad(n, misaligned == 0 ? 1 : 0);
+        grad.assign(gradients);
+        DeviceBuffer<std::uint8_t> packed(packed_values.size(), misaligned == 1 ? 1 : 0);
+        packed.assign(packed_values);
+        DeviceBuffer<T> result(n, misaligned == 2 ? 1 : 0);
+        on_all_streams(
+            [&](cudaStream_t stream) {
+              return step_backward(
+                  Element<T>::dtype, grad.data(), packed.data(), levels.data(), bits, n, result.data(), stream);
+            },
+            [&] { EXPECT_EQ(bytes_of(result.values()), bytes_of(want)) << bits << " bits, " << n; });
+      }
+    }
+  }
+}
+
+TEST_F(EveryDevice, StepBackward) {
+  on_every_device([] {
+    check_backward<double>();
+    check_backward<float>();
+    check_backward<lomem::bfloat16>();
+    check_backward<lomem::float16>();
+  });
+}
+
+TEST_F(EveryDevice, Packing) {
+  on_every_device([] {
+    for (int bits = 1; bits <= 8; ++bits) {
+      for (const std::int64_t n : sizes()) {
+        std::vector<std::uint8_t> values(n);
+        for (std::int64_t i = 0; i < n; ++i) {
+          values[i] = static_cast<std::uint8_t>((i * 151 + n) & lomem::max_code(bits));
+        }
+        const auto want = oracle::pack(values, bits);
+        for (int misaligned = -1; misaligned < 2; ++misaligned) {
+          DeviceBuffer<std::uint8_t> codes(n, misaligned == 0 ? 1 : 0);
+          codes.assign(values);
+          DeviceBuffer<std::uint8_t> packed(want.size(), misaligned == 1 ? 1 : 0);
+          DeviceBuffer<std::uint8_t> unpacked(n, misaligned == 0 ? 1 : 0);
+          on_all_streams(
+              [&](cudaStream_t stream) {
+                const cudaError_t error = pack_bits(codes.data(), n, bits, packed.data(), stream);
+                return error != cudaSuccess ? error : unpack_bits(packed.data(), n, bits, unpacked.data(), stream);
+              },
+              [&] {
+                EXPECT_EQ(packed.values(), want) << bits << " bits, " << n;
+                EXPECT_EQ(unpacked.values(), values) << bits << " bits, " << n;
+              });
+        }
+      }
+    }
+  });
+}
+
+/// Launches nothing: executes on the CPU what a launcher would launch.
+struct HostRunner {
+  using Error = bool;
+  static constexpr Error ok = true;
+  int multiprocessors = 0;
+
+  template <class Body>
+  Error body(const Body& body) const {
+    execute_on_host(body, body.blocks());
+    return ok;
+  }
+  template <class Work>
+  Error groups(const Work& work, std::int64_t count, int threads) const {
+    execute_groups_on_host(work, count, threads);
+    return ok;
+  }
+};
+
+int multiprocessors() {
+  int device = 0;
+  int count = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+/// Same operations in the same order on both sides, but for fused multiply-adds: a few roundings
+/// of values up to `scale`, and one of the result.
+template <class T>
+void expect_close(const std::vector<T>& got, const std::vector<T>& want, double scale, const char* what) {
+  ASSERT_EQ(got.size(), want.size());
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    const double value = lomem::to_compute(want[i]);
+    ASSERT_NEAR(lomem::to_compute(got[i]), value, spacing<T>() * std::fabs(value) + 16 * spacing<float>() * scale)
+        << what << " " << i;
+  }
+}
+
+template <lomem::Norm norm, class T, class Weight>
+void check_norm(std::int64_t rows, std::int64_t cols, bool affine, bool misaligned) {
+  SCOPED_TRACE(testing::Message() << rows << " x " << cols << (affine ? " affine" : "") << " element sizes "
+                                  << sizeof(T) << " " << sizeof(Weight));
+  constexpr bool centred = norm == lomem::Norm::layer;
+  using Statistic = lomem::compute_t<T>;
+  const std::size_t n = rows * cols;
+  const std::size_t shift = misaligned ? 1 : 0;
+  const auto x_values = random_elements<T>(n, 2, static_cast<unsigned>(cols));
+  const auto grad_values = random_elements<T>(n, 1, static_cast<unsigned>(cols + 1));
+  std::vector<Weight> gamma;
+  std::vector<Weight> beta;
+  for (std::int64_t j = 0; j < cols; ++j) {
+    gamma.push_back(Element<Weight>::from((j % 2 == 0 ? 1 : -1) * (0.5 + static_cast<double>(j % 7) / 8)));
+    beta.push_back(Element<Weight>::from(static_cast<double>(j % 5) / 4 - 0.5));
+  }
+
+  DeviceBuffer<T> x(n, shift);
+  DeviceBuffer<T> grad(n, shift);
+  DeviceBuffer<Weight> weight(cols);
+  DeviceBuffer<Weight> bias(cols);
+  x.assign(x_values);
+  grad.assign(grad_values);
+  weight.assign(gamma);
+  bias.assign(beta);
+  DeviceBuffer<T> output(n, shift);
+  DeviceBuffer<Statistic> rstd(rows);
+  DeviceBuffer<T> grad_input(n, shift);
+  DeviceBuffer<Weight> grad_weight(cols);
+  DeviceBuffer<Weight> grad_bias(cols);
+
+  lomem::NormForward forward;
+  forward.input = {x.data(), Element<T>::dtype};
+  forward.output = {output.data(), Element<T>::dtype};
+  forward.rstd = {rstd.data(), Element<Statistic>::dtype};
+  forward.cols = cols;
+  forward.eps = 1e-5;
+  if (affine) {
+    forward.weight = {weight.data(), Element<Weight>::dtype};
+    forward.bias = centred ? lomem::Array{bias.data(), Element<Weight>::dtype} : lomem::Array{};
+  }
+  lomem::NormForward host_forward = forward;
+  std::vector<T> host_output(n);
+  std::vector<Statistic> host_rstd(rows);
+  host_forward.input.data = x_values.data();
+  host_forward.output.data = host_output.data();
+  host_forward.rstd.data = host_rstd.data();
+  if (affine) {
+    host_forward.weight.data = gamma.data();
+    host_forward.bias.data = centred ? beta.data() : nullptr;
+  }
+  const HostRunner host{multiprocessors()};
+  run_norm_forward<norm>(host_forward, rows, host);
+  on_all_streams(
+      [&](cudaStream_t stream) { return norm_forward<norm>(forward, rows, stream); },
+      [&] {
+        expect_close(output.values(), host_output, 4, "output");
+        expect_close(rstd.values(), host_rstd, 1, "rstd");
+      });
+
+  // The backward pass starts from the same output on both sides.
+  output.assign(host_output);
+  rstd.assign(host_rstd);
+  lomem::NormBackward backward;
+  backward.grad_output = {grad.data(), Element<T>::dtype};
+  backward.output = {output.data(), Element<T>::dtype};
+  backward.rstd = {rstd.data(), Element<Statistic>::dtype};
+  backward.weight = forward.weight;
+  backward.bias = forward.bias;
+  backward.grad_input = {grad_input.data(), Element<T>::dtype};
+  backward.cols = cols;
+  NormParameterGradients parameters;
+  if (affine) {
+    parameters.grad_weight = {grad_weight.data(), Element<Weight>::dtype};
+    if (centred) {
+      parameters.grad_bias = {grad_bias.data(), Element<Weight>::dtype};
+    }
+  }
+  const std::int64_t workspace_bytes = norm_backward_workspace(backward, rows, parameters);
+  DeviceBuffer<std::uint8_t> workspace(workspace_bytes);
+  parameters.workspace = workspace.data();
+
+  lomem::NormBackward host_backward = backward;
+  std::vector<T> host_grad_input(n);
+  std::vector<Weight> host_grad_weight(cols);
+  std::vector<Weight> host_grad_bias(cols);
+  std::vector<double> host_workspace(workspace_bytes / sizeof(double) + 1);
+  host_backward.grad_output.data = grad_values.data();
+  host_backward.output.data = host_output.data();
+  host_backward.rstd.data = host_rstd.data();
+  host_backward.weight = host_forward.weight;
+  host_backward.bias = host_forward.bias;
+  host_backward.grad_input.data = host_grad_input.data();
+  NormParameterGradients host_parameters = parameters;
+  host_parameters.workspace = host_workspace.data();
+  if (affine) {
+    host_parameters.grad_weight.data = host_grad_weight.data();
+    host_parameters.grad_bias.data = centred ? host_grad_bias.data() : nullptr;
+  }
+  run_norm_backward<norm>(host_backward, rows, host_parameters, host);
+  std::vector<std::uint8_t> first;
+  on_all_streams(
+      [&](cudaStream_t stream) { return norm_backward<norm>(backward, rows, parameters, stream); },
+      [&] {
+        const auto got = grad_input.values();
+        expect_close(got, host_grad_input, 4, "grad_input");
+        std::vector<std::uint8_t> bytes = bytes_of(got);
+        if (affine) {
+          const auto got_weight = grad_weight.values();
+          const double terms = std::sqrt(static_cast<double>(rows));
+          expect_close(got_weight, host_grad_weight, 8 * terms, "grad_weight");
+          if (centred) {
+            expect_close(grad_bias.values(), host_grad_bias, 8 * terms, "grad_bias");
+          }
+          const auto weight_bytes = bytes_of(got_weight);
+          bytes.insert(bytes.end(), weight_bytes.begin(), weight_bytes.end());
+        }
+        // Deterministic: the same bits each time.
+        if (first.empty()) {
+          first = bytes;
+        }
+        EXPECT_EQ(bytes, first);
+        workspace.values();
+      });
+}
+
+template <class T, class Weight>
+void check_norms() {
+  for (const std::int64_t cols : {1, 7, 32, 64, 256, 512, 520, 768, 1000, 1024, 1032, 2048, 4096, 5000, 8192, 16384,
+                                  20000, 20001}) {
+    const std::int64_t rows = cols > 4096 ? 3 : 70;
+    for (const bool affine : {false, true}) {
+      check_norm<lomem::Norm::layer, T, Weight>(rows, cols, affine, false);
+      check_norm<lomem::Norm::rms, T, Weight>(rows, cols, affine, false);
+    }
+    check_norm<lomem::Norm::layer, T, Weight>(rows, cols, true, true);
+  }
+  check_norm<lomem::Norm::layer, T, Weight>(5003, 136, true, false);
+}
+
+TEST_F(EveryDevice, Norms) {
+  on_every_device([] {
+    check_norms<double, double>();
+    check_norms<float, float>();
+    check_norms<lomem::bfloat16, lomem::bfloat16>();
+    check_norms<lomem::bfloat16, float>();
+    check_norms<lomem::float16, lomem::float16>();
+  });
+}
+
+TEST(CompiledArchs, NameArchitectures) {
+  EXPECT_NE(std::string(compiled_archs()).find('.'), std::string::npos) << compiled_archs();
+}
+
+}  // namespace
