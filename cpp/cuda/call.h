@@ -1,7 +1,8 @@
 // How the ops call CUDA kernels. Only torch's device-independent interface is used, and the CUDA
 // runtime is linked statically: this library needs no symbol of torch's CUDA libraries, so it
 // builds, and loads, beside every build of torch.
-#pragma once
+#ifndef LOMEM_CUDA_CALL_H  // a guard by name: tests/cpp/cuda/on_host.cpp has a header in its place
+#define LOMEM_CUDA_CALL_H
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
@@ -48,3 +49,5 @@ inline void check_launch(const char* op, const at::Tensor& tensor, cudaError_t e
 }
 
 }  // namespace lomem::detail
+
+#endif

@@ -1,11 +1,19 @@
 import os
 
+import helpers
 import hypothesis
 import lomem
 import pytest
 import torch
 
+# A library that executes the CUDA kernels on the CPU, in place of the CPU kernels (tests/cpp/cuda/on_host.cpp).
+if helpers.CUDA_ON_HOST:
+    torch.ops.load_library(helpers.CUDA_ON_HOST)
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and lomem._C.cuda_archs() else [])]
+
+# Tests of what only a GPU has.
+collect_ignore = [] if "cuda" in DEVICES else ["test_cuda.py"]
 
 # The same examples in every CI run, new ones on a developer's machine.
 hypothesis.settings.register_profile("ci", derandomize=True)

@@ -1,5 +1,6 @@
 """What the tests share: dtypes, inputs in every layout, comparisons."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -11,6 +12,15 @@ from lomem import reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
+
+# Path of a library that replaces the CPU kernels by the CUDA kernels, executed on the CPU.
+CUDA_ON_HOST = os.environ.get("LOMEM_CUDA_ON_HOST", "")
+
+
+def runs_cuda_kernels(device):
+    """Whether the ops run CUDA kernels there: they compute in float32 what the CPU's compute in float64."""
+    return torch.device(device).type == "cuda" or bool(CUDA_ON_HOST)
+
 
 # Spacing at 1, twice the relative error of one rounding.
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}

@@ -29,10 +29,11 @@ LOMEM_HOST_DEVICE inline C norm_rstd(C moment, C eps) {
 }
 
 /// Variance of n elements from sums of d = x - mean and of its squares. The second term is what
-/// rounding left in the mean.
+/// rounding left in the mean. Rounding does not make it negative; NaN stays NaN.
 template <class C>
 LOMEM_HOST_DEVICE constexpr C norm_variance(C sum_of_squares, C sum, C n) {
-  return (sum_of_squares - sum * sum / n) / n;
+  const C variance = (sum_of_squares - sum * sum / n) / n;
+  return variance < C(0) ? C(0) : variance;
 }
 
 /// y. RMSNorm passes mean = 0.

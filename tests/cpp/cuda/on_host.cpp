@@ -1,0 +1,126 @@
+// The CUDA ops, executed on the CPU: a library that, loaded after lomem, replaces the CPU kernels of
+// the ops by the CUDA adapters and by the bodies of the CUDA kernels. So the Python tests run them
+// where there is no GPU (`make pytest-on-host`).
+#define LOMEM_CUDA_CALL_H  // in place of cpp/cuda/call.h
+
+#include <ATen/core/Tensor.h>
+#include <lomem/cuda/kernels.h>
+#include <lomem/cuda/norm_plan.h>
+#include <lomem/cuda/packing.cuh>
+#include <lomem/cuda/step.cuh>
+
+namespace lomem::cuda {
+
+namespace {
+
+struct HostRunner {
+  using Error = cudaError_t;
+  static constexpr Error ok = cudaSuccess;
+  int multiprocessors = 4;
+
+  template <class Body>
+  Error body(const Body& body) const {
+    execute_on_host(body, body.blocks());
+    return ok;
+  }
+  template <class Work>
+  Error groups(const Work& work, std::int64_t count, int threads) const {
+    execute_groups_on_host(work, count, threads);
+    return ok;
+  }
+};
+
+}  // namespace
+
+template <class Function, class Step>
+cudaError_t step_forward(
+    DType dtype, const void* input, std::int64_t n, void* output, std::uint8_t* codes, cudaStream_t /*stream*/) {
+  return visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return HostRunner{}.body(
+        StepForward<Function, Step, T>(static_cast<const T*>(input), n, static_cast<T*>(output), codes));
+  });
+}
+
+cudaError_t step_backward(
+    DType dtype, const void* grad_output, const std::uint8_t* codes, const double* levels, int bits, std::int64_t n,
+    void* grad_input, cudaStream_t /*stream*/) {
+  return visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return visit_bits(bits, [&](auto width) {
+      return HostRunner{}.body(StepBackward<T, decltype(width)::value>(
+          static_cast<const T*>(grad_output), codes, levels, n, static_cast<T*>(grad_input)));
+    });
+  });
+}
+
+cudaError_t pack_bits(
+    const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed, cudaStream_t /*stream*/) {
+  return visit_bits(
+      bits, [&](auto width) { return HostRunner{}.body(PackBits<decltype(width)::value>(codes, n, packed)); });
+}
+
+cudaError_t unpack_bits(
+    const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes, cudaStream_t /*stream*/) {
+  return visit_bits(
+      bits, [&](auto width) { return HostRunner{}.body(UnpackBits<decltype(width)::value>(packed, n, codes)); });
+}
+
+template <Norm norm>
+cudaError_t norm_forward(const NormForward& args, std::int64_t rows, cudaStream_t /*stream*/) {
+  return run_norm_forward<norm>(args, rows, HostRunner{});
+}
+
+std::int64_t norm_backward_workspace(
+    const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters) {
+  return norm_backward_bytes(args, rows, parameters, HostRunner{}.multiprocessors);
+}
+
+template <Norm norm>
+cudaError_t norm_backward(
+    const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters, cudaStream_t /*stream*/) {
+  return run_norm_backward<norm>(args, rows, parameters, HostRunner{});
+}
+
+template cudaError_t step_forward<GELU, ReGELU2>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+template cudaError_t step_forward<GELUTanh, ReGELU2>(
+    DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+template cudaError_t step_forward<SiLU, ReSiLU2>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+template cudaError_t norm_forward<Norm::layer>(const NormForward&, std::int64_t, cudaStream_t);
+template cudaError_t norm_forward<Norm::rms>(const NormForward&, std::int64_t, cudaStream_t);
+template cudaError_t norm_backward<Norm::layer>(
+    const NormBackward&, std::int64_t, const NormParameterGradients&, cudaStream_t);
+template cudaError_t norm_backward<Norm::rms>(
+    const NormBackward&, std::int64_t, const NormParameterGradients&, cudaStream_t);
+
+}  // namespace lomem::cuda
+
+namespace lomem::detail {
+
+struct CudaScope {
+  explicit CudaScope(const at::Tensor& /*tensor*/) {}
+};
+
+inline cudaStream_t current_stream(const at::Tensor& /*tensor*/) {
+  return nullptr;
+}
+
+inline void check_launch(const char* op, const at::Tensor& /*tensor*/, cudaError_t error) {
+  TORCH_CHECK(error == cudaSuccess, op, ": CUDA error ", static_cast<int>(error));
+}
+
+}  // namespace lomem::detail
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "../../../cpp/src/checks.h"
+#include "../../../cpp/src/norm_ops.h"
+#include "../../../cpp/src/step_ops.h"
+
+// Registered under the other name: the tensors are on the CPU.
+#define CUDA CPU
+#include "../../../cpp/cuda/norm_cuda.cpp"
+#include "../../../cpp/cuda/packing_cuda.cpp"
+#include "../../../cpp/cuda/step_cuda.cpp"
