@@ -84,7 +84,9 @@ def main(folder: Path) -> int:
         for arch in archs:
             kernel = row.get(arch)
             cells.append(
-                "-" if kernel is None else f"{kernel.registers}" + f"+{kernel.spilled_bytes}" * (kernel.spilled_bytes > 0)
+                "-"
+                if kernel is None
+                else f"{kernel.registers}" + f"+{kernel.spilled_bytes}" * (kernel.spilled_bytes > 0)
             )
         print(f"{name:<{width}}" + "".join(f"{cell:>8}" for cell in cells))
     spills = [kernel for kernel in kernels if kernel.spilled_bytes]

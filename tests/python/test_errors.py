@@ -72,6 +72,34 @@ def test_other_layouts(requires_grad):
         LF.ms_layer_norm(torch.ones(4), (4,), torch.ones(4).to_sparse())
 
 
+def test_cuda_in_a_build_without_cuda():
+    calls = {
+        "regelu2_forward": (X,),
+        "resilu2_forward": (X,),
+        "step_activation_backward": (X, torch.zeros(8, dtype=torch.uint8), [0.0] * 4, 2),
+        "ms_layer_norm": (X, [8]),
+        "ms_layer_norm_forward": (X, [8]),
+        "ms_layer_norm_backward": (X, X, X[:, :1], [8], None, None, torch.float32, [True, False, False]),
+        "ms_rms_norm": (X, [8]),
+        "ms_rms_norm_forward": (X, [8]),
+        "ms_rms_norm_backward": (X, X, X[:, :1], [8], None, torch.float32, [True, False]),
+        "pack_bits": (X.to(torch.uint8), 2),
+        "unpack_bits": (X.to(torch.uint8), 2, 128),
+    }
+    assert {f"lomem::{name}" for name in calls} | {"lomem::regelu2", "lomem::resilu2"} == {
+        name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lomem::")
+    }
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for name, args in calls.items():
+        # As dispatched for tensors on a GPU, which this machine may not have.
+        if lomem._C.cuda_archs():
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lomem::{name}", "CUDA") == bool(torch.version.cuda)
+        else:
+            message = f"lomem::{name}: got a tensor on cuda, expected cpu: this lomem was built without CUDA kernels"
+            with raises(message, NotImplementedError):
+                getattr(ops, name).default.redispatch(cuda, *args)
+
+
 @pytest.mark.parametrize("approximate", ["", "Tanh", "exact"])
 def test_approximate(approximate):
     message = f"approximate is '{approximate}', expected 'none' or 'tanh'"

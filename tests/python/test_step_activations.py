@@ -41,6 +41,17 @@ def test_forward_every_layout(name, dtype, layout, requires_grad, device):
     assert same_bits(op(x.detach().requires_grad_(requires_grad)).detach(), torch_op(x))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_of_the_output(name, layout, device):
+    _, torch_op, _, forward, *_ = ACTIVATIONS[name]
+    x = make_input(layout, torch.float32, device)
+    assert forward(x)[0].stride() == torch_op(x).stride()
+    if x.dim() == 3 and x.is_contiguous() and x.numel() > 1:
+        # The stride of a dimension of size 1 says nothing; torch makes it regular.
+        odd = x[:1].as_strided((1, *x.shape[1:]), (1000, *x.stride()[1:]))
+        assert forward(odd)[0].stride() == torch_op(odd).stride()
+
+
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_forward_every_pattern(name, dtype, requires_grad, device):
