@@ -64,6 +64,36 @@ ACTIVATIONS = {
     ),
 }
 
+
+class LayerNorm:
+    """LayerNorm: the op, torch's, and how many parameters it takes."""
+
+    op = staticmethod(lomem.functional.ms_layer_norm)
+    torch_op = staticmethod(F.layer_norm)
+    reference = staticmethod(reference.ms_layer_norm)
+    parameters = 2
+
+
+class RMSNorm:
+    """RMSNorm. eps is given, since torch's default depends on the dtype."""
+
+    op = staticmethod(lomem.functional.ms_rms_norm)
+    torch_op = staticmethod(F.rms_norm)
+    reference = staticmethod(reference.ms_rms_norm)
+    parameters = 1
+
+
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
+
+
+def make_norm_parameters(norm, shape, dtype, device="cpu", conditioned=True):
+    """Weights of both signs away from 0; biases of the same size."""
+    weight = torch.rand(shape, device=device) + 0.5
+    weight = (weight * torch.where(torch.rand(shape, device=device) < 0.3, -1, 1)).to(dtype)
+    bias = ((torch.rand(shape, device=device) - 0.5) * (1 if conditioned else 100)).to(dtype)
+    return (weight, bias)[: norm.parameters]
+
+
 # name -> function of (dtype, device) that makes an input of that layout, with values on every step
 LAYOUTS = {
     "contiguous": lambda **kw: torch.randn(3, 5, 7, **kw),

@@ -7,42 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, EPS, neighbours, rounding_steps, runs_cuda_kernels
-from lomem import reference
+from helpers import DTYPES, EPS, NORMS, make_norm_parameters, neighbours, rounding_steps, runs_cuda_kernels
 
 LF = lomem.functional
 
 
-class Layer:
-    """LayerNorm: the op, torch's, and how many parameters it takes."""
-
-    op = staticmethod(LF.ms_layer_norm)
-    torch_op = staticmethod(F.layer_norm)
-    reference = staticmethod(reference.ms_layer_norm)
-    parameters = 2
-
-
-class RMS:
-    """RMSNorm. eps is given, since torch's default depends on the dtype."""
-
-    op = staticmethod(LF.ms_rms_norm)
-    torch_op = staticmethod(F.rms_norm)
-    reference = staticmethod(reference.ms_rms_norm)
-    parameters = 1
-
-
-NORMS = {"layer": Layer, "rms": RMS}
 pytestmark = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
 
 COLS = [1, 2, 3, 7, 8, 9, 63, 64, 65, 127, 511, 512, 513, 768, 1023, 1024, 1025, 2047, 2049, 4096, 65_537, 1_000_000]
-
-
-def make_parameters(norm, shape, dtype, device="cpu", conditioned=True):
-    """Weights of both signs away from 0; biases of the same size."""
-    weight = torch.rand(shape, device=device) + 0.5
-    weight = (weight * torch.where(torch.rand(shape, device=device) < 0.3, -1, 1)).to(dtype)
-    bias = ((torch.rand(shape, device=device) - 0.5) * (1 if conditioned else 100)).to(dtype)
-    return (weight, bias)[: norm.parameters]
 
 
 def double(tensors):
@@ -80,7 +52,7 @@ def test_forward_every_row_length(norm, dtype, cols, device):
     x = (torch.randn(3 if cols < 100_000 else 2, cols, device=device) * 3 + 1).to(dtype)
     assert_rounded_once(norm.op(x, (cols,), eps=1e-5), norm.torch_op(x.double(), (cols,), eps=1e-5))
     for parameter_dtype in dict.fromkeys([dtype, torch.float32]):
-        parameters = make_parameters(norm, (cols,), parameter_dtype, device)
+        parameters = make_norm_parameters(norm, (cols,), parameter_dtype, device)
         got = norm.op(x, (cols,), *parameters, eps=1e-5)
         assert_rounded_once(got, norm.torch_op(x.double(), (cols,), *double(parameters), eps=1e-5))
 
@@ -91,7 +63,7 @@ def test_forward_multi_dimensional(norm, dtype, shape, device):
     x = torch.randn(shape, device=device).to(dtype)
     for k in range(1, len(shape) + 1):
         normalized_shape = shape[-k:]
-        parameters = make_parameters(norm, normalized_shape, dtype, device)
+        parameters = make_norm_parameters(norm, normalized_shape, dtype, device)
         got = norm.op(x, normalized_shape, *parameters, eps=1e-5)
         assert got.shape == x.shape
         assert_rounded_once(got, norm.torch_op(x.double(), normalized_shape, *double(parameters), eps=1e-5))
@@ -140,11 +112,11 @@ def test_mean_far_from_zero(norm, dtype, device):
 def test_constant_rows(norm, dtype, value, cols, device):
     x = torch.full((3, cols), value, device=device).to(dtype).requires_grad_()
     y = norm.op(x, (cols,), eps=1e-5)
-    if norm is Layer and runs_cuda_kernels(device):
+    if norm is NORMS["layer"] and runs_cuda_kernels(device):
         # The mean is known to twice the digits of float32, but for the rounding of sums; rstd is 316.
         unit = EPS[torch.float64 if dtype == torch.float64 else torch.float32]
         assert (y.abs() <= 316 * 64 * unit**2 * abs(value)).all()
-    elif norm is Layer:
+    elif norm is NORMS["layer"]:
         assert (y == 0).all()
     else:
         assert_rounded_once(y.detach(), norm.torch_op(x.detach().double(), (cols,), eps=1e-5))
@@ -155,7 +127,7 @@ def test_constant_rows(norm, dtype, value, cols, device):
 def test_zero_rows(norm, device):
     for shape, normalized_shape in [((0, 8), (8,)), ((3, 0, 8), (8,)), ((0, 2, 4), (2, 4))]:
         x = torch.randn(shape, device=device, requires_grad=True)
-        parameters = [p.requires_grad_() for p in make_parameters(norm, normalized_shape, torch.float32, device)]
+        parameters = [p.requires_grad_() for p in make_norm_parameters(norm, normalized_shape, torch.float32, device)]
         y = norm.op(x, normalized_shape, *parameters, eps=1e-5)
         y.sum().backward()
         assert y.shape == x.grad.shape == shape
@@ -175,7 +147,7 @@ def test_rows_of_zero_elements(norm, device):
 def test_gradcheck(norm, affine, shape, dims, device):
     x = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
     normalized_shape = shape[-dims:]
-    parameters = make_parameters(norm, normalized_shape, torch.float64, device) if affine else ()
+    parameters = make_norm_parameters(norm, normalized_shape, torch.float64, device) if affine else ()
     for parameter in parameters:
         parameter.requires_grad_()
     fast = x.numel() > 100
@@ -192,7 +164,7 @@ def test_gradients(norm, dtype, affine, rows, cols, device):
     parameters = ()
     if affine is not None:
         parameter_dtype = dtype if affine == "same" else affine
-        parameters = [p.requires_grad_() for p in make_parameters(norm, (cols,), parameter_dtype, device)]
+        parameters = [p.requires_grad_() for p in make_norm_parameters(norm, (cols,), parameter_dtype, device)]
     inputs = (x, *parameters)
     grad = torch.randn(rows, cols, device=device).to(dtype)
     got = torch.autograd.grad(norm.op(x, (cols,), *parameters, eps=1e-5), inputs, grad)
@@ -216,7 +188,7 @@ def test_gradients(norm, dtype, affine, rows, cols, device):
 
 def exact_rstd(norm, x, cols):
     x = x.detach().double()
-    if norm is Layer:
+    if norm is NORMS["layer"]:
         x = x - x.mean(1, keepdim=True)
     return (x.square().mean(1, keepdim=True) + 1e-5).rsqrt()
 
@@ -225,7 +197,7 @@ def exact_rstd(norm, x, cols):
 def test_equals_the_reference(norm, dtype, device):
     # Both compute in float64 and round once, so that only ties of float64 could differ.
     x = torch.randn(17, 500, device=device).to(dtype)
-    parameters = make_parameters(norm, (500,), torch.float32, device)
+    parameters = make_norm_parameters(norm, (500,), torch.float32, device)
     grad = torch.randn(17, 500, device=device).to(dtype)
     results = []
     for op in (norm.op, norm.reference):
@@ -244,7 +216,7 @@ def test_equals_the_reference(norm, dtype, device):
 
 def test_only_the_gradients_asked_for(norm, device):
     x = torch.randn(6, 10, device=device)
-    tensors = [x, *make_parameters(norm, (10,), torch.float32, device)]
+    tensors = [x, *make_norm_parameters(norm, (10,), torch.float32, device)]
     grad = torch.randn(6, 10, device=device)
 
     def run(mask):
@@ -265,7 +237,7 @@ def test_only_the_gradients_asked_for(norm, device):
 def test_bias_alone(norm, device):
     x = torch.randn(6, 10, device=device, requires_grad=True)
     bias = torch.randn(10, device=device, requires_grad=True)
-    if norm is RMS:
+    if norm is NORMS["rms"]:
         with pytest.raises(TypeError, match="bias"):
             LF.ms_rms_norm(x, (10,), bias=bias)
         return
@@ -330,7 +302,7 @@ def test_output_dtype(norm, dtype, output_dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_default_eps_is_torchs(norm, dtype, device):
     computed_in = torch.float64 if dtype == torch.float64 else torch.float32
-    default = 1e-5 if norm is Layer else torch.finfo(computed_in).eps
+    default = 1e-5 if norm is NORMS["layer"] else torch.finfo(computed_in).eps
     # So small that eps decides.
     x = (torch.rand(3, 16, device=device) * default**0.5).to(dtype)
     assert torch.equal(norm.op(x, (16,)), norm.op(x, (16,), eps=default))
@@ -340,7 +312,7 @@ def test_default_eps_is_torchs(norm, dtype, device):
 
 
 def test_modules(norm, device):
-    layer = norm is Layer
+    layer = norm is NORMS["layer"]
     ours, theirs = (lomem.nn.MSLayerNorm, torch.nn.LayerNorm) if layer else (lomem.nn.MSRMSNorm, torch.nn.RMSNorm)
     x = torch.randn(4, 3, 8, device=device)
     assert not list(ours(8).parameters()), "no affine parameters by default, as in LowMemoryBP"
@@ -367,6 +339,6 @@ def test_modules(norm, device):
 
 def test_names_of_lowmemorybp(norm, device):
     x = torch.randn(3, 8, device=device)
-    alias = LF.layer_norm if norm is Layer else LF.rms_norm
+    alias = LF.layer_norm if norm is NORMS["layer"] else LF.rms_norm
     assert torch.equal(alias(x, (8,), 1e-3), norm.op(x, (8,), eps=1e-3))
     assert torch.equal(alias(x, (8,)), norm.op(x, (8,), eps=1e-5))
