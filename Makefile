@@ -1,5 +1,7 @@
 # make demo   build lomem in a virtual environment and run the demo
 # make test   the same, then ctest and pytest
+# make gpu-test PYTHON=python   in an environment with a CUDA build of torch, on a machine with a GPU and nvcc: builds
+#                               for that GPU, runs every test and the benchmarks
 #
 # Variables: PYTHON (3.10 or newer), TORCH (what pip installs as torch), PIP_ARGS (further arguments for that,
 # such as --pre or an index), VENV (without spaces), JOBS.
@@ -20,10 +22,11 @@ export PRE_COMMIT_HOME ?= $(CURDIR)/build/pre-commit
 # The oldest CMake that lomem says it works with: consumer projects are tested with it.
 OLDEST_CMAKE := 3.22
 
-.PHONY: help demo test install ctest pytest types asan asan-pytest dev lint format gtest clean FORCE
+.PHONY: help demo test install ctest pytest pytest-on-host types asan asan-pytest cuda-check gpu-build gpu-test gpu-bench \
+  gpu-sanitize dev lint format gtest clean FORCE
 
 help:
-	@sed -n '1,5p' Makefile
+	@sed -n '1,7p' Makefile
 
 demo: install
 	$(BIN)/lomem demo
@@ -71,6 +74,52 @@ ctest: $(VENV)/.tools gtest build/oldest-cmake/.done
 
 pytest: install
 	$(BIN)/python -m pytest -q -n $(JOBS)
+
+# The same ops by the CUDA adapters and the bodies of the CUDA kernels, executed on the CPU: no GPU and no CUDA needed.
+pytest-on-host: install
+	$(CONFIGURE) release -DLOMEM_CONSUMER_CMAKE="$(CURDIR)/build/oldest-cmake/cmake/data/bin/cmake"
+	cmake --build --preset release --target lomem_cuda_on_host
+	LOMEM_CUDA_ON_HOST="$$(find "$(CURDIR)/build/release" -name liblomem_cuda_on_host.so)" \
+	  $(BIN)/python -m pytest -q -n $(JOBS) -p no:cacheprovider tests/python/test_norms.py tests/python/test_packing.py \
+	  tests/python/test_saved_bytes.py tests/python/test_step_activations.py tests/python/test_step_backward.py \
+	  tests/python/test_transforms.py
+
+# Every CUDA kernel for every architecture, where there is an nvcc, with or without a GPU and a CUDA build of torch.
+# Prints registers and spills; fails on a spill.
+cuda-check: $(VENV)/.tools gtest
+	$(CONFIGURE) cuda
+	cmake --build --preset cuda
+	$(BIN)/python cmake/cuda_resources.py build/cuda
+	ctest --preset cuda -j $(JOBS)
+
+# On a machine with a GPU. Everything comes from PYTHON's environment: a CUDA build of torch, the dependency groups
+# `build` and `test` of pyproject.toml. CMAKE_ARGS go to CMake; without network, GoogleTest's sources can be given as
+# -DFETCHCONTENT_SOURCE_DIR_GOOGLETEST=<folder>.
+CMAKE_ARGS ?=
+GPU_PYTHON = PYTHONPATH=build/gpu-python$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
+
+gpu-build:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "gpu-test: torch " + torch.__version__ + " of " + sys.executable + " sees no GPU, expected a CUDA build of torch and a GPU")'
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --upgrade --target build/gpu-python \
+	  -C build-dir=build/gpu-wheel -C cmake.define.LOMEM_CUDA=ON .
+	cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DLOMEM_CUDA=ON -DLOMEM_BUILD_INSTALL_TESTS=OFF \
+	  -DTorch_DIR="$$($(PYTHON) cmake/lomem_torch.py)" $(CMAKE_ARGS)
+	cmake --build build/gpu
+
+gpu-test: gpu-build
+	ctest --test-dir build/gpu --output-on-failure --no-tests=error -L cuda
+	ctest --test-dir build/gpu --output-on-failure -LE cuda
+	$(GPU_PYTHON) -m pytest -q tests/python
+	$(MAKE) gpu-bench PYTHON="$(PYTHON)"
+
+# The figures go to benchmarks/results, named after the GPU.
+gpu-bench:
+	$(GPU_PYTHON) benchmarks/ops.py --json "benchmarks/results/$$($(PYTHON) -c \
+	  'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json"
+
+gpu-sanitize: gpu-build
+	compute-sanitizer --tool memcheck --leak-check full --error-exitcode 1 build/gpu/tests/cpp/lomem_cuda_device_tests
+	compute-sanitizer --tool racecheck --error-exitcode 1 build/gpu/tests/cpp/lomem_cuda_device_tests --gtest_filter=*Norms
 
 # From another folder, so that the installed package is checked.
 types: install

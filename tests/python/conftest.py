@@ -21,6 +21,12 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
+def pytest_collection_modifyitems(config, items):
+    if helpers.CUDA_ON_HOST:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("cpu_kernels")])
+        items[:] = [item for item in items if not item.get_closest_marker("cpu_kernels")]
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     """Every device that lomem has kernels for."""

@@ -55,6 +55,7 @@ def test_any_shape_and_strides(device):
     assert torch.equal(lomem.functional.unpack_bits(strided, 3, 30), codes.flatten())
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("bits", range(1, 8))
 @pytest.mark.parametrize("position", [0, 7, 99_999])
 def test_codes_that_do_not_fit_are_refused(bits, position):

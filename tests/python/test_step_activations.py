@@ -23,6 +23,7 @@ def expected_gradient(x, grad, step):
     return (grad.double() * level.double()).to(x.dtype)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_forward_every_size(name, dtype, requires_grad, device):
@@ -32,6 +33,7 @@ def test_forward_every_size(name, dtype, requires_grad, device):
         assert same_bits(op(x.clone().requires_grad_(requires_grad)).detach(), torch_op(x)), n
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -52,6 +54,7 @@ def test_strides_of_the_output(name, layout, device):
         assert forward(odd)[0].stride() == torch_op(odd).stride()
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_forward_every_pattern(name, dtype, requires_grad, device):
@@ -60,6 +63,7 @@ def test_forward_every_pattern(name, dtype, requires_grad, device):
     assert same_bits(op(x.clone().requires_grad_(requires_grad)).detach(), torch_op(x))
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_and_codes_across_threads(name, dtype, device):
     # torch's float16 GELU depends on how the range is split over threads: the split must be torch's.
@@ -168,6 +172,7 @@ def test_gradient_approximates_the_exact_one(name, device):
     assert F.cosine_similarity(approximate, exact, dim=0) > 0.98
 
 
+@pytest.mark.cpu_kernels
 @settings(deadline=None, max_examples=60)
 @given(
     shape=st.lists(st.integers(0, 7), min_size=0, max_size=5),
@@ -197,6 +202,7 @@ def test_modules(name, device):
     assert not module.state_dict()
 
 
+@pytest.mark.cpu_kernels
 def test_reference_agrees(name, device):
     for dtype in DTYPES:
         x = (torch.randn(777, device=device) * 4).to(dtype)

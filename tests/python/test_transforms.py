@@ -247,6 +247,7 @@ def test_fake_tensors(device):
         assert x.grad.shape == (3, 6)
 
 
+@pytest.mark.cpu_kernels
 def test_inference_mode(device):
     net = Net().to(device)
     x = torch.randn(4, 6, device=device)
