@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 LF = lomem.functional
 ops = torch.ops.lomem
@@ -70,6 +71,20 @@ def test_other_layouts(requires_grad):
             call(nested)
     with raises("lomem::ms_layer_norm: weight has layout Sparse, expected a dense (torch.strided) tensor"):
         LF.ms_layer_norm(torch.ones(4), (4,), torch.ones(4).to_sparse())
+
+
+def test_mixed_devices():
+    # Shapes only, so that no GPU is needed.
+    with FakeTensorMode():
+        cpu, cuda = torch.empty(4, 8), torch.empty(4, 8, device="cuda")
+        weight = {tensor: torch.empty(8, device=tensor.device) for tensor in (cpu, cuda)}
+        for op, name in ((LF.ms_layer_norm, "ms_layer_norm"), (LF.ms_rms_norm, "ms_rms_norm")):
+            with raises(f"lomem::{name}: weight is on cpu, expected cuda:0, the device of input"):
+                op(cuda, (8,), weight[cpu])
+            with raises(f"lomem::{name}: weight is on cuda:0, expected cpu, the device of input"):
+                op(cpu, (8,), weight[cuda])
+        with raises("lomem::ms_layer_norm: bias is on cpu, expected cuda:0, the device of input"):
+            LF.ms_layer_norm(cuda, (8,), None, weight[cpu])
 
 
 def test_cuda_in_a_build_without_cuda():
