@@ -12,8 +12,7 @@ struct CudaNorms {
 
   /// Not here: looking at the weights would wait for the device. Where a weight is too small the
   /// gradients are NaN (see norm_inverse).
-  static void check_recoverable(
-      const char* /*op*/, const OptionalTensor& /*weight*/, const at::Tensor& /*output*/) {}
+  static void check_recoverable(const char* /*op*/, const OptionalTensor& /*weight*/, const at::Tensor& /*output*/) {}
 
   template <Norm norm>
   static void forward(const char* op, const NormForward& args, int64_t rows, const at::Tensor& like) {

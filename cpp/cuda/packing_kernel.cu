@@ -8,8 +8,7 @@ const char* compiled_archs() {
   return LOMEM_CUDA_ARCHS;
 }
 
-cudaError_t pack_bits(
-    const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed, cudaStream_t stream) {
+cudaError_t pack_bits(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed, cudaStream_t stream) {
   return visit_bits(
       bits, [&](auto width) { return launch(PackBits<decltype(width)::value>(codes, n, packed), stream); });
 }

@@ -13,10 +13,10 @@ namespace {
 /// The strides that torch's pointwise ops give their output: those of a dense input, but for
 /// dimensions of size 1, whose stride says nothing.
 at::MemoryFormat output_format(const at::Tensor& input) {
-  return input.is_contiguous()                                      ? at::MemoryFormat::Contiguous
-         : input.is_contiguous(at::MemoryFormat::ChannelsLast)      ? at::MemoryFormat::ChannelsLast
-         : input.is_contiguous(at::MemoryFormat::ChannelsLast3d)    ? at::MemoryFormat::ChannelsLast3d
-                                                                    : at::MemoryFormat::Preserve;
+  return input.is_contiguous()                                   ? at::MemoryFormat::Contiguous
+         : input.is_contiguous(at::MemoryFormat::ChannelsLast)   ? at::MemoryFormat::ChannelsLast
+         : input.is_contiguous(at::MemoryFormat::ChannelsLast3d) ? at::MemoryFormat::ChannelsLast3d
+                                                                 : at::MemoryFormat::Preserve;
 }
 
 template <class Function, class Op>
@@ -26,8 +26,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& input) {
   at::Tensor output = at::empty_like(input, output_format(input));
   // Else (sliced, expanded) the input is copied to the output's strides, so that one order serves
   // both.
-  const at::Tensor dense =
-      input.is_non_overlapping_and_dense() ? input : at::empty_like(output).copy_(input);
+  const at::Tensor dense = input.is_non_overlapping_and_dense() ? input : at::empty_like(output).copy_(input);
   const int64_t n = input.numel();
   at::Tensor codes = at::empty({packed_bytes(n, Step::bits)}, input.options().dtype(at::kByte));
   const cudaError_t error = cuda::step_forward<Function, Step>(

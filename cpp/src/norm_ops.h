@@ -93,8 +93,12 @@ struct NormOps {
     if (output_mask[2] && has_tensor(beta)) {
       grad_bias = at::empty_like(*beta);
     }
-    const NormBackward args{array(grad),  array(z),    array(row_rstd),
-                            array(gamma), array(beta), mutable_array(grad_input),
+    const NormBackward args{array(grad),
+                            array(z),
+                            array(row_rstd),
+                            array(gamma),
+                            array(beta),
+                            mutable_array(grad_input),
                             sizes.cols.expect_int()};
     Backend::template backward<norm>(
         op, args, sizes.rows.expect_int(), mutable_array(grad_weight), mutable_array(grad_bias), z);
@@ -102,15 +106,14 @@ struct NormOps {
   }
 
   static at::Tensor ms_layer_norm(
-      const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight, const OptionalTensor& bias,
-      double eps, OptionalDtype dtype) {
-    return std::get<0>(
-        forward<Norm::layer>("lomem::ms_layer_norm", input, normalized_shape, weight, bias, eps, dtype));
+      const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
+      const OptionalTensor& bias, double eps, OptionalDtype dtype) {
+    return std::get<0>(forward<Norm::layer>("lomem::ms_layer_norm", input, normalized_shape, weight, bias, eps, dtype));
   }
 
   static std::tuple<at::Tensor, at::Tensor> ms_layer_norm_forward(
-      const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight, const OptionalTensor& bias,
-      double eps, OptionalDtype dtype) {
+      const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
+      const OptionalTensor& bias, double eps, OptionalDtype dtype) {
     auto result =
         forward<Norm::layer>("lomem::ms_layer_norm_forward", input, normalized_shape, weight, bias, eps, dtype);
     Backend::check_recoverable("lomem::ms_layer_norm", weight, std::get<0>(result));
@@ -127,17 +130,17 @@ struct NormOps {
   }
 
   static at::Tensor ms_rms_norm(
-      const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight, std::optional<double> eps,
-      OptionalDtype dtype) {
+      const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
+      std::optional<double> eps, OptionalDtype dtype) {
     return std::get<0>(
         forward<Norm::rms>("lomem::ms_rms_norm", input, normalized_shape, weight, std::nullopt, eps, dtype));
   }
 
   static std::tuple<at::Tensor, at::Tensor> ms_rms_norm_forward(
-      const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight, std::optional<double> eps,
-      OptionalDtype dtype) {
-    auto result = forward<Norm::rms>(
-        "lomem::ms_rms_norm_forward", input, normalized_shape, weight, std::nullopt, eps, dtype);
+      const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
+      std::optional<double> eps, OptionalDtype dtype) {
+    auto result =
+        forward<Norm::rms>("lomem::ms_rms_norm_forward", input, normalized_shape, weight, std::nullopt, eps, dtype);
     Backend::check_recoverable("lomem::ms_rms_norm", weight, std::get<0>(result));
     return result;
   }

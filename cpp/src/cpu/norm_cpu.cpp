@@ -68,8 +68,7 @@ struct CpuNorms {
     double* weight_sums = grad_weight.data != nullptr ? sums.mutable_data_ptr<double>() : nullptr;
     double* bias_sums = grad_bias.data != nullptr ? sums.mutable_data_ptr<double>() + blocks * cols : nullptr;
     const auto block_sums = [&](double* all, int64_t block) { return all != nullptr ? all + block * cols : nullptr; };
-    const int64_t blocks_per_thread =
-        std::max<int64_t>(1, blocks * rows_per_thread(cols) / std::max<int64_t>(1, rows));
+    const int64_t blocks_per_thread = std::max<int64_t>(1, blocks * rows_per_thread(cols) / std::max<int64_t>(1, rows));
     at::parallel_for(0, blocks, blocks_per_thread, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         cpu::norm_backward<norm>(

@@ -107,7 +107,8 @@ TYPED_TEST(SixteenBit, RoundsDoublesOnce) {
 }
 
 TYPED_TEST(SixteenBit, LargestNotAboveKeepsEveryComparison) {
-  std::vector<float> boundaries = {0.0F, -0.0F, 1e-30F, -1e-30F, 3.1858811F, -3.1858811F, 6.325815F, -1e-3F, 7e4F, -7e4F};
+  std::vector<float> boundaries = {0.0F,        -0.0F,     1e-30F, -1e-30F, 3.1858811F,
+                                   -3.1858811F, 6.325815F, -1e-3F, 7e4F,    -7e4F};
   for (int bits = 0; bits < 0x10000; bits += 97) {
     const double value = oracle::decode(static_cast<std::uint16_t>(bits), this->format);
     if (std::isfinite(value)) {

@@ -102,8 +102,9 @@ void check_all_patterns(oracle::Format format) {
       std::vector<std::uint8_t> codes;
       for (int j = 0; j < 8; ++j) {
         x[j].bits = static_cast<std::uint16_t>(first + (j + shift) % 8);
-        codes.push_back(static_cast<std::uint8_t>(
-            oracle::code<T>(oracle::decode(x[j].bits, format), Constants::c1, Constants::c2, Constants::c3)));
+        codes.push_back(
+            static_cast<std::uint8_t>(
+                oracle::code<T>(oracle::decode(x[j].bits, format), Constants::c1, Constants::c2, Constants::c3)));
       }
       const auto packed = oracle::pack(codes, 2);
       ASSERT_EQ((encode<Step>(x)), packed[0] | packed[1] << 8) << first;
@@ -251,9 +252,10 @@ void check_norm(const NormCase& c, std::set<std::tuple<bool, int, int, bool, boo
   const bool in_double = sizeof(In) == 8 || sizeof(Out) == 8 || (c.affine && sizeof(Weight) == 8);
   const double arithmetic = in_double ? spacing<double>() : spacing<float>();
   using Statistic = lomem::compute_t<In>;
-  SCOPED_TRACE(testing::Message() << c.rows << " x " << c.cols << (c.affine ? " affine" : "")
-                                  << (c.misaligned ? " misaligned" : "") << " element sizes " << sizeof(In) << " "
-                                  << sizeof(Out) << " " << sizeof(Weight));
+  SCOPED_TRACE(
+      testing::Message() << c.rows << " x " << c.cols << (c.affine ? " affine" : "")
+                         << (c.misaligned ? " misaligned" : "") << " element sizes " << sizeof(In) << " " << sizeof(Out)
+                         << " " << sizeof(Weight));
   const std::size_t cols = c.cols;
   const std::size_t n = c.rows * cols;
   const double eps = 1e-5;
@@ -336,16 +338,15 @@ void check_norm(const NormCase& c, std::set<std::tuple<bool, int, int, bool, boo
   std::vector<double> size_weight(cols, 0);
   std::vector<double> size_bias(cols, 0);
   for (std::int64_t row = 0; row < c.rows; ++row) {
-    const auto want = expected_row(
-        x.data() + row * cols, gamma.data(), beta.data(), grads.data() + row * cols, cols, centred, eps);
+    const auto want =
+        expected_row(x.data() + row * cols, gamma.data(), beta.data(), grads.data() + row * cols, cols, centred, eps);
     ASSERT_NEAR(rstd.values()[row], want.rstd, norm_tolerance<Statistic>(want.rstd, want.rstd, arithmetic));
     double scale = 0;
     for (std::size_t j = 0; j < cols; ++j) {
       const std::size_t i = row * cols + j;
       ASSERT_NEAR(
           lomem::to_compute(z[i]), want.z[j],
-          norm_tolerance<Out>(
-              want.z[j], std::fabs(gamma[j]) + std::fabs(want.z[j]) + std::fabs(beta[j]), arithmetic))
+          norm_tolerance<Out>(want.z[j], std::fabs(gamma[j]) + std::fabs(want.z[j]) + std::fabs(beta[j]), arithmetic))
           << j;
       const double y = (lomem::to_compute(z[i]) - beta[j]) / gamma[j];
       want_weight[j] += grads[i] * y;
@@ -369,11 +370,13 @@ void check_norm(const NormCase& c, std::set<std::tuple<bool, int, int, bool, boo
     const auto got_bias = grad_bias.values();
     for (std::size_t j = 0; j < cols; ++j) {
       ASSERT_NEAR(
-          lomem::to_compute(got_weight[j]), want_weight[j], norm_tolerance<Weight>(want_weight[j], size_weight[j], arithmetic))
+          lomem::to_compute(got_weight[j]), want_weight[j],
+          norm_tolerance<Weight>(want_weight[j], size_weight[j], arithmetic))
           << j;
       if (centred) {
         ASSERT_NEAR(
-            lomem::to_compute(got_bias[j]), want_bias[j], norm_tolerance<Weight>(want_bias[j], size_bias[j], arithmetic))
+            lomem::to_compute(got_bias[j]), want_bias[j],
+            norm_tolerance<Weight>(want_bias[j], size_bias[j], arithmetic))
             << j;
       }
     }
@@ -391,8 +394,8 @@ TEST(Norms, EveryTilingAndMixOfDtypes) {
   using lomem::float16;
   std::set<std::tuple<bool, int, int, bool, bool>> seen;
   for (const std::int64_t cols :
-       {1,    2,    3,    7,    8,    31,   32,   33,   64,   255,  256,  257,  264,   512,   513,   520,
-        768,  1000, 1024, 1025, 1032, 2048, 2056, 4096, 4097, 4104, 8192, 8200, 16384, 16392, 20001, 20008}) {
+       {1,   2,    3,    7,    8,    31,   32,   33,   64,   255,  256,  257,  264,   512,   513,   520,
+        768, 1000, 1024, 1025, 1032, 2048, 2056, 4096, 4097, 4104, 8192, 8200, 16384, 16392, 20001, 20008}) {
     for (const bool affine : {false, true}) {
       const std::int64_t rows = cols > 1024 ? 2 : 5;
       const NormCase aligned{rows, cols, affine, false, true};
@@ -413,14 +416,14 @@ TEST(Norms, EveryTilingAndMixOfDtypes) {
   }
   // Every tiling that there is a kernel for was executed: (double, width, elements, warp, with sums).
   const std::set<std::tuple<bool, int, int, bool, bool>> all = {
-      {false, 8, 8, true, false},  {false, 8, 16, true, false},  {false, 8, 32, true, false},
+      {false, 8, 8, true, false},   {false, 8, 16, true, false},  {false, 8, 32, true, false},
       {false, 8, 16, false, false}, {false, 8, 32, false, false}, {false, 8, 0, false, false},
-      {false, 4, 8, true, false},  {false, 4, 16, true, false},  {false, 4, 32, true, false},
+      {false, 4, 8, true, false},   {false, 4, 16, true, false},  {false, 4, 32, true, false},
       {false, 4, 16, false, false}, {false, 4, 32, false, false}, {false, 4, 0, false, false},
-      {false, 1, 16, true, false}, {false, 1, 16, false, false}, {false, 1, 0, false, false},
-      {false, 8, 8, true, true},   {false, 8, 16, true, true},   {false, 8, 8, false, true},
-      {false, 4, 8, true, true},   {false, 4, 16, true, true},   {false, 4, 8, false, true},
-      {true, 2, 16, true, false},  {true, 2, 0, false, false},   {true, 1, 0, true, false},
+      {false, 1, 16, true, false},  {false, 1, 16, false, false}, {false, 1, 0, false, false},
+      {false, 8, 8, true, true},    {false, 8, 16, true, true},   {false, 8, 8, false, true},
+      {false, 4, 8, true, true},    {false, 4, 16, true, true},   {false, 4, 8, false, true},
+      {true, 2, 16, true, false},   {true, 2, 0, false, false},   {true, 1, 0, true, false},
       {true, 1, 0, false, false}};
   EXPECT_EQ(seen, all);
 }

@@ -315,8 +315,9 @@ void expect_close(const std::vector<T>& got, const std::vector<T>& want, double 
 
 template <lomem::Norm norm, class T, class Weight>
 void check_norm(std::int64_t rows, std::int64_t cols, bool affine, bool misaligned) {
-  SCOPED_TRACE(testing::Message() << rows << " x " << cols << (affine ? " affine" : "") << " element sizes "
-                                  << sizeof(T) << " " << sizeof(Weight));
+  SCOPED_TRACE(
+      testing::Message() << rows << " x " << cols << (affine ? " affine" : "") << " element sizes " << sizeof(T) << " "
+                         << sizeof(Weight));
   constexpr bool centred = norm == lomem::Norm::layer;
   using Statistic = lomem::compute_t<T>;
   const std::size_t n = rows * cols;
@@ -441,8 +442,8 @@ void check_norm(std::int64_t rows, std::int64_t cols, bool affine, bool misalign
 
 template <class T, class Weight>
 void check_norms() {
-  for (const std::int64_t cols : {1, 7, 32, 64, 256, 512, 520, 768, 1000, 1024, 1032, 2048, 4096, 5000, 8192, 16384,
-                                  20000, 20001}) {
+  for (const std::int64_t cols :
+       {1, 7, 32, 64, 256, 512, 520, 768, 1000, 1024, 1032, 2048, 4096, 5000, 8192, 16384, 20000, 20001}) {
     const std::int64_t rows = cols > 4096 ? 3 : 70;
     for (const bool affine : {false, true}) {
       check_norm<lomem::Norm::layer, T, Weight>(rows, cols, affine, false);

@@ -8,10 +8,17 @@
 namespace {
 
 const std::vector<std::string>& ops() {
-  static const std::vector<std::string> names = {
-      "regelu2_forward",        "resilu2_forward", "step_activation_backward", "ms_layer_norm",
-      "ms_layer_norm_forward",  "ms_rms_norm",     "ms_rms_norm_forward",      "ms_layer_norm_backward",
-      "ms_rms_norm_backward",   "pack_bits",       "unpack_bits"};
+  static const std::vector<std::string> names = {"regelu2_forward",
+                                                 "resilu2_forward",
+                                                 "step_activation_backward",
+                                                 "ms_layer_norm",
+                                                 "ms_layer_norm_forward",
+                                                 "ms_rms_norm",
+                                                 "ms_rms_norm_forward",
+                                                 "ms_layer_norm_backward",
+                                                 "ms_rms_norm_backward",
+                                                 "pack_bits",
+                                                 "unpack_bits"};
   return names;
 }
 
@@ -36,8 +43,7 @@ TEST(Library, RefusesOtherTensors) {
     op.redispatch(c10::DispatchKeySet(c10::DispatchKey::CUDA), at::ones({4}));
     FAIL() << "a CUDA kernel took a tensor on the CPU";
   } catch (const c10::Error& error) {
-    EXPECT_STREQ(
-        error.what_without_backtrace(), "lomem: a CUDA kernel was called with a tensor on cpu, expected cuda");
+    EXPECT_STREQ(error.what_without_backtrace(), "lomem: a CUDA kernel was called with a tensor on cpu, expected cuda");
   }
 }
 

@@ -48,8 +48,9 @@ cudaError_t step_backward(
   return visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     return visit_bits(bits, [&](auto width) {
-      return HostRunner{}.body(StepBackward<T, decltype(width)::value>(
-          static_cast<const T*>(grad_output), codes, levels, n, static_cast<T*>(grad_input)));
+      return HostRunner{}.body(
+          StepBackward<T, decltype(width)::value>(
+              static_cast<const T*>(grad_output), codes, levels, n, static_cast<T*>(grad_input)));
     });
   });
 }

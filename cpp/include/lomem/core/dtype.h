@@ -15,9 +15,9 @@
 // where the portable form takes ten. Both round to nearest even and differ in the bits of a NaN
 // alone.
 #if defined(__CUDA_ARCH__)
-#define LOMEM_CONVERT_IN_HARDWARE(result)     \
-  if (!__builtin_is_constant_evaluated()) {   \
-    return result;                            \
+#define LOMEM_CONVERT_IN_HARDWARE(result)   \
+  if (!__builtin_is_constant_evaluated()) { \
+    return result;                          \
   }
 #else
 #define LOMEM_CONVERT_IN_HARDWARE(result)

@@ -20,8 +20,8 @@ LOMEM_API const char* compiled_archs();
 /// output = Function(input) and the codes of Step, packed, of n elements. Function and Step: GELU or
 /// GELUTanh with ReGELU2, SiLU with ReSiLU2.
 template <class Function, class Step>
-LOMEM_API cudaError_t step_forward(
-    DType dtype, const void* input, std::int64_t n, void* output, std::uint8_t* codes, cudaStream_t stream);
+LOMEM_API cudaError_t
+step_forward(DType dtype, const void* input, std::int64_t n, void* output, std::uint8_t* codes, cudaStream_t stream);
 
 extern template cudaError_t step_forward<GELU, ReGELU2>(
     DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
@@ -38,12 +38,12 @@ LOMEM_API cudaError_t step_backward(
 
 /// Packs n codes of `bits` = 1..8 bits. A code that does not fit stops the kernel with a
 /// device-side assertion.
-LOMEM_API cudaError_t pack_bits(
-    const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed, cudaStream_t stream);
+LOMEM_API cudaError_t
+pack_bits(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed, cudaStream_t stream);
 
 /// Unpacks n codes of `bits` = 1..8 bits.
-LOMEM_API cudaError_t unpack_bits(
-    const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes, cudaStream_t stream);
+LOMEM_API cudaError_t
+unpack_bits(const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes, cudaStream_t stream);
 
 /// output and rstd of `rows` rows.
 template <Norm norm>

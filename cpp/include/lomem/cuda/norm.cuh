@@ -302,33 +302,38 @@ struct NormForwardRows {
   }
 };
 
-/// What a thread keeps of a row in the backward pass and, with `parameters`, of all its rows.
+namespace detail {
+
+/// What it takes to recover y from z in some columns.
+template <class C, int width>
+struct Recovery {
+  Affine<C, width> affine;
+  C inverse[width];
+
+  LOMEM_HOST_DEVICE Recovery(const NormBackward& args, std::int64_t column) : affine(args.weight, args.bias, column) {
+    const C smallest = static_cast<C>(smallest_normal(args.output.dtype));
+    for (int j = 0; j < width; ++j) {
+      inverse[j] = norm_inverse(affine.gamma[j], smallest);
+    }
+  }
+};
+
+}  // namespace detail
+
+/// What a thread keeps of a row in the backward pass and, with `parameters`, of its columns in all
+/// rows.
 template <class Tiling, bool parameters>
 struct NormBackwardState {
   using C = typename Tiling::C;
+  static constexpr int columns = parameters ? Tiling::elements : 1;
   C g[Tiling::elements];
   C y[Tiling::elements];
-  C grad_weight[parameters ? Tiling::elements : 1] = {};
-  C grad_bias[parameters ? Tiling::elements : 1] = {};
+  C gamma[columns];
+  C beta[columns];
+  C inverse[columns];
+  C grad_weight[columns] = {};
+  C grad_bias[columns] = {};
 };
-
-namespace detail {
-
-/// From grad_z and z to g = gamma * grad_z and y.
-template <class C, int width>
-LOMEM_HOST_DEVICE void recover(const NormBackward& args, std::int64_t column, C* g, C* y) {
-  if (args.weight.data == nullptr && args.bias.data == nullptr) {
-    return;
-  }
-  const Affine<C, width> affine(args.weight, args.bias, column);
-  const C smallest = static_cast<C>(smallest_normal(args.output.dtype));
-  for (int j = 0; j < width; ++j) {
-    y[j] = norm_recover(y[j], norm_inverse(affine.gamma[j], smallest), affine.beta[j]);
-    g[j] *= affine.gamma[j];
-  }
-}
-
-}  // namespace detail
 
 /// One row of the backward pass. With `parameters`, which needs rows in registers, adds the row's
 /// share of the weight and bias gradients to the state.
@@ -340,11 +345,30 @@ LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t 
   constexpr int width = Tiling::width;
   const C n = static_cast<C>(args.cols);
   const auto place = [&](int thread) { return Place{row, args.cols, thread, group.threads}; };
+  const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
+  // From grad_z and z of a vector to g = gamma * grad_z and y.
+  const auto recover = [&](const Place& p, std::int64_t k, int at, State& state) {
+    if constexpr (parameters) {
+      for (int j = at; j < at + width; ++j) {
+        const C grad = state.g[j];
+        state.y[j] = norm_recover(state.y[j], state.inverse[j], state.beta[j]);
+        state.g[j] = grad * state.gamma[j];
+        state.grad_weight[j] += grad * state.y[j];
+        state.grad_bias[j] += grad;
+      }
+    } else if (affine) {
+      const detail::Recovery<C, width> recovery(args, p.column(k, width));
+      for (int j = 0; j < width; ++j) {
+        state.y[at + j] = norm_recover(state.y[at + j], recovery.inverse[j], recovery.affine.beta[j]);
+        state.g[at + j] *= recovery.affine.gamma[j];
+      }
+    }
+  };
   const auto reload = [&](const Place& p, std::int64_t k, State& state) {
     if constexpr (!Tiling::in_registers) {
       detail::load<C, width>(args.grad_output, p.offset(k, width), state.g);
       detail::load<C, width>(args.output, p.offset(k, width), state.y);
-      detail::recover<C, width>(args, p.column(k, width), state.g, state.y);
+      recover(p, k, 0, state);
     }
   };
 
@@ -358,17 +382,7 @@ LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t 
     detail::LongSum<C> products;
     detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int at) {
       if constexpr (Tiling::in_registers) {
-        C grad[width];
-        for (int j = 0; j < width; ++j) {
-          grad[j] = state.g[at + j];
-        }
-        detail::recover<C, width>(args, p.column(k, width), state.g + at, state.y + at);
-        if constexpr (parameters) {
-          for (int j = 0; j < width; ++j) {
-            state.grad_weight[at + j] += grad[j] * state.y[at + j];
-            state.grad_bias[at + j] += grad[j];
-          }
-        }
+        recover(p, k, at, state);
       } else {
         reload(p, k, state);
       }
@@ -456,6 +470,18 @@ struct NormBackwardStrips {
   template <class Group>
   LOMEM_HOST_DEVICE void operator()(std::int64_t strip, Group& group) const {
     constexpr int width = Tiling::width;
+    // A thread works on the same columns of all rows.
+    group.each([&](int thread, State& state) {
+      const Place p{strip, args.cols, thread, group.threads};
+      detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int at) {
+        const detail::Recovery<C, width> recovery(args, p.column(k, width));
+        for (int j = 0; j < width; ++j) {
+          state.gamma[at + j] = recovery.affine.gamma[j];
+          state.beta[at + j] = recovery.affine.beta[j];
+          state.inverse[at + j] = recovery.inverse[j];
+        }
+      });
+    });
     const std::int64_t end = strip_begin(strip + 1, sums.strips, rows);
     for (std::int64_t row = strip_begin(strip, sums.strips, rows); row < end; ++row) {
       norm_backward_row<norm, Tiling, true>(args, row, group);
@@ -500,16 +526,9 @@ struct StripSumsBody {
     if (column >= args.cols) {
       return;
     }
-    const detail::Affine<C, width> affine(args.weight, args.bias, column);
-    const C smallest = static_cast<C>(smallest_normal(args.output.dtype));
-    C inverse[width];
-    C grad_weight[width];
-    C grad_bias[width];
-    for (int j = 0; j < width; ++j) {
-      inverse[j] = norm_inverse(affine.gamma[j], smallest);
-      grad_weight[j] = 0;
-      grad_bias[j] = 0;
-    }
+    const detail::Recovery<C, width> recovery(args, column);
+    C grad_weight[width] = {};
+    C grad_bias[width] = {};
     const std::int64_t end = strip_begin(strip + 1, sums.strips, rows);
     for (std::int64_t row = strip_begin(strip, sums.strips, rows); row < end; ++row) {
       C grad[width];
@@ -517,7 +536,7 @@ struct StripSumsBody {
       detail::load<C, width>(args.grad_output, row * args.cols + column, grad);
       detail::load<C, width>(args.output, row * args.cols + column, z);
       for (int j = 0; j < width; ++j) {
-        grad_weight[j] += grad[j] * norm_recover(z[j], inverse[j], affine.beta[j]);
+        grad_weight[j] += grad[j] * norm_recover(z[j], recovery.inverse[j], recovery.affine.beta[j]);
         grad_bias[j] += grad[j];
       }
     }

@@ -44,8 +44,8 @@ inline int vector_width(
     const int bytes = width * static_cast<int>(element_size(array.dtype));
     return is_aligned(array.data, std::min(bytes, max_access));
   };
-  const bool all_fit = std::all_of(arrays.begin(), arrays.end(), fits) &&
-                       std::all_of(parameters.begin(), parameters.end(), fits);
+  const bool all_fit =
+      std::all_of(arrays.begin(), arrays.end(), fits) && std::all_of(parameters.begin(), parameters.end(), fits);
   return all_fit && cols % width == 0 ? width : 1;
 }
 
@@ -66,12 +66,12 @@ inline NormPlan plan_rows(NormPlan plan, std::int64_t cols) {
   if (plan.in_double) {
     plan.elements = plan.width > 1 && warp_fits(16) ? 16 : 0;
   } else if (plan.width > 1) {
-    plan.elements = warp_fits(8)                                     ? 8
-                    : warp_fits(16)                                  ? 16
-                    : warp_fits(32)                                  ? 32
+    plan.elements = warp_fits(8)                                   ? 8
+                    : warp_fits(16)                                ? 16
+                    : warp_fits(32)                                ? 32
                     : cols <= 16 * (max_block_threads / 2)         ? 16
                     : cols <= std::int64_t{32} * max_block_threads ? 32
-                                                                     : 0;
+                                                                   : 0;
   } else {
     plan.elements = cols <= std::int64_t{16} * max_block_threads ? 16 : 0;
   }
@@ -136,9 +136,9 @@ struct NormParameterGradients {
 template <class Visitor>
 decltype(auto) visit_tiling(const NormPlan& plan, Visitor&& visitor) {
   if (plan.in_double) {
-    return plan.elements > 0  ? visitor(Tiling<double, 2, 8>{})
-           : plan.width > 1   ? visitor(Tiling<double, 2, 0>{})
-                              : visitor(Tiling<double, 1, 0>{});
+    return plan.elements > 0 ? visitor(Tiling<double, 2, 8>{})
+           : plan.width > 1  ? visitor(Tiling<double, 2, 0>{})
+                             : visitor(Tiling<double, 1, 0>{});
   }
   switch (plan.width * 100 + plan.elements) {
     case 808: return visitor(Tiling<float, 8, 1>{});
@@ -199,8 +199,7 @@ typename Runner::Error run_rows(
 /// The strips' sums: with the rows, in one pass, or in a pass of their own after them.
 template <Norm norm, class C, class Runner>
 typename Runner::Error run_strips(
-    const NormBackward& args, std::int64_t rows, const NormPlan& plan, const StripSums<C>& sums,
-    const Runner& runner) {
+    const NormBackward& args, std::int64_t rows, const NormPlan& plan, const StripSums<C>& sums, const Runner& runner) {
   if (!plan.parameters) {
     const auto error = run_rows<norm>(args, rows, plan, runner);
     if (error != Runner::ok) {
