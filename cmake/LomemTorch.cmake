@@ -7,7 +7,10 @@
 # torch's own CMake package is looked at, not loaded: with a CUDA build of torch it fails where there is no CUDA
 # toolkit, which lomem's CPU kernels do not need, and it adds flags of its own choice to CUDA code.
 if(NOT SKBUILD AND NOT Torch_DIR AND NOT CMAKE_DISABLE_FIND_PACKAGE_Torch)
-  find_path(Torch_DIR TorchConfig.cmake PATH_SUFFIXES share/cmake/Torch torch/share/cmake/Torch)
+  file(TO_CMAKE_PATH "$ENV{CMAKE_PREFIX_PATH}" environment_prefixes)
+  find_path(Torch_DIR TorchConfig.cmake
+    HINTS ${Torch_ROOT} $ENV{Torch_ROOT} ${CMAKE_PREFIX_PATH} ${environment_prefixes}
+    PATH_SUFFIXES share/cmake/Torch torch/share/cmake/Torch)
 endif()
 if(SKBUILD OR (NOT Torch_DIR AND NOT CMAKE_DISABLE_FIND_PACKAGE_Python))
   find_package(Python COMPONENTS Interpreter QUIET)
