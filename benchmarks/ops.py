@@ -74,7 +74,9 @@ def activation_cases(device: torch.device, elements: list[int], dtypes: list[str
             "torch": Contender(activation.torch_op, 2 * size, 3 * size),
         }
         if compiled:
-            contenders["torch.compile"] = Contender(torch.compile(activation.torch_op), 2 * size, 3 * size)
+            contenders["torch.compile"] = Contender(
+                torch.compile(activation.torch_op, dynamic=False), 2 * size, 3 * size
+            )
         yield Case(name, n, dtype, make_inputs, contenders)
 
 
@@ -96,7 +98,7 @@ def norm_cases(
 
         contenders = {name: apply(op) for name, op in {"lomem": norm.op, "torch": norm.torch_op}.items()}
         if compiled:
-            contenders["torch.compile"] = torch.compile(apply(norm.torch_op))
+            contenders["torch.compile"] = torch.compile(apply(norm.torch_op), dynamic=False)
         if device.type == "cuda" and affine:
             contenders |= peers_of_norms(kind, cols, DTYPES[dtype], device)
         yield Case(
@@ -156,6 +158,7 @@ class Timer:
     def __init__(self, device: torch.device):
         self.device = device
         self.cuda = device.type == "cuda"
+        self.cycles_of_enqueuing = 200_000  # of the device, a call: about 0.1 ms
 
     def __call__(self, call: Call, repeats: int) -> float:
         """Calls `repeats` times."""
@@ -165,14 +168,18 @@ class Timer:
                 call()
             return (time.perf_counter() - start) / repeats
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        torch.cuda._sleep(200_000 * repeats)  # a tenth of a millisecond a call: longer than enqueuing takes
-        begin.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1000 / repeats
+        while True:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(self.cycles_of_enqueuing * repeats)
+            begin.record()
+            for _ in range(repeats):
+                call()
+            end.record()
+            waited = not begin.query()
+            torch.cuda.synchronize()
+            if waited:
+                return begin.elapsed_time(end) / 1000 / repeats
+            self.cycles_of_enqueuing *= 2  # the device was done sleeping before the host was done enqueuing
 
     def repeats(self, call: Call, seconds: float) -> int:
         """How many calls take about so long. Also warms up."""
@@ -328,9 +335,11 @@ def main() -> None:
     device = arguments.device
     elements = arguments.elements or [2**20, 2**24, 2**26][: 3 if device.type == "cuda" else 2]
     if arguments.compile:
-        from torch._functorch import config
+        import torch._dynamo.config as dynamo_config
+        from torch._functorch import config as functorch_config
 
-        config.donated_buffer = False  # the backward pass is run again and again
+        functorch_config.donated_buffer = False  # the backward pass is run again and again
+        dynamo_config.fail_on_recompile_limit_hit = True  # never eager in compiled code's name
     facts = machine(device)
     for name, value in facts.items():
         print(f"{name:<20}{value}")
@@ -343,6 +352,8 @@ def main() -> None:
         cases = itertools.chain(cases, norms)
     records = []
     for case in cases:
+        if arguments.compile:
+            torch._dynamo.reset()  # each case compiles for its own shape
         records += measure(case, device, arguments.rounds, arguments.seconds)
         print_records(records[-len(PASSES) * len(case.contenders) :])
     if arguments.json:

@@ -2,7 +2,7 @@
 
 As a compiler launcher (`cuda_resources.py --record nvcc ...`), runs the compiler and keeps its report beside the
 object file. With a build folder (`cuda_resources.py build/cuda`), prints a table of every kernel and architecture and
-fails where a kernel spills registers.
+fails where a kernel spills registers or keeps an array in local memory.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Kernel(NamedTuple):
     arch: str
     registers: int
     spilled_bytes: int
+    stack_bytes: int
 
 
 def record(command: list[str]) -> int:
@@ -44,13 +45,13 @@ def parse(report: str) -> Iterator[Kernel]:
     """The kernels of one report."""
     entry = re.compile(
         r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'.*?"
-        r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
         r"Used (?P<registers>\d+) registers",
         re.DOTALL,
     )
     for match in entry.finditer(report):
         spilled = int(match["stores"]) + int(match["loads"])
-        yield Kernel(match["name"], match["arch"], int(match["registers"]), spilled)
+        yield Kernel(match["name"], match["arch"], int(match["registers"]), spilled, int(match["stack"]))
 
 
 def readable(names: list[str]) -> list[str]:
@@ -65,8 +66,16 @@ def readable(names: list[str]) -> list[str]:
     return result
 
 
+def cell(kernel: Kernel | None) -> str:
+    """One kernel on one architecture, in the table."""
+    if kernel is None:
+        return "-"
+    spilled = f"+{kernel.spilled_bytes}" if kernel.spilled_bytes else ""
+    return f"{kernel.registers}{spilled}" + (f"~{kernel.stack_bytes}" if kernel.stack_bytes else "")
+
+
 def main(folder: Path) -> int:
-    """Prints the table; returns 1 where registers are spilled, 2 where there are no reports."""
+    """Prints the table; returns 1 where a kernel uses local memory, 2 where there are no reports."""
     kernels = [kernel for path in folder.rglob("*" + SUFFIX) for kernel in parse(path.read_text(encoding="utf-8"))]
     if not kernels:
         print(f"no reports under {folder}: build it with LOMEM_CUDA=ON and LOMEM_CUDA_RESOURCES=ON", file=sys.stderr)
@@ -77,21 +86,15 @@ def main(folder: Path) -> int:
         table[kernel.name][kernel.arch] = kernel
     names = readable(list(table))
     width = max(map(len, names))
-    print("registers a thread; +n: bytes spilled")
+    print("registers a thread; +n: bytes spilled; ~n: bytes of stack")
     print(f"{'kernel':<{width}}" + "".join(f"{arch:>8}" for arch in archs))
     for name, row in sorted(zip(names, table.values(), strict=True), key=lambda pair: pair[0]):
-        cells = []
-        for arch in archs:
-            kernel = row.get(arch)
-            cells.append(
-                "-"
-                if kernel is None
-                else f"{kernel.registers}" + f"+{kernel.spilled_bytes}" * (kernel.spilled_bytes > 0)
-            )
-        print(f"{name:<{width}}" + "".join(f"{cell:>8}" for cell in cells))
-    spills = [kernel for kernel in kernels if kernel.spilled_bytes]
-    print(f"{len(table)} kernels, {len(archs)} architectures, {len(spills)} with spills")
-    return 1 if spills else 0
+        cells = [cell(row.get(arch)) for arch in archs]
+        print(f"{name:<{width}}" + "".join(f"{text:>8}" for text in cells))
+    spills = sum(kernel.spilled_bytes > 0 for kernel in kernels)
+    stacks = sum(kernel.stack_bytes > 0 for kernel in kernels)
+    print(f"{len(table)} kernels, {len(archs)} architectures, {spills} with spills, {stacks} with a stack")
+    return 1 if spills or stacks else 0
 
 
 if __name__ == "__main__":

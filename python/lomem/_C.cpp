@@ -12,11 +12,10 @@
 
 namespace {
 
-/// The architectures of a CMake list.
 std::vector<std::string> cuda_archs() {
   std::vector<std::string> result;
   std::istringstream list(LOMEM_CUDA_ARCHS);
-  for (std::string arch; std::getline(list, arch, ';');) {
+  for (std::string arch; list >> arch;) {
     result.push_back(arch);
   }
   return result;

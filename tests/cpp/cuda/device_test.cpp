@@ -46,6 +46,10 @@ class DeviceBuffer {
     ASSERT_EQ(values.size(), count_);
     check(cudaMemcpy(data(), values.data(), count_ * sizeof(T), cudaMemcpyHostToDevice));
   }
+  /// Overwrites the elements, so that the next launch has to write them.
+  void poison() const {
+    check(cudaMemset(data(), sentinel, count_ * sizeof(T)));
+  }
   /// The elements, after checking the sentinels. Waits for the device.
   std::vector<T> values() const {
     check(cudaDeviceSynchronize());
@@ -72,13 +76,22 @@ class DeviceBuffer {
   void* memory_ = nullptr;
 };
 
-/// Runs `launch(stream)` on the default stream, on a side stream, and captured in a graph.
-void on_all_streams(const std::function<cudaError_t(cudaStream_t)>& launch, const std::function<void()>& verify) {
+/// Runs `launch(stream)` on the default stream, on a side stream, and captured in a graph; each time
+/// after `poison()`, which overwrites the results of the time before.
+void on_all_streams(
+    const std::function<cudaError_t(cudaStream_t)>& launch, const std::function<void()>& poison,
+    const std::function<void()>& verify) {
+  const auto prepare = [&] {
+    poison();
+    check(cudaDeviceSynchronize());
+  };
+  prepare();
   check(launch(nullptr));
   verify();
 
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  prepare();
   check(launch(stream));
   verify();
 
@@ -88,9 +101,11 @@ void on_all_streams(const std::function<cudaError_t(cudaStream_t)>& launch, cons
   check(launch(stream));
   check(cudaStreamEndCapture(stream, &graph));
   check(cudaGraphInstantiate(&executable, graph, 0));
-  check(cudaGraphLaunch(executable, stream));
-  check(cudaGraphLaunch(executable, stream));
-  verify();
+  for (int replay = 0; replay < 2; ++replay) {
+    prepare();
+    check(cudaGraphLaunch(executable, stream));
+    verify();
+  }
   check(cudaGraphExecDestroy(executable));
   check(cudaGraphDestroy(graph));
   check(cudaStreamDestroy(stream));
@@ -141,6 +156,10 @@ void check_forward() {
       on_all_streams(
           [&](cudaStream_t stream) {
             return step_forward<Function, Step>(Element<T>::dtype, x.data(), n, y.data(), codes.data(), stream);
+          },
+          [&] {
+            y.poison();
+            codes.poison();
           },
           [&] {
             EXPECT_EQ(codes.values(), host_codes) << n;
@@ -231,6 +250,7 @@ void check_backward() {
               return step_backward(
                   Element<T>::dtype, grad.data(), packed.data(), levels.data(), bits, n, result.data(), stream);
             },
+            [&] { result.poison(); },
             [&] { EXPECT_EQ(bytes_of(result.values()), bytes_of(want)) << bits << " bits, " << n; });
       }
     }
@@ -264,6 +284,10 @@ TEST_F(EveryDevice, Packing) {
               [&](cudaStream_t stream) {
                 const cudaError_t error = pack_bits(codes.data(), n, bits, packed.data(), stream);
                 return error != cudaSuccess ? error : unpack_bits(packed.data(), n, bits, unpacked.data(), stream);
+              },
+              [&] {
+                packed.poison();
+                unpacked.poison();
               },
               [&] {
                 EXPECT_EQ(packed.values(), want) << bits << " bits, " << n;
@@ -370,6 +394,10 @@ void check_norm(std::int64_t rows, std::int64_t cols, bool affine, bool misalign
   on_all_streams(
       [&](cudaStream_t stream) { return norm_forward<norm>(forward, rows, stream); },
       [&] {
+        output.poison();
+        rstd.poison();
+      },
+      [&] {
         expect_close(output.values(), host_output, 4, "output");
         expect_close(rstd.values(), host_rstd, 1, "rstd");
       });
@@ -417,6 +445,12 @@ void check_norm(std::int64_t rows, std::int64_t cols, bool affine, bool misalign
   std::vector<std::uint8_t> first;
   on_all_streams(
       [&](cudaStream_t stream) { return norm_backward<norm>(backward, rows, parameters, stream); },
+      [&] {
+        grad_input.poison();
+        grad_weight.poison();
+        grad_bias.poison();
+        workspace.poison();
+      },
       [&] {
         const auto got = grad_input.values();
         expect_close(got, host_grad_input, 4, "grad_input");

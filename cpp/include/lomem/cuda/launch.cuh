@@ -12,6 +12,7 @@
 #include <lomem/config.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace lomem::cuda {
 
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(threads_per_block, 2) body_kernel(const __grid
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t block = blockIdx.x;
   body.prepare(block, thread, shared);
-  if constexpr (sizeof(shared) > sizeof(Nothing)) {
+  if constexpr (!std::is_same_v<typename Body::Shared, Nothing>) {
     __syncthreads();
   }
   body(block, thread, shared);

@@ -103,9 +103,8 @@ LOMEM_HOST_DEVICE void load_row(const Array& array, const Place& place, typename
   constexpr int width = Tiling::width;
   visit_element_type<C>(array.dtype, [&](auto element) {
     using T = typename decltype(element)::type;
-    Vector<T, width> vectors[Tiling::vectors];
+    Vector<T, width> vectors[Tiling::vectors] = {};
     for (int k = 0; k < Tiling::vectors; ++k) {
-      vectors[k] = Vector<T, width>{};
       if (place.column(k, width) < place.cols) {
         vectors[k] = load_vector<width>(static_cast<const T*>(array.data) + place.offset(k, width));
       }
@@ -113,6 +112,37 @@ LOMEM_HOST_DEVICE void load_row(const Array& array, const Place& place, typename
     for (int k = 0; k < Tiling::vectors; ++k) {
       for (int j = 0; j < width; ++j) {
         values[k * width + j] = static_cast<C>(to_compute(vectors[k][j]));
+      }
+    }
+  });
+}
+
+/// All vectors of a thread of two arrays. Where both have the same dtype, their loads are in flight
+/// together.
+template <class Tiling>
+LOMEM_HOST_DEVICE void load_rows(
+    const Array& a, const Array& b, const Place& place, typename Tiling::C* a_values, typename Tiling::C* b_values) {
+  using C = typename Tiling::C;
+  constexpr int width = Tiling::width;
+  if (a.dtype != b.dtype) {
+    load_row<Tiling>(a, place, a_values);
+    load_row<Tiling>(b, place, b_values);
+    return;
+  }
+  visit_element_type<C>(a.dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    Vector<T, width> a_vectors[Tiling::vectors] = {};
+    Vector<T, width> b_vectors[Tiling::vectors] = {};
+    for (int k = 0; k < Tiling::vectors; ++k) {
+      if (place.column(k, width) < place.cols) {
+        a_vectors[k] = load_vector<width>(static_cast<const T*>(a.data) + place.offset(k, width));
+        b_vectors[k] = load_vector<width>(static_cast<const T*>(b.data) + place.offset(k, width));
+      }
+    }
+    for (int k = 0; k < Tiling::vectors; ++k) {
+      for (int j = 0; j < width; ++j) {
+        a_values[k * width + j] = static_cast<C>(to_compute(a_vectors[k][j]));
+        b_values[k * width + j] = static_cast<C>(to_compute(b_vectors[k][j]));
       }
     }
   });
@@ -346,6 +376,8 @@ LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t 
   const C n = static_cast<C>(args.cols);
   const auto place = [&](int thread) { return Place{row, args.cols, thread, group.threads}; };
   const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
+  // Early, so that it is there when it is needed.
+  const C rstd = detail::load_scalar<C>(args.rstd, row);
   // From grad_z and z of a vector to g = gamma * grad_z and y.
   const auto recover = [&](const Place& p, std::int64_t k, int at, State& state) {
     if constexpr (parameters) {
@@ -375,8 +407,7 @@ LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t 
   const Sums<C, 2> total = group.template sum<2>([&](int thread, State& state) {
     const Place p = place(thread);
     if constexpr (Tiling::in_registers) {
-      detail::load_row<Tiling>(args.grad_output, p, state.g);
-      detail::load_row<Tiling>(args.output, p, state.y);
+      detail::load_rows<Tiling>(args.grad_output, args.output, p, state.g, state.y);
     }
     detail::LongSum<C> sum;
     detail::LongSum<C> products;
@@ -410,7 +441,6 @@ LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t 
 
   group.each([&](int thread, State& state) {
     const Place p = place(thread);
-    const C rstd = detail::load_scalar<C>(args.rstd, row);
     detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int at) {
       reload(p, k, state);
       for (int j = at; j < at + width; ++j) {
@@ -453,6 +483,29 @@ LOMEM_HOST_DEVICE constexpr std::int64_t strip_begin(std::int64_t strip, std::in
   return strip * (rows / strips) + (strip < rows % strips ? strip : rows % strips);
 }
 
+namespace detail {
+
+/// Some columns of a strip's sums. The workspace is aligned, and cols a multiple of `width`.
+template <int width, class C>
+LOMEM_HOST_DEVICE void store_sums(
+    const StripSums<C>& sums, std::int64_t offset, const C* grad_weight, const C* grad_bias) {
+  Vector<C, width> vector;
+  if (sums.grad_weight != nullptr) {
+    for (int j = 0; j < width; ++j) {
+      vector[j] = grad_weight[j];
+    }
+    store_vector(sums.grad_weight + offset, vector);
+  }
+  if (sums.grad_bias != nullptr) {
+    for (int j = 0; j < width; ++j) {
+      vector[j] = grad_bias[j];
+    }
+    store_vector(sums.grad_bias + offset, vector);
+  }
+}
+
+}  // namespace detail
+
 /// Strips of rows: gradients of the input, and the strips' sums, in one pass.
 template <Norm norm, class Tiling>
 struct NormBackwardStrips {
@@ -489,14 +542,7 @@ struct NormBackwardStrips {
     group.each([&](int thread, State& state) {
       const Place p{strip, args.cols, thread, group.threads};
       detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int at) {
-        for (int j = 0; j < width; ++j) {
-          if (sums.grad_weight != nullptr) {
-            sums.grad_weight[p.offset(k, width) + j] = state.grad_weight[at + j];
-          }
-          if (sums.grad_bias != nullptr) {
-            sums.grad_bias[p.offset(k, width) + j] = state.grad_bias[at + j];
-          }
-        }
+        detail::store_sums<width>(sums, p.offset(k, width), state.grad_weight + at, state.grad_bias + at);
       });
     });
   }
@@ -540,14 +586,7 @@ struct StripSumsBody {
         grad_bias[j] += grad[j];
       }
     }
-    for (int j = 0; j < width; ++j) {
-      if (sums.grad_weight != nullptr) {
-        sums.grad_weight[strip * args.cols + column + j] = grad_weight[j];
-      }
-      if (sums.grad_bias != nullptr) {
-        sums.grad_bias[strip * args.cols + column + j] = grad_bias[j];
-      }
-    }
+    detail::store_sums<width>(sums, strip * args.cols + column, grad_weight, grad_bias);
   }
 };
 

@@ -112,7 +112,10 @@ inline std::int64_t plan_strips(const NormPlan& plan, std::int64_t rows, std::in
   constexpr std::int64_t min_rows = 4;
   std::int64_t strips = 0;
   if (plan.parameters) {
-    strips = std::int64_t{multiprocessors} * (plan.threads == warp_size ? 16 : std::max(1, 1024 / plan.threads));
+    // As many groups as fit on the device at once (by their registers: 65536 a multiprocessor), so
+    // that none waits for another to end.
+    const int groups = plan.threads != warp_size ? std::max(1, 640 / plan.threads) : plan.elements == 16 ? 12 : 16;
+    strips = std::int64_t{multiprocessors} * groups;
   } else {
     const std::int64_t blocks = (cols / plan.width + threads_per_block - 1) / threads_per_block;
     strips = std::int64_t{multiprocessors} * 8 / std::max<std::int64_t>(1, blocks);

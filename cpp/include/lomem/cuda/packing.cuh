@@ -38,33 +38,47 @@ struct PackBits {
   LOMEM_HOST_DEVICE void prepare(std::int64_t /*block*/, int /*thread*/, Shared&) const {}
 
   LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared&) const {
-    for (int g = 0; g < groups_per_thread; ++g) {
-      const std::int64_t group = block * block_groups + std::int64_t{g} * threads_per_block + thread;
-      const std::int64_t begin = group * group_size;
-      if (begin >= n) {
-        return;
-      }
-      std::uint8_t* target = packed + group * bits;
-      const int count = static_cast<int>(n - begin < group_size ? n - begin : group_size);
-      Vector<std::uint8_t, group_size> unit{};
-      if (aligned && count == group_size) {
-        unit = load_vector<group_size>(codes + begin);
-        store_bytes<bits>(target, pack_word<bits>(unit.values));
-      } else {
-        for (int j = 0; j < count; ++j) {
-          unit[j] = codes[begin + j];
-        }
-        pack_group<bits>(unit.values, count, target);
+    if (aligned && (block + 1) * block_groups * group_size <= n) {
+      Vector<std::uint8_t, group_size> unit[groups_per_thread];
+      for (int g = 0; g < groups_per_thread; ++g) {
+        unit[g] = load_vector<group_size>(codes + (block * block_groups + g * threads_per_block + thread) * group_size);
       }
       std::uint8_t any = 0;
-      for (int j = 0; j < group_size; ++j) {
-        any |= unit[j];
+      for (int g = 0; g < groups_per_thread; ++g) {
+        const std::int64_t group = block * block_groups + g * threads_per_block + thread;
+        store_bytes<bits>(packed + group * bits, pack_word<bits>(unit[g].values));
+        for (int j = 0; j < group_size; ++j) {
+          any |= unit[g][j];
+        }
       }
       check_fits(any);
+    } else {
+      for (int g = 0; g < groups_per_thread; ++g) {
+        one_by_one(block * block_groups + g * threads_per_block + thread);
+      }
     }
   }
 
  private:
+  LOMEM_HOST_DEVICE void one_by_one(std::int64_t group) const {
+    const std::int64_t begin = group * group_size;
+    if (begin >= n) {
+      return;
+    }
+    const int count = static_cast<int>(n - begin < group_size ? n - begin : group_size);
+    std::uint64_t word = 0;
+    std::uint8_t any = 0;
+    for (int j = 0; j < count; ++j) {
+      const std::uint8_t code = codes[begin + j];
+      any |= code;
+      word |= pack_word<bits>(&code, 1) << (bits * j);
+    }
+    for (int b = 0; b < packed_bytes(count, bits); ++b) {
+      packed[group * bits + b] = static_cast<std::uint8_t>(word >> (8 * b));
+    }
+    check_fits(any);
+  }
+
   LOMEM_HOST_DEVICE static void check_fits([[maybe_unused]] std::uint8_t any) {
 #if defined(__CUDA_ARCH__)
     if constexpr (bits < max_bits) {
@@ -100,24 +114,39 @@ struct UnpackBits {
   LOMEM_HOST_DEVICE void prepare(std::int64_t /*block*/, int /*thread*/, Shared&) const {}
 
   LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared&) const {
-    for (int g = 0; g < groups_per_thread; ++g) {
-      const std::int64_t group = block * block_groups + std::int64_t{g} * threads_per_block + thread;
-      const std::int64_t begin = group * group_size;
-      if (begin >= n) {
-        return;
+    if (aligned && (block + 1) * block_groups * group_size <= n) {
+      std::uint64_t word[groups_per_thread];
+      for (int g = 0; g < groups_per_thread; ++g) {
+        word[g] = load_bytes<bits>(packed + (block * block_groups + g * threads_per_block + thread) * bits);
       }
-      const std::uint8_t* source = packed + group * bits;
-      const int count = static_cast<int>(n - begin < group_size ? n - begin : group_size);
-      if (aligned && count == group_size) {
-        const std::uint64_t word = load_bytes<bits>(source);
+      for (int g = 0; g < groups_per_thread; ++g) {
+        const std::int64_t group = block * block_groups + g * threads_per_block + thread;
         Vector<std::uint8_t, group_size> unit;
         for (int j = 0; j < group_size; ++j) {
-          unit[j] = unpack_word<bits>(word, j);
+          unit[j] = unpack_word<bits>(word[g], j);
         }
-        store_vector(codes + begin, unit);
-      } else {
-        unpack_group<bits>(source, count, codes + begin);
+        store_vector(codes + group * group_size, unit);
       }
+    } else {
+      for (int g = 0; g < groups_per_thread; ++g) {
+        one_by_one(block * block_groups + g * threads_per_block + thread);
+      }
+    }
+  }
+
+ private:
+  LOMEM_HOST_DEVICE void one_by_one(std::int64_t group) const {
+    const std::int64_t begin = group * group_size;
+    if (begin >= n) {
+      return;
+    }
+    const int count = static_cast<int>(n - begin < group_size ? n - begin : group_size);
+    std::uint64_t word = 0;
+    for (int b = 0; b < packed_bytes(count, bits); ++b) {
+      word |= std::uint64_t{packed[group * bits + b]} << (8 * b);
+    }
+    for (int j = 0; j < count; ++j) {
+      codes[begin + j] = unpack_word<bits>(word, j);
     }
   }
 };

@@ -62,6 +62,16 @@ struct UnitGrid {
 
 namespace detail {
 
+/// Whether two elements are compared by one instruction: bfloat16 from Hopper on.
+template <class T>
+LOMEM_HOST_DEVICE constexpr bool compares_pairs() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return std::is_same_v<T, float16>;
+#else
+  return std::is_same_v<T, float16> || std::is_same_v<T, bfloat16>;
+#endif
+}
+
 /// 0xffff in each half of `pair` that is greater than `boundary`, else 0. NaN is not greater.
 template <class T>
 LOMEM_HOST_DEVICE inline std::uint32_t greater_mask(std::uint32_t pair, T boundary) {
@@ -114,7 +124,7 @@ LOMEM_HOST_DEVICE inline std::uint64_t encode_pairs(const Vector<T, 8>& x) {
 /// The packed codes of `count` <= 8 elements, code 0 in the lowest bits.
 template <class Step, class T, int count>
 LOMEM_HOST_DEVICE std::uint64_t encode(const Vector<T, count>& x) {
-  if constexpr (sizeof(T) == 2 && count == 8 && Step::bits == 2) {
+  if constexpr (detail::compares_pairs<T>() && count == 8 && Step::bits == 2) {
     return detail::encode_pairs<Step, T>(x);
   } else {
     std::uint8_t codes[count];

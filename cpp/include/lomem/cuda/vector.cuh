@@ -33,6 +33,11 @@ LOMEM_HOST_DEVICE inline bool is_aligned(const void* pointer, int alignment) {
   return reinterpret_cast<std::uintptr_t>(pointer) % static_cast<unsigned>(alignment) == 0;
 }
 
+template <int bytes>
+using Unsigned = std::conditional_t<
+    bytes == 1, std::uint8_t,
+    std::conditional_t<bytes == 2, std::uint16_t, std::conditional_t<bytes == 4, std::uint32_t, std::uint64_t>>>;
+
 /// Precondition: `source` is aligned as Vector<T, count> is.
 template <int count, class T>
 LOMEM_HOST_DEVICE Vector<T, count> load_vector(const T* source) {
@@ -49,16 +54,22 @@ LOMEM_HOST_DEVICE Vector<T, count> load_vector(const T* source) {
 template <int count, class T>
 LOMEM_HOST_DEVICE void store_vector(T* target, const Vector<T, count>& vector) {
 #if defined(__CUDA_ARCH__)
-  *reinterpret_cast<Vector<T, count>*>(target) = vector;
+  constexpr int width = alignof(Vector<T, count>);
+  if constexpr (width >= 4) {
+    // The intrinsic keeps a store whole, which the compiler else may take apart into elements.
+    using Word = std::conditional_t<width == max_access, uint4, std::conditional_t<width == 8, uint2, unsigned>>;
+    Word words[sizeof(vector) / width];
+    memcpy(words, &vector, sizeof(vector));
+    for (int i = 0; i < static_cast<int>(sizeof(vector)) / width; ++i) {
+      __stwb(reinterpret_cast<Word*>(target) + i, words[i]);
+    }
+  } else {
+    *reinterpret_cast<Vector<T, count>*>(target) = vector;
+  }
 #else
   std::memcpy(target, &vector, sizeof(vector));
 #endif
 }
-
-template <int bytes>
-using Unsigned = std::conditional_t<
-    bytes == 1, std::uint8_t,
-    std::conditional_t<bytes == 2, std::uint16_t, std::conditional_t<bytes == 4, std::uint32_t, std::uint64_t>>>;
 
 /// Alignment that store_bytes<bytes> and load_bytes<bytes> need: the widest access that divides
 /// `bytes`.
