@@ -96,7 +96,7 @@ cuda-check: $(VENV)/.tools gtest
 # `build` and `test` of pyproject.toml. CMAKE_ARGS go to CMake; without network, GoogleTest's sources can be given as
 # -DFETCHCONTENT_SOURCE_DIR_GOOGLETEST=<folder>.
 CMAKE_ARGS ?=
-GPU_PYTHON = PYTHONPATH=build/gpu-python$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
+GPU_PYTHON = PYTHONPATH="$(CURDIR)/build/gpu-python"$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
 
 gpu-build:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "gpu-test: torch " + torch.__version__ + " of " + sys.executable + " sees no GPU, expected a CUDA build of torch and a GPU")'
