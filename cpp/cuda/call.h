@@ -16,7 +16,11 @@ namespace lomem::detail {
 /// Makes the device of a tensor current, for allocations and launches.
 class CudaScope {
  public:
-  explicit CudaScope(const at::Tensor& tensor) : guard_(check(tensor.device())) {}
+  explicit CudaScope(const at::Tensor& tensor) : guard_(check(tensor.device())) {
+    // The guard tells torch's copy of the CUDA runtime; this tells the one in this library. A failure
+    // shows at the launch.
+    cudaSetDevice(tensor.device().index());
+  }
 
  private:
   static c10::Device check(c10::Device device) {
