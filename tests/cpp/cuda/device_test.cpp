@@ -299,24 +299,6 @@ TEST_F(EveryDevice, Packing) {
   });
 }
 
-/// Launches nothing: executes on the CPU what a launcher would launch.
-struct HostRunner {
-  using Error = bool;
-  static constexpr Error ok = true;
-  int multiprocessors = 0;
-
-  template <class Body>
-  Error body(const Body& body) const {
-    execute_on_host(body, body.blocks());
-    return ok;
-  }
-  template <class Work>
-  Error groups(const Work& work, std::int64_t count, int threads) const {
-    execute_groups_on_host(work, count, threads);
-    return ok;
-  }
-};
-
 int multiprocessors() {
   int device = 0;
   int count = 0;

@@ -13,22 +13,11 @@ namespace lomem::cuda {
 
 namespace {
 
-struct HostRunner {
-  using Error = cudaError_t;
-  static constexpr Error ok = cudaSuccess;
-  int multiprocessors = 4;
+constexpr HostRunner host{4};
 
-  template <class Body>
-  Error body(const Body& body) const {
-    execute_on_host(body, body.blocks());
-    return ok;
-  }
-  template <class Work>
-  Error groups(const Work& work, std::int64_t count, int threads) const {
-    execute_groups_on_host(work, count, threads);
-    return ok;
-  }
-};
+cudaError_t status(HostRunner::Error result) {
+  return result == HostRunner::ok ? cudaSuccess : cudaErrorUnknown;
+}
 
 }  // namespace
 
@@ -37,8 +26,8 @@ cudaError_t step_forward(
     DType dtype, const void* input, std::int64_t n, void* output, std::uint8_t* codes, cudaStream_t /*stream*/) {
   return visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
-    return HostRunner{}.body(
-        StepForward<Function, Step, T>(static_cast<const T*>(input), n, static_cast<T*>(output), codes));
+    return status(
+        host.body(StepForward<Function, Step, T>(static_cast<const T*>(input), n, static_cast<T*>(output), codes)));
   });
 }
 
@@ -48,9 +37,9 @@ cudaError_t step_backward(
   return visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     return visit_bits(bits, [&](auto width) {
-      return HostRunner{}.body(
+      return status(host.body(
           StepBackward<T, decltype(width)::value>(
-              static_cast<const T*>(grad_output), codes, levels, n, static_cast<T*>(grad_input)));
+              static_cast<const T*>(grad_output), codes, levels, n, static_cast<T*>(grad_input))));
     });
   });
 }
@@ -58,29 +47,29 @@ cudaError_t step_backward(
 cudaError_t pack_bits(
     const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed, cudaStream_t /*stream*/) {
   return visit_bits(
-      bits, [&](auto width) { return HostRunner{}.body(PackBits<decltype(width)::value>(codes, n, packed)); });
+      bits, [&](auto width) { return status(host.body(PackBits<decltype(width)::value>(codes, n, packed))); });
 }
 
 cudaError_t unpack_bits(
     const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes, cudaStream_t /*stream*/) {
   return visit_bits(
-      bits, [&](auto width) { return HostRunner{}.body(UnpackBits<decltype(width)::value>(packed, n, codes)); });
+      bits, [&](auto width) { return status(host.body(UnpackBits<decltype(width)::value>(packed, n, codes))); });
 }
 
 template <Norm norm>
 cudaError_t norm_forward(const NormForward& args, std::int64_t rows, cudaStream_t /*stream*/) {
-  return run_norm_forward<norm>(args, rows, HostRunner{});
+  return status(run_norm_forward<norm>(args, rows, host));
 }
 
 std::int64_t norm_backward_workspace(
     const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters) {
-  return norm_backward_bytes(args, rows, parameters, HostRunner{}.multiprocessors);
+  return norm_backward_bytes(args, rows, parameters, host.multiprocessors);
 }
 
 template <Norm norm>
 cudaError_t norm_backward(
     const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters, cudaStream_t /*stream*/) {
-  return run_norm_backward<norm>(args, rows, parameters, HostRunner{});
+  return status(run_norm_backward<norm>(args, rows, parameters, host));
 }
 
 template cudaError_t step_forward<GELU, ReGELU2>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);

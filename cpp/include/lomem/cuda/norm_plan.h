@@ -163,6 +163,25 @@ decltype(auto) visit_tiling(const NormPlan& plan, Visitor&& visitor) {
 //     Error body(const Body&)                                          see launch.cuh
 //     Error groups(const Work&, int64_t count > 0, int threads)        see group.cuh
 
+/// Executes everything on the CPU, as on a device of `multiprocessors`. For tests.
+struct HostRunner {
+  using Error = bool;
+  static constexpr Error ok = true;
+
+  int multiprocessors;
+
+  template <class Body>
+  Error body(const Body& body) const {
+    execute_on_host(body, body.blocks());
+    return ok;
+  }
+  template <class Work>
+  Error groups(const Work& work, std::int64_t count, int threads) const {
+    execute_groups_on_host(work, count, threads);
+    return ok;
+  }
+};
+
 template <Norm norm, class Runner>
 typename Runner::Error run_norm_forward(const NormForward& args, std::int64_t rows, const Runner& runner) {
   if (rows == 0) {
