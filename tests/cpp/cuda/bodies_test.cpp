@@ -164,7 +164,7 @@ TYPED_TEST(Bodies, StepBackward) {
 
 template <int bits>
 void check_packing() {
-  for (const std::int64_t n : sizes(PackBits<bits>::block_groups * lomem::group_size)) {
+  for (const std::int64_t n : sizes(GroupGrid::block_codes)) {
     std::vector<std::uint8_t> codes(n);
     for (std::int64_t i = 0; i < n; ++i) {
       codes[i] = static_cast<std::uint8_t>((i * 151 + n) & lomem::max_code(bits));

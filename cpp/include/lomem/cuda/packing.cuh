@@ -11,15 +11,37 @@
 
 namespace lomem::cuda {
 
-inline constexpr int groups_per_thread = 2;
+/// How groups are dealt out: neighbouring threads take neighbouring groups.
+struct GroupGrid {
+  /// Independent loads that a thread has in flight.
+  static constexpr int groups_per_thread = 2;
+  static constexpr std::int64_t block_groups = std::int64_t{groups_per_thread} * threads_per_block;
+  static constexpr std::int64_t block_codes = block_groups * group_size;
+
+  LOMEM_HOST_DEVICE static constexpr std::int64_t blocks(std::int64_t n) {
+    return (n + block_codes - 1) / block_codes;
+  }
+  /// Index of the group that is number `g` of a thread.
+  LOMEM_HOST_DEVICE static constexpr std::int64_t group(std::int64_t block, int thread, int g) {
+    return block * block_groups + g * threads_per_block + thread;
+  }
+  LOMEM_HOST_DEVICE static constexpr bool is_full(std::int64_t block, std::int64_t n) {
+    return (block + 1) * block_codes <= n;
+  }
+  /// Codes of a group: fewer in the last one, none beyond.
+  LOMEM_HOST_DEVICE static constexpr int count(std::int64_t group, std::int64_t n) {
+    const std::int64_t rest = n - group * group_size;
+    return static_cast<int>(rest < 0 ? 0 : rest < group_size ? rest : group_size);
+  }
+};
 
 /// Packs n codes. Codes that do not fit in `bits` bits stop the kernel with an assertion, as an
 /// index out of bounds does in torch: there is no result that a caller could be given without
 /// waiting for the device.
 template <int bits>
 struct PackBits {
+  using Grid = GroupGrid;
   using Shared = Nothing;
-  static constexpr std::int64_t block_groups = std::int64_t{groups_per_thread} * threads_per_block;
 
   const std::uint8_t* codes;
   std::uint8_t* packed;
@@ -33,50 +55,45 @@ struct PackBits {
         aligned(is_aligned(codes, group_size) && is_aligned(packed, bytes_alignment<bits>)) {}
 
   std::int64_t blocks() const {
-    return ((n + group_size - 1) / group_size + block_groups - 1) / block_groups;
+    return Grid::blocks(n);
   }
   LOMEM_HOST_DEVICE void prepare(std::int64_t /*block*/, int /*thread*/, Shared&) const {}
 
   LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared&) const {
-    if (aligned && (block + 1) * block_groups * group_size <= n) {
-      Vector<std::uint8_t, group_size> unit[groups_per_thread];
-      for (int g = 0; g < groups_per_thread; ++g) {
-        unit[g] = load_vector<group_size>(codes + (block * block_groups + g * threads_per_block + thread) * group_size);
+    std::uint8_t any = 0;
+    if (aligned && Grid::is_full(block, n)) {
+      Vector<std::uint8_t, group_size> unit[Grid::groups_per_thread];
+      for (int g = 0; g < Grid::groups_per_thread; ++g) {
+        unit[g] = load_vector<group_size>(codes + Grid::group(block, thread, g) * group_size);
       }
-      std::uint8_t any = 0;
-      for (int g = 0; g < groups_per_thread; ++g) {
-        const std::int64_t group = block * block_groups + g * threads_per_block + thread;
-        store_bytes<bits>(packed + group * bits, pack_word<bits>(unit[g].values));
+      for (int g = 0; g < Grid::groups_per_thread; ++g) {
+        store_bytes<bits>(packed + Grid::group(block, thread, g) * bits, pack_word<bits>(unit[g].values));
         for (int j = 0; j < group_size; ++j) {
           any |= unit[g][j];
         }
       }
-      check_fits(any);
     } else {
-      for (int g = 0; g < groups_per_thread; ++g) {
-        one_by_one(block * block_groups + g * threads_per_block + thread);
+      for (int g = 0; g < Grid::groups_per_thread; ++g) {
+        any |= one_by_one(Grid::group(block, thread, g));
       }
     }
+    check_fits(any);
   }
 
  private:
-  LOMEM_HOST_DEVICE void one_by_one(std::int64_t group) const {
-    const std::int64_t begin = group * group_size;
-    if (begin >= n) {
-      return;
-    }
-    const int count = static_cast<int>(n - begin < group_size ? n - begin : group_size);
+  LOMEM_HOST_DEVICE std::uint8_t one_by_one(std::int64_t group) const {
+    const int count = Grid::count(group, n);
     std::uint64_t word = 0;
     std::uint8_t any = 0;
     for (int j = 0; j < count; ++j) {
-      const std::uint8_t code = codes[begin + j];
+      const std::uint8_t code = codes[group * group_size + j];
       any |= code;
       word |= pack_word<bits>(&code, 1) << (bits * j);
     }
     for (int b = 0; b < packed_bytes(count, bits); ++b) {
       packed[group * bits + b] = static_cast<std::uint8_t>(word >> (8 * b));
     }
-    check_fits(any);
+    return any;
   }
 
   LOMEM_HOST_DEVICE static void check_fits([[maybe_unused]] std::uint8_t any) {
@@ -94,8 +111,8 @@ struct PackBits {
 /// Unpacks n codes.
 template <int bits>
 struct UnpackBits {
+  using Grid = GroupGrid;
   using Shared = Nothing;
-  static constexpr std::int64_t block_groups = std::int64_t{groups_per_thread} * threads_per_block;
 
   const std::uint8_t* packed;
   std::uint8_t* codes;
@@ -109,44 +126,39 @@ struct UnpackBits {
         aligned(is_aligned(codes, group_size) && is_aligned(packed, bytes_alignment<bits>)) {}
 
   std::int64_t blocks() const {
-    return ((n + group_size - 1) / group_size + block_groups - 1) / block_groups;
+    return Grid::blocks(n);
   }
   LOMEM_HOST_DEVICE void prepare(std::int64_t /*block*/, int /*thread*/, Shared&) const {}
 
   LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared&) const {
-    if (aligned && (block + 1) * block_groups * group_size <= n) {
-      std::uint64_t word[groups_per_thread];
-      for (int g = 0; g < groups_per_thread; ++g) {
-        word[g] = load_bytes<bits>(packed + (block * block_groups + g * threads_per_block + thread) * bits);
+    if (aligned && Grid::is_full(block, n)) {
+      std::uint64_t word[Grid::groups_per_thread];
+      for (int g = 0; g < Grid::groups_per_thread; ++g) {
+        word[g] = load_bytes<bits>(packed + Grid::group(block, thread, g) * bits);
       }
-      for (int g = 0; g < groups_per_thread; ++g) {
-        const std::int64_t group = block * block_groups + g * threads_per_block + thread;
+      for (int g = 0; g < Grid::groups_per_thread; ++g) {
         Vector<std::uint8_t, group_size> unit;
         for (int j = 0; j < group_size; ++j) {
           unit[j] = unpack_word<bits>(word[g], j);
         }
-        store_vector(codes + group * group_size, unit);
+        store_vector(codes + Grid::group(block, thread, g) * group_size, unit);
       }
     } else {
-      for (int g = 0; g < groups_per_thread; ++g) {
-        one_by_one(block * block_groups + g * threads_per_block + thread);
+      for (int g = 0; g < Grid::groups_per_thread; ++g) {
+        one_by_one(Grid::group(block, thread, g));
       }
     }
   }
 
  private:
   LOMEM_HOST_DEVICE void one_by_one(std::int64_t group) const {
-    const std::int64_t begin = group * group_size;
-    if (begin >= n) {
-      return;
-    }
-    const int count = static_cast<int>(n - begin < group_size ? n - begin : group_size);
+    const int count = Grid::count(group, n);
     std::uint64_t word = 0;
     for (int b = 0; b < packed_bytes(count, bits); ++b) {
       word |= std::uint64_t{packed[group * bits + b]} << (8 * b);
     }
     for (int j = 0; j < count; ++j) {
-      codes[begin + j] = unpack_word<bits>(word, j);
+      codes[group * group_size + j] = unpack_word<bits>(word, j);
     }
   }
 };
