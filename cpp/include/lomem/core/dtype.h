@@ -151,15 +151,13 @@ LOMEM_HOST_DEVICE constexpr T from_double(double x) {
   if constexpr (sizeof(T) >= sizeof(float)) {
     return static_cast<T>(x);
   } else {
-    // To float by rounding to odd: towards zero, with the last bit set where that was inexact. It
-    // then tells the second rounding on which side of a tie x lay.
-    const float nearest = static_cast<float>(x);
-    const double back = static_cast<double>(nearest);
-    const double magnitude = x < 0 ? -x : x;
-    const bool away = (back < 0 ? -back : back) > magnitude;
-    const std::uint32_t u = __builtin_bit_cast(std::uint32_t, nearest);
-    const std::uint32_t odd = (u - (away ? 1u : 0u)) | 1u;
-    return from_compute<T>(__builtin_bit_cast(float, back != x ? odd : u));
+    // First to 14 significant bits by rounding to odd: towards zero, with the last bit set where that
+    // was inexact. It then tells the second rounding on which side of a tie x lay. 14 bits are exact
+    // in float down to half the smallest subnormal of either type, and integer steps vectorise.
+    constexpr std::uint64_t dropped = (std::uint64_t{1} << (52 - 13)) - 1;
+    const std::uint64_t u = __builtin_bit_cast(std::uint64_t, x);
+    const std::uint64_t odd = (u | ((u & dropped) + dropped)) & ~dropped;
+    return from_compute<T>(static_cast<float>(__builtin_bit_cast(double, odd)));
   }
 }
 
