@@ -14,7 +14,7 @@
 
 namespace lomem::cuda {
 
-/// Architectures that the kernels were compiled for, as CMake writes them: "75-real;90-real;120".
+/// Architectures that the kernels were compiled for, as in TORCH_CUDA_ARCH_LIST: "8.0 9.0+PTX".
 LOMEM_API const char* compiled_archs();
 
 /// output = Function(input) and the codes of Step, packed, of n elements. Function and Step: GELU or

@@ -245,14 +245,14 @@ LOMEM_HOST_DEVICE void norm_forward_row(const NormForward& args, std::int64_t ro
     }
   };
 
-  // The sum of the row; also reads it.
-  const Sums<C, 1> total = group.template sum<1>([&](int thread, State& state) {
-    const Place p = place(thread);
-    if constexpr (Tiling::in_registers) {
-      detail::load_row<Tiling>(args.input, p, state.x);
-    }
-    detail::LongSum<C> sum;
-    if constexpr (norm == Norm::layer) {
+  if constexpr (Tiling::in_registers) {
+    group.each([&](int thread, State& state) { detail::load_row<Tiling>(args.input, place(thread), state.x); });
+  }
+  C mean = 0;
+  if constexpr (norm == Norm::layer) {
+    const Sums<C, 1> total = group.template sum<1>([&](int thread, State& state) {
+      const Place p = place(thread);
+      detail::LongSum<C> sum;
       if constexpr (Tiling::in_registers) {
         sum.sum = detail::sum_of<C, Tiling::elements>(state.x);
       } else {
@@ -261,13 +261,14 @@ LOMEM_HOST_DEVICE void norm_forward_row(const NormForward& args, std::int64_t ro
           sum.add(detail::sum_of<C, width>(state.x));
         });
       }
-    }
-    return Sums<C, 1>{{sum.sum}};
-  });
-  const C mean = total[0] / n;
+      return Sums<C, 1>{{sum.sum}};
+    });
+    mean = total[0] / n;
+  }
 
-  // Sums of the distances from the mean and of their squares.
-  const Sums<C, 2> spread = group.template sum<2>([&](int thread, State& state) {
+  // Sums of the squared distances from the mean and, for LayerNorm, of the distances.
+  constexpr int moments = norm == Norm::layer ? 2 : 1;
+  const auto spread = group.template sum<moments>([&](int thread, State& state) {
     const Place p = place(thread);
     detail::LongSum<C> sum;
     detail::LongSum<C> squares;
@@ -288,11 +289,16 @@ LOMEM_HOST_DEVICE void norm_forward_row(const NormForward& args, std::int64_t ro
         squares.add(part_squares);
       }
     });
-    return Sums<C, 2>{{norm == Norm::layer ? sum.sum : C(0), squares.sum}};
+    if constexpr (norm == Norm::layer) {
+      return Sums<C, 2>{{squares.sum, sum.sum}};
+    } else {
+      return Sums<C, 1>{{squares.sum}};
+    }
   });
-  const C rstd = norm_rstd(norm_variance(spread[1], spread[0], n), static_cast<C>(args.eps));
+  const C sum_of_distances = norm == Norm::layer ? spread[moments - 1] : C(0);
+  const C rstd = norm_rstd(norm_variance(spread[0], sum_of_distances, n), static_cast<C>(args.eps));
   // What rounding left in the mean. Subtracted from small numbers, so that no digit of it is lost.
-  const C rest = spread[0] / n;
+  const C rest = sum_of_distances / n;
 
   group.each([&](int thread, State& state) {
     const Place p = place(thread);
@@ -404,7 +410,9 @@ LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t 
     }
   };
 
-  const Sums<C, 2> total = group.template sum<2>([&](int thread, State& state) {
+  // Sums of g * y and, for LayerNorm, of g.
+  constexpr int means = norm == Norm::layer ? 2 : 1;
+  const auto total = group.template sum<means>([&](int thread, State& state) {
     const Place p = place(thread);
     if constexpr (Tiling::in_registers) {
       detail::load_rows<Tiling>(args.grad_output, args.output, p, state.g, state.y);
@@ -431,13 +439,17 @@ LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t 
         products.add(part_products);
       }
     });
-    return Sums<C, 2>{{norm == Norm::layer ? sum.sum : C(0), products.sum}};
+    if constexpr (norm == Norm::layer) {
+      return Sums<C, 2>{{products.sum, sum.sum}};
+    } else {
+      return Sums<C, 1>{{products.sum}};
+    }
   });
   if (args.grad_input.data == nullptr) {
     return;
   }
-  const C mean_g = total[0] / n;
-  const C mean_gy = total[1] / n;
+  const C mean_gy = total[0] / n;
+  const C mean_g = norm == Norm::layer ? total[means - 1] / n : C(0);
 
   group.each([&](int thread, State& state) {
     const Place p = place(thread);
