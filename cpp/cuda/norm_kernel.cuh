@@ -6,24 +6,6 @@
 
 namespace lomem::cuda {
 
-/// Launches on a stream of the current device.
-struct DeviceRunner {
-  using Error = cudaError_t;
-  static constexpr Error ok = cudaSuccess;
-
-  cudaStream_t stream;
-  int multiprocessors;
-
-  template <class Body>
-  Error body(const Body& body) const {
-    return launch(body, stream);
-  }
-  template <class Work>
-  Error groups(const Work& work, std::int64_t count, int threads) const {
-    return launch_groups(work, count, threads, stream);
-  }
-};
-
 /// Of the current device; 1 where there is none, for which launches then fail.
 inline int multiprocessor_count() {
   int device = 0;

@@ -77,7 +77,7 @@ void run(const Body& body, bool on_gpu) {
     check(cuda::launch(body, /*stream=*/nullptr));
     check(cudaDeviceSynchronize());
   } else {
-    cuda::execute_on_host(body, body.blocks());
+    cuda::execute_on_host(body);
   }
 }
 

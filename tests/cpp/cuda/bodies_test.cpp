@@ -69,7 +69,7 @@ void check_forward() {
       Guarded<T> y(n, misaligned == 1 ? 1 : 0);
       Guarded<std::uint8_t> codes(lomem::packed_bytes(n, Step::bits), misaligned == 2 ? 1 : 0);
       const Body body(x.data(), n, y.data(), codes.data());
-      execute_on_host(body, body.blocks());
+      execute_on_host(body);
       x.expect_intact();
       y.expect_intact();
       codes.expect_intact();
@@ -139,7 +139,7 @@ void check_backward() {
       packed.assign(oracle::pack(codes, bits));
       Guarded<T> result(n, misaligned == 2 ? 1 : 0);
       const Body body(grad.data(), packed.data(), levels.data(), n, result.data());
-      execute_on_host(body, body.blocks());
+      execute_on_host(body);
       result.expect_intact();
       const auto gradients = grad.values();
       const auto got = result.values();
@@ -174,13 +174,13 @@ void check_packing() {
       source.assign(codes);
       Guarded<std::uint8_t> packed(lomem::packed_bytes(n, bits), misaligned == 1 ? 1 : 0);
       const PackBits<bits> pack(source.data(), n, packed.data());
-      execute_on_host(pack, pack.blocks());
+      execute_on_host(pack);
       packed.expect_intact();
       ASSERT_EQ(packed.values(), oracle::pack(codes, bits)) << bits << " bits, " << n;
 
       Guarded<std::uint8_t> unpacked(n, misaligned == 0 ? 1 : 0);
       const UnpackBits<bits> unpack(packed.data(), n, unpacked.data());
-      execute_on_host(unpack, unpack.blocks());
+      execute_on_host(unpack);
       unpacked.expect_intact();
       ASSERT_EQ(unpacked.values(), codes) << bits << " bits, " << n;
     }

@@ -152,7 +152,7 @@ void check_forward() {
       std::vector<T> host_y(n);
       std::vector<std::uint8_t> host_codes(lomem::packed_bytes(n, Step::bits));
       const StepForward<Function, Step, T> body(values.data(), n, host_y.data(), host_codes.data());
-      execute_on_host(body, body.blocks());
+      execute_on_host(body);
       on_all_streams(
           [&](cudaStream_t stream) {
             return step_forward<Function, Step>(Element<T>::dtype, x.data(), n, y.data(), codes.data(), stream);

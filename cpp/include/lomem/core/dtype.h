@@ -28,7 +28,8 @@ namespace lomem {
 /// The element types that every kernel accepts.
 enum class DType : std::uint8_t { float64, float32, bfloat16, float16 };
 
-/// 16-bit elements as stored. Arithmetic happens after `to_compute`.
+/// 16-bit elements as stored. Arithmetic happens after `to_compute`. Pointers to CUDA's __half and
+/// __nv_bfloat16, or to c10's types, may be cast to pointers to these: the bits are the same.
 struct bfloat16 {
   std::uint16_t bits;
 };

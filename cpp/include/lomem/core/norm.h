@@ -15,7 +15,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 namespace lomem {
 
@@ -60,7 +59,7 @@ LOMEM_HOST_DEVICE constexpr C norm_recover(C z, C inverse_gamma, C beta) {
 /// normal number of z's dtype.
 template <class C>
 LOMEM_HOST_DEVICE inline C norm_inverse(C gamma, C smallest) {
-  return std::fabs(gamma) < smallest ? std::numeric_limits<C>::quiet_NaN() : C(1) / gamma;
+  return std::fabs(gamma) < smallest ? static_cast<C>(NAN) : C(1) / gamma;
 }
 
 /// grad_x. RMSNorm passes mean_g = 0.
@@ -70,7 +69,8 @@ LOMEM_HOST_DEVICE constexpr C norm_gradient(C g, C y, C rstd, C mean_g, C mean_g
 }
 
 /// Rows of `cols` elements. `weight` and `bias` have `cols` elements, or no data where absent
-/// (RMSNorm has no bias). rstd has one element a row. Every array may have a dtype of its own.
+/// (RMSNorm has no bias). Each of these arrays may have a dtype of its own. rstd has one element a
+/// row, is float32 or float64, and is always there.
 struct NormForward {
   Array input;
   Array weight;

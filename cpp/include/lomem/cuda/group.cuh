@@ -42,7 +42,8 @@ struct Sums {
   }
 };
 
-/// A group of `threads`, a multiple of 32, that one host thread executes. For tests.
+/// A group of `threads`, a multiple of 32, that one host thread executes. For tests. (Marked for the
+/// device as well, where nothing calls it, since the code that calls it is.)
 template <class State>
 struct HostGroup {
   static constexpr int max_threads = max_block_threads;
@@ -50,7 +51,7 @@ struct HostGroup {
   explicit HostGroup(int threads_) : threads(threads_) {}
 
   template <int count, class Phase>
-  auto sum(const Phase& phase) {
+  LOMEM_HOST_DEVICE auto sum(const Phase& phase) {
     decltype(phase(0, states[0])) values[max_threads];
     for (int thread = 0; thread < threads; ++thread) {
       values[thread] = phase(thread, states[thread]);
@@ -66,7 +67,7 @@ struct HostGroup {
   }
 
   template <class Phase>
-  void each(const Phase& phase) {
+  LOMEM_HOST_DEVICE void each(const Phase& phase) {
     for (int thread = 0; thread < threads; ++thread) {
       phase(thread, states[thread]);
     }
@@ -76,7 +77,7 @@ struct HostGroup {
 
  private:
   template <class Values>
-  static Values halve(Values* values) {
+  LOMEM_HOST_DEVICE static Values halve(Values* values) {
     for (int distance = warp_size / 2; distance > 0; distance /= 2) {
       for (int lane = 0; lane < distance; ++lane) {
         values[lane] = values[lane] + values[lane + distance];

@@ -54,7 +54,7 @@ extern template cudaError_t norm_forward<Norm::rms>(const NormForward&, std::int
 
 struct NormParameterGradients;  // norm_plan.h
 
-/// Bytes of workspace that norm_backward needs on the current device.
+/// Bytes of workspace that norm_backward needs on the current device, for exactly these arguments.
 LOMEM_API std::int64_t norm_backward_workspace(
     const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters);
 

@@ -23,7 +23,8 @@ struct Nothing {};
 
 /// Executes a body on the CPU, for tests.
 template <class Body>
-void execute_on_host(const Body& body, std::int64_t blocks) {
+void execute_on_host(const Body& body) {
+  const std::int64_t blocks = body.blocks();
   for (std::int64_t block = 0; block < blocks; ++block) {
     typename Body::Shared shared;
     for (int thread = 0; thread < threads_per_block; ++thread) {

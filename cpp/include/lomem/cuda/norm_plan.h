@@ -1,6 +1,6 @@
 // Which kernels for which rows: how many threads work on a row, in vectors of which width, how much
-// of it each keeps in registers, and what runs after what. Host code, without a device: a `Runner`
-// launches kernels (cpp/cuda/norm_kernel.cuh) or executes them on the CPU (tests).
+// of it each keeps in registers, and what runs after what. Host code: a `Runner` launches the kernels
+// or, for tests, executes them on the CPU.
 #pragma once
 
 #include <lomem/core/norm.h>
@@ -124,7 +124,8 @@ inline std::int64_t plan_strips(const NormPlan& plan, std::int64_t rows, std::in
 }
 
 /// Gradients of weight and bias; without data where they are not needed. `workspace`, on the
-/// device, has norm_backward_workspace() bytes, aligned to 16.
+/// device, has norm_backward_bytes() bytes (for the launchers of kernels.h: those of
+/// norm_backward_workspace()), aligned to 16.
 struct NormParameterGradients {
   MutableArray grad_weight;
   MutableArray grad_bias;
@@ -168,11 +169,11 @@ struct HostRunner {
   using Error = bool;
   static constexpr Error ok = true;
 
-  int multiprocessors;
+  int multiprocessors = 1;
 
   template <class Body>
   Error body(const Body& body) const {
-    execute_on_host(body, body.blocks());
+    execute_on_host(body);
     return ok;
   }
   template <class Work>
@@ -181,6 +182,28 @@ struct HostRunner {
     return ok;
   }
 };
+
+#if defined(__CUDACC__)
+
+/// Launches kernels on a stream of the current device.
+struct DeviceRunner {
+  using Error = cudaError_t;
+  static constexpr Error ok = cudaSuccess;
+
+  cudaStream_t stream;
+  int multiprocessors;
+
+  template <class Body>
+  Error body(const Body& body) const {
+    return launch(body, stream);
+  }
+  template <class Work>
+  Error groups(const Work& work, std::int64_t count, int threads) const {
+    return launch_groups(work, count, threads, stream);
+  }
+};
+
+#endif
 
 template <Norm norm, class Runner>
 typename Runner::Error run_norm_forward(const NormForward& args, std::int64_t rows, const Runner& runner) {
@@ -193,7 +216,8 @@ typename Runner::Error run_norm_forward(const NormForward& args, std::int64_t ro
   });
 }
 
-/// Bytes of the workspace of run_norm_backward.
+/// Bytes of the workspace of run_norm_backward. They depend on dtypes, sizes and pointers (which of
+/// them are null, how they are aligned): pass what will be run.
 inline std::int64_t norm_backward_bytes(
     const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters, int multiprocessors) {
   if (!parameters.needed()) {

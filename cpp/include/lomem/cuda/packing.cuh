@@ -37,7 +37,7 @@ struct GroupGrid {
 
 /// Packs n codes. Codes that do not fit in `bits` bits stop the kernel with an assertion, as an
 /// index out of bounds does in torch: there is no result that a caller could be given without
-/// waiting for the device.
+/// waiting for the device. (Executed on the CPU, for tests, it drops their high bits.)
 template <int bits>
 struct PackBits {
   using Grid = GroupGrid;

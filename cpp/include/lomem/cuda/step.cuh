@@ -121,9 +121,14 @@ LOMEM_HOST_DEVICE inline std::uint64_t encode_pairs(const Vector<T, 8>& x) {
 
 }  // namespace detail
 
-/// The packed codes of `count` <= 8 elements, code 0 in the lowest bits.
+/// The packed codes of `count` = 1, 2, 4 or 8 elements, code 0 in the lowest bits. (Of fewer
+/// elements than a vector: Step::code of each, and pack_group.)
 template <class Step, class T, int count>
 LOMEM_HOST_DEVICE std::uint64_t encode(const Vector<T, count>& x) {
+  static_assert(
+      std::is_same_v<T, double> || std::is_same_v<T, float> || std::is_same_v<T, bfloat16> ||
+          std::is_same_v<T, float16>,
+      "elements are double, float, lomem::bfloat16 or lomem::float16 (to which __half* may be cast)");
   if constexpr (detail::compares_pairs<T>() && count == 8 && Step::bits == 2) {
     return detail::encode_pairs<Step, T>(x);
   } else {

@@ -18,6 +18,7 @@ inline constexpr int max_access = 16;
 /// `count` elements, aligned for the widest access that they fill.
 template <class T, int count>
 struct alignas(sizeof(T) * count < max_access ? sizeof(T) * count : max_access) Vector {
+  static_assert((count & (count - 1)) == 0, "a vector has a power of two of elements");
   T values[count];
 
   LOMEM_HOST_DEVICE T& operator[](int i) {
