@@ -168,9 +168,8 @@ class Tail:
 
     def evaluate(self, table: np.ndarray, a: np.ndarray) -> np.ndarray:
         """Returns W(a) by table, for 0 <= a <= clamp."""
-        u = a * self.rows_a_unit
-        shifted = u + TAIL_MAGIC
-        t = u - (shifted - TAIL_MAGIC)
+        shifted = fma(a, self.rows_a_unit, TAIL_MAGIC)
+        t = fma(a, self.rows_a_unit, TAIL_MAGIC - shifted)
         row = shifted.view(np.int32) & (ROWS - 1)
         w = table[DEGREE][row]
         for c in table[DEGREE - 1 :: -1]:
@@ -305,9 +304,9 @@ TEMPLATE = """\
 //
 // Each is max(x, 0) - W(|x|), X being gelu, gelu_tanh or silu, in float32 operations that are
 // rounded once, fma being the fused multiply-add, so that all instruction sets return the same bits:
-//     u = (|x| < X_clamp ? |x| : X_clamp) * X_rows_a_unit
-//     shifted = u + tail_magic          its low five bits are the row: the integer next to u
-//     t = u - (shifted - tail_magic)    in [-1/2, 1/2], exact
+//     a = |x| < X_clamp ? |x| : X_clamp
+//     shifted = fma(a, X_rows_a_unit, tail_magic)         its low five bits are the row: the integer
+//     t = fma(a, X_rows_a_unit, tail_magic - shifted)     next to a * X_rows_a_unit; |t| <= 1/2
 //     w = X_tail[5][row]; w = fma(w, t, X_tail[4][row]); ... ; w = fma(w, t, X_tail[0][row])
 //     y = (x < 0 ? 0 : x) - w
 // Row 0 has no constant: small x keep their relative accuracy. The last row is zero, and so is the

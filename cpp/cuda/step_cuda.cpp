@@ -36,13 +36,14 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& input) {
   return {output, codes};
 }
 
-std::tuple<at::Tensor, at::Tensor> regelu2_forward_cuda(const at::Tensor& input, std::string_view approximate) {
+std::tuple<at::Tensor, at::Tensor> regelu2_forward_cuda(
+    const at::Tensor& input, std::string_view approximate, bool fast) {
   check_float_tensor(ReGELU2Op::forward_name, "input", input);
-  ReGELU2Op::check(ReGELU2Op::forward_name, approximate);
+  ReGELU2Op::check(ReGELU2Op::forward_name, approximate, fast);
   return approximate == "tanh" ? forward<GELUTanh, ReGELU2Op>(input) : forward<GELU, ReGELU2Op>(input);
 }
 
-std::tuple<at::Tensor, at::Tensor> resilu2_forward_cuda(const at::Tensor& input) {
+std::tuple<at::Tensor, at::Tensor> resilu2_forward_cuda(const at::Tensor& input, bool /*fast*/) {
   check_float_tensor(ReSiLU2Op::forward_name, "input", input);
   return forward<SiLU, ReSiLU2Op>(input);
 }

@@ -18,20 +18,20 @@ auto find_op(const char* name, Signature* /*function*/) {
   static const auto op = find_op("lomem::" #name, &name); \
   return op.call(__VA_ARGS__)
 
-at::Tensor regelu2(const at::Tensor& input, std::string_view approximate) {
-  LOMEM_CALL_OP(regelu2, input, approximate);
+at::Tensor regelu2(const at::Tensor& input, std::string_view approximate, bool fast) {
+  LOMEM_CALL_OP(regelu2, input, approximate, fast);
 }
 
-std::tuple<at::Tensor, at::Tensor> regelu2_forward(const at::Tensor& input, std::string_view approximate) {
-  LOMEM_CALL_OP(regelu2_forward, input, approximate);
+std::tuple<at::Tensor, at::Tensor> regelu2_forward(const at::Tensor& input, std::string_view approximate, bool fast) {
+  LOMEM_CALL_OP(regelu2_forward, input, approximate, fast);
 }
 
-at::Tensor resilu2(const at::Tensor& input) {
-  LOMEM_CALL_OP(resilu2, input);
+at::Tensor resilu2(const at::Tensor& input, bool fast) {
+  LOMEM_CALL_OP(resilu2, input, fast);
 }
 
-std::tuple<at::Tensor, at::Tensor> resilu2_forward(const at::Tensor& input) {
-  LOMEM_CALL_OP(resilu2_forward, input);
+std::tuple<at::Tensor, at::Tensor> resilu2_forward(const at::Tensor& input, bool fast) {
+  LOMEM_CALL_OP(resilu2_forward, input, fast);
 }
 
 at::Tensor step_activation_backward(

@@ -14,10 +14,10 @@ namespace lomem::detail {
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalDtype = std::optional<at::ScalarType>;
 
-at::Tensor regelu2(const at::Tensor& input, std::string_view approximate);
-std::tuple<at::Tensor, at::Tensor> regelu2_forward(const at::Tensor& input, std::string_view approximate);
-at::Tensor resilu2(const at::Tensor& input);
-std::tuple<at::Tensor, at::Tensor> resilu2_forward(const at::Tensor& input);
+at::Tensor regelu2(const at::Tensor& input, std::string_view approximate, bool fast);
+std::tuple<at::Tensor, at::Tensor> regelu2_forward(const at::Tensor& input, std::string_view approximate, bool fast);
+at::Tensor resilu2(const at::Tensor& input, bool fast);
+std::tuple<at::Tensor, at::Tensor> resilu2_forward(const at::Tensor& input, bool fast);
 at::Tensor step_activation_backward(
     const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits);
 

@@ -18,21 +18,23 @@ ReGELU2Impl::ReGELU2Impl(ReGELU2Options options) : options(std::move(options)) {
 void ReGELU2Impl::reset() {}
 
 void ReGELU2Impl::pretty_print(std::ostream& stream) const {
-  stream << "lomem::nn::ReGELU2(approximate=" << options.approximate() << ")";
+  stream << "lomem::nn::ReGELU2(approximate=" << options.approximate() << (options.fast() ? ", fast=true)" : ")");
 }
 
 torch::Tensor ReGELU2Impl::forward(const torch::Tensor& input) {
-  return regelu2(input, options.approximate());
+  return regelu2(input, options.approximate(), options.fast());
 }
+
+ReSiLU2Impl::ReSiLU2Impl(ReSiLU2Options options) : options(options) {}
 
 void ReSiLU2Impl::reset() {}
 
 void ReSiLU2Impl::pretty_print(std::ostream& stream) const {
-  stream << "lomem::nn::ReSiLU2()";
+  stream << "lomem::nn::ReSiLU2(" << (options.fast() ? "fast=true)" : ")");
 }
 
 torch::Tensor ReSiLU2Impl::forward(const torch::Tensor& input) {
-  return resilu2(input);
+  return resilu2(input, options.fast());
 }
 
 MSLayerNormOptions::MSLayerNormOptions(std::vector<int64_t> normalized_shape)

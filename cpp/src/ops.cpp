@@ -4,12 +4,12 @@
 
 namespace lomem {
 
-at::Tensor regelu2(const at::Tensor& input, std::string_view approximate) {
-  return detail::regelu2(input, approximate);
+at::Tensor regelu2(const at::Tensor& input, std::string_view approximate, bool fast) {
+  return detail::regelu2(input, approximate, fast);
 }
 
-at::Tensor resilu2(const at::Tensor& input) {
-  return detail::resilu2(input);
+at::Tensor resilu2(const at::Tensor& input, bool fast) {
+  return detail::resilu2(input, fast);
 }
 
 at::Tensor ms_layer_norm(
@@ -32,12 +32,12 @@ at::Tensor unpack_bits(const at::Tensor& packed, int64_t bits, int64_t numel) {
   return detail::unpack_bits(packed, bits, numel);
 }
 
-std::tuple<at::Tensor, at::Tensor> regelu2_forward(const at::Tensor& input, std::string_view approximate) {
-  return detail::regelu2_forward(input, approximate);
+std::tuple<at::Tensor, at::Tensor> regelu2_forward(const at::Tensor& input, std::string_view approximate, bool fast) {
+  return detail::regelu2_forward(input, approximate, fast);
 }
 
-std::tuple<at::Tensor, at::Tensor> resilu2_forward(const at::Tensor& input) {
-  return detail::resilu2_forward(input);
+std::tuple<at::Tensor, at::Tensor> resilu2_forward(const at::Tensor& input, bool fast) {
+  return detail::resilu2_forward(input, fast);
 }
 
 at::Tensor step_activation_backward(

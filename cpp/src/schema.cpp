@@ -16,10 +16,13 @@ TORCH_LIBRARY(lomem, m) {
   const std::vector<at::Tag> strided = {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides};
 
   // Step activations. `codes`: 1-D uint8, 2 bits an element in the memory order of `output`.
-  m.def("regelu2(Tensor input, *, str approximate=\"none\") -> Tensor", strided);
-  m.def("regelu2_forward(Tensor input, *, str approximate=\"none\") -> (Tensor output, Tensor codes)", strided);
-  m.def("resilu2(Tensor input) -> Tensor", strided);
-  m.def("resilu2_forward(Tensor input) -> (Tensor output, Tensor codes)", strided);
+  // `fast`: a backend may return the values of core/fast_forward.h in place of torch's.
+  m.def("regelu2(Tensor input, *, str approximate=\"none\", bool fast=False) -> Tensor", strided);
+  m.def(
+      "regelu2_forward(Tensor input, *, str approximate=\"none\", bool fast=False) -> (Tensor output, Tensor codes)",
+      strided);
+  m.def("resilu2(Tensor input, *, bool fast=False) -> Tensor", strided);
+  m.def("resilu2_forward(Tensor input, *, bool fast=False) -> (Tensor output, Tensor codes)", strided);
 
   // The backward of every step activation. Here codes follow the row-major order of grad_output,
   // whatever its strides: the autograd layer permutes it to the memory order of the forward.

@@ -15,8 +15,8 @@ at::Tensor step_activation(const at::Tensor& input, Args... args) {
 }
 
 TORCH_LIBRARY_IMPL(lomem, CompositeExplicitAutograd, m) {
-  m.impl("regelu2", &step_activation<ReGELU2Op, std::string_view>);
-  m.impl("resilu2", &step_activation<ReSiLU2Op>);
+  m.impl("regelu2", &step_activation<ReGELU2Op, std::string_view, bool>);
+  m.impl("resilu2", &step_activation<ReSiLU2Op, bool>);
 }
 
 }  // namespace

@@ -22,19 +22,19 @@ struct ReGELU2Op {
   static constexpr const char* name = "lomem::regelu2";
   static constexpr const char* forward_name = "lomem::regelu2_forward";
 
-  static void check(const char* op, std::string_view approximate) {
+  static void check(const char* op, std::string_view approximate, bool /*fast*/) {
     TORCH_CHECK_VALUE(
         approximate == "none" || approximate == "tanh", op, ": approximate is '", approximate,
         "', expected 'none' or 'tanh'");
   }
-  static at::Tensor activation(const at::Tensor& input, std::string_view approximate) {
+  static at::Tensor activation(const at::Tensor& input, std::string_view approximate, bool /*fast*/) {
     return at::gelu(input, approximate);
   }
-  static at::Tensor call(const at::Tensor& input, std::string_view approximate) {
-    return regelu2(input, approximate);
+  static at::Tensor call(const at::Tensor& input, std::string_view approximate, bool fast) {
+    return regelu2(input, approximate, fast);
   }
-  static std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& input, std::string_view approximate) {
-    return regelu2_forward(input, approximate);
+  static std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& input, std::string_view approximate, bool fast) {
+    return regelu2_forward(input, approximate, fast);
   }
 };
 
@@ -43,15 +43,15 @@ struct ReSiLU2Op {
   static constexpr const char* name = "lomem::resilu2";
   static constexpr const char* forward_name = "lomem::resilu2_forward";
 
-  static void check(const char* /*op*/) {}
-  static at::Tensor activation(const at::Tensor& input) {
+  static void check(const char* /*op*/, bool /*fast*/) {}
+  static at::Tensor activation(const at::Tensor& input, bool /*fast*/) {
     return at::silu(input);
   }
-  static at::Tensor call(const at::Tensor& input) {
-    return resilu2(input);
+  static at::Tensor call(const at::Tensor& input, bool fast) {
+    return resilu2(input, fast);
   }
-  static std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& input) {
-    return resilu2_forward(input);
+  static std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& input, bool fast) {
+    return resilu2_forward(input, fast);
   }
 };
 

@@ -10,6 +10,10 @@
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define LOMEM_HOST_DEVICE __host__ __device__
+#elif defined(LOMEM_CPU_CAPABILITY)
+// Kernels that are compiled once for each instruction set: no symbol of a function in a header may be
+// left, of which the linker would keep one for all CPUs.
+#define LOMEM_HOST_DEVICE __attribute__((always_inline))
 #else
 #define LOMEM_HOST_DEVICE
 #endif

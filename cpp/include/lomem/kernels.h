@@ -4,28 +4,53 @@
 
 #include <lomem/config.h>
 #include <lomem/core/dtype.h>
+#include <lomem/core/fast_forward.h>
 #include <lomem/core/norm.h>
 #include <lomem/core/step.h>
 
+#include <cstddef>
 #include <cstdint>
 
 namespace lomem::cpu {
 
-/// Instruction set that the kernels run with, by ATen's names: "DEFAULT" is the compiler's baseline.
+/// Instruction set that the kernels run with: DEFAULT (the compiler's baseline), AVX2, AVX512 or
+/// AVX512_BF16. The best one that the CPU has; as for torch's kernels, the environment variable
+/// ATEN_CPU_CAPABILITY (default, avx2, avx512) asks for a lesser one. All give the same bytes.
 LOMEM_API const char* capability();
+
+/// Whether an output of so many bytes is better stored past the caches: it would not stay in them.
+/// Kernels that take `stream` do that where it is true; results do not depend on it.
+LOMEM_API bool should_stream(std::size_t output_bytes);
 
 /// packed[0, packed_bytes(n, Step::bits)) = codes of x[0, n). Step is ReGELU2 or ReSiLU2.
 template <class Step>
 LOMEM_API void step_encode(DType dtype, const void* x, std::int64_t n, std::uint8_t* packed);
 
-extern template void step_encode<ReGELU2>(DType, const void*, std::int64_t, std::uint8_t*);
-extern template void step_encode<ReSiLU2>(DType, const void*, std::int64_t, std::uint8_t*);
+template <>
+LOMEM_API void step_encode<ReGELU2>(DType, const void*, std::int64_t, std::uint8_t*);
+template <>
+LOMEM_API void step_encode<ReSiLU2>(DType, const void*, std::int64_t, std::uint8_t*);
 
 /// grad_input[i] = grad_output[i] * levels[code i] for i in [0, n). `levels` has 2^bits entries,
 /// of which each is rounded once to the arithmetic type of `dtype`. bits = 1..8.
 LOMEM_API void step_decode_multiply(
     DType dtype, const void* grad_output, const std::uint8_t* packed, const double* levels, int bits, std::int64_t n,
-    void* grad_input);
+    void* grad_input, bool stream = false);
+
+/// y[i] = Function(x[i]) by fast_forward.h, and, where `packed` is not null, codes of x in the same
+/// pass: of ReGELU2 with fast::GELU and fast::GELUTanh, of ReSiLU2 with fast::SiLU. Results of 16-bit
+/// types are the float32 result rounded once. Returns false, and does nothing, for float64 and where
+/// the CPU has no fused multiply-add.
+template <class Function>
+LOMEM_API bool fast_forward(
+    DType dtype, const void* x, std::int64_t n, void* y, std::uint8_t* packed, bool stream = false);
+
+template <>
+LOMEM_API bool fast_forward<fast::GELU>(DType, const void*, std::int64_t, void*, std::uint8_t*, bool);
+template <>
+LOMEM_API bool fast_forward<fast::GELUTanh>(DType, const void*, std::int64_t, void*, std::uint8_t*, bool);
+template <>
+LOMEM_API bool fast_forward<fast::SiLU>(DType, const void*, std::int64_t, void*, std::uint8_t*, bool);
 
 /// Packs n codes of `bits` = 1..8 bits. Returns the bitwise or of all codes, so that a caller can
 /// refuse codes that do not fit.
@@ -36,19 +61,24 @@ LOMEM_API void unpack_bits(const std::uint8_t* packed, std::int64_t n, int bits,
 
 /// output and rstd of rows [begin, end).
 template <Norm norm>
-LOMEM_API void norm_forward(const NormForward& args, std::int64_t begin, std::int64_t end);
+LOMEM_API void norm_forward(const NormForward& args, std::int64_t begin, std::int64_t end, bool stream = false);
 
-extern template void norm_forward<Norm::layer>(const NormForward&, std::int64_t, std::int64_t);
-extern template void norm_forward<Norm::rms>(const NormForward&, std::int64_t, std::int64_t);
+template <>
+LOMEM_API void norm_forward<Norm::layer>(const NormForward&, std::int64_t, std::int64_t, bool);
+template <>
+LOMEM_API void norm_forward<Norm::rms>(const NormForward&, std::int64_t, std::int64_t, bool);
 
 /// grad_input of rows [begin, end). Adds the rows' share of the weight and bias gradients to
 /// grad_weight[0, cols) and grad_bias[0, cols); either may be null.
 template <Norm norm>
 LOMEM_API void norm_backward(
-    const NormBackward& args, std::int64_t begin, std::int64_t end, double* grad_weight, double* grad_bias);
+    const NormBackward& args, std::int64_t begin, std::int64_t end, double* grad_weight, double* grad_bias,
+    bool stream = false);
 
-extern template void norm_backward<Norm::layer>(const NormBackward&, std::int64_t, std::int64_t, double*, double*);
-extern template void norm_backward<Norm::rms>(const NormBackward&, std::int64_t, std::int64_t, double*, double*);
+template <>
+LOMEM_API void norm_backward<Norm::layer>(const NormBackward&, std::int64_t, std::int64_t, double*, double*, bool);
+template <>
+LOMEM_API void norm_backward<Norm::rms>(const NormBackward&, std::int64_t, std::int64_t, double*, double*, bool);
 
 /// Index of the first of n elements that is below `magnitude` in absolute value, or -1.
 LOMEM_API std::int64_t find_below(const Array& array, std::int64_t n, double magnitude);

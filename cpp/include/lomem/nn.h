@@ -11,9 +11,10 @@
 
 namespace lomem::nn {
 
-/// Options of ReGELU2: `approximate`, "none" or "tanh".
+/// Options of ReGELU2: `approximate`, "none" or "tanh"; `fast`, see lomem::regelu2.
 struct LOMEM_API ReGELU2Options {
   TORCH_ARG(std::string, approximate) = "none";
+  TORCH_ARG(bool, fast) = false;
 };
 
 /// lomem::regelu2 as a module, in place of torch::nn::GELU.
@@ -28,12 +29,20 @@ class LOMEM_API ReGELU2Impl : public torch::nn::Cloneable<ReGELU2Impl> {
 };
 TORCH_MODULE(ReGELU2);
 
+/// Options of ReSiLU2: `fast`, see lomem::regelu2.
+struct LOMEM_API ReSiLU2Options {
+  TORCH_ARG(bool, fast) = false;
+};
+
 /// lomem::resilu2 as a module, in place of torch::nn::SiLU.
 class LOMEM_API ReSiLU2Impl : public torch::nn::Cloneable<ReSiLU2Impl> {
  public:
+  explicit ReSiLU2Impl(ReSiLU2Options options = {});
   void reset() override;
   void pretty_print(std::ostream& stream) const override;
   torch::Tensor forward(const torch::Tensor& input);
+
+  ReSiLU2Options options;
 };
 TORCH_MODULE(ReSiLU2);
 

@@ -17,12 +17,13 @@ namespace lomem {
 /// backward pass keeps 2 bits an element (arXiv:2406.16282, ReGELU2).
 ///
 /// `input`: any shape and strides; float64, float32, bfloat16 or float16. `approximate`: "none" or
-/// "tanh".
-LOMEM_API at::Tensor regelu2(const at::Tensor& input, std::string_view approximate = "none");
+/// "tanh". `fast`: allows the values of core/fast_forward.h, which a CPU computes faster, in place of
+/// at::gelu's; where there is no such kernel, nothing changes.
+LOMEM_API at::Tensor regelu2(const at::Tensor& input, std::string_view approximate = "none", bool fast = false);
 
 /// SiLU, bit for bit at::silu(input), whose derivative is a step function: the backward pass keeps
-/// 2 bits an element (arXiv:2406.16282, ReSiLU2).
-LOMEM_API at::Tensor resilu2(const at::Tensor& input);
+/// 2 bits an element (arXiv:2406.16282, ReSiLU2). `fast`: as of regelu2.
+LOMEM_API at::Tensor resilu2(const at::Tensor& input, bool fast = false);
 
 /// Layer normalisation over the last dimensions, whose backward pass keeps its output, which the
 /// next linear layer keeps anyway, and one float a row (arXiv:2406.16282, MS-LayerNorm).
@@ -51,8 +52,8 @@ LOMEM_API at::Tensor unpack_bits(const at::Tensor& packed, int64_t bits, int64_t
 /// The halves of which the differentiable ops are made, for training code with a backward pass of
 /// its own. `codes` are 2 bits an element in the memory order of the output.
 LOMEM_API std::tuple<at::Tensor, at::Tensor> regelu2_forward(
-    const at::Tensor& input, std::string_view approximate = "none");
-LOMEM_API std::tuple<at::Tensor, at::Tensor> resilu2_forward(const at::Tensor& input);
+    const at::Tensor& input, std::string_view approximate = "none", bool fast = false);
+LOMEM_API std::tuple<at::Tensor, at::Tensor> resilu2_forward(const at::Tensor& input, bool fast = false);
 
 /// grad_output * levels[codes], with codes in row-major order of grad_output. Serves every step
 /// activation; `levels` has 2^bits entries.

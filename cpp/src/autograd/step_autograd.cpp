@@ -108,8 +108,8 @@ at::Tensor step_activation_backward_autograd(
 }
 
 TORCH_LIBRARY_IMPL(lomem, Autograd, m) {
-  m.impl("regelu2", &step_activation_autograd<ReGELU2Op, std::string_view>);
-  m.impl("resilu2", &step_activation_autograd<ReSiLU2Op>);
+  m.impl("regelu2", &step_activation_autograd<ReGELU2Op, std::string_view, bool>);
+  m.impl("resilu2", &step_activation_autograd<ReSiLU2Op, bool>);
   m.impl("step_activation_backward", &step_activation_backward_autograd);
   m.impl("regelu2_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("resilu2_forward", torch::autograd::autogradNotImplementedFallback());

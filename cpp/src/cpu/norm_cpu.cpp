@@ -41,8 +41,9 @@ struct CpuNorms {
 
   template <Norm norm>
   static void forward(const char* /*op*/, const NormForward& args, int64_t rows, const at::Tensor& /*like*/) {
+    const bool stream = should_stream(args.output.dtype, rows, args.cols);
     at::parallel_for(0, rows, rows_per_thread(args.cols), [&](int64_t begin, int64_t end) {
-      cpu::norm_forward<norm>(args, begin, end);
+      cpu::norm_forward<norm>(args, begin, end, stream);
     });
   }
 
@@ -51,9 +52,10 @@ struct CpuNorms {
       const char* /*op*/, const NormBackward& args, int64_t rows, const MutableArray& grad_weight,
       const MutableArray& grad_bias, const at::Tensor& like) {
     const int64_t cols = args.cols;
+    const bool stream = args.grad_input.data != nullptr && should_stream(args.grad_input.dtype, rows, cols);
     if (grad_weight.data == nullptr && grad_bias.data == nullptr) {
       at::parallel_for(0, rows, rows_per_thread(cols), [&](int64_t begin, int64_t end) {
-        cpu::norm_backward<norm>(args, begin, end, nullptr, nullptr);
+        cpu::norm_backward<norm>(args, begin, end, nullptr, nullptr, stream);
       });
       return;
     }
@@ -73,7 +75,7 @@ struct CpuNorms {
       for (int64_t block = begin; block < end; ++block) {
         cpu::norm_backward<norm>(
             args, block * rows / blocks, (block + 1) * rows / blocks, block_sums(weight_sums, block),
-            block_sums(bias_sums, block));
+            block_sums(bias_sums, block), stream);
       }
     });
     add_blocks(weight_sums, blocks, cols, grad_weight);
@@ -81,6 +83,10 @@ struct CpuNorms {
   }
 
  private:
+  static bool should_stream(DType dtype, int64_t rows, int64_t cols) {
+    return cpu::should_stream(element_size(dtype) * static_cast<size_t>(rows) * static_cast<size_t>(cols));
+  }
+
   static void add_blocks(double* sums, int64_t blocks, int64_t cols, const MutableArray& target) {
     if (sums == nullptr) {
       return;

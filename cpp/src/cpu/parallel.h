@@ -15,6 +15,9 @@ namespace lomem::detail {
 
 inline constexpr int64_t elements_per_thread = 32768;
 
+/// A multiple of every vector's length and of the codes of a byte: ranges that begin there stay aligned.
+inline constexpr int64_t cache_line_elements = 64;
+
 /// Calls body(begin, end) for ranges of elements of [0, n) that begin at multiples of `unit`.
 template <class Body>
 void parallel_over_elements(int64_t n, int64_t unit, const Body& body) {

@@ -1,6 +1,10 @@
 // Step activations on the CPU: tensors in, kernels on pointers out.
+#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/gelu_cpu_dispatch.h>
+#include <ATen/ops/silu_cpu_dispatch.h>
 #include <lomem/kernels.h>
 #include <torch/library.h>
 
@@ -11,11 +15,155 @@
 namespace lomem::detail {
 namespace {
 
+// The torch op in tiles, so that the codes of a tile are made while it is in the cache: x is then read
+// from memory once. A tile must give the bits that one call gives. Most of torch's kernels evaluate
+// what is left over at the end of a thread's range by another formula, so that last bits depend on
+// where ranges end. What does not:
+//   - GELU of float32 and bfloat16 is oneDNN's, which treats every element alike (but not one alone);
+//   - SiLU of 16-bit types: the formulas differ by less than rounding shows, for all 65,536 inputs;
+//   - one thread: there is one range, and tiles that are multiples of every vector's length leave only
+//     its own end over.
+// Said of x86, where the tests look at them.
+
+constexpr int64_t tile_elements = 65536;
+
+enum class Splits { anywhere, with_one_thread };
+
+Splits splits(const ReGELU2Op& /*op*/, at::ScalarType dtype, std::string_view approximate, bool /*fast*/) {
+  const bool by_onednn = approximate == "none" && (dtype == at::kFloat || dtype == at::kBFloat16) && at::hasMKLDNN() &&
+                         at::globalContext().userEnabledMkldnn();
+  return by_onednn ? Splits::anywhere : Splits::with_one_thread;
+}
+
+Splits splits(const ReSiLU2Op& /*op*/, at::ScalarType dtype, bool /*fast*/) {
+  return dtype == at::kBFloat16 || dtype == at::kHalf ? Splits::anywhere : Splits::with_one_thread;
+}
+
+template <class Op, class... Args>
+bool may_tile(const at::Tensor& input, Args... args) {
+#if defined(LOMEM_X86_KERNELS)
+  if (!input.is_contiguous() || input.numel() < 2 * tile_elements) {
+    return false;
+  }
+  const bool one_thread = at::get_num_threads() == 1 || at::in_parallel_region();
+  return one_thread || splits(Op{}, input.scalar_type(), args...) == Splits::anywhere;
+#else
+  return false;
+#endif
+}
+
+void activation_out(
+    ReGELU2Op /*op*/, at::Tensor& output, const at::Tensor& input, std::string_view approximate, bool /*fast*/) {
+  at::cpu::gelu_out(output, input, approximate);
+}
+
+void activation_out(ReSiLU2Op /*op*/, at::Tensor& output, const at::Tensor& input, bool /*fast*/) {
+  at::cpu::silu_out(output, input);
+}
+
+/// A 1-D tensor of `count` elements at `data`, which somebody else owns.
+at::Tensor view_of(void* data, int64_t count, const at::Tensor& like) {
+  return at::from_blob(data, {count}, at::TensorOptions().dtype(like.scalar_type()));
+}
+
+template <class Op, class... Args>
+std::tuple<at::Tensor, at::Tensor> step_forward_in_tiles(const at::Tensor& input, Args... args) {
+  using Step = typename Op::Step;
+  const int64_t n = input.numel();
+  const int64_t size = input.element_size();
+  const DType dtype = to_dtype(input.scalar_type());
+  at::Tensor output = at::empty_like(input);
+  at::Tensor codes = at::empty({packed_bytes(n, Step::bits)}, input.options().dtype(at::kByte));
+  const auto* x = static_cast<const char*>(input.const_data_ptr());
+  auto* y = static_cast<char*>(output.mutable_data_ptr());
+  auto* packed = codes.mutable_data_ptr<uint8_t>();
+
+  // The last tile takes what is left, so that none is short.
+  const int64_t tiles = n / tile_elements;
+  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t begin = tile * tile_elements;
+      const int64_t count = tile + 1 == tiles ? n - begin : tile_elements;
+      // (Not written to: a tensor of constant data there is not.)
+      const at::Tensor source = view_of(const_cast<char*>(x + begin * size), count, input);
+      at::Tensor target = view_of(y + begin * size, count, input);
+      activation_out(Op{}, target, source, args...);
+      cpu::step_encode<Step>(dtype, x + begin * size, count, packed + begin / group_size * Step::bits);
+    }
+  });
+  return {output, codes};
+}
+
+// The fast forward, where it is asked for.
+
+/// Strided inputs take the strict way, which knows what strides torch's results have.
+bool may_be_fast(const at::Tensor& input, std::string_view /*approximate*/, bool fast) {
+  return fast && input.is_non_overlapping_and_dense();
+}
+
+bool may_be_fast(const at::Tensor& input, bool fast) {
+  return may_be_fast(input, {}, fast);
+}
+
+/// `codes` may be null. Returns false where there is no fast kernel.
+template <class Function>
+bool run_fast_as(const at::Tensor& input, at::Tensor& output, uint8_t* codes) {
+  const DType dtype = to_dtype(input.scalar_type());
+  const auto size = static_cast<int64_t>(element_size(dtype));
+  const auto* x = static_cast<const char*>(input.const_data_ptr());
+  auto* y = static_cast<char*>(output.mutable_data_ptr());
+  const bool stream = cpu::should_stream(input.nbytes());
+  // (Of nothing: whether there is a kernel.)
+  if (!cpu::fast_forward<Function>(dtype, x, 0, y, nullptr, false)) {
+    return false;
+  }
+  parallel_over_elements(input.numel(), cache_line_elements, [&](int64_t begin, int64_t end) {
+    cpu::fast_forward<Function>(
+        dtype, x + begin * size, end - begin, y + begin * size, codes == nullptr ? nullptr : codes + begin / 4, stream);
+  });
+  return true;
+}
+
+bool run_fast(
+    ReGELU2Op /*op*/, const at::Tensor& input, at::Tensor& output, uint8_t* codes, std::string_view approximate,
+    bool /*fast*/) {
+  return approximate == "tanh" ? run_fast_as<fast::GELUTanh>(input, output, codes)
+                               : run_fast_as<fast::GELU>(input, output, codes);
+}
+
+bool run_fast(ReSiLU2Op /*op*/, const at::Tensor& input, at::Tensor& output, uint8_t* codes, bool /*fast*/) {
+  return run_fast_as<fast::SiLU>(input, output, codes);
+}
+
+/// The public op where no gradient is needed: the same values as with one.
+template <class Op, class... Args>
+at::Tensor step_activation_cpu(const at::Tensor& input, Args... args) {
+  check_float_tensor(Op::name, "input", input);
+  Op::check(Op::name, args...);
+  if (may_be_fast(input, args...)) {
+    at::Tensor output = at::empty_like(input);
+    if (run_fast(Op{}, input, output, nullptr, args...)) {
+      return output;
+    }
+  }
+  return Op::activation(input, args...);
+}
+
 template <class Op, class... Args>
 std::tuple<at::Tensor, at::Tensor> step_forward_cpu(const at::Tensor& input, Args... args) {
   using Step = typename Op::Step;
   check_float_tensor(Op::forward_name, "input", input);
   Op::check(Op::forward_name, args...);
+  if (may_be_fast(input, args...)) {
+    at::Tensor output = at::empty_like(input);
+    at::Tensor codes = at::empty({packed_bytes(input.numel(), Step::bits)}, input.options().dtype(at::kByte));
+    if (run_fast(Op{}, input, output, codes.mutable_data_ptr<uint8_t>(), args...)) {
+      return {output, codes};
+    }
+  }
+  if (may_tile<Op>(input, args...)) {
+    return step_forward_in_tiles<Op>(input, args...);
+  }
 
   // The torch op on the very tensor that came in: torch picks its kernel by strides, and kernels
   // differ in last bits.
@@ -49,17 +197,20 @@ at::Tensor step_activation_backward_cpu(
   const auto* source = static_cast<const char*>(grad.const_data_ptr());
   const auto* packed = packed_codes.const_data_ptr<uint8_t>();
   auto* target = static_cast<char*>(grad_input.mutable_data_ptr());
-  parallel_over_elements(grad.numel(), group_size, [&](int64_t begin, int64_t end) {
+  const bool stream = cpu::should_stream(grad.nbytes());
+  parallel_over_elements(grad.numel(), cache_line_elements, [&](int64_t begin, int64_t end) {
     cpu::step_decode_multiply(
         dtype, source + begin * size, packed + begin / group_size * bits, levels.data(), static_cast<int>(bits),
-        end - begin, target + begin * size);
+        end - begin, target + begin * size, stream);
   });
   return grad_input;
 }
 
 TORCH_LIBRARY_IMPL(lomem, CPU, m) {
-  m.impl("regelu2_forward", &step_forward_cpu<ReGELU2Op, std::string_view>);
-  m.impl("resilu2_forward", &step_forward_cpu<ReSiLU2Op>);
+  m.impl("regelu2", &step_activation_cpu<ReGELU2Op, std::string_view, bool>);
+  m.impl("regelu2_forward", &step_forward_cpu<ReGELU2Op, std::string_view, bool>);
+  m.impl("resilu2", &step_activation_cpu<ReSiLU2Op, bool>);
+  m.impl("resilu2_forward", &step_forward_cpu<ReSiLU2Op, bool>);
   m.impl("step_activation_backward", &step_activation_backward_cpu);
 }
 

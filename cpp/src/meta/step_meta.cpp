@@ -26,8 +26,8 @@ at::Tensor step_activation_backward_meta(
 }
 
 TORCH_LIBRARY_IMPL(lomem, Meta, m) {
-  m.impl("regelu2_forward", &step_forward_meta<ReGELU2Op, std::string_view>);
-  m.impl("resilu2_forward", &step_forward_meta<ReSiLU2Op>);
+  m.impl("regelu2_forward", &step_forward_meta<ReGELU2Op, std::string_view, bool>);
+  m.impl("resilu2_forward", &step_forward_meta<ReSiLU2Op, bool>);
   m.impl("step_activation_backward", &step_activation_backward_meta);
 }
 

@@ -108,7 +108,8 @@ LOMEM_HOST_DEVICE constexpr float to_compute(float16 x) {
   return __builtin_bit_cast(float, sign | (magnitude < 0x0400u ? subnormal : normal));
 }
 
-/// Rounds to nearest even once; NaN stays NaN.
+/// Rounds to nearest even once. NaN stays NaN, with its sign and the payload that fits (as the
+/// instructions of x86 and Arm have it).
 template <class T>
 LOMEM_HOST_DEVICE constexpr T from_compute(compute_t<T> x);
 
@@ -126,7 +127,7 @@ LOMEM_HOST_DEVICE constexpr bfloat16 from_compute<bfloat16>(float x) {
   const std::uint32_t u = __builtin_bit_cast(std::uint32_t, x);
   const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
-  return bfloat16{static_cast<std::uint16_t>(nan ? 0x7fc0u : rounded)};
+  return bfloat16{static_cast<std::uint16_t>(nan ? (u >> 16) | 0x0040u : rounded)};
 }
 template <>
 LOMEM_HOST_DEVICE constexpr float16 from_compute<float16>(float x) {
@@ -142,7 +143,7 @@ LOMEM_HOST_DEVICE constexpr float16 from_compute<float16>(float x) {
   constexpr std::uint32_t rebias = (127u - 15u) << 23;
   const std::uint32_t normal = (magnitude - rebias + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
   const std::uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-  const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u | ((magnitude >> 13) & 0x03ffu) : 0x7c00u;
   return float16{static_cast<std::uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite))};
 }
 

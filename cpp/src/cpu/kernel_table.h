@@ -1,0 +1,51 @@
+// The kernels of one instruction set. There is a table for each that the compiler can make; which one
+// runs is decided at run time (kernels.cpp).
+#pragma once
+
+#include <lomem/core/dtype.h>
+#include <lomem/core/norm.h>
+
+#include <cstdint>
+
+namespace lomem::cpu {
+
+/// Plain pointers to the kernels that kernels.h declares. `stream`: stores go past the caches.
+struct KernelTable {
+  using Encode = void (*)(DType, const void* x, std::int64_t n, std::uint8_t* packed);
+  /// Null where the instruction set has no fused multiply-add. `packed` may be null. Not for float64.
+  using FastForward = void (*)(DType, const void* x, std::int64_t n, void* y, std::uint8_t* packed, bool stream);
+  using NormForwardRows = void (*)(const NormForward&, std::int64_t begin, std::int64_t end, bool stream);
+  using NormBackwardRows = void (*)(
+      const NormBackward&, std::int64_t begin, std::int64_t end, double* grad_weight, double* grad_bias, bool stream);
+
+  const char* capability;
+  Encode regelu2_encode;
+  Encode resilu2_encode;
+  void (*step_decode_multiply)(
+      DType, const void* grad_output, const std::uint8_t* packed, const double* levels, int bits, std::int64_t n,
+      void* grad_input, bool stream);
+  FastForward fast_gelu;
+  FastForward fast_gelu_tanh;
+  FastForward fast_silu;
+  std::uint8_t (*pack_bits)(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed);
+  void (*unpack_bits)(const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes);
+  NormForwardRows layer_norm_forward;
+  NormForwardRows rms_norm_forward;
+  NormBackwardRows layer_norm_backward;
+  NormBackwardRows rms_norm_backward;
+};
+
+extern const KernelTable default_kernels;
+#if defined(LOMEM_X86_KERNELS)
+extern const KernelTable avx2_kernels;
+extern const KernelTable avx512_kernels;
+extern const KernelTable avx512_bf16_kernels;
+#endif
+
+/// Tables that this CPU can run, best first; null after the last.
+const KernelTable* const* runnable_kernels();
+
+/// The table that runs: the best one, or what ATEN_CPU_CAPABILITY asks for.
+const KernelTable& kernels();
+
+}  // namespace lomem::cpu

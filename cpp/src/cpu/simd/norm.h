@@ -1,0 +1,732 @@
+// Norms. Float64 rows are computed in double; others in float32, but for what is added up over a row,
+// which is added in double after at most 32 terms, and for the mean, which is known to twice the
+// digits of float32: else results would lose digits where |mean| >> standard deviation.
+//
+// A row is read from memory once, and what is needed again is kept in a buffer. Two or more rows
+// are computed at a time, so that one is loaded while the other waits for its sums.
+#pragma once
+
+#include <lomem/core/norm.h>
+
+#include "vector.h"
+
+namespace lomem::cpu {
+namespace {
+
+/// Rows up to this length are kept between passes, and parameters up to this length are converted
+/// once for all rows. Longer ones are read and converted again.
+constexpr std::int64_t kept_cols = 4096;
+
+/// An element type that is known at run time alone: a predictable branch a vector.
+struct Any {};
+
+template <class C, class T>
+struct Source {
+  const T* data;
+
+  explicit Source(const Array& array) : data(static_cast<const T*>(array.data)) {}
+
+  template <class Part>
+  Vector<C> load(std::int64_t i, Part part) const {
+    return load_as<C>(data + i, part);
+  }
+  void prefetch(std::int64_t i) const {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(data) + i * sizeof(T)));
+  }
+};
+
+/// Calls visitor(Type<T>{}) for a dtype that C can hold: where there is float64, C is double.
+template <class C, class Visitor>
+inline void visit_dtype_within(DType dtype, Visitor&& visitor) {
+  switch (dtype) {
+    case DType::float64:
+      if constexpr (sizeof(C) == sizeof(double)) {
+        visitor(Type<double>{});
+      }
+      return;
+    case DType::float32: return visitor(Type<float>{});
+    case DType::bfloat16: return visitor(Type<bfloat16>{});
+    case DType::float16: return visitor(Type<float16>{});
+  }
+}
+
+template <class C>
+struct Source<C, Any> {
+  Array array;
+
+  explicit Source(const Array& array_) : array(array_) {}
+
+  template <class Part>
+  Vector<C> load(std::int64_t i, Part part) const {
+    Vector<C> result{};
+    visit_dtype_within<C>(array.dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      result = load_as<C>(static_cast<const T*>(array.data) + i, part);
+    });
+    return result;
+  }
+  void prefetch(std::int64_t /*i*/) const {}
+};
+
+template <class C, class T>
+struct Target {
+  T* data;
+  bool stream;
+
+  Target(const MutableArray& array, bool stream_) : data(static_cast<T*>(array.data)), stream(stream_) {}
+
+  template <class Part>
+  void store(std::int64_t i, const Vector<C>& x, Part part) const {
+    store_as<C>(x, data + i, stream, part);
+  }
+};
+
+template <class C>
+struct Target<C, Any> {
+  MutableArray array;
+
+  Target(const MutableArray& array_, bool /*stream*/) : array(array_) {}
+
+  template <class Part>
+  void store(std::int64_t i, const Vector<C>& x, Part part) const {
+    visit_dtype_within<C>(array.dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      store_as<C>(x, static_cast<T*>(array.data) + i, false, part);
+    });
+  }
+};
+
+template <int i>
+struct Index {
+  static constexpr int value = i;
+};
+
+/// Sums over a row have an order that no instruction set changes: of each 1024 elements, element j is
+/// added to partial sum j % 32, and the partial sums are added in double, pairwise, halves first.
+constexpr int partial_sums = 32;
+constexpr int sum_vectors = partial_sums / lanes;
+constexpr std::int64_t sum_cols = 1024;
+
+/// Calls body(Index<0>{}), body(Index<1>{}), ... for the vectors of `partial_sums` elements: with
+/// constant indices, partial sums stay in registers.
+template <class Body>
+inline __attribute__((always_inline)) void unroll(Body&& body) {
+  body(Index<0>{}), body(Index<1>{});
+  if constexpr (sum_vectors > 2) {
+    body(Index<2>{}), body(Index<3>{});
+  }
+  if constexpr (sum_vectors > 4) {
+    body(Index<4>{}), body(Index<5>{}), body(Index<6>{}), body(Index<7>{});
+  }
+  static_assert(sum_vectors == 2 || sum_vectors == 4 || sum_vectors == 8);
+}
+
+/// Calls body(Index<0>{}) to body(Index<count - 1>{}), for the rows of a block.
+template <int count, class Body>
+inline __attribute__((always_inline)) void for_rows(Body&& body) {
+  if constexpr (count > 1) {
+    for_rows<count - 1>(body);
+  }
+  body(Index<count - 1>{});
+}
+
+template <class C>
+struct Sum {
+  Vector<C> partial[sum_vectors] = {};
+
+  template <int vector>
+  void add(Index<vector>, const Vector<C>& x) {
+    partial[vector] += x;
+  }
+
+  /// (Inlined always: where its address escapes, a sum is stored and loaded for every addition.)
+  __attribute__((always_inline)) double total() const {
+    Doubles sum[sum_vectors];
+    unroll([&](auto i) __attribute__((always_inline)) {
+      if constexpr (sizeof(C) == sizeof(double)) {
+        sum[i.value] = partial[i.value];
+      } else {
+        sum[i.value] = to_doubles(partial[i.value]);
+      }
+    });
+    for (int half = sum_vectors / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) {
+        sum[i] += sum[i + half];
+      }
+    }
+    return sum_of_lanes(sum[0]);
+  }
+};
+
+/// Calls body(j, vector, part) for the vectors of elements [begin, end).
+template <class Body>
+inline __attribute__((always_inline)) void for_each_vector(std::int64_t begin, std::int64_t end, Body&& body) {
+  std::int64_t j = begin;
+  for (; j + partial_sums <= end; j += partial_sums) {
+    unroll([&](auto vector) __attribute__((always_inline)) { body(j + vector.value * lanes, vector, Full{}); });
+  }
+  if (j < end) {
+    unroll([&](auto vector) __attribute__((always_inline)) {
+      const std::int64_t left = end - j - vector.value * lanes;
+      body(j + vector.value * lanes, vector, Partial{left < 0 ? 0 : left < lanes ? static_cast<int>(left) : lanes});
+    });
+  }
+}
+
+/// Adds terms over the columns of some rows: `totals[i]` gets the sum over j of what body adds to
+/// sums[i].
+template <class C, int count, class Body>
+inline __attribute__((always_inline)) void sum_over(std::int64_t cols, double (&totals)[count], Body&& body) {
+  for (int i = 0; i < count; ++i) {
+    totals[i] = 0;
+  }
+  for (std::int64_t begin = 0; begin < cols; begin += sum_cols) {
+    const std::int64_t end = cols - begin < sum_cols ? cols : begin + sum_cols;
+    Sum<C> sums[count];
+    for_each_vector(begin, end, [&](std::int64_t j, auto vector, auto part) __attribute__((always_inline)) {
+      body(sums, j, vector, part);
+    });
+    for (int i = 0; i < count; ++i) {
+      totals[i] += sums[i].total();
+    }
+  }
+}
+
+/// (The padding keeps rows apart in the cache: at a distance of 4 KiB, stores and loads collide.)
+template <class C>
+struct alignas(64) KeptRow {
+  C values[kept_cols + 5 * 64 / sizeof(C)];
+};
+
+/// Weight, bias and 1 / weight as C: 1, 0 and 1 where there are none.
+template <class C, bool keep>
+class Parameters;
+
+template <class C>
+class Parameters<C, false> {
+ public:
+  /// `smallest`: see norm_inverse.
+  Parameters(const Array& weight, const Array& bias, std::int64_t /*cols*/, double smallest)
+      : weight_(weight), bias_(bias), smallest_(static_cast<C>(smallest)) {}
+
+  template <class Part>
+  Vector<C> gamma(std::int64_t j, Part part) const {
+    return weight_.array.data != nullptr ? weight_.load(j, part) : broadcast(C(1));
+  }
+  template <class Part>
+  Vector<C> beta(std::int64_t j, Part part) const {
+    return bias_.array.data != nullptr ? bias_.load(j, part) : broadcast(C(0));
+  }
+  template <class Part>
+  [[gnu::noinline]] Vector<C> inverse_gamma(std::int64_t j, Part part) const {
+    C values[lanes];
+    store_as<C>(gamma(j, part), values, false);
+    for (int lane = 0; lane < lanes; ++lane) {
+      values[lane] = norm_inverse(values[lane], smallest_);
+    }
+    return load_as<C>(values);
+  }
+
+ private:
+  Source<C, Any> weight_;
+  Source<C, Any> bias_;
+  C smallest_;
+};
+
+template <class C>
+class Parameters<C, true> {
+ public:
+  Parameters(const Array& weight, const Array& bias, std::int64_t cols, double smallest) {
+    const Parameters<C, false> source(weight, bias, cols, smallest);
+    for (std::int64_t j = 0; j < cols; j += lanes) {
+      const Partial part{cols - j < lanes ? static_cast<int>(cols - j) : lanes};
+      store_as<C>(source.gamma(j, part), gammas_.values + j, false);
+      store_as<C>(source.beta(j, part), betas_.values + j, false);
+      store_as<C>(source.inverse_gamma(j, part), inverses_.values + j, false);
+    }
+  }
+
+  template <class Part>
+  Vector<C> gamma(std::int64_t j, Part) const {
+    return load_as<C>(gammas_.values + j);
+  }
+  template <class Part>
+  Vector<C> beta(std::int64_t j, Part) const {
+    return load_as<C>(betas_.values + j);
+  }
+  template <class Part>
+  Vector<C> inverse_gamma(std::int64_t j, Part) const {
+    return load_as<C>(inverses_.values + j);
+  }
+
+ private:
+  KeptRow<C> gammas_;
+  KeptRow<C> betas_;
+  KeptRow<C> inverses_;
+};
+
+struct NoParameters {
+  NoParameters(const Array&, const Array&, std::int64_t, double) {}
+};
+
+/// What a kernel is compiled for. `C`: arithmetic; `T`: elements of input and output, or Any.
+template <Norm norm_, class C_, class T_, bool affine_, bool keep_>
+struct NormTypes {
+  static constexpr Norm norm = norm_;
+  static constexpr bool centred = norm_ == Norm::layer;
+  static constexpr bool affine = affine_;
+  static constexpr bool keep = keep_;
+  using C = C_;
+  using T = T_;
+  using V = Vector<C>;
+  using Parameters = std::conditional_t<affine, cpu::Parameters<C, keep>, NoParameters>;
+
+  /// The backward pass reads float32 rows again from the cache: two kept copies would not fit beside them.
+  static constexpr bool keep_backward = keep && !std::is_same_v<T, float>;
+
+  /// Rows at a time. (Two of float32 were slower: one keeps the memory busy.)
+  static constexpr int rows = keep && sizeof(T) == 2 ? 2 : 1;
+};
+
+inline double load_rstd(const Array& array, std::int64_t row) {
+  return array.dtype == DType::float64 ? static_cast<const double*>(array.data)[row]
+                                       : static_cast<const float*>(array.data)[row];
+}
+
+inline void store_rstd(double rstd, const MutableArray& array, std::int64_t row) {
+  if (array.dtype == DType::float64) {
+    static_cast<double*>(array.data)[row] = rstd;
+  } else {
+    static_cast<float*>(array.data)[row] = static_cast<float>(rstd);
+  }
+}
+
+/// Whether float32 sums of squares gave `moment` all its digits: no square overflowed, and none that
+/// matters was subnormal. A NaN has none to lose.
+inline bool is_exact_enough(double moment, double eps) {
+  return !(moment > 1e36) && !(moment + eps < 1e-28);
+}
+
+/// `count` rows from `row` on. Returns false where C has too small a range for them.
+template <class Types, int count>
+inline bool norm_forward_block(
+    const NormForward& args, std::int64_t row, const typename Types::Parameters& parameters,
+    KeptRow<typename Types::C>* kept, bool stream) {
+  using C = typename Types::C;
+  using V = typename Types::V;
+  const std::int64_t cols = args.cols;
+  const double n = static_cast<double>(cols);
+  const Source<C, typename Types::T> input(args.input);
+  const Target<C, typename Types::T> output(args.output, stream);
+
+  // The mean is sought as the distance from the first element, which is small where the mean is large
+  // for its standard deviation. (As far as sqrt(n) standard deviations it may be.)
+  V high[count];
+  V low[count];
+  if constexpr (Types::centred) {
+    C first[count];
+    double distance[count];
+    for (int r = 0; r < count; ++r) {
+      C values[lanes];
+      store_as<C>(input.load((row + r) * cols, Partial{cols > 0 ? 1 : 0}), values, false);
+      first[r] = values[0];
+      high[r] = broadcast(first[r]);
+    }
+    sum_over<C>(cols, distance, [&](auto& sums, std::int64_t j, auto vector, auto part) __attribute__((always_inline)) {
+      for_rows<count>([&](auto r) __attribute__((always_inline)) {
+        sums[r.value].add(vector, only(input.load((row + r.value) * cols + j, part) - high[r.value], part));
+      });
+    });
+    for (int r = 0; r < count; ++r) {
+      const double shift = cols > 0 ? distance[r] / n : 0;
+      const C mean = static_cast<C>(first[r] + shift);
+      high[r] = broadcast(mean);
+      low[r] = broadcast(static_cast<C>((static_cast<double>(first[r]) - mean) + shift));
+    }
+  }
+  const auto centre = [&](auto r, std::int64_t j, auto part) __attribute__((always_inline)) {
+    const V x = input.load((row + r.value) * cols + j, part);
+    if constexpr (Types::centred) {
+      return only((x - high[r.value]) - low[r.value], part);
+    } else {
+      return x;
+    }
+  };
+
+  double squares[count];
+  sum_over<C>(cols, squares, [&](auto& sums, std::int64_t j, auto vector, auto part) __attribute__((always_inline)) {
+    for_rows<count>([&](auto r) __attribute__((always_inline)) {
+      const V d = centre(r, j, part);
+      sums[r.value].add(vector, d * d);
+      if constexpr (Types::keep) {
+        store_as<C>(d, kept[r.value].values + j, false);
+        input.prefetch((row + count + r.value) * cols + j);
+      }
+    });
+  });
+  V scale[count];
+  for (int r = 0; r < count; ++r) {
+    const double moment = cols > 0 ? norm_variance(squares[r], 0.0, n) : 0;
+    if (sizeof(C) < sizeof(double) && !is_exact_enough(moment, args.eps)) {
+      return false;
+    }
+    const double rstd = norm_rstd(moment, args.eps);
+    store_rstd(rstd, args.rstd, row + r);
+    scale[r] = broadcast(static_cast<C>(rstd));
+  }
+
+  for_each_vector(0, cols, [&](std::int64_t j, auto, auto part) __attribute__((always_inline)) {
+    for_rows<count>([&](auto r) __attribute__((always_inline)) {
+      V d;
+      if constexpr (Types::keep) {
+        d = load_as<C>(kept[r.value].values + j);
+      } else {
+        d = centre(r, j, part);
+      }
+      V y = d * scale[r.value];
+      if constexpr (Types::affine) {
+        y = norm_affine(y, parameters.gamma(j, part), parameters.beta(j, part));
+      }
+      output.store((row + r.value) * cols + j, y, part);
+    });
+  });
+  return true;
+}
+
+template <class Types>
+void norm_forward_rows(const NormForward& args, std::int64_t begin, std::int64_t end, bool stream) {
+  using C = typename Types::C;
+  const typename Types::Parameters parameters(args.weight, args.bias, args.cols, 0);
+  KeptRow<C> kept[Types::rows];
+  std::int64_t row = begin;
+  const auto one_row = [&] {
+    if (!norm_forward_block<Types, 1>(args, row, parameters, kept, stream)) {
+      if constexpr (sizeof(C) < sizeof(double)) {
+        norm_forward_rows<NormTypes<Types::norm, double, Any, Types::affine, false>>(args, row, row + 1, false);
+      }
+    }
+    ++row;
+  };
+  if constexpr (Types::rows > 1) {
+    while (row + Types::rows <= end) {
+      if (norm_forward_block<Types, Types::rows>(args, row, parameters, kept, stream)) {
+        row += Types::rows;
+      } else {
+        // One by one, so that a row's result does not depend on its neighbours.
+        for (int r = 0; r < Types::rows; ++r) {
+          one_row();
+        }
+      }
+    }
+  }
+  while (row < end) {
+    one_row();
+  }
+  if (stream) {
+    stream_fence();
+  }
+}
+
+/// Loads what the backward pass of a row starts from.
+template <class Types>
+struct BackwardSource {
+  using C = typename Types::C;
+  using V = typename Types::V;
+
+  Source<C, typename Types::T> grad_output;
+  Source<C, typename Types::T> output;
+  const typename Types::Parameters& parameters;
+
+  template <class Part>
+  V grad(std::int64_t i, Part part) const {
+    return grad_output.load(i, part);
+  }
+
+  /// The normalised input.
+  template <class Part>
+  V y(std::int64_t i, std::int64_t j, Part part) const {
+    const V z = output.load(i, part);
+    if constexpr (Types::affine) {
+      return only(norm_recover(z, parameters.inverse_gamma(j, part), parameters.beta(j, part)), part);
+    } else {
+      return z;
+    }
+  }
+
+  template <class Part>
+  V scaled(const V& grad, std::int64_t j, Part part) const {
+    if constexpr (Types::affine) {
+      return grad * parameters.gamma(j, part);
+    } else {
+      return grad;
+    }
+  }
+};
+
+/// What the backward pass of a row needs twice.
+template <class C>
+struct BackwardRow {
+  C mean_g;
+  C mean_gy;
+  KeptRow<C> grad;
+  KeptRow<C> y;
+};
+
+/// Sums over rows for the gradients of weight and bias. Where rows are kept, at most 32 terms are added
+/// in C before they are added in double.
+template <class C, bool keep>
+class ParameterSums {
+ public:
+  ParameterSums(double* weight, double* bias, std::int64_t cols) : weight_(weight), bias_(bias), cols_(cols) {
+    if constexpr (keep) {
+      clear();
+    }
+  }
+
+  template <class Part>
+  void add(std::int64_t j, const Vector<C>& weight_terms, const Vector<C>& bias_terms, Part part) {
+    if constexpr (keep) {
+      store_as<C>(load_as<C>(weights_.values + j) + weight_terms, weights_.values + j, false);
+      store_as<C>(load_as<C>(biases_.values + j) + bias_terms, biases_.values + j, false);
+    } else {
+      add_in_double(j, weight_terms, weight_, part);
+      add_in_double(j, bias_terms, bias_, part);
+    }
+  }
+
+  /// After `rows` more rows.
+  void count(int rows) {
+    rows_ += rows;
+    if (rows_ >= most_rows) {
+      flush();
+    }
+  }
+
+  void flush() {
+    if constexpr (keep) {
+      for_each_vector(0, cols_, [&](std::int64_t j, auto, auto part) {
+        add_in_double(j, load_as<C>(weights_.values + j), weight_, part);
+        add_in_double(j, load_as<C>(biases_.values + j), bias_, part);
+      });
+      clear();
+    }
+    rows_ = 0;
+  }
+
+ private:
+  static constexpr int most_rows = 32;
+
+  void clear() {
+    for (std::int64_t j = 0; j < cols_; j += lanes) {
+      store_as<C>(Vector<C>{}, weights_.values + j, false);
+      store_as<C>(Vector<C>{}, biases_.values + j, false);
+    }
+  }
+
+  template <class Part>
+  static void add_in_double(std::int64_t j, const Vector<C>& terms, double* sums, Part part) {
+    if (sums != nullptr) {
+      store_as<double>(load_as<double>(sums + j, part) + as_doubles(terms), sums + j, false, part);
+    }
+  }
+
+  double* weight_;
+  double* bias_;
+  std::int64_t cols_;
+  int rows_ = 0;
+  KeptRow<C> weights_;
+  KeptRow<C> biases_;
+};
+
+/// Sums over each of `count` rows from `row` on, and, where `parameters` says so, over rows. Keeps what
+/// is loaded.
+template <class Types, int count, bool parameters>
+inline void norm_backward_sums(
+    const BackwardSource<Types>& source, std::int64_t row, std::int64_t cols, BackwardRow<typename Types::C>* kept,
+    ParameterSums<typename Types::C, Types::keep>* over_rows) {
+  using C = typename Types::C;
+  using V = typename Types::V;
+  const BackwardSource<Types> from = source;
+  // Of g at even places, of g * y at odd ones.
+  double totals[2 * count];
+  sum_over<C>(cols, totals, [&](auto& sums, std::int64_t j, auto vector, auto part) __attribute__((always_inline)) {
+    V weight_terms{};
+    V bias_terms{};
+    for_rows<count>([&](auto r) __attribute__((always_inline)) {
+      const V grad = from.grad((row + r.value) * cols + j, part);
+      const V y = from.y((row + r.value) * cols + j, j, part);
+      const V g = from.scaled(grad, j, part);
+      from.grad_output.prefetch((row + count + r.value) * cols + j);
+      from.output.prefetch((row + count + r.value) * cols + j);
+      if constexpr (Types::centred) {
+        sums[2 * r.value].add(vector, g);
+      }
+      sums[2 * r.value + 1].add(vector, g * y);
+      if constexpr (Types::keep_backward) {
+        store_as<C>(grad, kept[r.value].grad.values + j, false);
+        store_as<C>(y, kept[r.value].y.values + j, false);
+      }
+      if constexpr (parameters) {
+        weight_terms += grad * y;
+        bias_terms += grad;
+      }
+    });
+    if constexpr (parameters) {
+      over_rows->add(j, weight_terms, bias_terms, part);
+    }
+  });
+  for (int r = 0; r < count; ++r) {
+    kept[r].mean_g = static_cast<C>(totals[2 * r] / static_cast<double>(cols));
+    kept[r].mean_gy = static_cast<C>(totals[2 * r + 1] / static_cast<double>(cols));
+  }
+}
+
+template <class Types, int count>
+inline void norm_backward_input(
+    const BackwardSource<Types>& source, const NormBackward& args, std::int64_t row,
+    const BackwardRow<typename Types::C>* kept, bool stream) {
+  using C = typename Types::C;
+  using V = typename Types::V;
+  const std::int64_t cols = args.cols;
+  const BackwardSource<Types> from = source;
+  const Target<C, typename Types::T> grad_input(args.grad_input, stream);
+  V rstd[count];
+  V mean_g[count];
+  V mean_gy[count];
+  for (int r = 0; r < count; ++r) {
+    rstd[r] = broadcast(static_cast<C>(load_rstd(args.rstd, row + r)));
+    mean_g[r] = broadcast(kept[r].mean_g);
+    mean_gy[r] = broadcast(kept[r].mean_gy);
+  }
+  for_each_vector(0, cols, [&](std::int64_t j, auto, auto part) __attribute__((always_inline)) {
+    for_rows<count>([&](auto r) __attribute__((always_inline)) {
+      const std::int64_t i = (row + r.value) * cols + j;
+      V grad;
+      V y;
+      if constexpr (Types::keep_backward) {
+        grad = load_as<C>(kept[r.value].grad.values + j);
+        y = load_as<C>(kept[r.value].y.values + j);
+      } else {
+        grad = from.grad(i, part);
+        y = from.y(i, j, part);
+      }
+      const V g = from.scaled(grad, j, part);
+      if constexpr (Types::centred) {
+        grad_input.store(i, norm_gradient(g, y, rstd[r.value], mean_g[r.value], mean_gy[r.value]), part);
+      } else {
+        grad_input.store(i, rstd[r.value] * (g - y * mean_gy[r.value]), part);
+      }
+    });
+  });
+}
+
+template <class Types, bool parameters>
+void norm_backward_rows(
+    const NormBackward& args, std::int64_t begin, std::int64_t end, double* grad_weight, double* grad_bias,
+    bool stream) {
+  using C = typename Types::C;
+  const typename Types::Parameters converted(args.weight, args.bias, args.cols, smallest_normal(args.output.dtype));
+  const BackwardSource<Types> source{
+      Source<C, typename Types::T>(args.grad_output), Source<C, typename Types::T>(args.output), converted};
+  ParameterSums<C, Types::keep> over_rows(grad_weight, grad_bias, args.cols);
+  BackwardRow<C> kept[Types::rows];
+  std::int64_t row = begin;
+  const auto for_blocks = [&](auto count) {
+    constexpr int rows = decltype(count)::value;
+    for (; row + rows <= end; row += rows) {
+      norm_backward_sums<Types, rows, parameters>(source, row, args.cols, kept, &over_rows);
+      if (parameters) {
+        over_rows.count(rows);
+      }
+      if (args.grad_input.data != nullptr) {
+        norm_backward_input<Types, rows>(source, args, row, kept, stream);
+      }
+    }
+  };
+  for_blocks(Index<Types::rows>{});
+  if constexpr (Types::rows > 1) {
+    for_blocks(Index<1>{});
+  }
+  if (parameters) {
+    over_rows.flush();
+  }
+  if (stream) {
+    stream_fence();
+  }
+}
+
+/// Calls visitor(NormTypes<...>{}) with the types for elements of two dtypes: Any where they differ.
+template <Norm norm, class Visitor>
+inline void visit_norm_types(DType a, DType b, bool in_double, bool affine, bool keep, Visitor&& visitor) {
+  const auto visit = [&](auto arithmetic, auto element, auto keeps) {
+    using C = typename decltype(arithmetic)::type;
+    using T = typename decltype(element)::type;
+    constexpr bool keep_rows = decltype(keeps)::value != 0;
+    if (affine) {
+      visitor(NormTypes<norm, C, T, true, keep_rows>{});
+    } else {
+      visitor(NormTypes<norm, C, T, false, keep_rows>{});
+    }
+  };
+  if (in_double) {
+    visit(Type<double>{}, Type<Any>{}, Index<0>{});
+  } else if (!keep) {
+    visit(Type<float>{}, Type<Any>{}, Index<0>{});
+  } else if (a != b) {
+    visit(Type<float>{}, Type<Any>{}, Index<1>{});
+  } else if (a == DType::float32) {
+    visit(Type<float>{}, Type<float>{}, Index<1>{});
+  } else if (a == DType::bfloat16) {
+    visit(Type<float>{}, Type<bfloat16>{}, Index<1>{});
+  } else {
+    visit(Type<float>{}, Type<float16>{}, Index<1>{});
+  }
+}
+
+inline bool is_float64(const Array& array) {
+  return array.data != nullptr && array.dtype == DType::float64;
+}
+
+/// Whether the rows of an output may be stored past the cache: vectors begin at multiples of their size.
+template <class T>
+inline bool can_stream(const MutableArray& array, std::int64_t cols) {
+  return is_aligned(array.data, lanes * sizeof(T)) && cols % lanes == 0;
+}
+
+template <Norm norm>
+void norm_forward(const NormForward& args, std::int64_t begin, std::int64_t end, bool stream) {
+  const Array output{args.output.data, args.output.dtype};
+  const bool in_double =
+      is_float64(args.input) || is_float64(output) || is_float64(args.weight) || is_float64(args.bias);
+  const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
+  visit_norm_types<norm>(
+      args.input.dtype, args.output.dtype, in_double, affine, args.cols <= kept_cols, [&](auto types) {
+        using Types = decltype(types);
+        norm_forward_rows<Types>(args, begin, end, stream && can_stream<typename Types::T>(args.output, args.cols));
+      });
+}
+
+template <Norm norm>
+void norm_backward(
+    const NormBackward& args, std::int64_t begin, std::int64_t end, double* grad_weight, double* grad_bias,
+    bool stream) {
+  const Array grad_input{args.grad_input.data, args.grad_input.dtype};
+  const bool in_double = is_float64(args.grad_output) || is_float64(args.output) || is_float64(args.rstd) ||
+                         is_float64(args.weight) || is_float64(args.bias) || is_float64(grad_input);
+  const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
+  const DType dtype = args.grad_output.dtype;
+  const bool same = dtype == args.output.dtype && (grad_input.data == nullptr || dtype == grad_input.dtype);
+  visit_norm_types<norm>(
+      dtype, same ? dtype : DType::float64, in_double, affine, args.cols <= kept_cols, [&](auto types) {
+        using Types = decltype(types);
+        const bool streams = stream && can_stream<typename Types::T>(args.grad_input, args.cols);
+        if (grad_weight != nullptr || grad_bias != nullptr) {
+          norm_backward_rows<Types, true>(args, begin, end, grad_weight, grad_bias, streams);
+        } else {
+          norm_backward_rows<Types, false>(args, begin, end, nullptr, nullptr, streams);
+        }
+      });
+}
+
+}  // namespace
+}  // namespace lomem::cpu

@@ -1,0 +1,105 @@
+// Packing and unpacking: a group of eight codes is a 64-bit word whose bytes are squeezed to `bits`
+// bits each, or spread again.
+#pragma once
+
+#include <lomem/core/packing.h>
+
+#include "vector.h"
+
+namespace lomem::cpu {
+namespace {
+
+constexpr std::uint64_t every_byte = 0x0101010101010101u;
+
+/// Eight codes, one a byte, to 8 * bits bits. Bits of a code above `bits` are ignored.
+template <int bits>
+inline std::uint64_t squeeze(std::uint64_t codes) {
+  constexpr std::uint64_t mask = every_byte * max_code(bits);
+#if defined(__AVX512F__)  // every CPU that has it has a fast pext
+  return _pext_u64(codes, mask);
+#else
+  // Neighbours join: two codes, then four, then eight.
+  std::uint64_t x = codes & mask;
+  x = (x | x >> (8 - bits)) & 0x0001000100010001u * ((1u << 2 * bits) - 1u);
+  x = (x | x >> (16 - 2 * bits)) & 0x0000000100000001u * ((std::uint64_t{1} << 4 * bits) - 1u);
+  x = x | x >> (32 - 4 * bits);
+  return bits == 8 ? codes : x & ((std::uint64_t{1} << (8 * bits % 64)) - 1u);
+#endif
+}
+
+/// The inverse.
+template <int bits>
+inline std::uint64_t spread(std::uint64_t word) {
+  constexpr std::uint64_t mask = every_byte * max_code(bits);
+#if defined(__AVX512F__)
+  return _pdep_u64(word, mask);
+#else
+  if constexpr (bits == 8) {
+    return word;
+  } else {
+    std::uint64_t x = word & ((std::uint64_t{1} << 8 * bits) - 1u);
+    x = (x | x << (32 - 4 * bits)) & 0x0000000100000001u * ((std::uint64_t{1} << 4 * bits) - 1u);
+    x = (x | x << (16 - 2 * bits)) & 0x0001000100010001u * ((1u << 2 * bits) - 1u);
+    return (x | x << (8 - bits)) & mask;
+  }
+#endif
+}
+
+template <int bits>
+inline std::uint8_t pack_groups(const std::uint8_t* codes, std::int64_t n, std::uint8_t* packed) {
+  std::uint64_t any = 0;
+  std::int64_t i = 0;
+  // Whole words are stored, of which the next group overwrites what is too much: all but the last ones.
+  for (; i + 2 * 64 <= n; i += group_size) {
+    const auto group = load<std::uint64_t>(codes + i);
+    any |= group;
+    const std::uint64_t word = squeeze<bits>(group);
+    std::memcpy(packed + i / group_size * bits, &word, sizeof(word));
+  }
+  for (; i + group_size <= n; i += group_size) {
+    const auto group = load<std::uint64_t>(codes + i);
+    any |= group;
+    const std::uint64_t word = squeeze<bits>(group);
+    std::memcpy(packed + i / group_size * bits, &word, bits);
+  }
+  for (std::int64_t j = i; j < n; ++j) {
+    any |= codes[j];
+  }
+  if (i < n) {
+    lomem::pack_group<bits>(codes + i, static_cast<int>(n - i), packed + i / group_size * bits);
+  }
+  any |= any >> 32;
+  any |= any >> 16;
+  return static_cast<std::uint8_t>(any | any >> 8);
+}
+
+template <int bits>
+inline void unpack_groups(const std::uint8_t* packed, std::int64_t n, std::uint8_t* codes) {
+  std::int64_t i = 0;
+  for (; i + 2 * 64 <= n; i += group_size) {
+    const std::uint64_t group = spread<bits>(load<std::uint64_t>(packed + i / group_size * bits));
+    std::memcpy(codes + i, &group, sizeof(group));
+  }
+  for (; i + group_size <= n; i += group_size) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, packed + i / group_size * bits, bits);
+    const std::uint64_t group = spread<bits>(word);
+    std::memcpy(codes + i, &group, sizeof(group));
+  }
+  if (i < n) {
+    lomem::unpack_group<bits>(packed + i / group_size * bits, static_cast<int>(n - i), codes + i);
+  }
+}
+
+std::uint8_t pack_bits(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed) {
+  std::uint8_t any = 0;
+  visit_bits(bits, [&](auto width) { any = pack_groups<decltype(width)::value>(codes, n, packed); });
+  return any;
+}
+
+void unpack_bits(const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes) {
+  visit_bits(bits, [&](auto width) { unpack_groups<decltype(width)::value>(packed, n, codes); });
+}
+
+}  // namespace
+}  // namespace lomem::cpu
