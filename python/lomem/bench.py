@@ -381,7 +381,7 @@ class Copy(NamedTuple):
 
 
 def block_copy(source: Tensor, target: Tensor, pool: ThreadPoolExecutor | None, threads: int) -> Call:
-    """The C library's copy, in slices on so many threads. It keeps large blocks out of the caches, as torch's does not.
+    """The C library's copy, in slices on so many threads. With large blocks it goes past the caches, torch's does not.
 
     ctypes lets go of Python's lock meanwhile. (`memmove` is `memcpy` where nothing overlaps.)
     """
@@ -509,18 +509,23 @@ def make_records(
             "threads": copies.threads if cpu else None,
             "pass": pass_,
             "contender": name,
-            "microseconds": median * 1e6,
+            "microseconds": digits(median * 1e6),
             "bytes_per_element": per_element,
-            "gigabytes_per_second": bandwidth / 1e9,
-            "copy_gigabytes_per_second": of_memory / 1e9,
-            "copy_same_size_gigabytes_per_second": of_same_size / 1e9,
-            "fraction_of_copy": bandwidth / of_memory,
-            "fraction_of_copy_same_size": bandwidth / of_same_size,
-            "time_over_lomem": median_ratio(seconds[pass_, name], seconds[pass_, "lomem"]),
-            "torch_time_over_time": median_ratio(seconds[pass_, "torch"], seconds[pass_, name]),
-            "page_faults": statistics.fmean(faults) if cpu else None,
-            "preemptions": statistics.fmean(preemptions) if cpu else None,
+            "gigabytes_per_second": digits(bandwidth / 1e9),
+            "copy_gigabytes_per_second": digits(of_memory / 1e9),
+            "copy_same_size_gigabytes_per_second": digits(of_same_size / 1e9),
+            "fraction_of_copy": digits(bandwidth / of_memory),
+            "fraction_of_copy_same_size": digits(bandwidth / of_same_size),
+            "time_over_lomem": digits(median_ratio(seconds[pass_, name], seconds[pass_, "lomem"])),
+            "torch_time_over_time": digits(median_ratio(seconds[pass_, "torch"], seconds[pass_, name])),
+            "page_faults": digits(statistics.fmean(faults)) if cpu else None,
+            "preemptions": digits(statistics.fmean(preemptions)) if cpu else None,
         }
+
+
+def digits(value: float) -> float:
+    """Those that are worth keeping, and some more."""
+    return float(f"{value:.6g}")
 
 
 def median_ratio(over: list[float], under: list[float]) -> float:

@@ -76,9 +76,10 @@ def select(only: Iterable[str] | None) -> list[str]:
 
 
 def save(results: Results, path: str) -> None:
-    """Writes a run to a file."""
-    contents = {"program": PROGRAM, **results._asdict()}
-    Path(path).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    """Writes a run to a file, a line a record: files of results are kept in repositories."""
+    contents = json.dumps({"program": PROGRAM, **results._asdict(), "records": []}, indent=1)
+    records = ",\n".join(f"  {json.dumps(record)}" for record in results.records)
+    Path(path).write_text(contents.removesuffix("[]\n}") + f"[\n{records}\n ]\n}}\n", encoding="utf-8")
 
 
 def load(path: str) -> Results:
@@ -289,7 +290,7 @@ def plot(results: Results, path: str) -> None:
     threads = list(dict.fromkeys(record["threads"] for record in records))
     machine = results.machine
     figure = Figure(figsize=(max(7.0, 3.4 * len(dtypes) + 0.6), 2.9 * len(threads) + 1.5), layout="constrained")
-    grid = figure.subplots(len(threads), len(dtypes), sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(len(threads), len(dtypes), sharex=True, sharey="row", squeeze=False)
     for (row, count), (column, dtype) in itertools.product(enumerate(threads), enumerate(dtypes)):
         axes = grid[row][column]
         _draw(axes, [r for r in records if r["dtype"] == dtype and r["threads"] == count])

@@ -88,10 +88,10 @@ def test_figures_follow_from_times(finished):
         assert record["elements"] == torch.Size(record["shape"]).numel()
         assert record["microseconds"] > 0
         bandwidth = record["bytes_per_element"] * record["elements"] / record["microseconds"] * 1e-3
-        assert record["gigabytes_per_second"] == pytest.approx(bandwidth, rel=1e-9)
+        assert record["gigabytes_per_second"] == pytest.approx(bandwidth, rel=1e-5)
         for copy in ("copy", "copy_same_size"):
             fraction = bandwidth / record[f"{copy}_gigabytes_per_second"]
-            assert record[f"fraction_of_{copy}"] == pytest.approx(fraction, rel=1e-9)
+            assert record[f"fraction_of_{copy}"] == pytest.approx(fraction, rel=1e-5)
         assert record["contender"] != "lomem" or record["time_over_lomem"] == 1
         assert record["contender"] != "torch" or record["torch_time_over_time"] == 1
         for disturbance in ("page_faults", "preemptions"):
@@ -102,6 +102,7 @@ def test_figures_follow_from_times(finished):
 def test_the_file_says_what_ran_and_where_but_not_whose(finished):
     machine = finished.contents["machine"]
     assert finished.contents["program"] == "lomem bench"
+    assert finished.contents == {"program": "lomem bench", **bench_report.load(finished.json)._asdict()}
     assert str(finished.json.parent) not in finished.json.read_text(encoding="utf-8")
     assert machine["torch"] == torch.__version__
     assert machine["lomem_cpu_capability"] == bench._C.cpu_capability()
@@ -191,8 +192,8 @@ def test_medians_and_ratios_within_a_round():
     assert ours["microseconds"] == 2e6
     assert theirs["microseconds"] == 4e6
     assert theirs["time_over_lomem"] == ours["torch_time_over_time"] == 1  # of 6, 1, 1
-    assert ours["copy_gigabytes_per_second"] == pytest.approx(500e-9)
-    assert ours["copy_same_size_gigabytes_per_second"] == pytest.approx(2 * 2 * 4096 / 3 * 1e-9)
+    assert ours["copy_gigabytes_per_second"] == pytest.approx(500e-9, rel=1e-5)
+    assert ours["copy_same_size_gigabytes_per_second"] == pytest.approx(2 * 2 * 4096 / 3 * 1e-9, rel=1e-5)
     assert ours["page_faults"] == 3
     assert ours["preemptions"] == 1
 
