@@ -1,5 +1,6 @@
 # make demo   build lomem in a virtual environment and run the demo
 # make test   the same, then ctest and pytest
+# make bench  build, and time the ops on the CPU, for about ten minutes
 # make gpu-test PYTHON=python   in an environment with a CUDA build of torch, on a machine with a GPU and nvcc: builds
 #                               for that GPU, runs every test and the benchmarks
 #
@@ -22,11 +23,11 @@ export PRE_COMMIT_HOME ?= $(CURDIR)/build/pre-commit
 # The oldest CMake that lomem says it works with: consumer projects are tested with it.
 OLDEST_CMAKE := 3.22
 
-.PHONY: help demo test install ctest pytest pytest-on-host types asan asan-pytest cuda-check gpu-build gpu-test gpu-bench \
-  gpu-sanitize dev lint format gtest clean FORCE
+.PHONY: help demo test install ctest pytest pytest-on-host types asan asan-pytest cuda-check bench gpu-build gpu-test \
+  gpu-bench gpu-sanitize dev lint format gtest clean FORCE
 
 help:
-	@sed -n '1,7p' Makefile
+	@sed -n '1,8p' Makefile
 
 demo: install
 	$(BIN)/lomem demo
@@ -52,7 +53,7 @@ $(VENV)/.tools: $(VENV)/.torch pyproject.toml
 
 # Always: pip cannot tell whether the sources changed. The build folder under build/ makes it quick.
 install: $(VENV)/.tools
-	$(PIP) install --quiet --no-build-isolation '.[demo]'
+	$(PIP) install --quiet --no-build-isolation '.[bench,demo]'
 
 # GoogleTest: the installed one, else Debian's package where apt and root allow it, else CMake downloads it.
 gtest:
@@ -75,6 +76,17 @@ ctest: $(VENV)/.tools gtest build/oldest-cmake/.done
 pytest: install
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
+# The figures, the table of ratios and the picture go to $(RESULTS), named after the CPU or GPU. About ten minutes on two
+# cores with AVX-512. The machine must have nothing else to do: figures of several threads are worthless otherwise.
+# What was measured once can be shown again: lomem bench --from benchmarks/results/<name>.json
+RESULTS := benchmarks/results
+results_of = $(RESULTS)/$$($(1) -c 'from lomem import bench; print(bench.results_name("$(2)"))')
+
+bench: install
+	mkdir -p $(RESULTS)
+	results="$(call results_of,$(BIN)/python,cpu)"; \
+	  $(BIN)/lomem bench --device cpu --json "$$results.json" --table "$$results.md" --plot "$$results.png"
+
 # The same ops by the CUDA adapters and the bodies of the CUDA kernels, executed on the CPU: no GPU and no CUDA needed.
 pytest-on-host: install
 	$(CONFIGURE) release -DLOMEM_CONSUMER_CMAKE="$(CURDIR)/build/oldest-cmake/cmake/data/bin/cmake"
@@ -93,7 +105,7 @@ cuda-check: $(VENV)/.tools gtest
 	ctest --preset cuda -j $(JOBS)
 
 # On a machine with a GPU. Everything comes from PYTHON's environment: a CUDA build of torch, the dependency groups
-# `build` and `test` of pyproject.toml. CMAKE_ARGS go to CMake; without network, GoogleTest's sources can be given as
+# `build` and `test` of pyproject.toml, rich. CMAKE_ARGS go to CMake; without network, GoogleTest's sources can be given as
 # -DFETCHCONTENT_SOURCE_DIR_GOOGLETEST=<folder>.
 CMAKE_ARGS ?=
 GPU_PYTHON = PYTHONPATH="$(CURDIR)/build/gpu-python"$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
@@ -112,10 +124,10 @@ gpu-test: gpu-build
 	$(GPU_PYTHON) -m pytest -q tests/python --ignore=tests/python/test_package.py
 	$(MAKE) gpu-bench PYTHON="$(PYTHON)"
 
-# The figures go to benchmarks/results, named after the GPU.
 gpu-bench:
-	$(GPU_PYTHON) benchmarks/ops.py --json "benchmarks/results/$$($(PYTHON) -c \
-	  'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json"
+	mkdir -p $(RESULTS)
+	results="$(call results_of,$(GPU_PYTHON),cuda)"; \
+	  $(GPU_PYTHON) -m lomem bench --device cuda --json "$$results.json" --table "$$results.md"
 
 gpu-sanitize: gpu-build
 	compute-sanitizer --tool memcheck --leak-check full --error-exitcode 1 build/gpu/tests/cpp/lomem_cuda_device_tests

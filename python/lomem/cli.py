@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +19,43 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected a number of at least 1")
     return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number greater than 0")
+    return value
+
+
+def _count(text: str) -> int:
+    """`64M` is 64 * 2^20."""
+    match = re.fullmatch(r"([1-9][0-9]*)([KMG]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"got {text or 'nothing'}, expected a size such as 4096, 64K or 1M")
+    return int(match[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[match[2]]
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, times, columns = text.partition("x")
+    if not times:
+        raise argparse.ArgumentTypeError(f"got {text or 'nothing'}, expected rows and columns such as 8192x768")
+    return _count(rows), _count(columns)
+
+
+def _list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse_list(text: str) -> list[Any]:
+        return list(dict.fromkeys(parse(part) for part in text.split(",")))
+
+    parse_list.__name__ = "list"  # which argparse's own message names
+    return parse_list
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"got {text}, expected cpu or cuda") from error
 
 
 def info() -> int:
@@ -48,6 +87,67 @@ def _demo(arguments: argparse.Namespace) -> int:
     return demo.main(seeds=arguments.seeds, epochs=arguments.epochs, plot_path=arguments.plot)
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from . import bench  # needs the optional packages
+
+    return bench.main(arguments)
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time lomem's ops against torch's",
+        description="Times lomem's ops against torch's, compiled torch and, on a GPU, Liger-Kernel and apex, in turns "
+        "with each other and with copies. Lists have commas: --elements 64K,1M.",
+    )
+    measured = bench.add_argument_group("what is measured")
+    options = [
+        measured.add_argument("--device", type=_device, help="cpu or cuda (default: a GPU where there is one)"),
+        measured.add_argument(
+            "--threads", type=_list_of(_positive), metavar="N,...", help="of the CPU (default: 1 and all)"
+        ),
+        measured.add_argument(
+            "--elements",
+            type=_list_of(_count),
+            metavar="N,...",
+            help="sizes of activations (default: 4K,64K,1M,16M,64M; on a GPU 1M,16M,64M)",
+        ),
+        measured.add_argument(
+            "--shapes",
+            type=_list_of(_shape),
+            metavar="RxC,...",
+            help="rows and columns of norms (default: 8192x768,2048x4096; on a GPU 64M elements in rows of 768 to 16K)",
+        ),
+        measured.add_argument(
+            "--dtypes", type=_list_of(str), metavar="DTYPE,...", help="of fp32, bf16, fp16 (default) and fp64"
+        ),
+        measured.add_argument("--rounds", type=_positive, metavar="N", help="turns of each contender (default: 15)"),
+        measured.add_argument(
+            "--seconds", type=_positive_float, metavar="S", help="of a contender in a round, about (default: 0.005)"
+        ),
+        measured.add_argument("--compile", action="store_true", help="also torch.compile, which takes its time"),
+        measured.add_argument(
+            "--rotate", action="store_true", help="inputs rotate through more memory than caches hold, as on a GPU"
+        ),
+        measured.add_argument("--json", metavar="FILE", help="keep the figures"),
+    ]
+    shown = bench.add_argument_group("what is shown")
+    shown.add_argument(
+        "--only", type=_list_of(str), metavar="CASE,...", help="activations, norms, gelu, silu, layer-norm, ..."
+    )
+    shown.add_argument("--table", metavar="FILE.md", help="write the ratios")
+    shown.add_argument("--plot", metavar="FILE.png", help="draw the bandwidth of the first activation")
+    shown.add_argument("--from", dest="from_file", metavar="FILE", help="show what --json kept, and measure nothing")
+
+    def run(arguments: argparse.Namespace) -> int:
+        given = [o.option_strings[0] for o in options if getattr(arguments, o.dest) not in (None, False)]
+        if arguments.from_file is not None and given:
+            raise ValueError(f"--from measures nothing, and takes no {given[0]}")
+        return _bench(arguments)
+
+    bench.set_defaults(run=run)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(prog="lomem", description="Less activation memory in PyTorch training.")
@@ -64,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--epochs", type=_positive, default=None, metavar="N", help="epochs of each training run")
     demo.add_argument("--plot", metavar="FILE.png", help="draw the comparison")
     demo.set_defaults(run=_demo)
+    _add_bench(commands)
     return result
 
 
@@ -72,6 +173,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
     try:
         return parsed.run(parsed)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:
         print(f"lomem {parsed.command}: {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 try:
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from . import memory
 from . import nn as lnn
+from .plotting import check_plot
 
 BATCH = 64
 EPOCHS = 60
@@ -220,18 +220,6 @@ def table(results: dict[str, list[Result]]) -> Table:
     return rows
 
 
-def _check_plot(path: str) -> None:
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise ImportError(f"--plot needs the package {error.name}: pip install 'lomem[demo]'") from error
-    suffixes = matplotlib.figure.Figure().canvas.get_supported_filetypes()
-    if Path(path).suffix.lstrip(".") not in suffixes:
-        raise ValueError(f"--plot is {path}, expected a file name that ends in one of {', '.join(suffixes)}")
-    if not Path(path).resolve().parent.is_dir():
-        raise ValueError(f"--plot is {path}, expected a file in a folder that exists")
-
-
 def plot(results: dict[str, list[Result]], path: str) -> None:
     """Draws the three figures of the table as bars."""
     from matplotlib.figure import Figure
@@ -251,7 +239,7 @@ def plot(results: dict[str, list[Result]], path: str) -> None:
 def main(seeds: int = 1, epochs: int | None = None, plot_path: str | None = None) -> int:
     """Trains, prints the table, and draws it where a path is given."""
     if plot_path is not None:
-        _check_plot(plot_path)  # before the training, not after it
+        check_plot(plot_path, "demo")  # before the training, not after it
     console = Console()
     results = compare(seeds, epochs or EPOCHS, console)
     console.print(table(results))

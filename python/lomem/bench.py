@@ -1,0 +1,702 @@
+"""``lomem bench``: lomem's ops against torch's, compiled torch, Liger-Kernel and apex, on a CPU or a GPU.
+
+All contenders take turns in every round, copies among them, and what is reported are medians over the rounds: of
+times, and of the ratios within a round, so that a clock that drifts does not matter. `docs/benchmarks.md` says what is
+measured and how to read it. Needs the optional packages of ``pip install 'lomem[bench]'``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import gc
+import importlib.util
+import itertools
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _C, __version__, bench_report, functional
+from .bench_report import ACTIVATIONS, NORMS, Record, Results
+from .plotting import check_folder, check_plot
+
+try:
+    import resource
+except ImportError:  # not a Unix
+    resource = None  # type: ignore[assignment]
+
+Call = Callable[[], object]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+PASSES = ("forward", "backward", "both")
+
+
+class Plan(NamedTuple):
+    """What is to be measured."""
+
+    device: torch.device
+    threads: list[int | None]
+    elements: list[int]
+    shapes: list[tuple[int, int]]
+    dtypes: list[str]
+    cases: list[str]
+    rounds: int
+    seconds: float
+    compiled: bool
+    rotate: bool
+
+    def command(self) -> str:
+        """The command line that measures just this."""
+        activations, norms = ([case for case in self.cases if case in family] for family in (ACTIVATIONS, NORMS))
+        options = {
+            "device": str(self.device),
+            "threads": ",".join(map(str, self.threads)) if self.device.type == "cpu" else "",
+            "elements": ",".join(map(bench_report.count_name, self.elements)) if activations else "",
+            "shapes": ",".join(f"{rows}x{columns}" for rows, columns in self.shapes) if norms else "",
+            "dtypes": ",".join(self.dtypes),
+            "only": "" if len(self.cases) == len(ACTIVATIONS) + len(NORMS) else ",".join(self.cases),
+            "rounds": str(self.rounds),
+            "seconds": f"{self.seconds:g}",
+        }
+        flags = [f"--{name} {value}" for name, value in options.items() if value]
+        flags += ["--compile"] * self.compiled
+        flags += ["--rotate"] * (self.rotate and self.device.type == "cpu")
+        return " ".join([bench_report.PROGRAM, *flags])
+
+
+def make_plan(arguments: argparse.Namespace) -> Plan:
+    """Fills in the defaults, which depend on the device."""
+    device = arguments.device or torch.device("cuda" if torch.cuda.is_available() and _C.cuda_archs() else "cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {device}, expected cpu or cuda")
+    cuda = device.type == "cuda"
+    if cuda and not (torch.cuda.is_available() and _C.cuda_archs()):
+        raise ValueError(
+            f"--device is {device}, expected cpu: there is no GPU, or lomem was built without CUDA kernels"
+        )
+    dtypes = arguments.dtypes or ["fp32", "bf16", "fp16"]
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"--dtypes has {dtype}, expected some of {', '.join(DTYPES)}")
+    default_shapes = [(2**26 // columns, columns) for columns in (768, 1024, 2048, 4096, 8192, 16384)]
+    return Plan(
+        device=device,
+        # One thread first: later, idle threads of OpenMP spin and take time from others.
+        threads=[None] if cuda else sorted(set(arguments.threads or [1, torch.get_num_threads()])),
+        elements=arguments.elements or ([2**20, 2**24, 2**26] if cuda else [2**12, 2**16, 2**20, 2**24, 2**26]),
+        shapes=arguments.shapes or (default_shapes if cuda else [(8192, 768), (2048, 4096)]),
+        dtypes=dtypes,
+        cases=bench_report.select(arguments.only),
+        rounds=arguments.rounds or 15,
+        seconds=arguments.seconds or 0.005,
+        compiled=arguments.compile,
+        rotate=cuda or arguments.rotate,
+    )
+
+
+# What is measured.
+
+
+class Contender(NamedTuple):
+    """One implementation: a function of the inputs, and the bytes an element that it must move at least."""
+
+    function: Callable[..., Tensor]
+    forward_bytes: float
+    backward_bytes: float
+    passes: tuple[str, ...] = PASSES
+
+    def bytes(self, pass_: str) -> float:
+        """Of one pass."""
+        return self.forward_bytes * (pass_ != "backward") + self.backward_bytes * (pass_ != "forward")
+
+
+class Case(NamedTuple):
+    """Implementations of one function on inputs of one kind."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    make_inputs: Callable[[], tuple[Tensor, ...]]
+    contenders: dict[str, Contender]
+
+    @property
+    def elements(self) -> int:
+        """Of the input, and of the output."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def input_bytes(self) -> int:
+        """Without parameters."""
+        return self.elements * DTYPES[self.dtype].itemsize
+
+
+class Activation(NamedTuple):
+    """The functions of an activation."""
+
+    lomem: Callable[..., Tensor]
+    torch: Callable[..., Tensor]
+
+
+ACTIVATION_FUNCTIONS = {
+    "gelu": Activation(functional.regelu2, F.gelu),
+    "gelu-tanh": Activation(partial(functional.regelu2, approximate="tanh"), partial(F.gelu, approximate="tanh")),
+    "silu": Activation(functional.resilu2, F.silu),
+}
+
+
+def activation_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
+    """A step activation: 2 bits an element in place of the input."""
+    size = DTYPES[dtype].itemsize
+    codes = 2 / 8
+    function = ACTIVATION_FUNCTIONS[name]
+
+    def make_inputs() -> tuple[Tensor]:
+        return (torch.randn(elements, device=plan.device).mul_(2).to(DTYPES[dtype]).requires_grad_(),)
+
+    contenders = {
+        "lomem": Contender(function.lomem, 2 * size + codes, 2 * size + codes),
+        # Its backward pass is the same.
+        "lomem fast": Contender(
+            partial(function.lomem, fast=True), 2 * size + codes, 2 * size + codes, ("forward", "both")
+        ),
+        "torch": Contender(function.torch, 2 * size, 3 * size),
+    }
+    if plan.compiled:
+        contenders["torch.compile"] = Contender(torch.compile(function.torch, dynamic=False), 2 * size, 3 * size)
+    return Case(name, (elements,), dtype, make_inputs, contenders)
+
+
+def norm_case(name: str, shape: tuple[int, int], dtype: str, plan: Plan) -> Case:
+    """A norm, without or with parameters that need gradients."""
+    columns = shape[1]
+    layer, affine = name.startswith("layer"), name.endswith("affine")
+
+    def make_inputs() -> tuple[Tensor, ...]:
+        x = torch.randn(shape, device=plan.device).to(DTYPES[dtype])
+        # Away from 0: lomem's backward pass divides by the weights.
+        parameters = [torch.rand(columns, device=plan.device) + 0.5, torch.rand(columns, device=plan.device) - 0.5]
+        count = (2 if layer else 1) if affine else 0
+        return (x.requires_grad_(), *(p.to(DTYPES[dtype]).requires_grad_() for p in parameters[:count]))
+
+    def over_rows(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, *parameters: op(x, (columns,), *parameters, eps=1e-5)
+
+    ours = functional.ms_layer_norm if layer else functional.ms_rms_norm
+    theirs = F.layer_norm if layer else F.rms_norm
+    functions = {"lomem": over_rows(ours), "torch": over_rows(theirs)}
+    if not layer and plan.device.type == "cpu":
+        functions[bench_report.LAYER_NORM] = over_rows(functional.ms_layer_norm)
+    if plan.compiled:
+        functions["torch.compile"] = torch.compile(over_rows(theirs), dynamic=False)
+    if plan.device.type == "cuda" and affine:
+        functions |= peers_of_norms(columns, layer=layer)
+    size = DTYPES[dtype].itemsize
+    contenders = {name: Contender(function, 2 * size, 3 * size) for name, function in functions.items()}
+    return Case(name, shape, dtype, make_inputs, contenders)
+
+
+def peers_of_norms(columns: int, *, layer: bool) -> dict[str, Callable[..., Tensor]]:
+    """Norms of other libraries, where they are installed. They are affine always."""
+    peers: dict[str, Callable[..., Tensor]] = {}
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import functional as liger
+
+        if layer:
+            peers["liger"] = lambda x, weight, bias: liger.liger_layer_norm(x, weight, bias, 1e-5)
+        else:
+            # Not in place: torch's does not overwrite the gradient either.
+            peers["liger"] = lambda x, weight: liger.liger_rms_norm(x, weight, 1e-5, 0.0, "llama", False)
+    if importlib.util.find_spec("apex"):
+        from apex.normalization import fused_layer_norm as apex
+
+        if layer:
+            peers["apex"] = lambda x, weight, bias: apex.fused_layer_norm_affine(
+                x, weight, bias, (columns,), 1e-5, True
+            )
+        else:
+            peers["apex"] = lambda x, weight: apex.fused_rms_norm_affine(x, weight, (columns,), 1e-5, True)
+    return peers
+
+
+def make_cases(name: str, plan: Plan) -> Iterator[Case]:
+    """One function on inputs of every size and dtype."""
+    if name in ACTIVATIONS:
+        yield from (activation_case(name, *kind, plan) for kind in itertools.product(plan.elements, plan.dtypes))
+    else:
+        yield from (norm_case(name, *kind, plan) for kind in itertools.product(plan.shapes, plan.dtypes))
+
+
+def make_calls(contender: Contender, inputs: list[tuple[Tensor, ...]], gradients: list[Tensor]) -> dict[str, Call]:
+    """A callable a pass. Each call takes the next set of inputs."""
+    outputs = [contender.function(*tensors) for tensors in inputs] if "backward" in contender.passes else []
+    turn = itertools.cycle(range(len(inputs)))
+
+    def forward() -> object:
+        return contender.function(*inputs[next(turn)])
+
+    def backward() -> object:
+        i = next(turn)
+        return torch.autograd.grad(outputs[i], inputs[i], gradients[i], retain_graph=True)
+
+    def both() -> object:
+        i = next(turn)
+        return torch.autograd.grad(contender.function(*inputs[i]), inputs[i], gradients[i])
+
+    calls: dict[str, Call] = {"forward": forward, "backward": backward, "both": both}
+    return {pass_: calls[pass_] for pass_ in contender.passes}
+
+
+# Time and page faults.
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc give freed blocks to the next allocation, not to the system.
+
+    By default a big block is mapped when it is allocated and unmapped when it is freed. Each call of an op would then
+    get fresh pages for its result, and the system would zero them one page fault at a time, which takes longer than
+    the ops measured here. Training has the same cost in torch and in lomem; it is not what is compared.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(m_mmap_max, 0)  # never a mapping of its own
+    mallopt(m_trim_threshold, -1)  # never shrink the heap: -1 is the largest size
+    mallopt(m_top_pad, 2**28)  # grow it in big steps
+
+
+class Disturbances(NamedTuple):
+    """What the system did to this process so far."""
+
+    page_faults: float = 0  # without those that read from a disk
+    preemptions: float = 0  # a thread had to leave its CPU to another process
+
+    @classmethod
+    def so_far(cls) -> Disturbances:
+        """Of all threads."""
+        if resource is None:
+            return cls()
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return cls(usage.ru_minflt, usage.ru_nivcsw)
+
+
+class Timing(NamedTuple):
+    """A call, averaged over a turn."""
+
+    seconds: float
+    disturbances: Disturbances = Disturbances()
+
+
+class Timer:
+    """Times calls on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        # A GPU's queue holds about a thousand kernels: beyond that the host waits.
+        self.most_repeats = 50 if self.cuda else 10_000
+        self.cycles_of_enqueuing = 200_000  # of the device, a call: about 0.1 ms
+
+    def __call__(self, call: Call, repeats: int) -> Timing:
+        """Calls `repeats` times."""
+        return Timing(self._on_gpu(call, repeats)) if self.cuda else self._on_cpu(call, repeats)
+
+    def undisturbed(self, call: Call, repeats: int) -> Timing:
+        """The same, again where the heap grew meanwhile: small blocks take the places of big ones now and then."""
+        for _ in range(3):
+            timing = self(call, repeats)
+            if timing.disturbances.page_faults <= 1:
+                break
+        return timing
+
+    @staticmethod
+    def _on_cpu(call: Call, repeats: int) -> Timing:
+        if repeats > 1:
+            call()  # the caches then hold what its own calls leave there
+        before = Disturbances.so_far()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        seconds = time.perf_counter() - start
+        after = Disturbances.so_far()
+        return Timing(seconds / repeats, Disturbances(*((b - a) / repeats for a, b in zip(before, after, strict=True))))
+
+    def _on_gpu(self, call: Call, repeats: int) -> float:
+        """Keeps the device busy while the host enqueues, so that the time is the device's."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        while True:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(self.cycles_of_enqueuing * repeats)
+            begin.record()
+            for _ in range(repeats):
+                call()
+            end.record()
+            waited = not begin.query()
+            torch.cuda.synchronize()
+            if waited:
+                return begin.elapsed_time(end) / 1000 / repeats
+            self.cycles_of_enqueuing *= 2  # the device was done sleeping before the host was done enqueuing
+
+    def repeats(self, call: Call, seconds: float) -> int:
+        """How many calls take about so long."""
+        repeats = 1
+        while True:
+            elapsed = self(call, repeats).seconds * repeats
+            if elapsed >= seconds / 4 or repeats >= self.most_repeats:
+                return max(1, min(self.most_repeats, round(repeats * seconds / max(elapsed, 1e-9))))
+            repeats *= 4
+
+
+def warm_up(calls: list[Call]) -> None:
+    """Compiles what compiles at first, and calls until page faults stop: the heap then holds what the calls need."""
+    for _ in range(5):
+        before = Disturbances.so_far().page_faults
+        for call in calls:
+            call()
+        if Disturbances.so_far().page_faults - before <= len(calls):
+            return
+
+
+# Copies: what bandwidth there is.
+
+
+class Copy(NamedTuple):
+    """A copy, and the bytes that it reads and writes."""
+
+    call: Call
+    bytes: int
+
+
+def block_copy(source: Tensor, target: Tensor, pool: ThreadPoolExecutor | None, threads: int) -> Call:
+    """The C library's copy, in slices on so many threads. With large blocks it goes past the caches, torch's does not.
+
+    ctypes lets go of Python's lock meanwhile. (`memmove` is `memcpy` where nothing overlaps.)
+    """
+    if pool is None:
+        return lambda: ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+    bounds = [source.nbytes * i // threads for i in range(threads + 1)]
+
+    def copy_slice(i: int) -> None:
+        begin, end = bounds[i], bounds[i + 1]
+        ctypes.memmove(target.data_ptr() + begin, source.data_ptr() + begin, end - begin)
+
+    return lambda: list(pool.map(copy_slice, range(threads)))
+
+
+class Copies:
+    """Copies at one number of threads."""
+
+    def __init__(self, device: torch.device, threads: int | None) -> None:
+        self.device = device
+        self.threads = threads or 1
+        self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
+
+    def in_memory(self) -> Copy:
+        """Between arrays that no cache holds."""
+        size = min(max(8 * cache_bytes(self.device), 2**28), 2**30)
+        source = torch.ones(size // 4, device=self.device)
+        target = torch.zeros_like(source)
+        if self.device.type == "cuda":
+            return Copy(lambda: target.copy_(source), 2 * source.nbytes)
+        return Copy(block_copy(source, target, self.pool, self.threads), 2 * source.nbytes)
+
+    def of_same_size(self, inputs: list[tuple[Tensor, ...]]) -> dict[str, Call]:
+        """Of a case's inputs. Two ways on a CPU: torch's is the faster one in caches, the C library's in memory."""
+        pairs = [(x.detach(), torch.empty_like(x, requires_grad=False)) for x, *_ in inputs]
+        turn = itertools.cycle(pairs)
+
+        def tensor_copy() -> object:
+            source, target = next(turn)
+            return target.copy_(source)
+
+        if self.device.type == "cuda":
+            return {"copy_": tensor_copy}
+        blocks = itertools.cycle([block_copy(*pair, self.pool, self.threads) for pair in pairs])
+        return {"copy_": tensor_copy, "memcpy": lambda: next(blocks)()}
+
+
+def cpu_cache_bytes(level: int) -> int:
+    """A cache's size as one core sees it; 0 where that is unknown.
+
+    From Linux's own list: the C library's SC_LEVEL3_CACHE_SIZE is, on some CPUs, that of the whole socket.
+    """
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        with contextlib.suppress(OSError, ValueError):
+            if int((folder / "level").read_text()) == level and (folder / "type").read_text().strip() != "Instruction":
+                return int((folder / "size").read_text().strip().removesuffix("K")) * 2**10
+    name = f"SC_LEVEL{level}_CACHE_SIZE"
+    return max(0, os.sysconf(name)) if name in getattr(os, "sysconf_names", {}) else 0
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last cache's size."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return cpu_cache_bytes(3) or cpu_cache_bytes(2) or 2**25
+
+
+# Measuring.
+
+
+def sets_of_inputs(case: Case, plan: Plan) -> int:
+    """How many sets fill four times the last cache, up to 64; one where inputs do not rotate."""
+    if not plan.rotate:
+        return 1
+    return max(1, min(64, -(-4 * cache_bytes(plan.device) // (3 * case.input_bytes))))
+
+
+def measure(case: Case, plan: Plan, copies: Copies, memory: Copy) -> list[Record]:
+    """One record a pass and contender."""
+    timer = Timer(plan.device)
+    inputs = [case.make_inputs() for _ in range(sets_of_inputs(case, plan))]
+    gradients = [torch.randn_like(tensors[0]) for tensors in inputs]
+    calls = {name: make_calls(contender, inputs, gradients) for name, contender in case.contenders.items()}
+    # What takes turns: the copies of this size, then the contenders, pass by pass.
+    groups: dict[str, dict[str, Call]] = {"copy": copies.of_same_size(inputs)}
+    groups |= {pass_: {name: call[pass_] for name, call in calls.items() if pass_ in call} for pass_ in PASSES}
+    warm_up([call for group in groups.values() for call in group.values()])
+    repeats = {
+        (pass_, name): timer.repeats(call, plan.seconds)
+        for pass_, group in groups.items()
+        for name, call in group.items()
+    }
+    timings: dict[tuple[str, str], list[Timing]] = {key: [] for key in (*repeats, ("copy", "memory"))}
+    for round_ in range(plan.rounds):
+        memory.call()  # untimed: threads of OpenMP that spun after the last op have stopped by its end
+        timings["copy", "memory"].append(timer(memory.call, 1))
+        for pass_, group in groups.items():
+            # The order rotates, so that none always follows the same other.
+            names = list(group)
+            first = round_ % len(names)
+            for name in names[first:] + names[:first]:
+                timings[pass_, name].append(timer.undisturbed(group[name], repeats[pass_, name]))
+    return list(make_records(case, plan, copies, memory, timings))
+
+
+def make_records(
+    case: Case, plan: Plan, copies: Copies, memory: Copy, timings: dict[tuple[str, str], list[Timing]]
+) -> Iterator[Record]:
+    """Medians, and the bandwidths that follow from them."""
+    cpu = plan.device.type == "cpu"
+    seconds = {key: [timing.seconds for timing in values] for key, values in timings.items()}
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    of_memory = memory.bytes / medians.pop(("copy", "memory"))
+    of_same_size = 2 * case.input_bytes / min(median for (pass_, _), median in medians.items() if pass_ == "copy")
+    for (pass_, name), median in medians.items():
+        if pass_ == "copy":
+            continue
+        per_element = case.contenders[name].bytes(pass_)
+        bandwidth = per_element * case.elements / median
+        faults, preemptions = zip(*(timing.disturbances for timing in timings[pass_, name]), strict=True)
+        yield {
+            "case": case.name,
+            "shape": list(case.shape),
+            "elements": case.elements,
+            "dtype": case.dtype,
+            "threads": copies.threads if cpu else None,
+            "pass": pass_,
+            "contender": name,
+            "microseconds": digits(median * 1e6),
+            "bytes_per_element": per_element,
+            "gigabytes_per_second": digits(bandwidth / 1e9),
+            "copy_gigabytes_per_second": digits(of_memory / 1e9),
+            "copy_same_size_gigabytes_per_second": digits(of_same_size / 1e9),
+            "fraction_of_copy": digits(bandwidth / of_memory),
+            "fraction_of_copy_same_size": digits(bandwidth / of_same_size),
+            "time_over_lomem": digits(median_ratio(seconds[pass_, name], seconds[pass_, "lomem"])),
+            "torch_time_over_time": digits(median_ratio(seconds[pass_, "torch"], seconds[pass_, name])),
+            "page_faults": digits(statistics.fmean(faults)) if cpu else None,
+            "preemptions": digits(statistics.fmean(preemptions)) if cpu else None,
+        }
+
+
+def digits(value: float) -> float:
+    """Those that are worth keeping, and some more."""
+    return float(f"{value:.6g}")
+
+
+def median_ratio(over: list[float], under: list[float]) -> float:
+    """Of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def run(plan: Plan) -> Iterator[list[Record]]:
+    """Measures; gives the records of one table after the other."""
+    if plan.compiled:
+        import torch._dynamo.config as dynamo_config
+        from torch._functorch import config as functorch_config
+
+        functorch_config.donated_buffer = False  # the backward pass is run again and again
+        dynamo_config.fail_on_recompile_limit_hit = True  # never eager in compiled code's name
+    for threads in plan.threads:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        copies = Copies(plan.device, threads)
+        memory = copies.in_memory()
+        for name in plan.cases:
+            records: list[Record] = []
+            for case in make_cases(name, plan):
+                progress(f"{name} {bench_report.shape_name(list(case.shape))} {case.dtype}")
+                if plan.compiled:
+                    torch._dynamo.reset()  # each case compiles for its own shape
+                with device_of(plan), without_garbage_collection():
+                    records += measure(case, plan, copies, memory)
+            progress("")
+            yield records
+
+
+def device_of(plan: Plan) -> contextlib.AbstractContextManager[object]:
+    """Makes the plan's GPU the current one: events and streams are its own."""
+    return torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """As timeit does."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def progress(text: str) -> None:
+    """Shows what runs, to those who watch. No thread that refreshes it: that would be measured as well."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+# On what.
+
+
+def cpu_name() -> str:
+    """As the CPU calls itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def physical_cores() -> int | None:
+    """Without what hyper-threading adds."""
+    with contextlib.suppress(OSError):
+        topologies = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology")
+        return len({tuple((t / n).read_text() for n in ("physical_package_id", "core_id")) for t in topologies}) or None
+    return None
+
+
+def commit() -> str:
+    """Of the checkout, where it runs in one."""
+    if Path("cpp/include/lomem/version.h").exists():
+        with contextlib.suppress(OSError):
+            command = ["git", "describe", "--always", "--dirty"]
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return "unknown"
+
+
+def machine(plan: Plan) -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    facts: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "lomem": __version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "glibc": platform.libc_ver()[1] or None,
+        "device": "cpu",
+        "cpu": cpu_name(),
+        "physical_cores": physical_cores(),
+        "l2_cache_bytes": cpu_cache_bytes(2) or None,
+        "l3_cache_bytes": cpu_cache_bytes(3) or None,
+        "lomem_cpu_capability": _C.cpu_capability(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if plan.device.type == "cpu":
+        facts["threads"] = plan.threads
+    else:
+        properties = torch.cuda.get_device_properties(plan.device)
+        facts |= {
+            "device": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "l2_cache_bytes": properties.L2_cache_size,
+            "l3_cache_bytes": None,
+            "cuda": torch.version.cuda,
+            "lomem_cuda_archs": " ".join(_C.cuda_archs()),
+        }
+    for name in ("triton", "liger_kernel", "apex"):
+        facts[name] = "installed" if importlib.util.find_spec(name) else "not installed"
+    return facts
+
+
+def results_name(device: str) -> str:
+    """What a file of results is called: the name of the CPU or GPU, in lower case with hyphens."""
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    name = re.sub(r"\((R|TM)\)|\bCPU\b|@.*", " ", name, flags=re.IGNORECASE)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Measures, or reads what was measured; prints, and writes what is asked for."""
+    for option in ("json", "table"):
+        if getattr(arguments, option) is not None:
+            check_folder(f"--{option}", getattr(arguments, option))
+    if arguments.plot is not None:
+        check_plot(arguments.plot, "bench")
+        bench_report.check_drawn(bench_report.select(arguments.only))
+    results = replay(arguments) if arguments.from_file is not None else measure_and_print(arguments)
+    if arguments.table is not None:
+        Path(arguments.table).write_text(bench_report.markdown(results), encoding="utf-8")
+    if arguments.plot is not None:
+        bench_report.plot(results, arguments.plot)
+    return 0
+
+
+def make_console() -> bench_report.Console:
+    """As wide as the terminal; in a file or a pipe, as wide as the tables are."""
+    console = bench_report.Console()
+    return console if console.is_terminal else bench_report.Console(width=160)
+
+
+def replay(arguments: argparse.Namespace) -> Results:
+    """Prints what was measured before."""
+    console = make_console()
+    results = bench_report.load(arguments.from_file)
+    cases = bench_report.select(arguments.only)
+    results = results._replace(records=[record for record in results.records if record["case"] in cases])
+    if not results.records:
+        raise ValueError(f"--only is {','.join(arguments.only)}, expected a case that {arguments.from_file} has")
+    bench_report.print_header(results, console)
+    for records in bench_report.by_table(results.records):
+        bench_report.print_table(records, console)
+    return results
+
+
+def measure_and_print(arguments: argparse.Namespace) -> Results:
+    """Prints while it measures, and keeps what it has so far."""
+    plan = make_plan(arguments)
+    keep_freed_memory()
+    console = make_console()
+    results = Results(plan.command(), machine(plan), [])
+    bench_report.print_header(results, console)
+    for records in run(plan):
+        bench_report.print_table(records, console)
+        results.records.extend(records)
+        if arguments.json is not None:
+            bench_report.save(results, arguments.json)
+    return results
