@@ -8,6 +8,8 @@
 #include <lomem/kernels.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "../checks.h"
 #include "../step_ops.h"
 #include "parallel.h"
@@ -25,7 +27,16 @@ namespace {
 //     its own end over.
 // Said of x86, where the tests look at them.
 
-constexpr int64_t tile_elements = 65536;
+// A call of oneDNN costs what some 30,000 elements cost, so tiles are large, and small inputs, which
+// stay in the last cache, are left whole.
+
+constexpr int64_t smallest_tile = int64_t{1} << 16;
+constexpr int64_t largest_tile = int64_t{1} << 19;
+
+int64_t tile_elements(int64_t n) {
+  const int64_t several_a_thread = n / (4 * at::get_num_threads());
+  return std::clamp(several_a_thread, smallest_tile, largest_tile) / cache_line_elements * cache_line_elements;
+}
 
 enum class Splits { anywhere, with_one_thread };
 
@@ -42,7 +53,7 @@ Splits splits(const ReSiLU2Op& /*op*/, at::ScalarType dtype, bool /*fast*/) {
 template <class Op, class... Args>
 bool may_tile(const at::Tensor& input, Args... args) {
 #if defined(LOMEM_X86_KERNELS)
-  if (!input.is_contiguous() || input.numel() < 2 * tile_elements) {
+  if (!input.is_contiguous() || input.numel() < 4 * largest_tile) {
     return false;
   }
   const bool one_thread = at::get_num_threads() == 1 || at::in_parallel_region();
@@ -79,11 +90,12 @@ std::tuple<at::Tensor, at::Tensor> step_forward_in_tiles(const at::Tensor& input
   auto* packed = codes.mutable_data_ptr<uint8_t>();
 
   // The last tile takes what is left, so that none is short.
-  const int64_t tiles = n / tile_elements;
+  const int64_t tile_size = tile_elements(n);
+  const int64_t tiles = n / tile_size;
   at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
     for (int64_t tile = first; tile < last; ++tile) {
-      const int64_t begin = tile * tile_elements;
-      const int64_t count = tile + 1 == tiles ? n - begin : tile_elements;
+      const int64_t begin = tile * tile_size;
+      const int64_t count = tile + 1 == tiles ? n - begin : tile_size;
       // (Not written to: a tensor of constant data there is not.)
       const at::Tensor source = view_of(const_cast<char*>(x + begin * size), count, input);
       at::Tensor target = view_of(y + begin * size, count, input);
