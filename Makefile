@@ -23,7 +23,7 @@ export PRE_COMMIT_HOME ?= $(CURDIR)/build/pre-commit
 # The oldest CMake that lomem says it works with: consumer projects are tested with it.
 OLDEST_CMAKE := 3.22
 
-.PHONY: help demo test install ctest pytest pytest-on-host types asan asan-pytest cuda-check bench gpu-build gpu-test \
+.PHONY: help demo test install ctest pytest pytest-capabilities pytest-on-host types asan asan-pytest cuda-check bench gpu-build gpu-test \
   gpu-bench gpu-sanitize dev lint format gtest clean FORCE
 
 help:
@@ -73,6 +73,9 @@ ctest: $(VENV)/.tools gtest build/oldest-cmake/.done
 	cmake --build --preset release
 	ctest --preset release -j $(JOBS)
 
+OP_TESTS := $(addprefix tests/python/test_,cpu_kernels.py norms.py packing.py saved_bytes.py step_activations.py \
+  step_backward.py transforms.py)
+
 pytest: install
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
@@ -87,14 +90,20 @@ bench: install
 	results="$(call results_of,$(BIN)/python,cpu)"; \
 	  $(BIN)/lomem bench --device cpu --json "$$results.json" --table "$$results.md" --plot "$$results.png"
 
+# The ops with the kernels, lomem's and torch's, that a CPU without AVX-512 or without AVX2 runs. (torch.compile keeps
+# what it compiled without noting for what: hence a folder each.)
+pytest-capabilities: install
+	for capability in avx2 default; do \
+	  ATEN_CPU_CAPABILITY=$$capability TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/build/inductor-$$capability" \
+	    $(BIN)/python -m pytest -q -n $(JOBS) -p no:cacheprovider $(OP_TESTS) || exit 1; \
+	done
+
 # The same ops by the CUDA adapters and the bodies of the CUDA kernels, executed on the CPU: no GPU and no CUDA needed.
 pytest-on-host: install
 	$(CONFIGURE) release -DLOMEM_CONSUMER_CMAKE="$(CURDIR)/build/oldest-cmake/cmake/data/bin/cmake"
 	cmake --build --preset release --target lomem_cuda_on_host
 	LOMEM_CUDA_ON_HOST="$$(find "$(CURDIR)/build/release" -name liblomem_cuda_on_host.so)" \
-	  $(BIN)/python -m pytest -q -n $(JOBS) -p no:cacheprovider tests/python/test_norms.py tests/python/test_packing.py \
-	  tests/python/test_saved_bytes.py tests/python/test_step_activations.py tests/python/test_step_backward.py \
-	  tests/python/test_transforms.py
+	  $(BIN)/python -m pytest -q -n $(JOBS) -p no:cacheprovider $(OP_TESTS)
 
 # Every CUDA kernel for every architecture, where there is an nvcc, with or without a GPU and a CUDA build of torch.
 # Prints registers and spills; fails on a spill.
@@ -153,7 +162,8 @@ asan-pytest: $(VENV)/.tools
 	PYTHONPATH=build/asan-python ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$(call library,libasan.so) $(call library,libubsan.so) $(call library,libstdc++.so.6)" \
 	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/python/test_errors.py tests/python/test_packing.py \
-	  tests/python/test_step_backward.py tests/python/test_step_activations.py tests/python/test_norms.py
+	  tests/python/test_step_backward.py tests/python/test_step_activations.py tests/python/test_norms.py \
+	  tests/python/test_cpu_kernels.py
 
 lint: $(VENV)/.tools
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -57,6 +57,8 @@ def regelu2(input: Tensor, approximate: str = "none", *, fast: bool = False) -> 
         A tensor of the shape, dtype and strides that ``F.gelu`` returns. Saved for backward:
         ``ceil(numel / 4)`` bytes.
     """
+    if approximate == "none" and not fast:
+        return _regelu2(input)  # keyword arguments cost as much as a small activation
     return _regelu2(input, approximate=approximate, fast=fast)
 
 
@@ -74,7 +76,7 @@ def resilu2(input: Tensor, *, fast: bool = False) -> Tensor:
         A tensor of the shape, dtype and strides that ``F.silu`` returns. Saved for backward:
         ``ceil(numel / 4)`` bytes.
     """
-    return _resilu2(input, fast=fast)
+    return _resilu2(input, fast=True) if fast else _resilu2(input)
 
 
 def ms_layer_norm(

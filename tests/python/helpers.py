@@ -18,7 +18,7 @@ CUDA_ON_HOST = os.environ.get("LOMEM_CUDA_ON_HOST", "")
 
 
 def runs_cuda_kernels(device):
-    """Whether the ops run CUDA kernels there: they compute in float32 what the CPU's compute in float64."""
+    """Whether the ops run CUDA kernels there: sums have another order, and double precision a smaller part."""
     return torch.device(device).type == "cuda" or bool(CUDA_ON_HOST)
 
 
@@ -136,14 +136,6 @@ def same_bits(a, b):
 def in_memory_order(tensor):
     """The elements of a dense tensor, as they lie in memory."""
     return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def neighbours(tensor):
-    """The representable values next to each element: away from 0, and towards it (0 for 0)."""
-    bits = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
-    pattern = tensor.contiguous().view(bits)
-    magnitude = pattern & torch.iinfo(bits).max
-    return (pattern + 1).view(tensor.dtype), torch.where(magnitude > 0, pattern - 1, pattern).view(tensor.dtype)
 
 
 def rounding_steps(a, b):

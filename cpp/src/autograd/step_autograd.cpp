@@ -30,30 +30,33 @@ std::vector<int64_t> inverse(const std::vector<int64_t>& order) {
   return result;
 }
 
-template <class Op>
-struct StepActivation : torch::autograd::Function<StepActivation<Op>> {
+template <class Op, class... Args>
+struct StepActivation : torch::autograd::Function<StepActivation<Op, Args...>> {
   static constexpr bool is_traceable = true;
 
-  template <class... Args>
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const Args&... args) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [output, codes] = Op::forward(input, args...);
     ctx->save_for_backward({codes});
-    // Of the output, only how it lies in memory: that is the order of the codes.
-    ctx->saved_data["order"] = memory_order(output);
-    ctx->saved_data["arguments"] = static_cast<int64_t>(1 + sizeof...(args));
+    // Of the output, only how it lies in memory: that is the order of the codes. (Row-major is not
+    // said: an entry costs more than a small activation.)
+    const std::vector<int64_t> order = memory_order(output);
+    if (!order.empty()) {
+      ctx->saved_data["order"] = order;
+    }
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     static constexpr auto levels = step_levels<typename Op::Step>();
     const at::Tensor codes = ctx->get_saved_variables()[0];
-    const std::vector<int64_t> order = ctx->saved_data["order"].toIntVector();
+    const auto saved_order = ctx->saved_data.find("order");
     // Differentiable operations throughout, for gradients of gradients.
-    variable_list gradients(ctx->saved_data["arguments"].toInt());
-    if (order.empty()) {
+    variable_list gradients(1 + sizeof...(Args));
+    if (saved_order == ctx->saved_data.end()) {
       gradients[0] = step_activation_backward(grad_outputs[0], codes, levels, Op::Step::bits);
     } else {
+      const std::vector<int64_t> order = saved_order->second.toIntVector();
       const at::Tensor grad_output = grad_outputs[0].permute(order);
       gradients[0] = step_activation_backward(grad_output, codes, levels, Op::Step::bits).permute(inverse(order));
     }
@@ -67,7 +70,7 @@ at::Tensor step_activation_autograd(const at::Tensor& input, Args... args) {
   Op::check(Op::name, args...);
   check_no_tangent(Op::name, "input", input);
   if (needs_grad(input)) {
-    return StepActivation<Op>::apply(input, args...);
+    return StepActivation<Op, Args...>::apply(input, args...);
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return Op::call(input, args...);

@@ -72,6 +72,16 @@ void activation_out(ReSiLU2Op /*op*/, at::Tensor& output, const at::Tensor& inpu
   at::cpu::silu_out(output, input);
 }
 
+// (Past the dispatcher: it costs as much as a small activation.)
+
+at::Tensor activation_cpu(ReGELU2Op /*op*/, const at::Tensor& input, std::string_view approximate, bool /*fast*/) {
+  return at::cpu::gelu(input, approximate);
+}
+
+at::Tensor activation_cpu(ReSiLU2Op /*op*/, const at::Tensor& input, bool /*fast*/) {
+  return at::cpu::silu(input);
+}
+
 /// A 1-D tensor of `count` elements at `data`, which somebody else owns.
 at::Tensor view_of(void* data, int64_t count, const at::Tensor& like) {
   return at::from_blob(data, {count}, at::TensorOptions().dtype(like.scalar_type()));
@@ -158,7 +168,7 @@ at::Tensor step_activation_cpu(const at::Tensor& input, Args... args) {
       return output;
     }
   }
-  return Op::activation(input, args...);
+  return activation_cpu(Op{}, input, args...);
 }
 
 template <class Op, class... Args>
@@ -179,7 +189,7 @@ std::tuple<at::Tensor, at::Tensor> step_forward_cpu(const at::Tensor& input, Arg
 
   // The torch op on the very tensor that came in: torch picks its kernel by strides, and kernels
   // differ in last bits.
-  const at::Tensor output = Op::activation(input, args...);
+  const at::Tensor output = activation_cpu(Op{}, input, args...);
   // The output is dense, and has the input's strides if that is dense too; else (sliced,
   // expanded) the input is copied to the output's strides, so that one order serves both.
   const at::Tensor dense = input.strides() == output.strides() ? input : at::empty_like(output).copy_(input);

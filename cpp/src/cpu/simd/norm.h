@@ -158,7 +158,18 @@ struct Sum {
   }
 };
 
-/// Calls body(j, vector, part) for the vectors of elements [begin, end).
+/// The part of a vector that `left` elements fill, which may be none.
+inline Partial part_of(std::int64_t left) {
+  return {left < 0 ? 0 : left < lanes ? static_cast<int>(left) : lanes};
+}
+
+/// Where the last vector ends that for_each_vector visits.
+inline std::int64_t padded(std::int64_t cols) {
+  return (cols + partial_sums - 1) / partial_sums * partial_sums;
+}
+
+/// Calls body(j, vector, part) for the vectors of elements [begin, end), and for empty ones up to the next
+/// multiple of `partial_sums`.
 template <class Body>
 inline __attribute__((always_inline)) void for_each_vector(std::int64_t begin, std::int64_t end, Body&& body) {
   std::int64_t j = begin;
@@ -167,8 +178,7 @@ inline __attribute__((always_inline)) void for_each_vector(std::int64_t begin, s
   }
   if (j < end) {
     unroll([&](auto vector) __attribute__((always_inline)) {
-      const std::int64_t left = end - j - vector.value * lanes;
-      body(j + vector.value * lanes, vector, Partial{left < 0 ? 0 : left < lanes ? static_cast<int>(left) : lanes});
+      body(j + vector.value * lanes, vector, part_of(end - j - vector.value * lanes));
     });
   }
 }
@@ -238,8 +248,9 @@ class Parameters<C, true> {
  public:
   Parameters(const Array& weight, const Array& bias, std::int64_t cols, double smallest) {
     const Parameters<C, false> source(weight, bias, cols, smallest);
-    for (std::int64_t j = 0; j < cols; j += lanes) {
-      const Partial part{cols - j < lanes ? static_cast<int>(cols - j) : lanes};
+    // Zeros behind the row: what is loaded there must not make NaN of zeros.
+    for (std::int64_t j = 0; j < padded(cols); j += lanes) {
+      const Partial part = part_of(cols - j);
       store_as<C>(source.gamma(j, part), gammas_.values + j, false);
       store_as<C>(source.beta(j, part), betas_.values + j, false);
       store_as<C>(source.inverse_gamma(j, part), inverses_.values + j, false);
@@ -517,7 +528,7 @@ class ParameterSums {
   static constexpr int most_rows = 32;
 
   void clear() {
-    for (std::int64_t j = 0; j < cols_; j += lanes) {
+    for (std::int64_t j = 0; j < padded(cols_); j += lanes) {
       store_as<C>(Vector<C>{}, weights_.values + j, false);
       store_as<C>(Vector<C>{}, biases_.values + j, false);
     }

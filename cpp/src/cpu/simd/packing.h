@@ -20,10 +20,9 @@ inline std::uint64_t squeeze(std::uint64_t codes) {
 #else
   // Neighbours join: two codes, then four, then eight.
   std::uint64_t x = codes & mask;
-  x = (x | x >> (8 - bits)) & 0x0001000100010001u * ((1u << 2 * bits) - 1u);
-  x = (x | x >> (16 - 2 * bits)) & 0x0000000100000001u * ((std::uint64_t{1} << 4 * bits) - 1u);
-  x = x | x >> (32 - 4 * bits);
-  return bits == 8 ? codes : x & ((std::uint64_t{1} << (8 * bits % 64)) - 1u);
+  x = (x & 0x00ff00ff00ff00ffu) | (x & 0xff00ff00ff00ff00u) >> (8 - bits);
+  x = (x & 0x0000ffff0000ffffu) | (x & 0xffff0000ffff0000u) >> (16 - 2 * bits);
+  return (x & 0x00000000ffffffffu) | (x & 0xffffffff00000000u) >> (32 - 4 * bits);
 #endif
 }
 
@@ -34,14 +33,12 @@ inline std::uint64_t spread(std::uint64_t word) {
 #if defined(__AVX512F__)
   return _pdep_u64(word, mask);
 #else
-  if constexpr (bits == 8) {
-    return word;
-  } else {
-    std::uint64_t x = word & ((std::uint64_t{1} << 8 * bits) - 1u);
-    x = (x | x << (32 - 4 * bits)) & 0x0000000100000001u * ((std::uint64_t{1} << 4 * bits) - 1u);
-    x = (x | x << (16 - 2 * bits)) & 0x0001000100010001u * ((1u << 2 * bits) - 1u);
-    return (x | x << (8 - bits)) & mask;
-  }
+  constexpr std::uint64_t lower_four = (std::uint64_t{1} << 4 * bits) - 1u;
+  constexpr std::uint64_t lower_two = 0x0000000100000001u * ((std::uint64_t{1} << 2 * bits) - 1u);
+  constexpr std::uint64_t lower_one = 0x0001000100010001u * ((std::uint64_t{1} << bits) - 1u);
+  std::uint64_t x = (word & lower_four) | (word & ~lower_four) << (32 - 4 * bits);
+  x = (x & lower_two) | (x & ~lower_two) << (16 - 2 * bits);
+  return ((x & lower_one) | (x & ~lower_one) << (8 - bits)) & mask;
 #endif
 }
 

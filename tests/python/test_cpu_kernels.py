@@ -1,0 +1,305 @@
+"""CPU kernels: the same bits whatever the threads, the tiles and the instruction set; the fast forward."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
+import lomem
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ACTIVATIONS, DTYPES, NORMS, SIXTEEN_BIT, all_patterns, make_norm_parameters, same_bits
+from lomem import reference
+
+pytestmark = pytest.mark.cpu_kernels
+
+CAPABILITIES = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and restores it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# Instruction sets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [None, *CAPABILITIES])
+def test_capability_follows_the_environment(wanted):
+    environment = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}
+    if wanted is not None:
+        environment["ATEN_CPU_CAPABILITY"] = wanted
+    command = [sys.executable, "-m", "lomem", "info"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
+    rows = dict(line.split("  ", 1) for line in result.stdout.splitlines())
+    ours = rows["CPU kernels"].strip()
+    torchs = rows["CPU capability of torch"].strip()
+    assert ours in ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16")
+    if torchs in CAPABILITIES.values():
+        # What torch runs, and where that is AVX-512 with its bfloat16 instructions, if there are.
+        assert ours.removesuffix("_BF16") == torchs
+
+
+# What a process prints of ops on fixed inputs: the bits of everything that the ops return.
+DIGEST = """
+import hashlib, torch, lomem
+digest = hashlib.sha256()
+def add(*tensors):
+    for t in tensors:
+        digest.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
+g = torch.Generator().manual_seed(0)
+def values(*shape):
+    # (randn itself depends on the instruction set.)
+    return torch.rand(shape, generator=g, dtype=torch.float64).mul(8).sub(4)
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for n in (1, 31, 33, 4097):
+        x = values(n).to(dtype)
+        grad = values(n).to(dtype)
+        for forward in (torch.ops.lomem.regelu2_forward, torch.ops.lomem.resilu2_forward):
+            codes = forward(x)[1]
+            add(codes, torch.ops.lomem.step_activation_backward(grad, codes, [0.0, -0.05, 1.05, 1.0], 2))
+    for bits in range(1, 9):
+        codes = torch.randint(0, 2**bits, (1001,), generator=g, dtype=torch.uint8)
+        packed = lomem.functional.pack_bits(codes, bits)
+        grad = values(1001).to(dtype)
+        levels = values(2**bits).tolist()
+        add(packed, torch.ops.lomem.step_activation_backward(grad, packed, levels, bits))
+    for cols in (1, 17, 100, 768, 5000):
+        x = values(7, cols).add(3).to(dtype).requires_grad_()
+        w = (torch.rand(cols, generator=g) + 0.5).requires_grad_()
+        b = torch.rand(cols, generator=g).requires_grad_()
+        grad = values(7, cols).to(dtype)
+        for y, inputs in (
+            (lomem.functional.ms_layer_norm(x, (cols,)), (x,)),
+            (lomem.functional.ms_layer_norm(x, (cols,), w, b), (x, w, b)),
+            (lomem.functional.ms_rms_norm(x, (cols,), w), (x, w)),
+        ):
+            add(y, *torch.autograd.grad(y, inputs, grad.to(y.dtype)))
+print(lomem._C.cpu_capability(), digest.hexdigest())
+"""
+
+
+def test_every_instruction_set_gives_the_same_bytes():
+    digests = {}
+    for wanted in CAPABILITIES:
+        environment = os.environ | {"ATEN_CPU_CAPABILITY": wanted}
+        command = [sys.executable, "-c", DIGEST]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
+        capability, digest = result.stdout.split()
+        digests[capability] = digest
+    assert "DEFAULT" in digests
+    assert len(set(digests.values())) == 1, digests
+
+
+# Threads and tiles --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_do_not_depend_on_the_threads(dtype, threads):
+    for norm in NORMS.values():
+        x = (torch.randn(3000, 100) + 1).to(dtype).requires_grad_()
+        parameters = [p.requires_grad_() for p in make_norm_parameters(norm, (100,), torch.float32)]
+        grad = torch.randn(3000, 100).to(dtype)
+        results = []
+        for count in (1, 2, 3, 7):
+            threads(count)
+            y = norm.op(x, (100,), *parameters, eps=1e-5)
+            results.append((y, *torch.autograd.grad(y, (x, *parameters), grad)))
+        for other in results[1:]:
+            assert all(same_bits(a.detach(), b.detach()) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_codes_and_gradients_do_not_depend_on_the_threads(name, dtype, threads):
+    activation = ACTIVATIONS[name]
+    x = (torch.randn(300_001) * 4).to(dtype)
+    grad = torch.randn(300_001).to(dtype)
+    levels = list(activation.step.levels)
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        codes = activation.forward(x)[1]
+        results.append((codes, torch.ops.lomem.step_activation_backward(grad, codes, levels, 2)))
+    for codes, gradient in results[1:]:
+        assert torch.equal(codes, results[0][0])
+        assert same_bits(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("count", [1, 2])
+def test_tiles_are_bit_for_bit_one_call(name, dtype, count, threads):
+    # From 2^21 elements on, the forward may go in tiles.
+    threads(count)
+    activation = ACTIVATIONS[name]
+    for n in (2**21, 2**21 + 1, 3 * 2**19 * 2 + 65_537):
+        x = (torch.randn(n) * 4).to(dtype)
+        output, codes = activation.forward(x)
+        assert same_bits(output, activation.torch_op(x)), n
+        assert torch.equal(codes, reference.pack_bits(reference.step_codes(x, activation.step), 2))
+        assert same_bits(activation.op(x.view(1, n).requires_grad_()).detach(), activation.torch_op(x).view(1, n))
+
+
+@pytest.mark.parametrize("mkldnn", [False, True])
+def test_tiles_without_onednn(mkldnn, threads):
+    # Without it, torch's float32 GELU depends on where the threads' ranges end.
+    threads(2)
+    x = torch.randn(2**21 + 5)
+    with torch.backends.mkldnn.flags(enabled=mkldnn):
+        assert same_bits(lomem.functional.regelu2(x.clone().requires_grad_()).detach(), F.gelu(x))
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_why_silu_of_16_bits_may_go_in_tiles(dtype):
+    # torch's two formulas, of vectors and of what is left over, agree for every input.
+    x = all_patterns(dtype)
+    alone = torch.cat([F.silu(x[i : i + 1]) for i in range(65536)])
+    together = F.silu(x)
+    nan = together.isnan()
+    assert torch.equal(alone.isnan(), nan)
+    assert same_bits(alone[~nan], together[~nan])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_why_gelu_by_onednn_may_go_in_tiles(dtype):
+    # Every element alike, wherever it stands, but not one alone.
+    bits = torch.arange(65536, dtype=torch.int32)
+    x = all_patterns(dtype) if dtype == torch.bfloat16 else (bits << 16 | 0x5A5A).view(torch.float32)
+    together = F.gelu(x)
+    nan = together.isnan()
+    for size in (2, 3, 17):
+        parts = torch.cat([F.gelu(x[i : i + size]) for i in range(0, 65536 - size, size)])
+        kept = ~nan[: parts.numel()]
+        assert same_bits(parts[kept], together[: parts.numel()][kept]), size
+
+
+# Fast forward -------------------------------------------------------------------------------------------------------
+
+FAST = lomem._C.cpu_capability() != "DEFAULT"
+EXACT = {
+    "regelu2": lambda x: 0.5 * x * torch.special.erfc(-x / 2**0.5),
+    # erfc's counterpart of tanh: 1 + tanh(u) = 2 sigmoid(2u), without cancellation.
+    "regelu2-tanh": lambda x: x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
+    "resilu2": lambda x: x * torch.sigmoid(x),
+}
+# name -> (lowest x that the bound in ulps holds for, ulps of float32, absolute error below it): what
+# core/fast_forward_tables.h says, with a margin for the inputs that it did not try.
+BOUNDS = {"regelu2": (-3.375, 2.0, 1.3e-10), "regelu2-tanh": (-3.375, 2.2, 2e-10), "resilu2": (-22.0, 4.0, 6e-9)}
+
+
+def ulp(values, dtype):
+    """Spacing of `dtype` at float64 values."""
+    info = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(values.abs().clamp_min(info.smallest_normal)))
+    return torch.exp2(exponent) * info.eps
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_fast_float32(name):
+    lowest, ulps, absolute = BOUNDS[name]
+    # Every 37th number, of both signs, from 2^-40 up to 64: 5 million.
+    bits = torch.arange(0x2B800000, 0x42800000, 37, dtype=torch.int32)
+    for x in (bits.view(torch.float32), -bits.view(torch.float32)):
+        got = ACTIVATIONS[name].op(x, fast=True).double()
+        want = EXACT[name](x.double())
+        near = x > lowest
+        assert ((got - want).abs()[near] / ulp(want, torch.float32)[near]).max() <= ulps
+        assert not (~near).any() or (got - want).abs()[~near].max() <= (absolute if FAST else 1e-6)
+
+
+@pytest.mark.skipif(not FAST, reason="no kernels with fused multiply-add: the strict forward runs")
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_fast_16_bits(name, dtype):
+    x = all_patterns(dtype)
+    x = x[x.isfinite()]
+    got = ACTIVATIONS[name].op(x, fast=True)
+    want = EXACT[name](x.double())
+    near = x.double() > (-5.5 if name != "resilu2" else -22)
+    error = (got.double() - want).abs()
+    # Rounded correctly, but for near-ties.
+    assert (error[near] <= 0.5002 * ulp(want, dtype)[near]).all()
+    assert (got == want.to(dtype))[near].float().mean() > 0.999
+    assert error[~near].max() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_fast_special_values(name, dtype):
+    inf = float("inf")
+    got = ACTIVATIONS[name].op(torch.tensor([inf, -inf, float("nan"), 0.0, -0.0], dtype=dtype).repeat(40), fast=True)
+    got = got.view(40, 5)
+    assert (got[:, 0] == inf).all()
+    if dtype != torch.float64 and FAST:
+        assert (got[:, 1] == 0).all()
+    assert got[:, 2].isnan().all()
+    assert (got[:, 3:] == 0).all()
+    assert torch.equal(got[:, 3:].signbit(), torch.tensor([False, True]).expand(40, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_fast_keeps_codes_and_gradients(name, dtype):
+    activation = ACTIVATIONS[name]
+    for shape in ((5, 7), (70_001,), (2, 3, 4, 5)):
+        x = (torch.randn(shape) * 4).to(dtype)
+        strict, fast = activation.forward(x), activation.forward(x, fast=True)
+        assert torch.equal(strict[1], fast[1])
+        assert fast[0].stride() == strict[0].stride()
+        results = []
+        for flag in (False, True):
+            leaf = x.clone().requires_grad_()
+            y = activation.op(leaf, fast=flag)
+            # With a gradient or without: the same values.
+            assert same_bits(y.detach(), activation.op(x, fast=flag))
+            results.append(torch.autograd.grad(y, leaf, torch.ones_like(y))[0])
+        assert same_bits(*results)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_fast_layouts(name):
+    activation = ACTIVATIONS[name]
+    base = torch.randn(4, 6, 5, 7)
+    for x in (
+        base.to(memory_format=torch.channels_last),
+        base.transpose(1, 3),
+        base[:, ::2],
+        base[:, :1].expand(4, 6, 5, 7),
+    ):
+        got = activation.op(x, fast=True)
+        assert got.stride() == activation.torch_op(x).stride()
+        torch.testing.assert_close(got, activation.torch_op(x), rtol=1e-3, atol=1e-6)
+        assert torch.equal(activation.forward(x, fast=True)[1], activation.forward(x)[1])
+
+
+def test_fast_is_off_unless_asked_for():
+    x = torch.randn(1000)
+    for op, torch_op in ((lomem.functional.regelu2, F.gelu), (lomem.functional.resilu2, F.silu)):
+        assert same_bits(op(x), torch_op(x))
+        assert same_bits(op(x.double(), fast=True), torch_op(x.double()))
+        assert not FAST or not same_bits(op(x, fast=True), torch_op(x))
+
+
+@pytest.mark.parametrize("module", [lomem.nn.ReGELU2, lomem.nn.ReSiLU2])
+def test_fast_modules(module):
+    x = torch.randn(100)
+    fast = module(fast=True)
+    assert repr(fast).endswith("fast=True)")
+    for same in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        op = lomem.functional.regelu2 if module is lomem.nn.ReGELU2 else lomem.functional.resilu2
+        assert same_bits(same(x), op(x, fast=True))
+    assert "fast" not in repr(module())
+
+
+def test_fast_under_compile_and_opcheck():
+    x = torch.randn(65, requires_grad=True)
+    for op in (torch.ops.lomem.regelu2.default, torch.ops.lomem.resilu2.default):
+        torch.library.opcheck(op, (x,), {"fast": True})
+        compiled = torch.compile(lambda x, op=op: op(x, fast=True) * 2, fullgraph=True)
+        assert same_bits(compiled(x).detach(), (op(x, fast=True) * 2).detach())
