@@ -9,41 +9,52 @@
 namespace lomem::cpu {
 namespace {
 
+#if defined(__AVX512F__)  // every CPU that has it has a fast pext
+
 constexpr std::uint64_t every_byte = 0x0101010101010101u;
 
 /// Eight codes, one a byte, to 8 * bits bits. Bits of a code above `bits` are ignored.
 template <int bits>
 inline std::uint64_t squeeze(std::uint64_t codes) {
-  constexpr std::uint64_t mask = every_byte * max_code(bits);
-#if defined(__AVX512F__)  // every CPU that has it has a fast pext
-  return _pext_u64(codes, mask);
+  return _pext_u64(codes, every_byte * max_code(bits));
+}
+
+/// The inverse. Bits of `word` above 8 * bits are ignored.
+template <int bits>
+inline std::uint64_t spread(std::uint64_t word) {
+  return _pdep_u64(word, every_byte * max_code(bits));
+}
+
 #else
-  // Neighbours join: two codes, then four, then eight.
-  std::uint64_t x = codes & mask;
-  x = (x | x >> (8 - bits)) & 0x0001000100010001u * ((1u << 2 * bits) - 1u);
-  x = (x | x >> (16 - 2 * bits)) & 0x0000000100000001u * ((std::uint64_t{1} << 4 * bits) - 1u);
-  x = x | x >> (32 - 4 * bits);
-  return bits == 8 ? codes : x & ((std::uint64_t{1} << (8 * bits % 64)) - 1u);
-#endif
+
+/// The lowest `width` bits of each part of a word that has 2 * `half` bits.
+template <int half, int width>
+constexpr std::uint64_t lowest =
+    ~std::uint64_t{0} / (~std::uint64_t{0} >> (64 - 2 * half)) * ((std::uint64_t{1} << width) - 1u);
+
+/// In each such part: `width` bits of its upper half join those of its lower half.
+template <int half, int width>
+inline std::uint64_t join(std::uint64_t x) {
+  return (x & lowest<half, width>) | (x >> (half - width) & lowest<half, width> << width);
 }
 
 /// The inverse.
+template <int half, int width>
+inline std::uint64_t separate(std::uint64_t x) {
+  return (x & lowest<half, width>) | (x & lowest<half, width> << width) << (half - width);
+}
+
+template <int bits>
+inline std::uint64_t squeeze(std::uint64_t codes) {
+  return join<32, 4 * bits>(join<16, 2 * bits>(join<8, bits>(codes)));
+}
+
 template <int bits>
 inline std::uint64_t spread(std::uint64_t word) {
-  constexpr std::uint64_t mask = every_byte * max_code(bits);
-#if defined(__AVX512F__)
-  return _pdep_u64(word, mask);
-#else
-  if constexpr (bits == 8) {
-    return word;
-  } else {
-    std::uint64_t x = word & ((std::uint64_t{1} << 8 * bits) - 1u);
-    x = (x | x << (32 - 4 * bits)) & 0x0000000100000001u * ((std::uint64_t{1} << 4 * bits) - 1u);
-    x = (x | x << (16 - 2 * bits)) & 0x0001000100010001u * ((1u << 2 * bits) - 1u);
-    return (x | x << (8 - bits)) & mask;
-  }
-#endif
+  return separate<8, bits>(separate<16, 2 * bits>(separate<32, 4 * bits>(word)));
 }
+
+#endif
 
 template <int bits>
 inline std::uint8_t pack_groups(const std::uint8_t* codes, std::int64_t n, std::uint8_t* packed) {
