@@ -238,12 +238,12 @@ class Parameters<C, true> {
  public:
   Parameters(const Array& weight, const Array& bias, std::int64_t cols, double smallest) {
     const Parameters<C, false> source(weight, bias, cols, smallest);
-    for (std::int64_t j = 0; j < cols; j += lanes) {
-      const Partial part{cols - j < lanes ? static_cast<int>(cols - j) : lanes};
+    // Also for vectors that are no part of a row, which a sum goes over: what is there is multiplied by 0.
+    for_each_vector(0, cols, [&](std::int64_t j, auto, auto part) {
       store_as<C>(source.gamma(j, part), gammas_.values + j, false);
       store_as<C>(source.beta(j, part), betas_.values + j, false);
       store_as<C>(source.inverse_gamma(j, part), inverses_.values + j, false);
-    }
+    });
   }
 
   template <class Part>
