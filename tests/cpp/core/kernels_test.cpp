@@ -1,206 +1,218 @@
-// CPU kernels on plain pointers: every size around the tiles, misaligned bases, sentinels, every
-// dtype, against the definitions. No torch.
-#include <gtest/gtest.h>
-#include <lomem/kernels.h>
-
+// Which kernels run, the public functions that run them, and the small kernels that are the same for all
+// instruction sets. No torch.
+#include <algorithm>
 #include <cmath>
-#include <random>
+#include <cstdlib>
+#include <set>
+#include <string>
 
-#include "elements.h"
 #include "guarded.h"
+#include "kernel_tables.h"
 #include "oracle.h"
 
 namespace {
 
 using lomem::DType;
+namespace cpu = lomem::cpu;
 
-std::vector<std::size_t> sizes() {
-  std::vector<std::size_t> result;
-  for (std::size_t n = 0; n <= 70; ++n) {
-    result.push_back(n);
+TEST(KernelTables, AreListedBestFirst) {
+  const std::vector<std::string> order = {"AVX512_BF16", "AVX512", "AVX2", "DEFAULT"};
+  std::vector<std::ptrdiff_t> places;
+  for (const Table& table : runnable_tables()) {
+    places.push_back(std::find(order.begin(), order.end(), table->capability) - order.begin());
   }
-  for (const std::size_t n : {255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2051}) {
-    result.push_back(n);
-  }
-  return result;
+  ASSERT_FALSE(places.empty());
+  EXPECT_EQ(places.back(), 3);
+  EXPECT_TRUE(std::is_sorted(places.begin(), places.end()));
+  EXPECT_EQ(std::set(places.begin(), places.end()).size(), places.size());
 }
 
-template <class T>
-class Kernels : public testing::Test {};
-using Elements = testing::Types<double, float, lomem::bfloat16, lomem::float16>;
-TYPED_TEST_SUITE(Kernels, Elements);
+TEST(KernelTables, TheChosenOneIsNamed) {
+  EXPECT_STREQ(cpu::capability(), cpu::kernels().capability);
+  const auto tables = runnable_tables();
+  EXPECT_TRUE(std::any_of(tables.begin(), tables.end(), [](Table table) { return table.kernels == &cpu::kernels(); }));
+  EXPECT_EQ(&cpu::kernels(), &cpu::kernels());
+}
 
-template <class Step, class T>
-void check_encode() {
-  for (const std::size_t n : sizes()) {
-    Guarded<T> x(n, n % 4);
-    x.assign(random_elements<T>(n, 4, static_cast<unsigned>(n)));
-    Guarded<std::uint8_t> packed(lomem::packed_bytes(n, Step::bits), n % 5);
-    lomem::cpu::step_encode<Step>(Element<T>::dtype, x.data(), static_cast<std::int64_t>(n), packed.data());
-    std::vector<std::uint8_t> codes;
-    for (const T value : x.values()) {
-      codes.push_back(Step::code(value));
+/// What a function of kernels.h writes is what the chosen table writes.
+class PublicFunctions : public testing::Test {
+ protected:
+  static constexpr std::int64_t n = 333;
+  const cpu::KernelTable& table = cpu::kernels();
+  const std::vector<float> x = random_elements<float>(n, 4, 1);
+};
+
+TEST_F(PublicFunctions, Step) {
+  std::vector<std::uint8_t> codes[2];
+  const auto encode = [&](auto kernel) {
+    std::vector<std::uint8_t> packed(lomem::packed_bytes(n, 2));
+    kernel(DType::float32, x.data(), n, packed.data());
+    return packed;
+  };
+  codes[0] = encode(cpu::step_encode<lomem::ReGELU2>);
+  codes[1] = encode(cpu::step_encode<lomem::ReSiLU2>);
+  EXPECT_EQ(codes[0], encode(table.regelu2_encode));
+  EXPECT_EQ(codes[1], encode(table.resilu2_encode));
+  EXPECT_NE(codes[0], codes[1]);
+
+  const double levels[4] = {0.1, 0.2, 0.3, 0.4};
+  std::vector<float> gradient(n);
+  std::vector<float> want(n);
+  for (const bool stream : {false, true}) {
+    cpu::step_decode_multiply(DType::float32, x.data(), codes[0].data(), levels, 2, n, gradient.data(), stream);
+    table.step_decode_multiply(DType::float32, x.data(), codes[0].data(), levels, 2, n, want.data(), stream);
+    EXPECT_TRUE(same_bytes(gradient, want));
+  }
+}
+
+TEST_F(PublicFunctions, FastForward) {
+  const auto check = [&](auto function, cpu::KernelTable::FastForward kernel) {
+    Guarded<float> y(n);
+    Guarded<std::uint8_t> packed(lomem::packed_bytes(n, 2));
+    EXPECT_EQ(function(DType::float32, x.data(), n, y.data(), packed.data(), false), kernel != nullptr);
+    if (kernel != nullptr) {
+      std::vector<float> want(n);
+      std::vector<std::uint8_t> want_packed(lomem::packed_bytes(n, 2));
+      kernel(DType::float32, x.data(), n, want.data(), want_packed.data(), false);
+      EXPECT_TRUE(same_bytes(y.values(), want));
+      EXPECT_TRUE(same_bytes(packed.values(), want_packed));
     }
-    EXPECT_EQ(packed.values(), oracle::pack(codes, Step::bits)) << n;
-    packed.expect_intact();
-    x.expect_intact();
-  }
+    // Not for float64: nothing is written, not even codes.
+    const std::vector<double> doubles(n, 1.5);
+    Guarded<double> result(n);
+    result.assign(doubles);
+    Guarded<std::uint8_t> codes(1);
+    codes.assign({0x77});
+    EXPECT_FALSE(function(DType::float64, doubles.data(), n, result.data(), codes.data(), false));
+    EXPECT_EQ(result.values(), doubles);
+    EXPECT_EQ(codes.values()[0], 0x77);
+  };
+  check(cpu::fast_forward<lomem::fast::GELU>, table.fast_gelu);
+  check(cpu::fast_forward<lomem::fast::GELUTanh>, table.fast_gelu_tanh);
+  check(cpu::fast_forward<lomem::fast::SiLU>, table.fast_silu);
 }
 
-TYPED_TEST(Kernels, StepEncode) {
-  check_encode<lomem::ReGELU2, TypeParam>();
-  check_encode<lomem::ReSiLU2, TypeParam>();
-}
-
-TYPED_TEST(Kernels, StepDecodeMultiply) {
-  using C = lomem::compute_t<TypeParam>;
-  for (int bits = 1; bits <= 8; ++bits) {
-    std::vector<double> levels(std::size_t{1} << bits);
-    for (std::size_t i = 0; i < levels.size(); ++i) {
-      levels[i] = std::sin(static_cast<double>(i) + 0.1);
-    }
-    for (const std::size_t n : sizes()) {
-      const auto grad = random_elements<TypeParam>(n, 1, static_cast<unsigned>(n + 1));
-      std::vector<std::uint8_t> codes(n);
-      for (std::size_t i = 0; i < n; ++i) {
-        codes[i] = static_cast<std::uint8_t>((i * 37 + n) % levels.size());
-      }
-      const auto packed = oracle::pack(codes, bits);
-      Guarded<TypeParam> source(n, n % 4);
-      source.assign(grad);
-      Guarded<TypeParam> result(n, n % 3);
-      lomem::cpu::step_decode_multiply(
-          Element<TypeParam>::dtype, source.data(), packed.data(), levels.data(), bits, static_cast<std::int64_t>(n),
-          result.data());
-      const auto got = result.values();
-      for (std::size_t i = 0; i < n; ++i) {
-        const auto want = lomem::step_gradient(grad[i], static_cast<C>(levels[codes[i]]));
-        EXPECT_EQ(lomem::to_compute(got[i]), lomem::to_compute(want)) << bits << " bits, " << i << " of " << n;
-      }
-      result.expect_intact();
-    }
-  }
-}
-
-TEST(PackingKernel, ReportsCodesThatDoNotFit) {
+TEST_F(PublicFunctions, Packing) {
   const std::vector<std::uint8_t> codes = {1, 2, 9, 0, 3};
   std::vector<std::uint8_t> packed(2);
-  EXPECT_EQ(lomem::cpu::pack_bits(codes.data(), 5, 2, packed.data()), 1 | 2 | 9 | 3);
-  EXPECT_EQ(lomem::cpu::pack_bits(codes.data(), 0, 2, packed.data()), 0);
+  EXPECT_EQ(cpu::pack_bits(codes.data(), 5, 2, packed.data()), 1 | 2 | 9 | 3);
+  EXPECT_EQ(packed, oracle::pack(codes, 2));
+  std::vector<std::uint8_t> unpacked(5);
+  cpu::unpack_bits(packed.data(), 5, 2, unpacked.data());
+  EXPECT_EQ(unpacked, (std::vector<std::uint8_t>{1, 2, 1, 0, 3}));
+}
+
+TEST_F(PublicFunctions, Norms) {
+  const auto check = [&](auto forward, auto forward_kernel, auto backward, auto backward_kernel) {
+    std::vector<float> results[2][3];
+    for (int which = 0; which < 2; ++which) {
+      auto& [output, rstd, grad_input] = results[which];
+      output.resize(n);
+      rstd.resize(3);
+      grad_input.resize(n);
+      lomem::NormForward args;
+      args.input = {x.data()};
+      args.output = {output.data()};
+      args.rstd = {rstd.data()};
+      args.cols = n / 3;
+      args.eps = 1e-5;
+      (which == 0 ? forward : forward_kernel)(args, 0, 3, false);
+      lomem::NormBackward backward_args;
+      backward_args.grad_output = {x.data()};
+      backward_args.output = {output.data()};
+      backward_args.rstd = {rstd.data()};
+      backward_args.grad_input = {grad_input.data()};
+      backward_args.cols = n / 3;
+      (which == 0 ? backward : backward_kernel)(backward_args, 0, 3, nullptr, nullptr, false);
+    }
+    for (int i = 0; i < 3; ++i) {
+      EXPECT_TRUE(same_bytes(results[0][i], results[1][i])) << i;
+    }
+    return results[0][0];
+  };
+  using lomem::Norm;
+  const auto layer = check(
+      cpu::norm_forward<Norm::layer>, table.layer_norm_forward, cpu::norm_backward<Norm::layer>,
+      table.layer_norm_backward);
+  const auto rms = check(
+      cpu::norm_forward<Norm::rms>, table.rms_norm_forward, cpu::norm_backward<Norm::rms>, table.rms_norm_backward);
+  EXPECT_NE(layer, rms);
+}
+
+class NothingToDo : public KernelTest {};
+INSTANTIATE_FOR_EVERY_TABLE(NothingToDo);
+
+/// Empty tensors have no memory.
+TEST_P(NothingToDo, TakesNullPointers) {
+  for (const DType dtype : {DType::float64, DType::float32, DType::bfloat16, DType::float16}) {
+    GetParam()->regelu2_encode(dtype, nullptr, 0, nullptr);
+    GetParam()->resilu2_encode(dtype, nullptr, 0, nullptr);
+    for (int bits = lomem::min_bits; bits <= lomem::max_bits; ++bits) {
+      const std::vector<double> levels(std::size_t{1} << bits);
+      GetParam()->step_decode_multiply(dtype, nullptr, nullptr, levels.data(), bits, 0, nullptr, true);
+    }
+    if (GetParam()->fast_gelu != nullptr && dtype != DType::float64) {
+      GetParam()->fast_gelu(dtype, nullptr, 0, nullptr, nullptr, true);
+    }
+    EXPECT_EQ(cpu::find_below({nullptr, dtype}, 0, 1), -1);
+    cpu::store(nullptr, 0, {nullptr, dtype}, 0);
+  }
+  for (int bits = lomem::min_bits; bits <= lomem::max_bits; ++bits) {
+    EXPECT_EQ(GetParam()->pack_bits(nullptr, 0, bits, nullptr), 0);
+    GetParam()->unpack_bits(nullptr, 0, bits, nullptr);
+  }
+}
+
+TEST(ShouldStream, IsForWhatNoCacheHolds) {
+  EXPECT_FALSE(cpu::should_stream(0));
+  EXPECT_FALSE(cpu::should_stream(1));
+  EXPECT_TRUE(cpu::should_stream(std::size_t{1} << 40));
 }
 
 TEST(FindBelow, ReturnsTheFirst) {
   std::vector<float> values(3000, 1);
   values[7] = -0.5F;
   const lomem::Array array{values.data(), DType::float32};
-  EXPECT_EQ(lomem::cpu::find_below(array, 3000, 0.25), -1);
-  EXPECT_EQ(lomem::cpu::find_below(array, 3000, 0.5), -1);
+  EXPECT_EQ(cpu::find_below(array, 3000, 0.25), -1);
+  EXPECT_EQ(cpu::find_below(array, 3000, 0.5), -1);
   values[2999] = -0.0F;
-  EXPECT_EQ(lomem::cpu::find_below(array, 3000, 0.25), 2999);
+  EXPECT_EQ(cpu::find_below(array, 3000, 0.25), 2999);
   values[1024] = 0.125F;
-  EXPECT_EQ(lomem::cpu::find_below(array, 3000, 0.25), 1024);
-  EXPECT_EQ(lomem::cpu::find_below(array, 3000, 0.75), 7);
-  EXPECT_EQ(lomem::cpu::find_below(array, 0, 0.25), -1);
+  EXPECT_EQ(cpu::find_below(array, 3000, 0.25), 1024);
+  EXPECT_EQ(cpu::find_below(array, 3000, 0.75), 7);
+  EXPECT_EQ(cpu::find_below(array, 0, 0.25), -1);
 }
 
-/// One rounding of x to T is half of spacing * |x|. The arithmetic before it is in double, whose
-/// own errors, of values of order 1 that may cancel, are the second term.
-template <class T>
-double tolerance(double x) {
-  return spacing<T>() / 2 * std::fabs(x) * (1 + 1e-6) + 8 * spacing<double>() +
-         (Element<T>::dtype == DType::float16 ? std::ldexp(1, -25) : 0);  // float16 subnormals
+TEST(FindBelow, EveryDTypeAndNaN) {
+  for_each_element_type([](auto element) {
+    using T = typename decltype(element)::type;
+    // Compared in double: the smallest normal number is not below itself.
+    const double smallest = lomem::smallest_normal(Element<T>::dtype);
+    const std::vector<T> values = {
+        Element<T>::from(std::nan("")), Element<T>::from(-smallest), Element<T>::from(1),
+        Element<T>::from(-smallest / 2)};
+    const AtPageEnd<T> source(values);
+    EXPECT_EQ(cpu::find_below({source.data(), Element<T>::dtype}, 4, smallest), 3);
+    EXPECT_EQ(cpu::find_below({source.data(), Element<T>::dtype}, 3, smallest), -1);
+  });
 }
 
-template <lomem::Norm norm, class T>
-void check_norm(bool affine) {
-  constexpr bool centred = norm == lomem::Norm::layer;
-  using Statistic = lomem::compute_t<T>;
-  const double eps = 1e-5;
-  for (const std::size_t cols : sizes()) {
-    if (cols == 0) {
-      continue;
-    }
-    const std::size_t rows = 3;
-    Guarded<T> x(rows * cols, cols % 3);
-    x.assign(random_elements<T>(rows * cols, 2, static_cast<unsigned>(cols)));
-    const auto grad = random_elements<double>(rows * cols, 1, static_cast<unsigned>(cols + 1));
-    std::vector<double> gamma(cols, 1);
-    std::vector<double> beta(cols, 0);
-    if (affine) {
-      for (std::size_t j = 0; j < cols; ++j) {
-        gamma[j] = (j % 2 == 0 ? 1 : -1) * (0.5 + static_cast<double>(j % 7) / 8);
-        beta[j] = centred ? static_cast<double>(j % 5) / 4 - 0.5 : 0;
-      }
-    }
-    Guarded<T> output(rows * cols, cols % 5);
-    Guarded<Statistic> rstd(rows);
-    lomem::NormForward forward;
-    forward.input = {x.data(), Element<T>::dtype};
-    forward.output = {output.data(), Element<T>::dtype};
-    forward.rstd = {rstd.data(), Element<Statistic>::dtype};
-    if (affine) {
-      forward.weight = {gamma.data(), DType::float64};
-      forward.bias = centred ? lomem::Array{beta.data(), DType::float64} : lomem::Array{};
-    }
-    forward.cols = static_cast<std::int64_t>(cols);
-    forward.eps = eps;
-    // In two parts: rows are independent.
-    lomem::cpu::norm_forward<norm>(forward, 1, rows);
-    lomem::cpu::norm_forward<norm>(forward, 0, 1);
-    output.expect_intact();
-    rstd.expect_intact();
-
-    Guarded<double> grad_input(rows * cols);
-    std::vector<double> grad_weight(cols, 0);
-    std::vector<double> grad_bias(cols, 0);
-    lomem::NormBackward backward;
-    backward.grad_output = {grad.data(), DType::float64};
-    backward.output = {output.data(), Element<T>::dtype};
-    backward.rstd = {rstd.data(), Element<Statistic>::dtype};
-    backward.weight = forward.weight;
-    backward.bias = forward.bias;
-    backward.grad_input = {grad_input.data(), DType::float64};
-    backward.cols = forward.cols;
-    lomem::cpu::norm_backward<norm>(backward, 0, 2, grad_weight.data(), grad_bias.data());
-    lomem::cpu::norm_backward<norm>(backward, 2, rows, grad_weight.data(), grad_bias.data());
-    grad_input.expect_intact();
-
-    std::vector<double> want_weight(cols, 0);
-    std::vector<double> want_bias(cols, 0);
-    const auto z = output.values();
-    const auto grad_x = grad_input.values();
-    for (std::size_t row = 0; row < rows; ++row) {
-      const auto want =
-          expected_row(x.data() + row * cols, gamma.data(), beta.data(), grad.data() + row * cols, cols, centred, eps);
-      EXPECT_NEAR(rstd.values()[row], want.rstd, tolerance<Statistic>(want.rstd));
-      double scale = 0;
-      for (std::size_t j = 0; j < cols; ++j) {
-        const std::size_t i = row * cols + j;
-        EXPECT_NEAR(lomem::to_compute(z[i]), want.z[j], tolerance<T>(want.z[j])) << cols;
-        want_weight[j] += grad[i] * (want.z[j] - beta[j]) / gamma[j];
-        want_bias[j] += grad[i];
-        scale = std::max(scale, std::fabs(want.grad_x[j]));
-      }
-      for (std::size_t j = 0; j < cols; ++j) {
-        // The backward pass starts from z as rounded to T; |gamma| >= 0.5 and |y| < 8 here.
-        EXPECT_NEAR(grad_x[row * cols + j], want.grad_x[j], 64 * tolerance<T>(scale + want.rstd)) << cols;
-      }
-    }
-    for (std::size_t j = 0; j < cols; ++j) {
-      EXPECT_NEAR(grad_weight[j], want_weight[j], 64 * tolerance<T>(4)) << cols;
-      EXPECT_NEAR(grad_bias[j], want_bias[j], 1e-12) << cols;
-    }
-  }
-}
-
-TYPED_TEST(Kernels, LayerNorm) {
-  check_norm<lomem::Norm::layer, TypeParam>(false);
-  check_norm<lomem::Norm::layer, TypeParam>(true);
-}
-
-TYPED_TEST(Kernels, RMSNorm) {
-  check_norm<lomem::Norm::rms, TypeParam>(false);
-  check_norm<lomem::Norm::rms, TypeParam>(true);
+TEST(Store, RoundsOnce) {
+  const std::vector<double> values = {
+      0.1, -0.0, 1e300, -1e-300, 65519.999, 65520, 1 + 0x1p-8 + 0x1p-40, 1 + 0x1p-11 + 0x1p-40, 0x1p-25, 0x1.8p-134};
+  for_each_element_type([&](auto element) {
+    using T = typename decltype(element)::type;
+    std::vector<T> want;
+    std::transform(values.begin(), values.end(), std::back_inserter(want), Element<T>::from);
+    Guarded<T> all(values.size() + 3);
+    all.assign(std::vector<T>(values.size() + 3, Element<T>::from(7)));
+    cpu::store(values.data(), static_cast<std::int64_t>(values.size()), {all.data(), Element<T>::dtype}, 2);
+    all.expect_intact();
+    auto got = all.values();
+    EXPECT_EQ(lomem::to_compute(got[1]), 7);
+    EXPECT_EQ(lomem::to_compute(got.back()), 7);
+    EXPECT_TRUE(same_bytes(std::vector<T>(got.begin() + 2, got.end() - 1), want)) << sizeof(T) << " bytes";
+  });
 }
 
 }  // namespace

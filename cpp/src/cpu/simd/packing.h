@@ -9,14 +9,22 @@
 namespace lomem::cpu {
 namespace {
 
+#if defined(__AVX512F__)  // every CPU that has it has a fast pext
+
 constexpr std::uint64_t every_byte = 0x0101010101010101u;
 
 /// Eight codes, one a byte, to 8 * bits bits. Bits of a code above `bits` are ignored.
 template <int bits>
 inline std::uint64_t squeeze(std::uint64_t codes) {
-  constexpr std::uint64_t mask = every_byte * max_code(bits);
-#if defined(__AVX512F__)  // every CPU that has it has a fast pext
-  return _pext_u64(codes, mask);
+  return _pext_u64(codes, every_byte * max_code(bits));
+}
+
+/// The inverse. Bits of `word` above 8 * bits are ignored.
+template <int bits>
+inline std::uint64_t spread(std::uint64_t word) {
+  return _pdep_u64(word, every_byte * max_code(bits));
+}
+
 #else
   // Neighbours join: two codes, then four, then eight.
   std::uint64_t x = codes & mask;
@@ -27,6 +35,16 @@ inline std::uint64_t squeeze(std::uint64_t codes) {
 }
 
 /// The inverse.
+template <int half, int width>
+inline std::uint64_t separate(std::uint64_t x) {
+  return (x & lowest<half, width>) | (x & lowest<half, width> << width) << (half - width);
+}
+
+template <int bits>
+inline std::uint64_t squeeze(std::uint64_t codes) {
+  return join<32, 4 * bits>(join<16, 2 * bits>(join<8, bits>(codes)));
+}
+
 template <int bits>
 inline std::uint64_t spread(std::uint64_t word) {
   constexpr std::uint64_t mask = every_byte * max_code(bits);
@@ -41,6 +59,8 @@ inline std::uint64_t spread(std::uint64_t word) {
   return ((x & lower_one) | (x & ~lower_one) << (8 - bits)) & mask;
 #endif
 }
+
+#endif
 
 template <int bits>
 inline std::uint8_t pack_groups(const std::uint8_t* codes, std::int64_t n, std::uint8_t* packed) {

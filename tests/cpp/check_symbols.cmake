@@ -1,0 +1,41 @@
+# cmake -DNM=nm -P check_symbols.cmake -- object...
+#
+# The kernels are compiled once for each instruction set. An inline function of which a symbol is left is a weak one
+# in each of these objects, and the linker keeps any of them: perhaps AVX-512 code, for every CPU. So there may be
+# none, and all that an object shows is its table.
+set(objects)
+set(after_dashes FALSE)
+math(EXPR last "${CMAKE_ARGC} - 1")
+foreach(i RANGE ${last})
+  if(after_dashes)
+    list(APPEND objects "${CMAKE_ARGV${i}}")
+  elseif("${CMAKE_ARGV${i}}" STREQUAL "--")
+    set(after_dashes TRUE)
+  endif()
+endforeach()
+if(NOT objects)
+  message(FATAL_ERROR "no objects, expected them after --")
+endif()
+
+set(failed FALSE)
+foreach(object IN LISTS objects)
+  execute_process(COMMAND ${NM} -C --defined-only ${object}
+    OUTPUT_VARIABLE symbols RESULT_VARIABLE result ERROR_VARIABLE error)
+  if(NOT result EQUAL 0)
+    message(FATAL_ERROR "${NM} ${object}: ${error}")
+  endif()
+  if(NOT symbols MATCHES " [RDVB] lomem::cpu::[a-z0-9_]+_kernels\n")
+    message(SEND_ERROR "${object} has no kernel table:\n${symbols}")
+    set(failed TRUE)
+  endif()
+  string(REGEX MATCHALL "[^\n]* [WwVvu] [^\n]*" weak "${symbols}")
+  if(weak)
+    list(JOIN weak "\n  " weak)
+    message(SEND_ERROR "${object} defines weak symbols:\n  ${weak}")
+    set(failed TRUE)
+  endif()
+endforeach()
+if(NOT failed)
+  list(LENGTH objects count)
+  message(STATUS "${count} objects define no weak symbols")
+endif()

@@ -1,0 +1,427 @@
+// Every kernel table against the scalar core, and for norms against the default table, on what the bytes
+// of an input say: kernel, dtype, bits, sizes, misalignment, data. Aborts where a byte differs, or where
+// one was written out of bounds. (AddressSanitizer sees what is read out of bounds.)
+#include <lomem/core.h>
+#include <lomem/core/fast_forward.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "kernel_table.h"
+
+namespace {
+
+using lomem::compute_t;
+using lomem::DType;
+using lomem::ReGELU2;
+using lomem::ReSiLU2;
+using lomem::cpu::KernelTable;
+using Bytes = std::vector<std::uint8_t>;
+
+/// The bytes of an input, one after another; when they are used up, pseudo-random ones that they
+/// determine.
+class Choices {
+ public:
+  Choices(const std::uint8_t* data, std::size_t size) : data_(data), size_(size) {}
+
+  std::uint8_t byte() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    if (next_ < size_) {
+      state_ ^= data_[next_];
+      return data_[next_++];
+    }
+    return static_cast<std::uint8_t>(state_ >> 56);
+  }
+  /// 0 to most.
+  std::size_t number(std::size_t most) {
+    const std::size_t low = byte();
+    return (low | static_cast<std::size_t>(byte()) << 8) % (most + 1);
+  }
+  bool flag() {
+    return (byte() & 1) != 0;
+  }
+  DType dtype() {
+    return static_cast<DType>(byte() % 4);
+  }
+  Bytes bytes(std::size_t count) {
+    Bytes result(count);
+    for (auto& one : result) {
+      one = byte();
+    }
+    return result;
+  }
+  /// Numbers of usual size, or any bits, among which there is soon a NaN.
+  Bytes elements(DType dtype, std::size_t count) {
+    const bool usual = flag();
+    const double unit = flag() ? 1.0 / 32 : 1.0 / 4096;
+    const std::size_t size = lomem::element_size(dtype);
+    Bytes result = bytes(count * size);
+    for (std::size_t i = 0; usual && i < count; ++i) {
+      std::int16_t whole = 0;
+      std::memcpy(&whole, &result[i * size], sizeof(whole));
+      lomem::visit_dtype(dtype, [&](auto element) {
+        const auto value = lomem::from_double<typename decltype(element)::type>(whole * unit / 256);
+        std::memcpy(&result[i * size], &value, sizeof(value));
+      });
+    }
+    return result;
+  }
+
+ private:
+  const std::uint8_t* data_;
+  std::size_t size_;
+  std::size_t next_ = 0;
+  std::uint64_t state_ = 1;
+};
+
+[[noreturn]] void fail(const KernelTable& table, const char* what, std::size_t byte, int got, int want) {
+  std::fprintf(stderr, "%s: %s: byte %zu is 0x%02x, expected 0x%02x\n", table.capability, what, byte, got, want);
+  std::abort();
+}
+
+/// Memory that begins `offset` bytes after a multiple of 64.
+class Memory {
+ public:
+  /// To read: it ends with the last byte.
+  Memory(const Bytes& bytes, std::size_t offset) : Memory(bytes.size(), offset, 0) {
+    if (!bytes.empty()) {
+      std::memcpy(data(), bytes.data(), bytes.size());
+    }
+  }
+  /// To write: with sentinels around.
+  Memory(std::size_t size, std::size_t offset) : Memory(size, offset, 64) {}
+
+  ~Memory() {
+    ::operator delete(all_, alignment);
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  void* data() {
+    return all_ + offset_;
+  }
+
+  /// What was written.
+  Bytes written(const KernelTable& table) const {
+    for (std::size_t i = 0; i < offset_ + size_ + tail_; ++i) {
+      if ((i < offset_ || i >= offset_ + size_) && all_[i] != sentinel) {
+        fail(table, "out of bounds", i, all_[i], sentinel);
+      }
+    }
+    return Bytes(all_ + offset_, all_ + offset_ + size_);
+  }
+
+ private:
+  Memory(std::size_t size, std::size_t offset, std::size_t tail)
+      : size_(size),
+        offset_(offset),
+        tail_(tail),
+        all_(static_cast<std::uint8_t*>(::operator new(offset + size + tail, alignment))) {
+    std::memset(all_, sentinel, offset + size + tail);
+  }
+
+  static constexpr std::align_val_t alignment{64};
+  static constexpr std::uint8_t sentinel = 0xa5;
+  std::size_t size_;
+  std::size_t offset_;
+  std::size_t tail_;
+  std::uint8_t* all_;
+};
+
+void expect_same(const KernelTable& table, const char* what, const Bytes& got, const Bytes& want) {
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    if (got[i] != want[i]) {
+      fail(table, what, i, got[i], want[i]);
+    }
+  }
+}
+
+template <class Body>
+void for_each_table(Body&& body) {
+  for (const auto* const* table = lomem::cpu::runnable_kernels(); *table != nullptr; ++table) {
+    body(**table);
+  }
+}
+
+template <class T>
+std::vector<T> elements_of(const Bytes& bytes) {
+  std::vector<T> result(bytes.size() / sizeof(T));
+  if (!bytes.empty()) {
+    std::memcpy(result.data(), bytes.data(), bytes.size());
+  }
+  return result;
+}
+
+template <class T>
+Bytes bytes_of(const std::vector<T>& elements) {
+  Bytes result(elements.size() * sizeof(T));
+  if (!elements.empty()) {
+    std::memcpy(result.data(), elements.data(), result.size());
+  }
+  return result;
+}
+
+constexpr std::size_t most_elements = 600;
+constexpr std::size_t most_bytes_off = 9;
+
+template <class Step>
+Bytes scalar_codes(DType dtype, const Bytes& x, std::size_t n) {
+  Bytes packed(lomem::packed_bytes(n, Step::bits));
+  lomem::visit_dtype(dtype, [&](auto element) {
+    const auto elements = elements_of<typename decltype(element)::type>(x);
+    lomem::step_encode<Step>(elements.data(), static_cast<std::int64_t>(n), packed.data());
+  });
+  return packed;
+}
+
+template <class Step>
+void fuzz_encode(Choices& choices, KernelTable::Encode KernelTable::* kernel) {
+  const DType dtype = choices.dtype();
+  const std::size_t n = choices.number(most_elements);
+  const std::size_t offset = choices.number(most_bytes_off);
+  const Bytes x = choices.elements(dtype, n);
+  const Bytes want = scalar_codes<Step>(dtype, x, n);
+  for_each_table([&](const KernelTable& table) {
+    Memory source(x, offset * lomem::element_size(dtype));
+    Memory packed(want.size(), offset);
+    (table.*kernel)(dtype, source.data(), static_cast<std::int64_t>(n), static_cast<std::uint8_t*>(packed.data()));
+    expect_same(table, "step_encode", packed.written(table), want);
+  });
+}
+
+void fuzz_decode(Choices& choices) {
+  const DType dtype = choices.dtype();
+  const int bits = 1 + choices.byte() % lomem::max_bits;
+  const std::size_t n = choices.number(most_elements);
+  const std::size_t offset = choices.number(most_bytes_off);
+  const bool stream = choices.flag();
+  std::vector<double> levels;
+  const Bytes some = choices.bytes(std::size_t{1} << bits);
+  for (const std::uint8_t level : some) {
+    levels.push_back(level == 0 ? 1e-39 : (level - 128) / 64.0);
+  }
+  const Bytes codes = choices.bytes(lomem::packed_bytes(n, bits));
+  const Bytes grad = choices.elements(dtype, n);
+  Bytes want;
+  lomem::visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    const auto elements = elements_of<T>(grad);
+    const std::vector<compute_t<T>> rounded(levels.begin(), levels.end());
+    std::vector<T> result(n);
+    lomem::visit_bits(bits, [&](auto width) {
+      lomem::step_decode_multiply<decltype(width)::value>(
+          elements.data(), codes.data(), rounded.data(), static_cast<std::int64_t>(n), result.data());
+    });
+    want = bytes_of(result);
+  });
+  for_each_table([&](const KernelTable& table) {
+    Memory source(grad, offset * lomem::element_size(dtype));
+    Memory packed(codes, offset);
+    Memory result(want.size(), offset * lomem::element_size(dtype));
+    table.step_decode_multiply(
+        dtype, source.data(), static_cast<const std::uint8_t*>(packed.data()), levels.data(), bits,
+        static_cast<std::int64_t>(n), result.data(), stream);
+    expect_same(table, "step_decode_multiply", result.written(table), want);
+  });
+}
+
+template <class Function, class Step>
+void fuzz_fast_forward(Choices& choices, KernelTable::FastForward KernelTable::* kernel) {
+  const auto dtype = static_cast<DType>(1 + choices.byte() % 3);
+  const std::size_t n = choices.number(most_elements);
+  const std::size_t offset = choices.number(most_bytes_off);
+  const bool stream = choices.flag();
+  const bool with_codes = choices.flag();
+  const Bytes x = choices.elements(dtype, n);
+  const Bytes want_codes = scalar_codes<Step>(dtype, x, n);
+  Bytes want;
+  lomem::visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    if constexpr (sizeof(T) < sizeof(double)) {
+      auto elements = elements_of<T>(x);
+      for (T& one : elements) {
+        one = lomem::from_compute<T>(lomem::fast::value<Function>(lomem::to_compute(one)));
+      }
+      want = bytes_of(elements);
+    }
+  });
+  for_each_table([&](const KernelTable& table) {
+    if (table.*kernel == nullptr) {
+      return;
+    }
+    Memory source(x, offset * lomem::element_size(dtype));
+    Memory y(want.size(), offset * lomem::element_size(dtype));
+    Memory packed(want_codes.size(), offset);
+    auto* codes = with_codes ? static_cast<std::uint8_t*>(packed.data()) : nullptr;
+    (table.*kernel)(dtype, source.data(), static_cast<std::int64_t>(n), y.data(), codes, stream);
+    expect_same(table, "fast_forward", y.written(table), want);
+    if (with_codes) {
+      expect_same(table, "codes of fast_forward", packed.written(table), want_codes);
+    }
+  });
+}
+
+void fuzz_packing(Choices& choices) {
+  const int bits = 1 + choices.byte() % lomem::max_bits;
+  const std::size_t n = choices.number(most_elements);
+  const std::size_t offset = choices.number(most_bytes_off);
+  const Bytes codes = choices.bytes(n);
+  std::uint8_t any = 0;
+  for (const auto code : codes) {
+    any = static_cast<std::uint8_t>(any | code);
+  }
+  Bytes want(lomem::packed_bytes(n, bits));
+  Bytes want_codes(n);
+  lomem::visit_bits(bits, [&](auto width) {
+    lomem::pack<decltype(width)::value>(codes.data(), static_cast<std::int64_t>(n), want.data());
+    lomem::unpack<decltype(width)::value>(want.data(), static_cast<std::int64_t>(n), want_codes.data());
+  });
+  for_each_table([&](const KernelTable& table) {
+    Memory source(codes, offset);
+    Memory packed(want.size(), offset);
+    const std::uint8_t reported = table.pack_bits(
+        static_cast<const std::uint8_t*>(source.data()), static_cast<std::int64_t>(n), bits,
+        static_cast<std::uint8_t*>(packed.data()));
+    expect_same(table, "pack_bits", packed.written(table), want);
+    expect_same(table, "the or of all codes", {reported}, {any});
+
+    Memory packed_source(want, offset);
+    Memory unpacked(n, offset);
+    table.unpack_bits(
+        static_cast<const std::uint8_t*>(packed_source.data()), static_cast<std::int64_t>(n), bits,
+        static_cast<std::uint8_t*>(unpacked.data()));
+    expect_same(table, "unpack_bits", unpacked.written(table), want_codes);
+  });
+}
+
+/// Fills the stack below the caller with NaN, so that a kernel that reads what it did not write gives NaN.
+[[gnu::noinline]] void spoil_stack() {
+  unsigned char buffer[std::size_t{1} << 18];
+  std::memset(buffer, 0xff, sizeof(buffer));
+  asm volatile("" : : "r"(buffer) : "memory");
+}
+
+/// The bytes of elements, with one NaN for all: which of several NaN a sum keeps depends on the order of
+/// operands, which is the compiler's.
+Bytes with_one_nan(DType dtype, const Bytes& bytes) {
+  Bytes result;
+  lomem::visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    auto elements = elements_of<T>(bytes);
+    for (T& one : elements) {
+      const auto value = lomem::to_compute(one);
+      one = value != value ? lomem::from_double<T>(NAN) : one;
+    }
+    result = bytes_of(elements);
+  });
+  return result;
+}
+
+/// Forward, then backward from its results; the default table's results are what the others must give.
+void fuzz_norm(
+    Choices& choices, KernelTable::NormForwardRows KernelTable::* forward,
+    KernelTable::NormBackwardRows KernelTable::* backward) {
+  const DType input_dtype = choices.dtype();
+  const DType output_dtype = choices.flag() ? input_dtype : choices.dtype();
+  const DType weight_dtype = choices.flag() ? output_dtype : choices.dtype();
+  const DType rstd_dtype = input_dtype == DType::float64 ? DType::float64 : DType::float32;
+  const std::size_t rows = choices.number(5);
+  const std::size_t cols = choices.byte() % 16 == 0 ? 4000 + choices.number(200) : choices.number(100);
+  const std::size_t split = choices.number(rows);
+  const std::size_t offset = choices.number(most_bytes_off);
+  const bool stream = choices.flag();
+  const bool has_weight = choices.flag();
+  const bool has_bias = choices.flag();
+  const bool wants_weight = choices.flag();
+  const bool wants_bias = choices.flag();
+  const bool wants_input = choices.byte() % 8 != 0;
+  const double eps = choices.flag() ? 1e-5 : 0;
+  const Bytes x = choices.elements(input_dtype, rows * cols);
+  const Bytes grad = choices.elements(output_dtype, rows * cols);
+  const Bytes gamma = choices.elements(weight_dtype, cols);
+  const Bytes beta = choices.elements(weight_dtype, cols);
+  const Bytes sums = bytes_of(std::vector<double>(cols, 0.25));
+  const auto off = [&](DType dtype) { return offset * lomem::element_size(dtype); };
+
+  struct Results {
+    Bytes output, rstd, grad_input, grad_weight, grad_bias;
+  };
+  const auto run = [&](const KernelTable& table) {
+    Memory x_memory(x, off(input_dtype));
+    Memory grad_memory(grad, off(output_dtype));
+    Memory weight(gamma, off(weight_dtype));
+    Memory bias(beta, off(weight_dtype));
+    Memory output(grad.size(), off(output_dtype));
+    Memory rstd(rows * lomem::element_size(rstd_dtype), off(rstd_dtype));
+    Memory grad_input(x.size(), off(input_dtype));
+    Memory grad_weight(sums.size(), 0);
+    Memory grad_bias(sums.size(), 0);
+    for (Memory* parameter : {&grad_weight, &grad_bias}) {
+      if (!sums.empty()) {
+        std::memcpy(parameter->data(), sums.data(), sums.size());
+      }
+    }
+    lomem::NormForward args;
+    args.input = {x_memory.data(), input_dtype};
+    args.weight = has_weight ? lomem::Array{weight.data(), weight_dtype} : lomem::Array{};
+    args.bias = has_bias ? lomem::Array{bias.data(), weight_dtype} : lomem::Array{};
+    args.output = {output.data(), output_dtype};
+    args.rstd = {rstd.data(), rstd_dtype};
+    args.cols = static_cast<std::int64_t>(cols);
+    args.eps = eps;
+    lomem::NormBackward back;
+    back.grad_output = {grad_memory.data(), output_dtype};
+    back.output = {output.data(), output_dtype};
+    back.rstd = {rstd.data(), rstd_dtype};
+    back.weight = args.weight;
+    back.bias = args.bias;
+    back.grad_input = wants_input ? lomem::MutableArray{grad_input.data(), input_dtype} : lomem::MutableArray{};
+    back.cols = args.cols;
+    for (const bool second : {false, true}) {
+      const auto begin = static_cast<std::int64_t>(second ? split : 0);
+      const auto end = static_cast<std::int64_t>(second ? rows : split);
+      spoil_stack();
+      (table.*forward)(args, begin, end, stream);
+      spoil_stack();
+      (table.*backward)(
+          back, begin, end, wants_weight ? static_cast<double*>(grad_weight.data()) : nullptr,
+          wants_bias ? static_cast<double*>(grad_bias.data()) : nullptr, stream);
+    }
+    return Results{
+        with_one_nan(output_dtype, output.written(table)), with_one_nan(rstd_dtype, rstd.written(table)),
+        with_one_nan(input_dtype, grad_input.written(table)), with_one_nan(DType::float64, grad_weight.written(table)),
+        with_one_nan(DType::float64, grad_bias.written(table))};
+  };
+  const Results want = run(lomem::cpu::default_kernels);
+  for_each_table([&](const KernelTable& table) {
+    const Results got = run(table);
+    expect_same(table, "output of a norm", got.output, want.output);
+    expect_same(table, "rstd of a norm", got.rstd, want.rstd);
+    expect_same(table, "grad_input of a norm", got.grad_input, want.grad_input);
+    expect_same(table, "grad_weight of a norm", got.grad_weight, want.grad_weight);
+    expect_same(table, "grad_bias of a norm", got.grad_bias, want.grad_bias);
+  });
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  Choices choices(data, size);
+  switch (choices.byte() % 9) {
+    case 0: fuzz_encode<ReGELU2>(choices, &KernelTable::regelu2_encode); break;
+    case 1: fuzz_encode<ReSiLU2>(choices, &KernelTable::resilu2_encode); break;
+    case 2: fuzz_decode(choices); break;
+    case 3: fuzz_fast_forward<lomem::fast::GELU, ReGELU2>(choices, &KernelTable::fast_gelu); break;
+    case 4: fuzz_fast_forward<lomem::fast::GELUTanh, ReGELU2>(choices, &KernelTable::fast_gelu_tanh); break;
+    case 5: fuzz_fast_forward<lomem::fast::SiLU, ReSiLU2>(choices, &KernelTable::fast_silu); break;
+    case 6: fuzz_packing(choices); break;
+    case 7: fuzz_norm(choices, &KernelTable::layer_norm_forward, &KernelTable::layer_norm_backward); break;
+    default: fuzz_norm(choices, &KernelTable::rms_norm_forward, &KernelTable::rms_norm_backward); break;
+  }
+  return 0;
+}
