@@ -254,7 +254,7 @@ class Parameters<C, true> {
       store_as<C>(source.gamma(j, part), gammas_.values + j, false);
       store_as<C>(source.beta(j, part), betas_.values + j, false);
       store_as<C>(source.inverse_gamma(j, part), inverses_.values + j, false);
-    });
+    }
   }
 
   template <class Part>

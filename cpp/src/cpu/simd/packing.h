@@ -26,12 +26,16 @@ inline std::uint64_t spread(std::uint64_t word) {
 }
 
 #else
-  // Neighbours join: two codes, then four, then eight.
-  std::uint64_t x = codes & mask;
-  x = (x & 0x00ff00ff00ff00ffu) | (x & 0xff00ff00ff00ff00u) >> (8 - bits);
-  x = (x & 0x0000ffff0000ffffu) | (x & 0xffff0000ffff0000u) >> (16 - 2 * bits);
-  return (x & 0x00000000ffffffffu) | (x & 0xffffffff00000000u) >> (32 - 4 * bits);
-#endif
+
+/// The lowest `width` bits of each part of a word that has 2 * `half` bits.
+template <int half, int width>
+constexpr std::uint64_t lowest =
+    ~std::uint64_t{0} / (~std::uint64_t{0} >> (64 - 2 * half)) * ((std::uint64_t{1} << width) - 1u);
+
+/// In each such part: `width` bits of its upper half join those of its lower half.
+template <int half, int width>
+inline std::uint64_t join(std::uint64_t x) {
+  return (x & lowest<half, width>) | (x >> (half - width) & lowest<half, width> << width);
 }
 
 /// The inverse.
@@ -47,17 +51,7 @@ inline std::uint64_t squeeze(std::uint64_t codes) {
 
 template <int bits>
 inline std::uint64_t spread(std::uint64_t word) {
-  constexpr std::uint64_t mask = every_byte * max_code(bits);
-#if defined(__AVX512F__)
-  return _pdep_u64(word, mask);
-#else
-  constexpr std::uint64_t lower_four = (std::uint64_t{1} << 4 * bits) - 1u;
-  constexpr std::uint64_t lower_two = 0x0000000100000001u * ((std::uint64_t{1} << 2 * bits) - 1u);
-  constexpr std::uint64_t lower_one = 0x0001000100010001u * ((std::uint64_t{1} << bits) - 1u);
-  std::uint64_t x = (word & lower_four) | (word & ~lower_four) << (32 - 4 * bits);
-  x = (x & lower_two) | (x & ~lower_two) << (16 - 2 * bits);
-  return ((x & lower_one) | (x & ~lower_one) << (8 - bits)) & mask;
-#endif
+  return separate<8, bits>(separate<16, 2 * bits>(separate<32, 4 * bits>(word)));
 }
 
 #endif
