@@ -162,8 +162,7 @@ asan-pytest: $(VENV)/.tools
 	PYTHONPATH=build/asan-python ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$(call library,libasan.so) $(call library,libubsan.so) $(call library,libstdc++.so.6)" \
 	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/python/test_errors.py tests/python/test_packing.py \
-	  tests/python/test_step_backward.py tests/python/test_step_activations.py tests/python/test_norms.py \
-	  tests/python/test_cpu_kernels.py
+	  tests/python/test_step_backward.py tests/python/test_step_activations.py tests/python/test_norms.py
 
 lint: $(VENV)/.tools
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
