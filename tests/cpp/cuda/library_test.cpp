@@ -38,9 +38,9 @@ TEST(Library, HasACudaKernelForEveryOp) {
 TEST(Library, RefusesOtherTensors) {
   const auto op = c10::Dispatcher::singleton()
                       .findSchemaOrThrow("lomem::resilu2_forward", "")
-                      .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&)>();
+                      .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, bool)>();
   try {
-    op.redispatch(c10::DispatchKeySet(c10::DispatchKey::CUDA), at::ones({4}));
+    op.redispatch(c10::DispatchKeySet(c10::DispatchKey::CUDA), at::ones({4}), /*fast=*/false);
     FAIL() << "a CUDA kernel took a tensor on the CPU";
   } catch (const c10::Error& error) {
     EXPECT_STREQ(error.what_without_backtrace(), "lomem: a CUDA kernel was called with a tensor on cpu, expected cuda");

@@ -11,6 +11,6 @@ int main() {
     return 1;
   }
   const auto x = torch::randn({5});
-  const auto y = op->typed<at::Tensor(const at::Tensor&)>().call(x);
+  const auto y = op->typed<at::Tensor(const at::Tensor&, bool)>().call(x, /*fast=*/false);
   return torch::equal(y, torch::silu(x)) ? 0 : 1;
 }
