@@ -23,8 +23,8 @@ export PRE_COMMIT_HOME ?= $(CURDIR)/build/pre-commit
 # The oldest CMake that lomem says it works with: consumer projects are tested with it.
 OLDEST_CMAKE := 3.22
 
-.PHONY: help demo test install ctest pytest pytest-capabilities pytest-on-host types asan asan-pytest cuda-check bench gpu-build gpu-test \
-  gpu-bench gpu-sanitize dev lint format gtest clean FORCE
+.PHONY: help demo test install ctest pytest pytest-capabilities pytest-on-host types asan asan-pytest cuda-check bench \
+  gpu-build gpu-test gpu-bench gpu-sanitize dev lint format gtest clean FORCE
 
 help:
 	@sed -n '1,8p' Makefile

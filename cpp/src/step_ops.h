@@ -21,6 +21,7 @@ struct ReGELU2Op {
   using Step = ReGELU2;
   static constexpr const char* name = "lomem::regelu2";
   static constexpr const char* forward_name = "lomem::regelu2_forward";
+  static constexpr const char* node_name = "ReGELU2Backward";
 
   static void check(const char* op, std::string_view approximate, bool /*fast*/) {
     TORCH_CHECK_VALUE(
@@ -42,6 +43,7 @@ struct ReSiLU2Op {
   using Step = ReSiLU2;
   static constexpr const char* name = "lomem::resilu2";
   static constexpr const char* forward_name = "lomem::resilu2_forward";
+  static constexpr const char* node_name = "ReSiLU2Backward";
 
   static void check(const char* /*op*/, bool /*fast*/) {}
   static at::Tensor activation(const at::Tensor& input, bool /*fast*/) {

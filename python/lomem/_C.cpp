@@ -1,10 +1,13 @@
-// lomem._C: facts about the build and the machine. Loading it loads the library, which registers
-// the ops; tensors go through torch.ops.lomem, not through this module.
+// lomem._C: facts about the build and the machine, and a short way to the step activations. Loading it loads the
+// library, which registers the ops. They are torch.ops.lomem; but a call that finds its argument types at run time costs
+// as much as a small activation.
 #include <lomem/kernels.h>
 #include <lomem/ops.h>
 #include <lomem/version.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <sstream>
 #include <string>
@@ -21,10 +24,45 @@ std::vector<std::string> cuda_archs() {
   return result;
 }
 
+/// op(input), or NotImplemented where input is no tensor: torch.ops says so best.
+template <class Op>
+pybind11::object call_activation(const pybind11::handle& input, Op&& op) {
+  HANDLE_TH_ERRORS
+  if (!THPVariable_Check(input.ptr())) {
+    return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
+  }
+  const at::Tensor& tensor = THPVariable_Unpack(input.ptr());
+  at::Tensor result;
+  {
+    const pybind11::gil_scoped_release others_run;
+    result = op(tensor);
+  }
+  return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(std::move(result)));
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+pybind11::object regelu2(
+    const pybind11::handle& input, const pybind11::handle& approximate, const pybind11::handle& fast) {
+  if (!PyUnicode_Check(approximate.ptr()) || !PyBool_Check(fast.ptr())) {
+    return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
+  }
+  const auto name = approximate.cast<std::string>();
+  const bool is_fast = fast.ptr() == Py_True;
+  return call_activation(input, [&](const at::Tensor& x) { return lomem::regelu2(x, name, is_fast); });
+}
+
+pybind11::object resilu2(const pybind11::handle& input, const pybind11::handle& fast) {
+  if (!PyBool_Check(fast.ptr())) {
+    return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
+  }
+  const bool is_fast = fast.ptr() == Py_True;
+  return call_activation(input, [&](const at::Tensor& x) { return lomem::resilu2(x, is_fast); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build and run-time facts of lomem.";
+  m.doc() = "Build and run-time facts of lomem, and calls of its activations.";
   m.attr("version") = LOMEM_VERSION;
   m.attr("torch_version") = LOMEM_TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
@@ -33,4 +71,6 @@ PYBIND11_MODULE(_C, m) {
       "cuda_archs", &cuda_archs,
       "CUDA architectures that kernels were compiled for, in the notation of TORCH_CUDA_ARCH_LIST; none in a build "
       "without CUDA.");
+  m.def("regelu2", &regelu2, "torch.ops.lomem.regelu2, past __torch_function__; NotImplemented for arguments of other types.");
+  m.def("resilu2", &resilu2, "torch.ops.lomem.resilu2, past __torch_function__; NotImplemented for arguments of other types.");
 }

@@ -100,6 +100,16 @@ def test_huge_and_tiny_values(norm, dtype, scale, device):
         assert_rounded_once(got, norm.torch_op(x.double(), (100,), eps=eps))
 
 
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_differences_beyond_the_range(norm, dtype):
+    # Finite elements whose differences are not.
+    limit = torch.finfo(dtype).max
+    x = torch.tensor([limit, -limit, 0.5 * limit, -limit, 1.0, limit], dtype=dtype).repeat(3, 20)
+    got = norm.op(x, (120,), eps=1e-5)
+    assert_rounded_once(got, norm.torch_op(x.double(), (120,), eps=1e-5))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mean_far_from_zero(norm, dtype, device):
     # Computed from a float32 mean, these would be wrong in the third digit.

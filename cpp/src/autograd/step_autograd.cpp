@@ -33,6 +33,7 @@ std::vector<int64_t> inverse(const std::vector<int64_t>& order) {
 template <class Op, class... Args>
 struct StepActivation : torch::autograd::Function<StepActivation<Op, Args...>> {
   static constexpr bool is_traceable = true;
+  static constexpr const char* name = Op::node_name;
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const Args&... args) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -52,7 +53,7 @@ struct StepActivation : torch::autograd::Function<StepActivation<Op, Args...>> {
     const at::Tensor codes = ctx->get_saved_variables()[0];
     const auto saved_order = ctx->saved_data.find("order");
     // Differentiable operations throughout, for gradients of gradients.
-    variable_list gradients(1 + sizeof...(Args));
+    variable_list gradients(1);
     if (saved_order == ctx->saved_data.end()) {
       gradients[0] = step_activation_backward(grad_outputs[0], codes, levels, Op::Step::bits);
     } else {
@@ -70,7 +71,7 @@ at::Tensor step_activation_autograd(const at::Tensor& input, Args... args) {
   Op::check(Op::name, args...);
   check_no_tangent(Op::name, "input", input);
   if (needs_grad(input)) {
-    return StepActivation<Op, Args...>::apply(input, args...);
+    return apply_function<StepActivation<Op, Args...>>(input, args...);
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return Op::call(input, args...);

@@ -10,6 +10,9 @@
 
 #include "kernel_table.h"
 
+#if defined(LOMEM_X86_KERNELS)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <unistd.h>
 #endif
@@ -18,8 +21,17 @@ namespace lomem::cpu {
 namespace {
 
 #if defined(LOMEM_X86_KERNELS)
+/// (Not every Clang knows __builtin_cpu_supports("f16c").)
+bool has_f16c() {
+  unsigned eax = 0;
+  unsigned ebx = 0;
+  unsigned ecx = 0;
+  unsigned edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
 bool has_avx512() {

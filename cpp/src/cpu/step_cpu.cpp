@@ -1,6 +1,6 @@
 // Step activations on the CPU: tensors in, kernels on pointers out.
 #include <ATen/Context.h>
-#include <ATen/ops/empty.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/gelu_cpu_dispatch.h>
@@ -82,6 +82,13 @@ at::Tensor activation_cpu(ReSiLU2Op /*op*/, const at::Tensor& input, bool /*fast
   return at::cpu::silu(input);
 }
 
+// (So are tensors made.)
+
+template <class Step>
+at::Tensor empty_codes(int64_t n) {
+  return at::Tensor(at::detail::empty_cpu({packed_bytes(n, Step::bits)}, at::kByte));
+}
+
 /// A 1-D tensor of `count` elements at `data`, which somebody else owns.
 at::Tensor view_of(void* data, int64_t count, const at::Tensor& like) {
   return at::from_blob(data, {count}, at::TensorOptions().dtype(like.scalar_type()));
@@ -94,7 +101,7 @@ std::tuple<at::Tensor, at::Tensor> step_forward_in_tiles(const at::Tensor& input
   const int64_t size = input.element_size();
   const DType dtype = to_dtype(input.scalar_type());
   at::Tensor output = at::empty_like(input);
-  at::Tensor codes = at::empty({packed_bytes(n, Step::bits)}, input.options().dtype(at::kByte));
+  at::Tensor codes = empty_codes<Step>(n);
   const auto* x = static_cast<const char*>(input.const_data_ptr());
   auto* y = static_cast<char*>(output.mutable_data_ptr());
   auto* packed = codes.mutable_data_ptr<uint8_t>();
@@ -178,7 +185,7 @@ std::tuple<at::Tensor, at::Tensor> step_forward_cpu(const at::Tensor& input, Arg
   Op::check(Op::forward_name, args...);
   if (may_be_fast(input, args...)) {
     at::Tensor output = at::empty_like(input);
-    at::Tensor codes = at::empty({packed_bytes(input.numel(), Step::bits)}, input.options().dtype(at::kByte));
+    at::Tensor codes = empty_codes<Step>(input.numel());
     if (run_fast(Op{}, input, output, codes.mutable_data_ptr<uint8_t>(), args...)) {
       return {output, codes};
     }
@@ -194,7 +201,7 @@ std::tuple<at::Tensor, at::Tensor> step_forward_cpu(const at::Tensor& input, Arg
   // expanded) the input is copied to the output's strides, so that one order serves both.
   const at::Tensor dense = input.strides() == output.strides() ? input : at::empty_like(output).copy_(input);
   const int64_t n = input.numel();
-  at::Tensor codes = at::empty({packed_bytes(n, Step::bits)}, input.options().dtype(at::kByte));
+  at::Tensor codes = empty_codes<Step>(n);
 
   const DType dtype = to_dtype(input.scalar_type());
   const auto* x = static_cast<const char*>(dense.const_data_ptr());
@@ -212,7 +219,7 @@ at::Tensor step_activation_backward_cpu(
   check_step_backward(grad_output, codes, levels, bits);
   const at::Tensor grad = grad_output.contiguous();
   const at::Tensor packed_codes = codes.contiguous();
-  at::Tensor grad_input = at::empty_like(grad);
+  at::Tensor grad_input(at::detail::empty_cpu(grad.sizes(), grad.scalar_type()));
 
   const DType dtype = to_dtype(grad.scalar_type());
   const int64_t size = static_cast<int64_t>(element_size(dtype));

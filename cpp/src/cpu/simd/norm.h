@@ -2,13 +2,13 @@
 // which is added in double after at most 32 terms, and for the mean, which is known to twice the
 // digits of float32: else results would lose digits where |mean| >> standard deviation.
 //
-// A row is read from memory once, and what is needed again is kept in a buffer. Two or more rows
-// are computed at a time, so that one is loaded while the other waits for its sums.
+// A row is read from memory once, and what is needed again is kept in a buffer. Of 16-bit elements, two rows are
+// computed at a time, so that one is loaded while the other waits for its sums.
 #pragma once
 
 #include <lomem/core/norm.h>
 
-#include "vector.h"
+#include "rows.h"
 
 namespace lomem::cpu {
 namespace {
@@ -16,191 +16,6 @@ namespace {
 /// Rows up to this length are kept between passes, and parameters up to this length are converted
 /// once for all rows. Longer ones are read and converted again.
 constexpr std::int64_t kept_cols = 4096;
-
-/// An element type that is known at run time alone: a predictable branch a vector.
-struct Any {};
-
-template <class C, class T>
-struct Source {
-  const T* data;
-
-  explicit Source(const Array& array) : data(static_cast<const T*>(array.data)) {}
-
-  template <class Part>
-  Vector<C> load(std::int64_t i, Part part) const {
-    return load_as<C>(data + i, part);
-  }
-  void prefetch(std::int64_t i) const {
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(data) + i * sizeof(T)));
-  }
-};
-
-/// Calls visitor(Type<T>{}) for a dtype that C can hold: where there is float64, C is double.
-template <class C, class Visitor>
-inline void visit_dtype_within(DType dtype, Visitor&& visitor) {
-  switch (dtype) {
-    case DType::float64:
-      if constexpr (sizeof(C) == sizeof(double)) {
-        visitor(Type<double>{});
-      }
-      return;
-    case DType::float32: return visitor(Type<float>{});
-    case DType::bfloat16: return visitor(Type<bfloat16>{});
-    case DType::float16: return visitor(Type<float16>{});
-  }
-}
-
-template <class C>
-struct Source<C, Any> {
-  Array array;
-
-  explicit Source(const Array& array_) : array(array_) {}
-
-  template <class Part>
-  Vector<C> load(std::int64_t i, Part part) const {
-    Vector<C> result{};
-    visit_dtype_within<C>(array.dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      result = load_as<C>(static_cast<const T*>(array.data) + i, part);
-    });
-    return result;
-  }
-  void prefetch(std::int64_t /*i*/) const {}
-};
-
-template <class C, class T>
-struct Target {
-  T* data;
-  bool stream;
-
-  Target(const MutableArray& array, bool stream_) : data(static_cast<T*>(array.data)), stream(stream_) {}
-
-  template <class Part>
-  void store(std::int64_t i, const Vector<C>& x, Part part) const {
-    store_as<C>(x, data + i, stream, part);
-  }
-};
-
-template <class C>
-struct Target<C, Any> {
-  MutableArray array;
-
-  Target(const MutableArray& array_, bool /*stream*/) : array(array_) {}
-
-  template <class Part>
-  void store(std::int64_t i, const Vector<C>& x, Part part) const {
-    visit_dtype_within<C>(array.dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      store_as<C>(x, static_cast<T*>(array.data) + i, false, part);
-    });
-  }
-};
-
-template <int i>
-struct Index {
-  static constexpr int value = i;
-};
-
-/// Sums over a row have an order that no instruction set changes: of each 1024 elements, element j is
-/// added to partial sum j % 32, and the partial sums are added in double, pairwise, halves first.
-constexpr int partial_sums = 32;
-constexpr int sum_vectors = partial_sums / lanes;
-constexpr std::int64_t sum_cols = 1024;
-
-/// Calls body(Index<0>{}), body(Index<1>{}), ... for the vectors of `partial_sums` elements: with
-/// constant indices, partial sums stay in registers.
-template <class Body>
-inline __attribute__((always_inline)) void unroll(Body&& body) {
-  body(Index<0>{}), body(Index<1>{});
-  if constexpr (sum_vectors > 2) {
-    body(Index<2>{}), body(Index<3>{});
-  }
-  if constexpr (sum_vectors > 4) {
-    body(Index<4>{}), body(Index<5>{}), body(Index<6>{}), body(Index<7>{});
-  }
-  static_assert(sum_vectors == 2 || sum_vectors == 4 || sum_vectors == 8);
-}
-
-/// Calls body(Index<0>{}) to body(Index<count - 1>{}), for the rows of a block.
-template <int count, class Body>
-inline __attribute__((always_inline)) void for_rows(Body&& body) {
-  if constexpr (count > 1) {
-    for_rows<count - 1>(body);
-  }
-  body(Index<count - 1>{});
-}
-
-template <class C>
-struct Sum {
-  Vector<C> partial[sum_vectors] = {};
-
-  template <int vector>
-  void add(Index<vector>, const Vector<C>& x) {
-    partial[vector] += x;
-  }
-
-  /// (Inlined always: where its address escapes, a sum is stored and loaded for every addition.)
-  __attribute__((always_inline)) double total() const {
-    Doubles sum[sum_vectors];
-    unroll([&](auto i) __attribute__((always_inline)) {
-      if constexpr (sizeof(C) == sizeof(double)) {
-        sum[i.value] = partial[i.value];
-      } else {
-        sum[i.value] = to_doubles(partial[i.value]);
-      }
-    });
-    for (int half = sum_vectors / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) {
-        sum[i] += sum[i + half];
-      }
-    }
-    return sum_of_lanes(sum[0]);
-  }
-};
-
-/// The part of a vector that `left` elements fill, which may be none.
-inline Partial part_of(std::int64_t left) {
-  return {left < 0 ? 0 : left < lanes ? static_cast<int>(left) : lanes};
-}
-
-/// Where the last vector ends that for_each_vector visits.
-inline std::int64_t padded(std::int64_t cols) {
-  return (cols + partial_sums - 1) / partial_sums * partial_sums;
-}
-
-/// Calls body(j, vector, part) for the vectors of elements [begin, end), and for empty ones up to the next
-/// multiple of `partial_sums`.
-template <class Body>
-inline __attribute__((always_inline)) void for_each_vector(std::int64_t begin, std::int64_t end, Body&& body) {
-  std::int64_t j = begin;
-  for (; j + partial_sums <= end; j += partial_sums) {
-    unroll([&](auto vector) __attribute__((always_inline)) { body(j + vector.value * lanes, vector, Full{}); });
-  }
-  if (j < end) {
-    unroll([&](auto vector) __attribute__((always_inline)) {
-      body(j + vector.value * lanes, vector, part_of(end - j - vector.value * lanes));
-    });
-  }
-}
-
-/// Adds terms over the columns of some rows: `totals[i]` gets the sum over j of what body adds to
-/// sums[i].
-template <class C, int count, class Body>
-inline __attribute__((always_inline)) void sum_over(std::int64_t cols, double (&totals)[count], Body&& body) {
-  for (int i = 0; i < count; ++i) {
-    totals[i] = 0;
-  }
-  for (std::int64_t begin = 0; begin < cols; begin += sum_cols) {
-    const std::int64_t end = cols - begin < sum_cols ? cols : begin + sum_cols;
-    Sum<C> sums[count];
-    for_each_vector(begin, end, [&](std::int64_t j, auto vector, auto part) __attribute__((always_inline)) {
-      body(sums, j, vector, part);
-    });
-    for (int i = 0; i < count; ++i) {
-      totals[i] += sums[i].total();
-    }
-  }
-}
 
 /// (The padding keeps rows apart in the cache: at a distance of 4 KiB, stores and loads collide.)
 template <class C>
@@ -312,10 +127,10 @@ inline void store_rstd(double rstd, const MutableArray& array, std::int64_t row)
   }
 }
 
-/// Whether float32 sums of squares gave `moment` all its digits: no square overflowed, and none that
-/// matters was subnormal. A NaN has none to lose.
+/// Whether float32 sums of squares gave `moment` all its digits: no square overflowed, none that matters was subnormal,
+/// and no difference of two finite elements was infinite, which makes NaN.
 inline bool is_exact_enough(double moment, double eps) {
-  return !(moment > 1e36) && !(moment + eps < 1e-28);
+  return moment <= 1e36 && moment + eps >= 1e-28;
 }
 
 /// `count` rows from `row` on. Returns false where C has too small a range for them.
@@ -558,7 +373,7 @@ inline void norm_backward_sums(
   using C = typename Types::C;
   using V = typename Types::V;
   const BackwardSource<Types> from = source;
-  // Of g at even places, of g * y at odd ones.
+  // Of g at even places (none for RMSNorm, whose mean_g is 0), of g * y at odd ones.
   double totals[2 * count];
   sum_over<C>(cols, totals, [&](auto& sums, std::int64_t j, auto vector, auto part) __attribute__((always_inline)) {
     V weight_terms{};
@@ -622,11 +437,7 @@ inline void norm_backward_input(
         y = from.y(i, j, part);
       }
       const V g = from.scaled(grad, j, part);
-      if constexpr (Types::centred) {
-        grad_input.store(i, norm_gradient(g, y, rstd[r.value], mean_g[r.value], mean_gy[r.value]), part);
-      } else {
-        grad_input.store(i, rstd[r.value] * (g - y * mean_gy[r.value]), part);
-      }
+      grad_input.store(i, norm_gradient(g, y, rstd[r.value], mean_g[r.value], mean_gy[r.value]), part);
     });
   });
 }
@@ -666,9 +477,9 @@ void norm_backward_rows(
   }
 }
 
-/// Calls visitor(NormTypes<...>{}) with the types for elements of two dtypes: Any where they differ.
+/// Calls visitor(NormTypes<...>{}) with the types for rows of `dtype`, `same` saying that all rows are: else Any.
 template <Norm norm, class Visitor>
-inline void visit_norm_types(DType a, DType b, bool in_double, bool affine, bool keep, Visitor&& visitor) {
+inline void visit_norm_types(DType dtype, bool same, bool in_double, bool affine, bool keep, Visitor&& visitor) {
   const auto visit = [&](auto arithmetic, auto element, auto keeps) {
     using C = typename decltype(arithmetic)::type;
     using T = typename decltype(element)::type;
@@ -683,11 +494,11 @@ inline void visit_norm_types(DType a, DType b, bool in_double, bool affine, bool
     visit(Type<double>{}, Type<Any>{}, Index<0>{});
   } else if (!keep) {
     visit(Type<float>{}, Type<Any>{}, Index<0>{});
-  } else if (a != b) {
+  } else if (!same) {
     visit(Type<float>{}, Type<Any>{}, Index<1>{});
-  } else if (a == DType::float32) {
+  } else if (dtype == DType::float32) {
     visit(Type<float>{}, Type<float>{}, Index<1>{});
-  } else if (a == DType::bfloat16) {
+  } else if (dtype == DType::bfloat16) {
     visit(Type<float>{}, Type<bfloat16>{}, Index<1>{});
   } else {
     visit(Type<float>{}, Type<float16>{}, Index<1>{});
@@ -711,7 +522,7 @@ void norm_forward(const NormForward& args, std::int64_t begin, std::int64_t end,
       is_float64(args.input) || is_float64(output) || is_float64(args.weight) || is_float64(args.bias);
   const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
   visit_norm_types<norm>(
-      args.input.dtype, args.output.dtype, in_double, affine, args.cols <= kept_cols, [&](auto types) {
+      args.input.dtype, args.input.dtype == args.output.dtype, in_double, affine, args.cols <= kept_cols, [&](auto types) {
         using Types = decltype(types);
         norm_forward_rows<Types>(args, begin, end, stream && can_stream<typename Types::T>(args.output, args.cols));
       });
@@ -728,7 +539,7 @@ void norm_backward(
   const DType dtype = args.grad_output.dtype;
   const bool same = dtype == args.output.dtype && (grad_input.data == nullptr || dtype == grad_input.dtype);
   visit_norm_types<norm>(
-      dtype, same ? dtype : DType::float64, in_double, affine, args.cols <= kept_cols, [&](auto types) {
+      dtype, same, in_double, affine, args.cols <= kept_cols, [&](auto types) {
         using Types = decltype(types);
         const bool streams = stream && can_stream<typename Types::T>(args.grad_input, args.cols);
         if (grad_weight != nullptr || grad_bias != nullptr) {

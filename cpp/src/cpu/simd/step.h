@@ -31,9 +31,33 @@ constexpr std::int16_t key_of_infinity = std::is_same_v<T, bfloat16> ? 0x7f80 : 
 
 #if defined(__AVX512F__)
 
-/// 32 codes from masks of what is above each boundary: m1 within m0, m2 within m1.
-inline std::uint64_t interleave(std::uint32_t m0, std::uint32_t m1, std::uint32_t m2) {
-  return _pdep_u64(m0 ^ m1 ^ m2, 0x5555555555555555u) | _pdep_u64(m1, 0xaaaaaaaaaaaaaaaau);
+/// 32 codes from their bits.
+inline std::uint64_t interleave(std::uint32_t low, std::uint32_t high) {
+  return _pdep_u64(low, 0x5555555555555555u) | _pdep_u64(high, 0xaaaaaaaaaaaaaaaau);
+}
+
+/// Bits of the codes of 16 elements. Whether x is above the boundary in the middle is the high bit; that decides which
+/// of the other two boundaries gives the low one.
+struct CodeBits {
+  __mmask16 low;
+  __mmask16 high;
+};
+
+template <class Step>
+inline CodeBits encode_16(__m512 x) {
+  const auto boundary = [](int i) { return _mm512_set1_ps(static_cast<float>(Step::boundary(i))); };
+  const __mmask16 high = _mm512_cmp_ps_mask(x, boundary(1), _CMP_GT_OQ);
+  const __m512 other = _mm512_mask_blend_ps(high, boundary(0), boundary(2));
+  return {_mm512_cmp_ps_mask(x, other, _CMP_GT_OQ), high};
+}
+
+/// 32 codes of two vectors.
+template <class Step>
+inline std::uint64_t encode_32(__m512 first, __m512 second) {
+  const CodeBits a = encode_16<Step>(first);
+  const CodeBits b = encode_16<Step>(second);
+  const auto join = [](__mmask16 low, __mmask16 high) { return low | static_cast<std::uint32_t>(high) << 16; };
+  return interleave(join(a.low, b.low), join(a.high, b.high));
 }
 
 template <class Step, class T>
@@ -42,31 +66,25 @@ inline std::uint64_t encode_32(const T* x) {
     const __m512i bits = _mm512_loadu_si512(x);
     const __m512i keys =
         _mm512_xor_si512(bits, _mm512_and_si512(_mm512_srai_epi16(bits, 15), _mm512_set1_epi16(0x7fff)));
+    const auto boundary = [](int i) { return _mm512_set1_epi16(key_of_boundary<Step, T>(i)); };
     const __mmask32 number = _mm512_cmple_epi16_mask(keys, _mm512_set1_epi16(key_of_infinity<T>));
-    const auto above = [&](int i) {
-      return _mm512_mask_cmpgt_epi16_mask(number, keys, _mm512_set1_epi16(key_of_boundary<Step, T>(i)));
-    };
-    return interleave(above(0), above(1), above(2));
+    const __mmask32 high = _mm512_mask_cmpgt_epi16_mask(number, keys, boundary(1));
+    const __m512i other = _mm512_mask_blend_epi16(high, boundary(0), boundary(2));
+    return interleave(_mm512_mask_cmpgt_epi16_mask(number, keys, other), high);
   } else if constexpr (sizeof(T) == 4) {
-    const __m512 low = _mm512_loadu_ps(x);
-    const __m512 high = _mm512_loadu_ps(x + 16);
-    const auto above = [&](int i) {
-      const __m512 boundary = _mm512_set1_ps(static_cast<float>(Step::boundary(i)));
-      return _mm512_kunpackw(
-          _mm512_cmp_ps_mask(high, boundary, _CMP_GT_OQ), _mm512_cmp_ps_mask(low, boundary, _CMP_GT_OQ));
-    };
-    return interleave(above(0), above(1), above(2));
+    return encode_32<Step>(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16));
   } else {
-    const auto above = [&](int i) {
-      const __m512d boundary = _mm512_set1_pd(Step::boundary(i));
-      std::uint32_t mask = 0;
-      for (int part = 0; part < 4; ++part) {
-        mask |= static_cast<std::uint32_t>(_mm512_cmp_pd_mask(_mm512_loadu_pd(x + 8 * part), boundary, _CMP_GT_OQ))
-                << (8 * part);
-      }
-      return mask;
-    };
-    return interleave(above(0), above(1), above(2));
+    std::uint32_t low = 0;
+    std::uint32_t high = 0;
+    for (int part = 0; part < 4; ++part) {
+      const __m512d values = _mm512_loadu_pd(x + 8 * part);
+      const auto boundary = [](int i) { return _mm512_set1_pd(Step::boundary(i)); };
+      const __mmask8 above = _mm512_cmp_pd_mask(values, boundary(1), _CMP_GT_OQ);
+      const __m512d other = _mm512_mask_blend_pd(above, boundary(0), boundary(2));
+      high |= static_cast<std::uint32_t>(above) << (8 * part);
+      low |= static_cast<std::uint32_t>(_mm512_cmp_pd_mask(values, other, _CMP_GT_OQ)) << (8 * part);
+    }
+    return interleave(low, high);
   }
 }
 
@@ -378,19 +396,6 @@ struct VectorLanes {
   }
 };
 
-#if defined(__AVX512F__)
-/// 32 codes of upcast values: comparing them hides behind the lookups.
-template <class Step>
-inline std::uint64_t encode_values(const Floats& low, const Floats& high) {
-  const auto above = [&](int i) {
-    const __m512 boundary = _mm512_set1_ps(static_cast<float>(Step::boundary(i)));
-    return static_cast<std::uint32_t>(_mm512_cmp_ps_mask(bits_of<__m512>(low), boundary, _CMP_GT_OQ)) |
-           static_cast<std::uint32_t>(_mm512_cmp_ps_mask(bits_of<__m512>(high), boundary, _CMP_GT_OQ)) << 16;
-  };
-  return interleave(above(0), above(1), above(2));
-}
-#endif
-
 /// y = Function(x) and, where `codes` says so, codes of x.
 template <class Function, class Step, bool codes, class T>
 void fast_forward_elements(const T* x, std::int64_t n, T* y, std::uint8_t* packed, bool stream) {
@@ -406,7 +411,7 @@ void fast_forward_elements(const T* x, std::int64_t n, T* y, std::uint8_t* packe
           Function::template value<VectorLanes>(low), Function::template value<VectorLanes>(high), y + i, streams);
 #if defined(__AVX512F__)
       if constexpr (codes) {
-        const std::uint64_t word = encode_values<Step>(low, high);
+        const std::uint64_t word = encode_32<Step>(bits_of<__m512>(low), bits_of<__m512>(high));
         std::memcpy(packed + i / 4, &word, sizeof(word));
       }
 #endif
