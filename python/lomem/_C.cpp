@@ -1,6 +1,6 @@
 // lomem._C: facts about the build and the machine, and a short way to the step activations. Loading it loads the
-// library, which registers the ops. They are torch.ops.lomem; but a call that finds its argument types at run time costs
-// as much as a small activation.
+// library, which registers the ops. They are torch.ops.lomem; but a call that finds its argument types at run time
+// costs as much as a small activation.
 #include <lomem/kernels.h>
 #include <lomem/ops.h>
 #include <lomem/version.h>
@@ -71,6 +71,10 @@ PYBIND11_MODULE(_C, m) {
       "cuda_archs", &cuda_archs,
       "CUDA architectures that kernels were compiled for, in the notation of TORCH_CUDA_ARCH_LIST; none in a build "
       "without CUDA.");
-  m.def("regelu2", &regelu2, "torch.ops.lomem.regelu2, past __torch_function__; NotImplemented for arguments of other types.");
-  m.def("resilu2", &resilu2, "torch.ops.lomem.resilu2, past __torch_function__; NotImplemented for arguments of other types.");
+  m.def(
+      "regelu2", &regelu2,
+      "torch.ops.lomem.regelu2, past __torch_function__; NotImplemented for arguments of other types.");
+  m.def(
+      "resilu2", &resilu2,
+      "torch.ops.lomem.resilu2, past __torch_function__; NotImplemented for arguments of other types.");
 }

@@ -118,6 +118,17 @@ def test_mean_far_from_zero(norm, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.5, 3.0, 30.0, 2e4])
+def test_first_elements_unlike_the_others(norm, dtype, offset, device):
+    # The mean is sought from the first elements on. The distance is 0.5 to 20,000 standard deviations of the others.
+    x = torch.randn(6, 700, dtype=torch.float64, device=device)
+    for row, width in enumerate([1, 2, 31, 32, 33, 64]):
+        x[row, :width] += offset
+    x = x.to(dtype)
+    assert_rounded_once(norm.op(x, (700,), eps=1e-5), norm.torch_op(x.double(), (700,), eps=1e-5), mean=offset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.14159, 1000.1, 6e4])
 @pytest.mark.parametrize("cols", [1, 5, 1000, 3001])
 def test_constant_rows(norm, dtype, value, cols, device):

@@ -330,6 +330,7 @@ def test_forward_mode_of_weights_and_halves_raises(device):
             ops.resilu2_forward(forward_ad.make_dual(x, x))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", PUBLIC)
 def test_vmap_without_gradient(name, device):
     x = torch.randn(3, 4, 6, device=device)

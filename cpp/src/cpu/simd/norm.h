@@ -23,6 +23,21 @@ struct alignas(64) KeptRow {
   C values[kept_cols + 5 * 64 / sizeof(C)];
 };
 
+/// norm_inverse of each lane.
+inline Floats inverse_of(const Floats& gamma, float smallest) {
+  const Floats magnitude = bits_of<Floats>(bits_of<Words>(gamma) & 0x7fffffffu);
+  return magnitude < smallest ? broadcast(NAN) : 1.0f / gamma;
+}
+
+[[gnu::noinline]] Doubles inverse_of(const Doubles& gamma, double smallest) {
+  double values[lanes];
+  store_as<double>(gamma, values, false);
+  for (double& value : values) {
+    value = norm_inverse(value, smallest);
+  }
+  return load_as<double>(values);
+}
+
 /// Weight, bias and 1 / weight as C: 1, 0 and 1 where there are none.
 template <class C, bool keep>
 class Parameters;
@@ -43,13 +58,8 @@ class Parameters<C, false> {
     return bias_.array.data != nullptr ? bias_.load(j, part) : broadcast(C(0));
   }
   template <class Part>
-  [[gnu::noinline]] Vector<C> inverse_gamma(std::int64_t j, Part part) const {
-    C values[lanes];
-    store_as<C>(gamma(j, part), values, false);
-    for (int lane = 0; lane < lanes; ++lane) {
-      values[lane] = norm_inverse(values[lane], smallest_);
-    }
-    return load_as<C>(values);
+  Vector<C> inverse_gamma(std::int64_t j, Part part) const {
+    return inverse_of(gamma(j, part), smallest_);
   }
 
  private:
@@ -133,72 +143,109 @@ inline bool is_exact_enough(double moment, double eps) {
   return moment <= 1e36 && moment + eps >= 1e-28;
 }
 
-/// `count` rows from `row` on. Returns false where C has too small a range for them.
-template <class Types, int count>
-inline bool norm_forward_block(
+/// The mean of the first elements of a row, to which the mean of all is near but for rows of a kind.
+template <class C, class T>
+inline C first_mean(const Source<C, T>& input, std::int64_t row, std::int64_t cols) {
+  const std::int64_t n = cols < partial_sums ? cols : partial_sums;
+  double total[1];
+  sum_over<C>(n, total, [&](auto& sums, std::int64_t j, auto vector, auto part) __attribute__((always_inline)) {
+    sums[0].add(vector, input.load(row * cols + j, part));
+  });
+  return n > 0 ? static_cast<C>(total[0] / static_cast<double>(n)) : C(0);
+}
+
+/// How the mean of a row is found. At once: sums are taken of distances from the mean of the row's first elements; the
+/// variance then is the mean square of these distances less the square of their mean, which loses digits if that is
+/// much of it. Before: the mean is known, to twice the digits of C, when the squares are added.
+enum class MeanFound { at_once, before };
+
+/// What came of rows: they are there; their mean must be found before; C has too small a range for them.
+enum class Outcome { done, mean_too_far, out_of_range };
+
+/// `count` rows from `row` on.
+template <class Types, int count, MeanFound mean_found>
+inline Outcome norm_forward_block(
     const NormForward& args, std::int64_t row, const typename Types::Parameters& parameters,
     KeptRow<typename Types::C>* kept, bool stream) {
   using C = typename Types::C;
   using V = typename Types::V;
+  constexpr bool before = mean_found == MeanFound::before;
   const std::int64_t cols = args.cols;
   const double n = static_cast<double>(cols);
   const Source<C, typename Types::T> input(args.input);
   const Target<C, typename Types::T> output(args.output, stream);
 
-  // The mean is sought as the distance from the first element, which is small where the mean is large
-  // for its standard deviation. (As far as sqrt(n) standard deviations it may be.)
+  // Where distances are taken from: a C, and where the mean is known, another for what that lacks.
   V high[count];
   V low[count];
   if constexpr (Types::centred) {
     C first[count];
-    double distance[count];
     for (int r = 0; r < count; ++r) {
-      C values[lanes];
-      store_as<C>(input.load((row + r) * cols, Partial{cols > 0 ? 1 : 0}), values, false);
-      first[r] = values[0];
+      first[r] = first_mean(input, row + r, cols);
       high[r] = broadcast(first[r]);
     }
-    sum_over<C>(cols, distance, [&](auto& sums, std::int64_t j, auto vector, auto part) __attribute__((always_inline)) {
-      for_rows<count>([&](auto r) __attribute__((always_inline)) {
-        sums[r.value].add(vector, only(input.load((row + r.value) * cols + j, part) - high[r.value], part));
-      });
-    });
-    for (int r = 0; r < count; ++r) {
-      const double shift = cols > 0 ? distance[r] / n : 0;
-      const C mean = static_cast<C>(first[r] + shift);
-      high[r] = broadcast(mean);
-      low[r] = broadcast(static_cast<C>((static_cast<double>(first[r]) - mean) + shift));
+    if constexpr (before) {
+      double distance[count];
+      sum_over<C>(
+          cols, distance, [&](auto& sums, std::int64_t j, auto vector, auto part) __attribute__((always_inline)) {
+            for_rows<count>([&](auto r) __attribute__((always_inline)) {
+              sums[r.value].add(vector, only(input.load((row + r.value) * cols + j, part) - high[r.value], part));
+            });
+          });
+      for (int r = 0; r < count; ++r) {
+        const double shift = cols > 0 ? distance[r] / n : 0;
+        const C mean = static_cast<C>(first[r] + shift);
+        high[r] = broadcast(mean);
+        low[r] = broadcast(static_cast<C>((static_cast<double>(first[r]) - mean) + shift));
+      }
     }
   }
-  const auto centre = [&](auto r, std::int64_t j, auto part) __attribute__((always_inline)) {
+  const auto distance = [&](auto r, std::int64_t j, auto part) __attribute__((always_inline)) {
     const V x = input.load((row + r.value) * cols + j, part);
-    if constexpr (Types::centred) {
+    if constexpr (!Types::centred) {
+      return x;
+    } else if constexpr (before) {
       return only((x - high[r.value]) - low[r.value], part);
     } else {
-      return x;
+      return only(x - high[r.value], part);
     }
   };
 
-  double squares[count];
-  sum_over<C>(cols, squares, [&](auto& sums, std::int64_t j, auto vector, auto part) __attribute__((always_inline)) {
+  // Of distances at even places (0 for RMSNorm), of their squares at odd ones.
+  double totals[2 * count];
+  sum_over<C>(cols, totals, [&](auto& sums, std::int64_t j, auto vector, auto part) __attribute__((always_inline)) {
     for_rows<count>([&](auto r) __attribute__((always_inline)) {
-      const V d = centre(r, j, part);
-      sums[r.value].add(vector, d * d);
+      const V d = distance(r, j, part);
+      if constexpr (Types::centred) {
+        sums[2 * r.value].add(vector, d);
+      }
+      sums[2 * r.value + 1].add(vector, d * d);
       if constexpr (Types::keep) {
         store_as<C>(d, kept[r.value].values + j, false);
-        input.prefetch((row + count + r.value) * cols + j);
+        input.prefetch((row + count + r.value) * cols + j, vector);
+        if constexpr (count > 1) {
+          output.prefetch((row + r.value) * cols + j, vector);
+        }
       }
     });
   });
+  V mean_high[count];
+  V mean_low[count];
   V scale[count];
   for (int r = 0; r < count; ++r) {
-    const double moment = cols > 0 ? norm_variance(squares[r], 0.0, n) : 0;
+    const double mean = cols > 0 ? totals[2 * r] / n : 0;
+    const double moment = cols > 0 ? norm_variance(totals[2 * r + 1], totals[2 * r], n) : 0;
     if (sizeof(C) < sizeof(double) && !is_exact_enough(moment, args.eps)) {
-      return false;
+      return Outcome::out_of_range;
+    }
+    if (!before && mean * mean > 4 * moment) {
+      return Outcome::mean_too_far;
     }
     const double rstd = norm_rstd(moment, args.eps);
     store_rstd(rstd, args.rstd, row + r);
     scale[r] = broadcast(static_cast<C>(rstd));
+    mean_high[r] = broadcast(static_cast<C>(mean));
+    mean_low[r] = broadcast(static_cast<C>(mean - static_cast<C>(mean)));
   }
 
   for_each_vector(0, cols, [&](std::int64_t j, auto, auto part) __attribute__((always_inline)) {
@@ -207,7 +254,10 @@ inline bool norm_forward_block(
       if constexpr (Types::keep) {
         d = load_as<C>(kept[r.value].values + j);
       } else {
-        d = centre(r, j, part);
+        d = distance(r, j, part);
+      }
+      if constexpr (Types::centred) {
+        d = (d - mean_high[r.value]) - mean_low[r.value];
       }
       V y = d * scale[r.value];
       if constexpr (Types::affine) {
@@ -216,7 +266,7 @@ inline bool norm_forward_block(
       output.store((row + r.value) * cols + j, y, part);
     });
   });
-  return true;
+  return Outcome::done;
 }
 
 template <class Types>
@@ -226,8 +276,12 @@ void norm_forward_rows(const NormForward& args, std::int64_t begin, std::int64_t
   KeptRow<C> kept[Types::rows];
   std::int64_t row = begin;
   const auto one_row = [&] {
-    if (!norm_forward_block<Types, 1>(args, row, parameters, kept, stream)) {
-      if constexpr (sizeof(C) < sizeof(double)) {
+    Outcome outcome = norm_forward_block<Types, 1, MeanFound::at_once>(args, row, parameters, kept, stream);
+    if (outcome == Outcome::mean_too_far) {
+      outcome = norm_forward_block<Types, 1, MeanFound::before>(args, row, parameters, kept, stream);
+    }
+    if constexpr (sizeof(C) < sizeof(double)) {
+      if (outcome == Outcome::out_of_range) {
         norm_forward_rows<NormTypes<Types::norm, double, Any, Types::affine, false>>(args, row, row + 1, false);
       }
     }
@@ -235,7 +289,8 @@ void norm_forward_rows(const NormForward& args, std::int64_t begin, std::int64_t
   };
   if constexpr (Types::rows > 1) {
     while (row + Types::rows <= end) {
-      if (norm_forward_block<Types, Types::rows>(args, row, parameters, kept, stream)) {
+      if (norm_forward_block<Types, Types::rows, MeanFound::at_once>(args, row, parameters, kept, stream) ==
+          Outcome::done) {
         row += Types::rows;
       } else {
         // One by one, so that a row's result does not depend on its neighbours.
@@ -368,7 +423,8 @@ class ParameterSums {
 /// is loaded.
 template <class Types, int count, bool parameters>
 inline void norm_backward_sums(
-    const BackwardSource<Types>& source, std::int64_t row, std::int64_t cols, BackwardRow<typename Types::C>* kept,
+    const BackwardSource<Types>& source, std::int64_t row, std::int64_t cols,
+    const Target<typename Types::C, typename Types::T>& grad_input, BackwardRow<typename Types::C>* kept,
     ParameterSums<typename Types::C, Types::keep>* over_rows) {
   using C = typename Types::C;
   using V = typename Types::V;
@@ -382,8 +438,11 @@ inline void norm_backward_sums(
       const V grad = from.grad((row + r.value) * cols + j, part);
       const V y = from.y((row + r.value) * cols + j, j, part);
       const V g = from.scaled(grad, j, part);
-      from.grad_output.prefetch((row + count + r.value) * cols + j);
-      from.output.prefetch((row + count + r.value) * cols + j);
+      from.grad_output.prefetch((row + count + r.value) * cols + j, vector);
+      from.output.prefetch((row + count + r.value) * cols + j, vector);
+      if constexpr (count > 1) {
+        grad_input.prefetch((row + r.value) * cols + j, vector);
+      }
       if constexpr (Types::centred) {
         sums[2 * r.value].add(vector, g);
       }
@@ -410,12 +469,11 @@ inline void norm_backward_sums(
 template <class Types, int count>
 inline void norm_backward_input(
     const BackwardSource<Types>& source, const NormBackward& args, std::int64_t row,
-    const BackwardRow<typename Types::C>* kept, bool stream) {
+    const Target<typename Types::C, typename Types::T>& grad_input, const BackwardRow<typename Types::C>* kept) {
   using C = typename Types::C;
   using V = typename Types::V;
   const std::int64_t cols = args.cols;
   const BackwardSource<Types> from = source;
-  const Target<C, typename Types::T> grad_input(args.grad_input, stream);
   V rstd[count];
   V mean_g[count];
   V mean_gy[count];
@@ -450,18 +508,19 @@ void norm_backward_rows(
   const typename Types::Parameters converted(args.weight, args.bias, args.cols, smallest_normal(args.output.dtype));
   const BackwardSource<Types> source{
       Source<C, typename Types::T>(args.grad_output), Source<C, typename Types::T>(args.output), converted};
+  const Target<C, typename Types::T> grad_input(args.grad_input, stream);
   ParameterSums<C, Types::keep> over_rows(grad_weight, grad_bias, args.cols);
   BackwardRow<C> kept[Types::rows];
   std::int64_t row = begin;
   const auto for_blocks = [&](auto count) {
     constexpr int rows = decltype(count)::value;
     for (; row + rows <= end; row += rows) {
-      norm_backward_sums<Types, rows, parameters>(source, row, args.cols, kept, &over_rows);
+      norm_backward_sums<Types, rows, parameters>(source, row, args.cols, grad_input, kept, &over_rows);
       if (parameters) {
         over_rows.count(rows);
       }
       if (args.grad_input.data != nullptr) {
-        norm_backward_input<Types, rows>(source, args, row, kept, stream);
+        norm_backward_input<Types, rows>(source, args, row, grad_input, kept);
       }
     }
   };
@@ -522,7 +581,8 @@ void norm_forward(const NormForward& args, std::int64_t begin, std::int64_t end,
       is_float64(args.input) || is_float64(output) || is_float64(args.weight) || is_float64(args.bias);
   const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
   visit_norm_types<norm>(
-      args.input.dtype, args.input.dtype == args.output.dtype, in_double, affine, args.cols <= kept_cols, [&](auto types) {
+      args.input.dtype, args.input.dtype == args.output.dtype, in_double, affine, args.cols <= kept_cols,
+      [&](auto types) {
         using Types = decltype(types);
         norm_forward_rows<Types>(args, begin, end, stream && can_stream<typename Types::T>(args.output, args.cols));
       });
@@ -538,16 +598,15 @@ void norm_backward(
   const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
   const DType dtype = args.grad_output.dtype;
   const bool same = dtype == args.output.dtype && (grad_input.data == nullptr || dtype == grad_input.dtype);
-  visit_norm_types<norm>(
-      dtype, same, in_double, affine, args.cols <= kept_cols, [&](auto types) {
-        using Types = decltype(types);
-        const bool streams = stream && can_stream<typename Types::T>(args.grad_input, args.cols);
-        if (grad_weight != nullptr || grad_bias != nullptr) {
-          norm_backward_rows<Types, true>(args, begin, end, grad_weight, grad_bias, streams);
-        } else {
-          norm_backward_rows<Types, false>(args, begin, end, nullptr, nullptr, streams);
-        }
-      });
+  visit_norm_types<norm>(dtype, same, in_double, affine, args.cols <= kept_cols, [&](auto types) {
+    using Types = decltype(types);
+    const bool streams = stream && can_stream<typename Types::T>(args.grad_input, args.cols);
+    if (grad_weight != nullptr || grad_bias != nullptr) {
+      norm_backward_rows<Types, true>(args, begin, end, grad_weight, grad_bias, streams);
+    } else {
+      norm_backward_rows<Types, false>(args, begin, end, nullptr, nullptr, streams);
+    }
+  });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Rows of elements: loading and storing them whatever their dtypes, vector by vector, and adding up over them in an order
-// that no instruction set changes.
+// Rows of elements: loading and storing them whatever their dtypes, vector by vector, and adding up over them in an
+// order that no instruction set changes.
 #pragma once
 
 #include <lomem/core/dtype.h>
@@ -12,6 +12,17 @@ namespace {
 /// An element type that is known at run time alone: a predictable branch a vector.
 struct Any {};
 
+template <int i>
+struct Index {
+  static constexpr int value = i;
+};
+
+/// Of the vectors of `partial_sums` elements, those that begin a cache line are asked for.
+template <class T, int vector>
+constexpr bool begins_line(Index<vector> /*vector*/) {
+  return vector * lanes * sizeof(T) % 64 == 0;
+}
+
 template <class C, class T>
 struct Source {
   const T* data;
@@ -22,8 +33,11 @@ struct Source {
   Vector<C> load(std::int64_t i, Part part) const {
     return load_as<C>(data + i, part);
   }
-  void prefetch(std::int64_t i) const {
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(data) + i * sizeof(T)));
+  template <int vector>
+  void prefetch(std::int64_t i, Index<vector> index) const {
+    if (begins_line<T>(index)) {
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(data) + i * sizeof(T)));
+    }
   }
 };
 
@@ -57,7 +71,8 @@ struct Source<C, Any> {
     });
     return result;
   }
-  void prefetch(std::int64_t /*i*/) const {}
+  template <int vector>
+  void prefetch(std::int64_t /*i*/, Index<vector> /*index*/) const {}
 };
 
 template <class C, class T>
@@ -70,6 +85,13 @@ struct Target {
   template <class Part>
   void store(std::int64_t i, const Vector<C>& x, Part part) const {
     store_as<C>(x, data + i, stream, part);
+  }
+  /// For a store to come: else it waits for the line to be read.
+  template <int vector>
+  void prefetch(std::int64_t i, Index<vector> index) const {
+    if (!stream && begins_line<T>(index)) {
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(data) + i * sizeof(T)), 1);
+    }
   }
 };
 
@@ -86,11 +108,8 @@ struct Target<C, Any> {
       store_as<C>(x, static_cast<T*>(array.data) + i, false, part);
     });
   }
-};
-
-template <int i>
-struct Index {
-  static constexpr int value = i;
+  template <int vector>
+  void prefetch(std::int64_t /*i*/, Index<vector> /*index*/) const {}
 };
 
 /// Sums over a row have an order that no instruction set changes: of each 1024 elements, element j is
