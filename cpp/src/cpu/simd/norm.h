@@ -17,6 +17,9 @@ namespace {
 /// once for all rows. Longer ones are read and converted again.
 constexpr std::int64_t kept_cols = 4096;
 
+/// Two rows of up to this length stay in the first cache beside what belongs to them.
+constexpr std::int64_t paired_cols = 2048;
+
 /// (The padding keeps rows apart in the cache: at a distance of 4 KiB, stores and loads collide.)
 template <class C>
 struct alignas(64) KeptRow {
@@ -223,7 +226,7 @@ inline Outcome norm_forward_block(
       if constexpr (Types::keep) {
         store_as<C>(d, kept[r.value].values + j, false);
         input.prefetch((row + count + r.value) * cols + j, vector);
-        if constexpr (count > 1) {
+        if constexpr (sizeof(typename Types::T) == 2) {
           output.prefetch((row + r.value) * cols + j, vector);
         }
       }
@@ -288,7 +291,7 @@ void norm_forward_rows(const NormForward& args, std::int64_t begin, std::int64_t
     ++row;
   };
   if constexpr (Types::rows > 1) {
-    while (row + Types::rows <= end) {
+    while (args.cols <= paired_cols && row + Types::rows <= end) {
       if (norm_forward_block<Types, Types::rows, MeanFound::at_once>(args, row, parameters, kept, stream) ==
           Outcome::done) {
         row += Types::rows;
@@ -440,7 +443,7 @@ inline void norm_backward_sums(
       const V g = from.scaled(grad, j, part);
       from.grad_output.prefetch((row + count + r.value) * cols + j, vector);
       from.output.prefetch((row + count + r.value) * cols + j, vector);
-      if constexpr (count > 1) {
+      if constexpr (sizeof(typename Types::T) == 2) {
         grad_input.prefetch((row + r.value) * cols + j, vector);
       }
       if constexpr (Types::centred) {
@@ -524,10 +527,11 @@ void norm_backward_rows(
       }
     }
   };
-  for_blocks(Index<Types::rows>{});
-  if constexpr (Types::rows > 1) {
-    for_blocks(Index<1>{});
+  // (Weights and sums of long rows leave no room anyway: better two rows for each time that they are loaded.)
+  if (Types::rows > 1 && (Types::affine || args.cols <= paired_cols)) {
+    for_blocks(Index<Types::rows>{});
   }
+  for_blocks(Index<1>{});
   if (parameters) {
     over_rows.flush();
   }
