@@ -23,8 +23,8 @@ export PRE_COMMIT_HOME ?= $(CURDIR)/build/pre-commit
 # The oldest CMake that lomem says it works with: consumer projects are tested with it.
 OLDEST_CMAKE := 3.22
 
-.PHONY: help demo test install ctest pytest pytest-capabilities pytest-on-host types asan asan-pytest cuda-check bench \
-  gpu-build gpu-test gpu-bench gpu-sanitize dev lint format gtest clean FORCE
+.PHONY: help demo test install ctest pytest pytest-capabilities pytest-on-host types asan asan-pytest arm-check cuda-check \
+  bench gpu-build gpu-test gpu-bench gpu-sanitize dev lint format gtest clean FORCE
 
 help:
 	@sed -n '1,8p' Makefile
@@ -104,6 +104,15 @@ pytest-on-host: install
 	cmake --build --preset release --target lomem_cuda_on_host
 	LOMEM_CUDA_ON_HOST="$$(find "$(CURDIR)/build/release" -name liblomem_cuda_on_host.so)" \
 	  $(BIN)/python -m pytest -q -n $(JOBS) -p no:cacheprovider $(OP_TESTS)
+
+# The core and the CPU kernels on Arm: with Debian's cross compiler, the sources of its GoogleTest, and qemu.
+arm-check:
+	if ! command -v aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null || ! [ -d /usr/src/googletest ]; then \
+	  apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user googletest >/dev/null; \
+	fi
+	cmake --preset arm
+	cmake --build --preset arm
+	ctest --preset arm -j $(JOBS)
 
 # Every CUDA kernel for every architecture, where there is an nvcc, with or without a GPU and a CUDA build of torch.
 # Prints registers and spills; fails on a spill.

@@ -330,6 +330,33 @@ def test_forward_mode_of_weights_and_halves_raises(device):
             ops.resilu2_forward(forward_ad.make_dual(x, x))
 
 
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_no_gradient_comes_in(name, device):
+    x = torch.randn(3, 6, device=device, requires_grad=True)
+    y = NoGradient.apply(PUBLIC[name](x))
+    (grad,) = torch.autograd.grad(y.sum(), x, allow_unused=True)
+    assert grad is None or not grad.any()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_long_chains_are_freed(name, device):
+    # Node by node: a destructor for each would overflow the stack.
+    y = torch.randn(2, 6, device=device, requires_grad=True)
+    for _ in range(20000):
+        y = PUBLIC[name](y)
+    del y
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", PUBLIC)
 def test_vmap_without_gradient(name, device):

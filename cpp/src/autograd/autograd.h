@@ -60,7 +60,8 @@ struct FunctionNode : torch::autograd::CppNode<F> {
 };
 
 /// torch::autograd::Function::apply for functions of one tensor whose output is neither their input nor a view of it:
-/// what else that one looks after costs more than a small activation.
+/// what else that one looks after costs more than a small activation. F::backward gets an undefined gradient as it
+/// comes, and returns one gradient.
 template <class F, class... Args>
 at::Tensor apply_function(const at::Tensor& input, const Args&... args) {
   const auto& functorch = at::functorch::functorchTLSAccessor();

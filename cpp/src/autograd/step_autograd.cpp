@@ -50,6 +50,9 @@ struct StepActivation : torch::autograd::Function<StepActivation<Op, Args...>> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     static constexpr auto levels = step_levels<typename Op::Step>();
+    if (!grad_outputs[0].defined()) {
+      return {at::Tensor()};
+    }
     const at::Tensor codes = ctx->get_saved_variables()[0];
     const auto saved_order = ctx->saved_data.find("order");
     // Differentiable operations throughout, for gradients of gradients.
