@@ -107,7 +107,7 @@ pytest-on-host: install
 
 # The core and the CPU kernels on Arm: with Debian's cross compiler, the sources of its GoogleTest, and qemu.
 arm-check:
-	if ! command -v aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null || ! [ -d /usr/src/googletest ]; then \
+	if ! { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null || ! [ -d /usr/src/googletest ]; then \
 	  apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user googletest >/dev/null; \
 	fi
 	cmake --preset arm

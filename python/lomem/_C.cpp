@@ -31,7 +31,8 @@ pybind11::object call_activation(const pybind11::handle& input, Op&& op) {
   if (!THPVariable_Check(input.ptr())) {
     return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
   }
-  const at::Tensor& tensor = THPVariable_Unpack(input.ptr());
+  // A copy: while others run, one may swap the tensor out of the object.
+  const at::Tensor tensor = THPVariable_Unpack(input.ptr());
   at::Tensor result;
   {
     const pybind11::gil_scoped_release others_run;

@@ -128,6 +128,18 @@ def test_first_elements_unlike_the_others(norm, dtype, offset, device):
     assert_rounded_once(norm.op(x, (700,), eps=1e-5), norm.torch_op(x.double(), (700,), eps=1e-5), mean=offset)
 
 
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.8, 0.9])
+def test_two_values_behind_zeros(norm, share):
+    # Equal terms round in the same direction each time they are added, and what cancels makes that error larger.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(50, 2048, generator=generator).lt(share) * torch.rand(50, 1, generator=generator)
+    x[:, :40] = 0
+    want = norm.torch_op(x.double(), (2048,), eps=0.0)
+    # Of at most 32 terms, each sum loses half a unit a term; rstd is the square root; cancellation doubles it.
+    assert ((norm.op(x, (2048,), eps=0.0) - want).abs() <= 16 * 2**-24 * want.abs().clamp_min(1)).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.14159, 1000.1, 6e4])
 @pytest.mark.parametrize("cols", [1, 5, 1000, 3001])

@@ -330,6 +330,38 @@ def test_forward_mode_of_weights_and_halves_raises(device):
             ops.resilu2_forward(forward_ad.make_dual(x, x))
 
 
+class Marked(torch.Tensor):
+    """A subclass as torch's documentation has it."""
+
+
+class Calls(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        self.functions = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.functions.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_torch_function(name, device):
+    x = torch.randn(3, 6, device=device)
+    want = PUBLIC[name](x)
+    got = PUBLIC[name](x.as_subclass(Marked))
+    assert type(got) is Marked and torch.equal(got.as_subclass(torch.Tensor), want)
+    with Calls() as calls:
+        assert torch.equal(PUBLIC[name](x), want)
+    assert any("lomem" in str(function) for function in calls.functions)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_symbolic_trace(name, device):
+    x = torch.randn(3, 6, device=device)
+    traced = torch.fx.symbolic_trace(PUBLIC[name])
+    assert any("lomem" in str(node.target) for node in traced.graph.nodes)
+    assert torch.equal(traced(x), PUBLIC[name](x))
+
+
 class NoGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -241,7 +241,8 @@ inline Outcome norm_forward_block(
     if (sizeof(C) < sizeof(double) && !is_exact_enough(moment, args.eps)) {
       return Outcome::out_of_range;
     }
-    if (!before && mean * mean > 4 * moment) {
+    // (Also where double overflows and both are NaN.)
+    if (!before && !(mean * mean <= moment)) {
       return Outcome::mean_too_far;
     }
     const double rstd = norm_rstd(moment, args.eps);
