@@ -1,6 +1,6 @@
-// Norms. Float64 rows are computed in double; others in float32, but for what is added up over a row,
-// which is added in double after at most 32 terms, and for the mean, which is known to twice the
-// digits of float32: else results would lose digits where |mean| >> standard deviation.
+// Norms. Float64 rows are computed in double; others in float32, but for what is added up over a row, which is added in
+// double after at most 32 terms, and for the mean, which is a near number and the rest, to twice the digits of float32:
+// else results would lose digits where |mean| >> standard deviation.
 //
 // A row is read from memory once, and what is needed again is kept in a buffer. Of 16-bit elements, two rows are
 // computed at a time, so that one is loaded while the other waits for its sums.
