@@ -136,8 +136,8 @@ def test_two_values_behind_zeros(norm, share):
     x = torch.rand(50, 2048, generator=generator).lt(share) * torch.rand(50, 1, generator=generator)
     x[:, :40] = 0
     want = norm.torch_op(x.double(), (2048,), eps=0.0)
-    # A sum of 32 equal terms is off by up to 16 units of 2^-24; so is the mean square, of which rstd has half; where the
-    # mean is one standard deviation away, cancellation doubles that.
+    # A sum of 32 equal terms is off by up to 16 units of 2^-24; so is the mean square, of which rstd has half; where
+    # the mean is one standard deviation away, cancellation doubles that.
     assert ((norm.op(x, (2048,), eps=0.0) - want).abs() <= 16 * 2**-24 * want.abs().clamp_min(1)).all()
 
 
