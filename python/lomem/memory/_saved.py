@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from .._record import SavedTensorsBlock, storages_of
+
 __all__ = ["SavedForBackward", "saved_for_backward"]
-
-
-class _Recorders(threading.local):
-    def __init__(self) -> None:
-        self.active: list[SavedForBackward] = []
-
-
-_recorders = _Recorders()
-
-
-def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
-    if tensor.layout == torch.sparse_coo:
-        parts = [tensor._indices(), tensor._values()]
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    elif tensor.layout == torch.strided:
-        parts = [tensor]
-    else:
-        parts = []  # opaque: no storage to count
-    return [part.untyped_storage() for part in parts]
-
-
-def _record(tensor: Tensor) -> Tensor:
-    # torch calls the innermost hooks only, so they speak for all blocks around them.
-    for recorder in _recorders.active:
-        recorder._record(tensor)
-    return tensor
 
 
 class SavedForBackward:
@@ -59,12 +31,12 @@ class SavedForBackward:
 
     def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
         # The address of the storage object, not of its data: that is 0 for fake and meta tensors.
-        self._excluded = {s._cdata: s for t in exclude for s in _storages(t)}
+        self._excluded = {s._cdata: s for t in exclude for s in storages_of(t)}
         self._storages: dict[int, torch.UntypedStorage] = {}
         self.tensors = 0
 
     def _record(self, tensor: Tensor) -> None:
-        counted = [s for s in _storages(tensor) if s._cdata not in self._excluded]
+        counted = [s for s in storages_of(tensor) if s._cdata not in self._excluded]
         self._storages.update((s._cdata, s) for s in counted)
         self.tensors += bool(counted)
 
@@ -79,10 +51,8 @@ class SavedForBackward:
         return sum(storage.nbytes() for storage in self._storages.values())
 
     def __enter__(self) -> SavedForBackward:
-        _recorders.active.append(self)
-        # Hooks that do not refer to the recorder: a cycle would keep its storages alive.
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(_record, lambda t: t)
-        self._hooks.__enter__()
+        self._block = SavedTensorsBlock(self._record)
+        self._block.__enter__()
         return self
 
     def __exit__(
@@ -91,8 +61,8 @@ class SavedForBackward:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._hooks.__exit__(kind, error, traceback)
-        _recorders.active.remove(self)
+        self._block.__exit__(kind, error, traceback)
+        del self._block  # it refers to this object: a cycle would keep the storages alive
 
 
 def saved_for_backward(exclude: Iterable[Tensor] = ()) -> SavedForBackward:

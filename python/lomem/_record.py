@@ -1,0 +1,300 @@
+"""What a model does while it runs: its ops, the storages they make, and what autograd keeps of them.
+
+The ground of :mod:`lomem.memory` and :mod:`lomem.conversion`, which only read what is recorded here.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["ModulePath", "Op", "Recorder", "Saved", "Storage", "storages_of"]
+
+
+def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """The storages of a tensor: one of a strided tensor, several of a sparse one, none of an opaque one."""
+    if tensor.layout == torch.strided:
+        parts = [tensor]
+    elif tensor.layout == torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    else:
+        parts = []
+    return [part.untyped_storage() for part in parts]
+
+
+class ModulePath:
+    """Context manager that knows which submodule of a model runs: the innermost one, by its first name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._stack: list[str] = []
+
+    @property
+    def path(self) -> str | None:
+        """Qualified name of the innermost running module: ``""`` for the model itself, None outside of it."""
+        return self._stack[-1] if self._stack else None
+
+    def __enter__(self) -> ModulePath:
+        self._handles = []
+        for name, module in self._model.named_modules():
+
+            def enter(module: nn.Module, args: Any, name: str = name) -> None:
+                self._stack.append(name)
+
+            def leave(module: nn.Module, args: Any, output: Any) -> None:
+                self._stack.pop()
+
+            self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            # Also where the module raises: checkpointing leaves a recomputed forward by an exception.
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._stack.clear()
+
+
+@dataclass(eq=False)
+class Storage:
+    """A storage that was seen, also after its end.
+
+    Attributes:
+        nbytes: Its size.
+        born: Index of the op that made it, -1 where it was there before.
+        died: Index of the last op before its end (or the number of ops so far, when seen at rest); None while it lives.
+        dtype: Of the tensor by which it was first seen.
+        shape: Of that tensor.
+        copy_of: The storage of which a dtype conversion made it.
+        label: What the user of the recorder says of it (``"parameter"`` and the like).
+    """
+
+    nbytes: int
+    born: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    died: int | None = None
+    copy_of: Storage | None = None
+    label: str | None = None
+
+
+@dataclass(eq=False)
+class Op:
+    """One call of an aten, or other dispatcher, op that is not a view.
+
+    Attributes:
+        func: The overload.
+        module: Where it ran, see :attr:`ModulePath.path`; during backward, as after the end of a model, None.
+        node: Name of the autograd node that runs, during backward.
+        inputs: Storages of its tensor arguments, in their order, each once.
+        written: Those that it changed in place.
+        outputs: Storages of its results.
+    """
+
+    func: torch._ops.OpOverload
+    module: str | None
+    node: str | None
+    inputs: tuple[Storage, ...]
+    written: tuple[Storage, ...]
+    outputs: tuple[Storage, ...]
+
+
+@dataclass(eq=False)
+class Saved:
+    """One tensor that autograd saved.
+
+    Attributes:
+        storage: Of the tensor.
+        module: Where it was saved.
+        op: Number of ops recorded before it: the op that saves an input comes next, that of an output was the last.
+        dtype: Of the tensor.
+        shape: Of the tensor.
+    """
+
+    storage: Storage
+    module: str | None
+    op: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@functools.cache
+def _written_arguments(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+class _Recorders(threading.local):
+    def __init__(self) -> None:
+        self.active: list[Callable[[Tensor], None]] = []
+
+
+_recorders = _Recorders()
+
+
+def _pack(tensor: Tensor) -> Tensor:
+    # torch calls the innermost hooks only, so they speak for all blocks around them.
+    for record in _recorders.active:
+        record(tensor)
+    return tensor
+
+
+class SavedTensorsBlock:
+    """Context manager that calls a function with every tensor that autograd saves inside it.
+
+    Blocks may be nested, and each is called; other saved-tensor hooks around the innermost block are not (torch calls
+    the innermost alone), and those inside it (of checkpointing) hide from it what they replace.
+    """
+
+    def __init__(self, record: Callable[[Tensor], None]) -> None:
+        self._record = record
+
+    def __enter__(self) -> SavedTensorsBlock:
+        _recorders.active.append(self._record)
+        # Hooks that do not refer to a recorder: a cycle through the graph would keep its storages alive.
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(_pack, lambda t: t)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._hooks.__exit__(kind, error, traceback)
+        _recorders.active.remove(self._record)
+
+
+@dataclass(eq=False)
+class _Live:
+    # Of a living storage: its record, and a weak reference that notes its end. The address of a storage is another's
+    # soon after, so the end must be known.
+    record: Storage
+    end: weakref.finalize = field(repr=False)
+
+
+class Recorder(TorchDispatchMode):
+    """Context manager that records the ops, storages and saved tensors of what runs inside it.
+
+    It keeps no tensor alive. Views are followed: they share a storage. Works on real and fake tensors, in forward and
+    backward passes and in optimizers.
+
+    Args:
+        model: Whose modules' names are recorded; None for none.
+
+    Attributes:
+        ops: In their order.
+        storages: In the order in which they were first seen.
+        saved: What autograd saved, in its order, with repetitions.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.ops: list[Op] = []
+        self.storages: list[Storage] = []
+        self.saved: list[Saved] = []
+        self._live: dict[int, _Live] = {}
+        self._path = ModulePath(model) if model is not None else None
+        self._block = SavedTensorsBlock(self._save)
+
+    def __enter__(self) -> Recorder:
+        if self._path is not None:
+            self._path.__enter__()
+        self._block.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        self._block.__exit__(kind, error, traceback)
+        if self._path is not None:
+            self._path.__exit__(kind, error, traceback)
+
+    @property
+    def module(self) -> str | None:
+        """The module that runs now."""
+        return self._path.path if self._path is not None else None
+
+    def label(self, tensors: Iterable[Tensor], label: str) -> None:
+        """Says of the storages of tensors what they are; those not yet labelled."""
+        for tensor in tensors:
+            for storage in self.records(tensor):
+                storage.label = storage.label or label
+
+    def records(self, tensor: Tensor, born: int = -1) -> list[Storage]:
+        """The records of a tensor's storages, made where there is none."""
+        return [self._record(storage, tensor, born) for storage in storages_of(tensor)]
+
+    def living(self) -> Iterator[Storage]:
+        """The storages that live now."""
+        return (live.record for live in self._live.values())
+
+    def _record(self, storage: torch.UntypedStorage, tensor: Tensor, born: int) -> Storage:
+        # The address of the storage object, not of its data: that is 0 for fake and meta tensors.
+        key = storage._cdata
+        live = self._live.get(key)
+        if live is not None:
+            return live.record
+        record = Storage(storage.nbytes(), born, tensor.dtype, tuple(tensor.shape))
+        self.storages.append(record)
+        end = weakref.finalize(storage, self._forget, weakref.ref(self), key)
+        end.atexit = False
+        self._live[key] = _Live(record, end)
+        return record
+
+    @staticmethod
+    def _forget(recorder: weakref.ref[Recorder], key: int) -> None:
+        self = recorder()
+        if self is not None:
+            self._live.pop(key).record.died = len(self.ops)
+
+    def _save(self, tensor: Tensor) -> None:
+        for storage in self.records(tensor, born=len(self.ops) - 1):
+            self.saved.append(Saved(storage, self.module, len(self.ops), tensor.dtype, tuple(tensor.shape)))
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs = self._all(tree_leaves((args, kwargs)))
+        written = []
+        for index, name in _written_arguments(func):
+            value = args[index] if index < len(args) else kwargs.get(name)
+            written += self._all(tree_leaves(value))
+        result = func(*args, **kwargs)
+        index = len(self.ops)
+        outputs = self._all(tree_leaves(result), born=index)
+        if func.is_view and not written:
+            return result
+        if func is torch.ops.aten._to_copy.default and inputs:
+            for output in outputs:
+                if output.born == index and output.dtype != inputs[0].dtype:
+                    output.copy_of = inputs[0]
+        node = torch._C._current_autograd_node()
+        name = None if node is None else node.name()
+        self.ops.append(Op(func, self.module, name, tuple(inputs), tuple(written), tuple(outputs)))
+        return result
+
+    def _all(self, leaves: Iterable[Any], born: int = -1) -> list[Storage]:
+        found = (record for leaf in leaves if isinstance(leaf, Tensor) for record in self.records(leaf, born))
+        return list(dict.fromkeys(found))
