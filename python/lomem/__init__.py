@@ -28,8 +28,9 @@ if _torch.version.cuda is not None and _C.cuda_archs():
     _torch.ops.load_library(str(_Path(_C.__file__).with_name("lib") / "liblomem_cuda.so"))
 
 from . import functional, memory, nn, reference
+from .conversion import convert, restore
 
 #: For `CMAKE_PREFIX_PATH`, so that `find_package(lomem)` finds the C++ package in this wheel.
 cmake_prefix_path = str(_Path(_C.__file__).resolve().parent)
 
-__all__ = ["__version__", "cmake_prefix_path", "functional", "memory", "nn", "reference"]
+__all__ = ["__version__", "cmake_prefix_path", "convert", "functional", "memory", "nn", "reference", "restore"]

@@ -1,0 +1,281 @@
+"""Converting a model in place, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
+
+from ._exchange import exchange, give_back, is_converted
+from ._flow import Flow, Inputs, as_inputs, trace, untouched
+from ._plan import Candidate, Finder, Ledger, plan_activation, plan_calls, plan_norm, settle, ways_of_its_own
+from ._recognize import ActivationForm, NormForm, recognize_activation, recognize_norm
+from ._report import Decision, Report
+
+__all__ = ["convert", "restore"]
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    activations: str = "2bit",
+    norms: str = "auto",
+    exclude: Iterable[str] = (),
+    check: bool = True,
+    tolerance: float | None = None,
+    dry_run: bool = False,
+) -> Report:
+    """Makes a model keep less for the backward pass, in place.
+
+    Activations that compute GELU (either form), QuickGELU or SiLU, under whatever name, keep 2 bits an element; so do
+    calls of ``F.gelu`` and ``F.silu`` in modules' forwards. Their results stay what they are, bit for bit; their
+    gradient is a step function (:func:`lomem.functional.regelu2`).
+
+    Norms that compute layer or RMS norm, under whatever name, keep what linear layers behind them keep anyway, where
+    the example run shows that these do. Their gradient is exact to rounding. In order of preference:
+
+    - *inverted*: the norm keeps its output, and recovers the normalized input from it;
+    - *two outputs*: the same under autocast where the output also goes where its full precision matters, such as the
+      residual stream of a post-norm model: kept is a copy in the autocast dtype, which linear layers take;
+    - *normalized*: where weights and biases do not allow to invert, the norm keeps the normalized input, and linear
+      layers that follow take their weights' gradients from it. Their results stay what they are.
+
+    A module stays the object that it is, with its parameters, hooks and state_dict keys, so that state dicts go both
+    ways. Call this under the autocast that the model is trained under, on the device that it is trained on, and after
+    peft's wrapping and freezing: what is frozen decides what is kept. Before compiling. See docs/convert.md.
+
+    Args:
+        model: Changed in place; as it was where this raises.
+        example_inputs: A batch of the kind that the model is trained with, small: a tensor, a tuple of arguments or a
+            dict of keyword arguments. Without it norms are left, since nothing is known of their consumers.
+        activations: ``"2bit"``, or ``"keep"`` to leave all.
+        norms: ``"auto"``, or ``"keep"`` to leave all.
+        exclude: Names of modules to leave, with wildcards: ``["*.layers.0.*"]``.
+        check: Whether to compare the outputs on the example inputs with the original model's, in training and in
+            evaluation mode.
+        tolerance: Largest relative difference that the check allows, in the 2-norm of an output. By default half of
+            the digits of the output's dtype, since a model may amplify rounding; where only activations were
+            converted, 0.
+        dry_run: Decides, and changes nothing.
+
+    Returns:
+        What was changed, what was not, and why.
+
+    Raises:
+        ValueError: Of arguments; where nothing can be converted; where the model is converted already.
+        RuntimeError: Where the example inputs do not run, or where the check fails.
+    """
+    _check_arguments(model, activations, norms)
+    inputs = None if example_inputs is None else as_inputs("lomem.convert: example_inputs", example_inputs)
+    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    candidates, flow = _candidates(model, inputs, activations, norms, patterns)
+    chosen = [c for c in candidates if c.action != "left"]
+    report = Report(tuple(_decision(model, c) for c in candidates), None if flow is None else Ledger(flow).nbytes)
+    if inputs is None and norms == "auto" and any(c.kind == "norm" for c in candidates):
+        report = dataclasses.replace(report, notes=("norms were left: their consumers show on example_inputs only",))
+    if dry_run:
+        return report
+    if not chosen:
+        reasons = "; ".join(f"{n} x {d.module} ({d.reason})" for d, n, _ in report.groups()[:4])
+        raise ValueError(
+            f"lomem.convert: found nothing to convert in {type(model).__name__}: {reasons or 'no norm, no activation'}"
+        )
+    changes = {name: change for c in chosen for name, change in c.changes.items()}
+    before = _Outputs(model, inputs) if check and inputs is not None and not _is_fake(model) else None
+    modules = dict(model.named_modules())
+    for name, (mixin, attributes) in changes.items():
+        exchange(modules[name], mixin, **attributes)
+    try:
+        if inputs is None:
+            return report
+        after = Ledger(trace(model, inputs, (), training=True, grad=True)).nbytes
+        assert report.saved_before is not None
+        if after > report.saved_before:
+            raise RuntimeError(
+                f"lomem.convert: the converted model keeps {after} bytes, expected at most {report.saved_before}"
+            )
+        report = dataclasses.replace(report, saved_after=after)
+        if before is None:
+            return report
+        exact = all(c.kind != "norm" for c in chosen)
+        difference, note = before.compare(0.0 if exact and tolerance is None else tolerance)
+        return dataclasses.replace(report, difference=difference, notes=report.notes + ((note,) if note else ()))
+    except BaseException:
+        for name in changes:
+            give_back(modules[name])
+        raise
+
+
+def restore(model: nn.Module) -> int:
+    """Undoes :func:`convert`; parameters keep what they have learnt.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        The number of modules that were changed back.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"lomem.restore: model is a {type(model).__name__}, expected a torch.nn.Module")
+    converted = [module for module in model.modules() if is_converted(module)]
+    if not converted:
+        raise ValueError(f"lomem.restore: no module of {type(model).__name__} is converted, expected a converted model")
+    for module in converted:
+        give_back(module)
+    return len(converted)
+
+
+def _check_arguments(model: Any, activations: str, norms: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"lomem.convert: model is a {type(model).__name__}, expected a torch.nn.Module")
+    for argument, value, wanted in (("activations", activations, "2bit"), ("norms", norms, "auto")):
+        if value not in (wanted, "keep"):
+            raise ValueError(f"lomem.convert: {argument} is {value!r}, expected {wanted!r} or 'keep'")
+    if activations == norms == "keep":
+        raise ValueError("lomem.convert: activations and norms are both 'keep', expected something to convert")
+    converted = sum(is_converted(module) for module in model.modules())
+    if converted:
+        raise ValueError(
+            f"lomem.convert: {converted} modules of {type(model).__name__} are converted already, expected a plain "
+            "model: lomem.restore makes it one"
+        )
+
+
+def _is_fake(model: nn.Module) -> bool:
+    return any(isinstance(t, FakeTensor) or t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+def _decision(model: nn.Module, c: Candidate) -> Decision:
+    module = type(model.get_submodule(c.name)).__name__
+    return Decision(c.name, c.kind, module, str(c.form), c.action, c.reason, c.gain if c.action != "left" else 0)
+
+
+#: Parts of class names of modules that are meant to be norms: those that are none of ours get a verdict too.
+_NORM_NAMES = ("norm", "layer_norm", "ln_")
+
+
+def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if next(module.children(), None) is None:
+            yield name, module
+
+
+def _run(model: nn.Module, inputs: Inputs, watched: Iterable[str], training: bool, grad: bool) -> Flow:
+    try:
+        return trace(model, inputs, watched, training=training, grad=grad)
+    except Exception as error:
+        mode = "training" if training else "evaluation"
+        raise RuntimeError(
+            f"lomem.convert: example_inputs do not run in {mode} mode: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _candidates(
+    model: nn.Module, inputs: Inputs | None, activations: str, norms: str, patterns: list[str]
+) -> tuple[list[Candidate], Flow | None]:
+    def excluded(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    leaves = dict(_leaves(model))
+    watched = [n for n, m in leaves.items() if not isinstance(m, nn.Embedding)]
+    flows = []
+    if inputs is not None:
+        # With gradients for what is kept; without for what escapes in objects that hide tensors; evaluation mode for
+        # the ways that training does not go.
+        modes = ((True, True), (True, False), (False, False))
+        flows = [_run(model, inputs, watched, training, grad) for training, grad in modes]
+    shapes = {call.name: call.shapes[0] for flow in flows[:1] for call in flow.calls if call.shapes}
+    forms = {name: form for name, module in leaves.items() if (form := recognize_activation(module)) is not None}
+    finder = Finder(model, flows, forms.keys()) if flows else None
+    found = [_activation_candidate(name, leaves[name], form, finder) for name, form in forms.items()]
+    for name in leaves.keys() - forms.keys():
+        module = leaves[name]
+        named = any(part in type(module).__name__.lower() for part in _NORM_NAMES)
+        norm = recognize_norm(module, shapes.get(name))
+        if isinstance(norm, NormForm) and (norm.gamma is not None or named):
+            found.append(_norm_candidate(name, module, norm, finder))
+        elif isinstance(norm, str) and named:
+            c = Candidate(name, "norm", "another norm")
+            c.leave(norm)
+            found.append(c)
+    if finder is not None:
+        found += plan_calls(finder, skip=forms.__contains__)
+    for c in found:
+        wanted = norms if c.kind == "norm" else activations
+        if c.action != "left" and (wanted == "keep" or excluded(c.name)):
+            c.leave(f"{c.kind}s are kept" if wanted == "keep" else "it is excluded")
+    if finder is not None:
+        settle([c for c in found if c.action != "left"], finder.ledger)
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(found, key=lambda c: order[c.name]), flows[0] if flows else None
+
+
+def _activation_candidate(name: str, module: nn.Module, form: ActivationForm, finder: Finder | None) -> Candidate:
+    problem = ways_of_its_own(module)
+    if problem is not None:
+        c = Candidate(name, "activation", form)
+        c.leave(problem)
+        return c
+    return plan_activation(finder, name, form)
+
+
+def _norm_candidate(name: str, module: nn.Module, form: NormForm, finder: Finder | None) -> Candidate:
+    problem = ways_of_its_own(module)
+    if problem is None and finder is None:
+        problem = "without example_inputs its consumers are not known"
+    if problem is not None or finder is None:
+        c = Candidate(name, "norm", form)
+        c.leave(problem or "")
+        return c
+    return plan_norm(finder, name, form)
+
+
+class _Outputs:
+    """What a model returns, before and after."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs | None) -> None:
+        assert inputs is not None
+        self._model, self._inputs = model, inputs
+        self._first = self._run()
+        self._again = self._run()
+
+    def _run(self) -> list[Tensor]:
+        outputs = []
+        for training in (False, True):
+            with untouched(self._model, training), torch.no_grad():
+                torch.manual_seed(0)  # the same dropout each time; put back afterwards
+                leaves = tree_leaves(self._inputs.call(self._model))
+            outputs += [t.detach().clone() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+        return outputs
+
+    def compare(self, tolerance: float | None) -> tuple[float | None, str]:
+        """The largest relative difference, and a note; raises where it is over the tolerance."""
+        if not all(_same(a, b) for a, b in zip(self._first, self._again, strict=True)):
+            return None, "not checked: the original model's outputs are not the same each time"
+        largest = 0.0
+        for before, after in zip(self._first, self._run(), strict=True):
+            if _same(before, after):
+                continue
+            norm = before.double().norm().item()
+            difference = (after.double() - before.double()).norm().item() / norm if norm else float("inf")
+            # Modules that compute in float32 whatever they are given have no more digits than that.
+            digits = max(torch.finfo(before.dtype).eps, torch.finfo(torch.float32).eps)
+            allowed = digits**0.5 if tolerance is None else tolerance
+            if not difference <= allowed:
+                raise RuntimeError(
+                    f"lomem.convert: an output of the converted model differs by {difference:.2g} (relative), expected "
+                    f"at most {allowed:.2g}; the model is as it was"
+                )
+            largest = max(largest, difference)
+        return largest, ""
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,260 @@
+"""Where the results of modules go: one run of the model, and what can be read off it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .._record import Op, Recorder, Storage
+
+__all__ = ["Call", "Flow", "Inputs", "as_inputs", "trace", "untouched"]
+
+_aten = torch.ops.aten
+
+#: Matrix products by their overload packet, with the position of the operand that is the activation.
+PRODUCTS: dict[Any, tuple[int, ...]] = {
+    _aten.mm: (0, 1),
+    _aten.bmm: (0, 1),
+    _aten.addmm: (1, 2),
+    _aten.baddbmm: (1, 2),
+    _aten.convolution: (0,),
+    _aten.linear: (0,),
+    _aten._scaled_dot_product_flash_attention_for_cpu: (0, 1, 2),
+    _aten._scaled_dot_product_flash_attention: (0, 1, 2),
+    _aten._scaled_dot_product_efficient_attention: (0, 1, 2),
+    _aten._scaled_dot_product_cudnn_attention: (0, 1, 2),
+    _aten._scaled_dot_product_fused_attention_overrideable: (0, 1, 2),
+}
+
+#: Copies whose elements are those of the argument, in another dtype or order.
+COPIES = (_aten._to_copy, _aten.clone, _aten.roll)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def call(self, model: nn.Module) -> Any:
+        """Runs the model."""
+        return model(*self.args, **self.kwargs)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+
+
+def as_inputs(name: str, value: Any) -> Inputs:
+    """Example inputs as a user may write them.
+
+    Args:
+        name: Of function and argument, for the message.
+        value: A tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+    """
+    if isinstance(value, Tensor):
+        return Inputs((value,), {})
+    if isinstance(value, Mapping):
+        return Inputs((), dict(value))
+    if isinstance(value, tuple | list):
+        return Inputs(tuple(value), {})
+    raise ValueError(
+        f"{name} is a {type(value).__name__}, expected a tensor, a tuple of arguments or a dict of keyword arguments"
+    )
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module.
+
+    Attributes:
+        name: Of the module.
+        start: Number of ops recorded before it.
+        shapes: Of its tensor arguments.
+        single: Whether one tensor is its only argument.
+        end: Number of ops recorded at its end.
+        input_id: Identity of its first argument, comparable with `result_id` of calls of the same run.
+        result_id: Identity of its result.
+        result: Storage of its result, where that is one tensor.
+        dtype: Of the result.
+        numel: Of the result.
+        requires_grad: Of the result.
+    """
+
+    name: str
+    start: int
+    shapes: list[tuple[int, ...]]
+    single: bool
+    end: int = -1
+    input_id: int = 0
+    result_id: int = 0
+    result: Storage | None = None
+    dtype: torch.dtype | None = None
+    numel: int = 0
+    requires_grad: bool = False
+
+
+@dataclass
+class Flow:
+    """One run of a model.
+
+    Attributes:
+        recorder: Its ops, storages and saved tensors.
+        calls: Of the modules that were watched.
+        escaped: Storages that outlive the run: in its output, or stashed somewhere.
+    """
+
+    recorder: Recorder
+    calls: list[Call] = field(default_factory=list)
+    escaped: set[Storage] = field(default_factory=set)
+
+    def calls_of(self, name: str) -> list[Call]:
+        """Of one module."""
+        return [call for call in self.calls if call.name == name]
+
+    def ops_inside(self, call: Call) -> list[Op]:
+        """That ran while a call did."""
+        return self.recorder.ops[call.start : call.end]
+
+    def uses(self, storage: Storage, after: int) -> Iterator[tuple[Op, Storage]]:
+        """Ops that take a storage, or a copy of it in another dtype or order; with the copy that they take."""
+        aliases = [storage]
+        for op in self.recorder.ops[after:]:
+            taken = [alias for alias in aliases if alias in op.inputs]
+            if not taken:
+                continue
+            if op.func._overloadpacket in COPIES and not op.written:
+                aliases += [output for output in op.outputs if output not in aliases]
+            else:
+                for alias in taken:
+                    yield op, alias
+
+    def casts(self, storage: Storage, after: int) -> list[Storage]:
+        """Copies of a storage in another dtype."""
+        return [s for s in self.recorder.storages if s.copy_of is storage and s.born >= after]
+
+
+@contextlib.contextmanager
+def _no_checkpointing(model: nn.Module) -> Iterator[None]:
+    # What a checkpointed region would keep is what its recomputation keeps; recorded without it, it is seen.
+    switched = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        for option in ("use_reentrant", "context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state"):
+            kwargs.pop(option, None)
+        return function(*args, **kwargs)
+
+    try:
+        for module in switched:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        torch.utils.checkpoint.checkpoint = call
+        yield
+    finally:
+        torch.utils.checkpoint.checkpoint = checkpoint
+        for module in switched:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module, training: bool | None = None) -> Iterator[None]:
+    """Lets a model run, and leaves buffers, modes, random state and autocast's cache as they were.
+
+    Args:
+        model: The model.
+        training: Mode of all modules meanwhile; None for their own.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    slots = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    values = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    # Copies of weights made without gradient would serve later runs with; those made before are not seen to be copies.
+    torch.clear_autocast_cache()
+    try:
+        if training is not None:
+            # Not model.train(): a module may do more in it.
+            for module, _ in modes:
+                module.training = training
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        torch.clear_autocast_cache()
+        for module, mode in modes:
+            module.training = mode
+        for module, name, buffer in slots:
+            module._buffers[name] = buffer
+        with torch.no_grad():
+            for buffer, version, value in values:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training: bool, grad: bool) -> Flow:
+    """Runs a model's forward pass once, and records it.
+
+    Args:
+        model: Left as it was.
+        inputs: What it is called with.
+        watched: Names of the modules whose calls are recorded.
+        training: Its mode meanwhile.
+        grad: Whether autograd records; what it saves is seen only then, and what escapes in objects that are no
+            pytrees only without.
+    """
+    recorder = Recorder(model)
+    flow = Flow(recorder)
+    # Alive until the run is over: an address, or a storage, belongs to one tensor only.
+    kept: list[Any] = []
+    open_calls: list[Call] = []
+
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        values = (*args, *kwargs.values())
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        kept.append(values)
+        call = Call(name, len(recorder.ops), [tuple(t.shape) for t in tensors], len(tensors) == len(values) == 1)
+        call.input_id = id(values[0]) if values else 0
+        open_calls.append(call)
+        flow.calls.append(call)
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        call = open_calls.pop()
+        call.end = len(recorder.ops)
+        if isinstance(result, Tensor) and result.layout == torch.strided:
+            kept.append(result)
+            (call.result,) = recorder.records(result)
+            call.dtype, call.numel, call.requires_grad = result.dtype, result.numel(), result.requires_grad
+            call.result_id = id(result)
+
+    handles: list[Any] = []
+    modules = dict(model.named_modules())
+    try:
+        for name in watched:
+            before = functools.partial(enter, name)
+            handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(modules[name].register_forward_hook(leave, with_kwargs=True))
+        with untouched(model, training), _no_checkpointing(model), torch.set_grad_enabled(grad), recorder:
+            recorder.label((*model.parameters(), *model.buffers()), "parameter")
+            recorder.label(inputs.tensors(), "input")
+            output = inputs.call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    results = {call.result for call in flow.calls if call.result is not None}
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            flow.escaped.update(recorder.records(leaf))
+    if grad:
+        del output, leaf  # and with them the graph, which holds results that have not escaped
+    kept.clear()
+    gc.collect()
+    flow.escaped.update(storage for storage in recorder.living() if storage in results)
+    return flow

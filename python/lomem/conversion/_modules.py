@@ -1,0 +1,314 @@
+"""What converted modules do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .. import functional as LF
+from ..reference import REGELU2, RESILU2
+from ._exchange import Converted
+from ._recognize import ActivationForm, LinearForm, NormForm
+
+__all__ = ["MSNorm", "NormPlan", "SharedInput", "StepActivation", "StepCalls"]
+
+_lomem = torch.ops.lomem
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class _StepOf(torch.autograd.Function):
+    """The derivative of a step function behind a forward that torch has no single op for."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, forward: Any, form: ActivationForm) -> Tensor:
+        # Row-major, the order in which step_activation_backward reads codes.
+        x = input.contiguous()
+        if form.kind == "gelu":
+            _, codes = _lomem.regelu2_forward(x, fast=True)
+        else:
+            # The derivative of silu(s x) / s is silu'(s x).
+            _, codes = _lomem.resilu2_forward(x if form.scale == 1 else x * form.scale, fast=True)
+        ctx.levels = (REGELU2 if form.kind == "gelu" else RESILU2).levels
+        ctx.save_for_backward(codes)
+        return forward(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        (codes,) = ctx.saved_tensors
+        return _lomem.step_activation_backward(grad_output, codes, ctx.levels, 2), None, None
+
+
+class StepActivation(Converted):
+    """An activation whose backward pass keeps 2 bits an element; its forward is the original one, bit for bit."""
+
+    lomem_prefix = "Step"
+    lomem_attributes = ("lomem_activation",)
+    lomem_activation: ActivationForm
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the original."""
+        values = (*args, *kwargs.values())
+        if len(values) != 1 or not isinstance(values[0], Tensor) or not _needs_gradient(values[0]):
+            return super().forward(*args, **kwargs)
+        form, x = self.lomem_activation, values[0]
+        if not form.torch_op:
+            return _StepOf.apply(x, super().forward, form)
+        result = LF.regelu2(x, form.approximate) if form.kind == "gelu" else LF.resilu2(x)
+        return x.copy_(result) if getattr(self, "inplace", False) else result
+
+
+class _Redirect(TorchFunctionMode):
+    """Calls of F.gelu and F.silu become those of lomem."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.gelu and _needs_gradient(*args[:1]):
+            return LF.regelu2(*args, **kwargs)
+        if func is F.silu and not (kwargs.get("inplace") or len(args) > 1) and _needs_gradient(*args[:1]):
+            return LF.resilu2(*args)
+        return func(*args, **kwargs)
+
+
+class StepCalls(Converted):
+    """A module whose forward calls F.gelu or F.silu."""
+
+    lomem_prefix = "StepCalls"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original."""
+        with _Redirect():
+            return super().forward(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class NormPlan:
+    """How a converted norm computes.
+
+    Attributes:
+        form: What the original computes.
+        inverted: Whether the normalized input is recovered from the output, as ``(output - beta) / gamma``. Else the
+            normalized input is kept, and linear layers that follow take their weights' gradients from it.
+        low_precision: Whether all consumers compute in the autocast dtype, so that it can be emitted there.
+        shared: Whether there are linear layers that take what is kept, beside the result: under autocast where not
+            all consumers are of low precision, and where the norm is not inverted.
+    """
+
+    form: NormForm
+    inverted: bool
+    low_precision: bool
+    shared: bool
+
+    def dtype(self, input: Tensor, weight: Tensor | None) -> torch.dtype | None:
+        """Of the result; None for the op's own choice, which is the autocast dtype under autocast."""
+        autocast = torch.is_autocast_enabled(input.device.type)
+        if autocast and self.low_precision and input.dtype != torch.float64:
+            return None
+        rule = self.form.autocast_dtype if autocast else self.form.dtype
+        if rule == "autocast":
+            return None
+        if rule == "float32":
+            return torch.float32
+        if rule == "input" or weight is None:
+            return input.dtype
+        return weight.dtype if rule == "weight" else torch.promote_types(input.dtype, weight.dtype)
+
+    def kept_dtype(self, device: str, dtype: torch.dtype) -> torch.dtype:
+        """Of what is kept, where that is not the result itself, of which the dtype is given."""
+        if torch.is_autocast_enabled(device):
+            low = torch.get_autocast_dtype(device)
+            return low if low.itemsize < dtype.itemsize and dtype != torch.float64 else dtype
+        return dtype
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        """The norm and its rstd, without a graph."""
+        if self.form.centred:
+            return _lomem.ms_layer_norm_forward(x, self.form.shape, weight, bias, self.form.eps, dtype=dtype)
+        return _lomem.ms_rms_norm_forward(x, self.form.shape, weight, self.form.eps, dtype=dtype)
+
+    def backward(
+        self,
+        grad: Tensor,
+        output: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        needs: list[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of input, weight and bias."""
+        if self.form.centred:
+            return _lomem.ms_layer_norm_backward(grad, output, rstd, self.form.shape, weight, bias, dtype, needs)
+        return (*_lomem.ms_rms_norm_backward(grad, output, rstd, self.form.shape, weight, dtype, needs[:2]), None)
+
+
+class _Shared(NamedTuple):
+    """What a norm keeps beside its result, and an attribute of that."""
+
+    kept: Tensor
+    version: int  # of the result: changed in place since, it is another tensor
+    weight: Tensor | None  # result = kept * weight + bias
+    bias: Tensor | None
+
+
+class _NormOfTwoOutputs(torch.autograd.Function):
+    """A norm that gives its result, which it does not keep, and what it keeps.
+
+    That is the result in another dtype, or the normalized input.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        plan: NormPlan,
+        dtype: torch.dtype,
+        kept_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        result, rstd = plan.forward(x, weight, bias, dtype)
+        # From the input again, not from the result: rounded once.
+        kept = result.to(kept_dtype) if plan.inverted else plan.forward(x, None, None, kept_dtype)[0]
+        ctx.save_for_backward(kept, rstd, weight, bias)
+        ctx.plan, ctx.dtype = plan, x.dtype
+        ctx.mark_non_differentiable(kept)
+        return result, kept
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        kept, rstd, weight, bias = ctx.saved_tensors
+        plan, needs = ctx.plan, list(ctx.needs_input_grad[:3])
+        if plan.inverted:
+            grads = plan.backward(grad, kept, rstd, weight, bias, ctx.dtype, needs)
+        else:
+            # By the product rule outside: gamma may be 0.
+            outer = tuple(range(grad.dim() - len(plan.form.shape)))
+            wide = grad if grad.dtype == torch.float64 else grad.float()
+            grad_weight = (wide * kept).sum(outer).to(weight.dtype) if needs[1] else None
+            grad_bias = wide.sum(outer).to(bias.dtype) if needs[2] else None
+            if weight is not None:
+                wide = wide * weight
+            grad_input, *_ = plan.backward(wide, kept, rstd, None, None, ctx.dtype, [needs[0], False, False])
+            grads = grad_input, grad_weight, grad_bias
+        return (*grads, None, None, None)
+
+
+class MSNorm(Converted):
+    """A norm that keeps its output for the backward pass, which its consumers keep anyway."""
+
+    lomem_prefix = "MS"
+    lomem_attributes = ("lomem_norm",)
+    lomem_norm: NormPlan
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the original, to rounding."""
+        values = (*args, *kwargs.values())
+        if len(values) != 1 or not isinstance(values[0], Tensor) or not values[0].is_floating_point():
+            return super().forward(*args, **kwargs)
+        plan, x = self.lomem_norm, values[0]
+        form = plan.form
+        weight = getattr(self, form.gamma) if form.gamma is not None else None
+        bias = getattr(self, form.beta) if form.beta is not None else None
+        dtype = plan.dtype(x, weight)
+        if weight is not None and form.one_plus:
+            # As wide as the arithmetic inside: 1 + weight is not rounded to 16 bits.
+            weight = 1 + (weight if weight.dtype == torch.float64 else weight.float())
+        if form.axis == 1:
+            x = x.movedim(1, -1)
+        result = self._normalize(plan, x, weight, bias, dtype)
+        return result if form.axis == -1 else result.movedim(-1, 1)
+
+    def _normalize(
+        self, plan: NormPlan, x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        form, device = plan.form, x.device.type
+        if plan.shared and _needs_gradient(x, weight, bias):
+            full = dtype or (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+            kept_dtype = plan.kept_dtype(device, full)
+            if not plan.inverted or kept_dtype != full:
+                with torch.autocast(device, enabled=False):
+                    result, kept = _NormOfTwoOutputs.apply(x, weight, bias, plan, full, kept_dtype)
+                # An attribute, and not another result: whoever does not know of it computes as ever.
+                affine = (None, None) if plan.inverted else (weight, bias)
+                result.lomem_shared = _Shared(kept, result._version, *affine)
+                return result
+        if form.centred:
+            return LF.ms_layer_norm(x, form.shape, weight, bias, form.eps, dtype=dtype)
+        return LF.ms_rms_norm(x, form.shape, weight, form.eps, dtype=dtype)
+
+
+class _LinearOfShared(torch.autograd.Function):
+    """A linear layer that keeps what the norm before it keeps, in place of its input.
+
+    The result is that of the layer, bit for bit. With input z = y * gamma + beta and y kept, the weight's gradient is
+    g^T z = (g^T y) * gamma + sum(g) beta^T: exact whatever gamma and beta are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, shared: _Shared, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(weight, shared.kept, shared.weight, shared.bias)
+        ctx.input_dtype, ctx.dtype = input.dtype, dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if shared.weight is None and shared.bias is None and shared.kept.dtype == dtype:
+            cast = shared.kept  # what the input would be cast to
+        else:
+            cast = input.to(dtype)
+        return F.linear(cast, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        weight, kept, gamma, beta = ctx.saved_tensors
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = (grad @ weight.to(ctx.dtype)).to(ctx.input_dtype)
+        rows = grad.flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            grad_weight = rows.T @ kept.to(ctx.dtype).flatten(0, -2)
+            if gamma is not None:
+                grad_weight = grad_weight * gamma
+            if beta is not None:
+                wide = torch.promote_types(beta.dtype, torch.float32)
+                grad_weight = grad_weight + torch.outer(rows.sum(0, dtype=wide), beta.to(wide))
+            grad_weight = grad_weight.to(weight.dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0).to(ctx.bias_dtype)
+        return grad_input, grad_weight, grad_bias, None, None
+
+
+class SharedInput(Converted):
+    """A linear layer behind a norm that keeps something else than its result."""
+
+    lomem_prefix = "SharedInput"
+    lomem_attributes = ("lomem_linear",)
+    lomem_linear: LinearForm
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the original."""
+        shared: _Shared | None = getattr(input, "lomem_shared", None)
+        if shared is None or args or kwargs or shared.version != input._version or input.dim() < 2:
+            return super().forward(input, *args, **kwargs)
+        weight = getattr(self, self.lomem_linear.weight)
+        bias = getattr(self, self.lomem_linear.bias) if self.lomem_linear.bias is not None else None
+        device = input.device.type
+        autocast = torch.is_autocast_enabled(device) and input.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
+        if not _needs_gradient(weight) or (not autocast and weight.dtype != input.dtype):
+            return super().forward(input)
+        if not self.lomem_linear.transposed:
+            weight = weight.T
+        with torch.autocast(device, enabled=False):
+            return _LinearOfShared.apply(input, weight, bias, shared, dtype)

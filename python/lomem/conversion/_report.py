@@ -1,0 +1,121 @@
+"""What a conversion did, and why."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Decision", "Report"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Of one norm, activation or functional call.
+
+    Attributes:
+        name: Qualified name of the module.
+        kind: ``"norm"``, ``"activation"`` or ``"call"`` (of ``F.gelu`` or ``F.silu`` in the module's forward).
+        module: Name of the module's class.
+        computes: What it was recognized as.
+        action: ``"2bit"``, ``"inverted"``, ``"two outputs"``, ``"normalized"`` or ``"left"``.
+        reason: In a few words.
+        saved_bytes: By how many bytes of the example run less is kept; 0 where left or where nothing was run.
+    """
+
+    name: str
+    kind: str
+    module: str
+    computes: str
+    action: str
+    reason: str
+    saved_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`lomem.convert` did.
+
+    Attributes:
+        decisions: One for each norm, activation and functional call, in the order of the model's modules.
+        saved_before: Bytes kept for the backward pass of the example inputs, in training mode; None where nothing was
+            run.
+        saved_after: The same after the conversion.
+        difference: Largest difference of an output from the original model's, relative to that output's norm; None
+            where it was not checked. 0 where only activations were converted.
+        notes: What else to know.
+    """
+
+    decisions: tuple[Decision, ...]
+    saved_before: int | None = None
+    saved_after: int | None = None
+    difference: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def converted(self) -> tuple[Decision, ...]:
+        """What was changed."""
+        return tuple(d for d in self.decisions if d.action != "left")
+
+    @property
+    def left(self) -> tuple[Decision, ...]:
+        """What was not."""
+        return tuple(d for d in self.decisions if d.action == "left")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """As JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def groups(self) -> list[tuple[Decision, int, int]]:
+        """Decisions that are alike but for the name: the first one, how many there are, and their bytes."""
+        alike: Counter[tuple[str, ...]] = Counter()
+        size: Counter[tuple[str, ...]] = Counter()
+        first: dict[tuple[str, ...], Decision] = {}
+        for d in self.decisions:
+            key = (d.kind, d.module, d.computes, d.action, d.reason)
+            first.setdefault(key, d)
+            alike[key] += 1
+            size[key] += d.saved_bytes
+        return [(d, alike[key], size[key]) for key, d in first.items()]
+
+    def table(self, *, every: bool = False) -> Any:
+        """A table for rich's console.
+
+        Args:
+            every: A row for each decision; else one for each kind.
+        """
+        try:
+            from rich.table import Table
+        except ImportError as error:
+            raise ImportError("Report.table needs the package rich: pip install rich") from error
+        rows = [(d, 1, d.saved_bytes) for d in self.decisions] if every else self.groups()
+        result = Table(title="lomem.convert", caption="\n".join(self._summary()), caption_justify="left")
+        for heading in ("module", "number", "class", "computes", "action", "MiB", "reason"):
+            result.add_column(heading, justify="right" if heading in ("number", "MiB") else "left", overflow="fold")
+        for d, number, size in rows:
+            saved = f"{-size * 2**-20:.2f}" if size else ""
+            result.add_row(d.name or "(the model)", str(number), d.module, d.computes, d.action, saved, d.reason)
+        return result
+
+    def _summary(self) -> list[str]:
+        lines = [f"{len(self.converted)} converted, {len(self.left)} left"]
+        if self.saved_before is not None and self.saved_after is not None:
+            before, after = self.saved_before * 2**-20, self.saved_after * 2**-20
+            percent = f" ({100 * (after / before - 1):+.1f} %)" if before else ""
+            lines.append(f"saved for backward: {before:.2f} -> {after:.2f} MiB{percent}")
+        if self.difference is not None:
+            lines.append(f"largest relative difference of an output: {self.difference:.2g}")
+        return [*lines, *self.notes]
+
+    def __str__(self) -> str:
+        lines = ["lomem.convert: " + "; ".join(self._summary())]
+        for d, number, _ in self.groups():
+            where = d.name or "(the model)"
+            also = f" and {number - 1} more" if number > 1 else ""
+            lines.append(f"  {d.action}: {where}{also} [{d.module}, {d.computes}]: {d.reason}")
+        return "\n".join(lines)
