@@ -134,6 +134,9 @@ class Saved:
     shape: tuple[int, ...]
 
 
+_DEVICE = torch.ops.prim.device.default
+
+
 @functools.cache
 def _written_arguments(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
     arguments = enumerate(func._schema.arguments)
@@ -276,6 +279,14 @@ class Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _DEVICE:
+            # A question, not an op. Fake tensors are asked often, and know.
+            return getattr(args[0], "fake_device", None) or func(*args, **kwargs)
+        if func is torch.ops.aten.lift_fresh.default:
+            # torch.tensor() makes its result without an op, and this one hands it out.
+            result = func(*args, **kwargs)
+            self.ops.append(Op(func, self.module, None, (), (), tuple(self._all([result], born=len(self.ops)))))
+            return result
         inputs = self._all(tree_leaves((args, kwargs)))
         written = []
         for index, name in _written_arguments(func):

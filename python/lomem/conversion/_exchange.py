@@ -8,7 +8,6 @@ optimizers and whoever else holds the module notice nothing, and undoing it is t
 from __future__ import annotations
 
 import copyreg
-import functools
 from typing import Any, ClassVar
 
 from torch import nn
@@ -28,7 +27,9 @@ class Converted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class has no name in any module, so pickle and deepcopy are told how to make it.
-        make, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        make, arguments, *rest = reduced
         if make is not copyreg.__newobj__:  # type: ignore[attr-defined]
             raise TypeError(
                 f"lomem.convert: {type(self).lomem_original.__name__} has its own way of being pickled, which a "
@@ -42,15 +43,22 @@ def _new(mixin: type[Converted], original: type[nn.Module], *arguments: Any) -> 
     return cls.__new__(cls, *arguments)
 
 
-@functools.cache
+_classes: dict[tuple[type, type], type[nn.Module]] = {}
+
+
 def _class(mixin: type[Converted], original: type[nn.Module]) -> type[nn.Module]:
+    # One for each pair, so that modules of one class stay modules of one class.
+    if (mixin, original) in _classes:
+        return _classes[mixin, original]
     names = {
         "__module__": original.__module__,
         "__doc__": original.__doc__,
         "lomem_mixin": mixin,
         "lomem_original": original,
     }
-    return type(f"{mixin.lomem_prefix}{original.__name__}", (mixin, original), names)
+    return _classes.setdefault(
+        (mixin, original), type(f"{mixin.lomem_prefix}{original.__name__}", (mixin, original), names)
+    )
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -71,4 +79,4 @@ def give_back(module: nn.Module) -> None:
     assert isinstance(module, Converted)
     for name in module.lomem_attributes:
         del module.__dict__[name]
-    module.__class__ = module.lomem_original
+    module.__class__ = module.lomem_original  # type: ignore[assignment]

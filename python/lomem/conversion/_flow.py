@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from .._record import Op, Recorder, Storage
@@ -144,26 +145,30 @@ class Flow:
         return [s for s in self.recorder.storages if s.copy_of is storage and s.born >= after]
 
 
+def _one_step(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+class _Plain:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
 @contextlib.contextmanager
-def _no_checkpointing(model: nn.Module) -> Iterator[None]:
-    # What a checkpointed region would keep is what its recomputation keeps; recorded without it, it is seen.
-    switched = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
-    checkpoint = torch.utils.checkpoint.checkpoint
-
-    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        for option in ("use_reentrant", "context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state"):
-            kwargs.pop(option, None)
-        return function(*args, **kwargs)
-
+def _no_checkpointing() -> Iterator[None]:
+    # What a checkpointed region keeps when it is computed again is not to be seen, and is what it keeps without
+    # checkpointing. torch has no switch for it; these are what its function calls around the region, in either variant.
+    module = torch.utils.checkpoint
+    replaced = {"_checkpoint_without_reentrant_generator": _one_step, "CheckpointFunction": _Plain}
+    before = {name: getattr(module, name) for name in replaced if hasattr(module, name)}
     try:
-        for module in switched:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
-        torch.utils.checkpoint.checkpoint = call
+        for name in before:
+            setattr(module, name, replaced[name])
         yield
     finally:
-        torch.utils.checkpoint.checkpoint = checkpoint
-        for module in switched:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
+        for name, value in before.items():
+            setattr(module, name, value)
 
 
 @contextlib.contextmanager
@@ -176,7 +181,8 @@ def untouched(model: nn.Module, training: bool | None = None) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     slots = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
-    values = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    real = [buffer for buffer in model.buffers() if not isinstance(buffer, FakeTensor) and not buffer.is_meta]
+    values = [(buffer, buffer.detach().clone()) for buffer in real]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     # Copies of weights made without gradient would serve later runs with; those made before are not seen to be copies.
     torch.clear_autocast_cache()
@@ -194,8 +200,9 @@ def untouched(model: nn.Module, training: bool | None = None) -> Iterator[None]:
         for module, name, buffer in slots:
             module._buffers[name] = buffer
         with torch.no_grad():
-            for buffer, version, value in values:
-                if buffer._version != version:
+            for buffer, value in values:
+                # Not by the version: batch norm's kernels change their statistics behind its back.
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 
@@ -241,7 +248,7 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
             before = functools.partial(enter, name)
             handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True))
             handles.append(modules[name].register_forward_hook(leave, with_kwargs=True))
-        with untouched(model, training), _no_checkpointing(model), torch.set_grad_enabled(grad), recorder:
+        with untouched(model, training), _no_checkpointing(), torch.set_grad_enabled(grad), recorder:
             recorder.label((*model.parameters(), *model.buffers()), "parameter")
             recorder.label(inputs.tensors(), "input")
             output = inputs.call(model)
@@ -255,6 +262,7 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
     if grad:
         del output, leaf  # and with them the graph, which holds results that have not escaped
     kept.clear()
-    gc.collect()
+    if any(storage in results - flow.escaped for storage in recorder.living()):
+        gc.collect()  # slow, and no cycle holds them most of the time
     flow.escaped.update(storage for storage in recorder.living() if storage in results)
     return flow

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
 from .. import functional as LF
@@ -127,12 +128,18 @@ class NormPlan:
             return low if low.itemsize < dtype.itemsize and dtype != torch.float64 else dtype
         return dtype
 
+    def public(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+        """The norm."""
+        if self.form.centred:
+            return LF.ms_layer_norm(x, self.form.shape, weight, bias, self.form.eps or 0.0, dtype=dtype)
+        return LF.ms_rms_norm(x, self.form.shape, weight, self.form.eps, dtype=dtype)
+
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
-        """The norm and its rstd, without a graph."""
+        """The norm and its rstd, without a graph; weights are those that can be divided by."""
         if self.form.centred:
-            return _lomem.ms_layer_norm_forward(x, self.form.shape, weight, bias, self.form.eps, dtype=dtype)
+            return _lomem.ms_layer_norm_forward(x, self.form.shape, weight, bias, self.form.eps or 0.0, dtype=dtype)
         return _lomem.ms_rms_norm_forward(x, self.form.shape, weight, self.form.eps, dtype=dtype)
 
     def backward(
@@ -176,9 +183,13 @@ class _NormOfTwoOutputs(torch.autograd.Function):
         dtype: torch.dtype,
         kept_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        result, rstd = plan.forward(x, weight, bias, dtype)
-        # From the input again, not from the result: rounded once.
-        kept = result.to(kept_dtype) if plan.inverted else plan.forward(x, None, None, kept_dtype)[0]
+        if plan.inverted:
+            result, rstd = plan.forward(x, weight, bias, dtype)
+            kept = result.to(kept_dtype)
+        else:
+            # Both from the input, so that each is rounded once.
+            result = plan.public(x, weight, bias, dtype)
+            kept, rstd = plan.forward(x, None, None, kept_dtype)
         ctx.save_for_backward(kept, rstd, weight, bias)
         ctx.plan, ctx.dtype = plan, x.dtype
         ctx.mark_non_differentiable(kept)
@@ -217,6 +228,9 @@ class MSNorm(Converted):
         if len(values) != 1 or not isinstance(values[0], Tensor) or not values[0].is_floating_point():
             return super().forward(*args, **kwargs)
         plan, x = self.lomem_norm, values[0]
+        if is_compiling() and not plan.inverted:
+            # Compilers know of no attributes of tensors, by which linear layers get what is kept.
+            return super().forward(*args, **kwargs)
         form = plan.form
         weight = getattr(self, form.gamma) if form.gamma is not None else None
         bias = getattr(self, form.beta) if form.beta is not None else None
@@ -232,8 +246,8 @@ class MSNorm(Converted):
     def _normalize(
         self, plan: NormPlan, x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype | None
     ) -> Tensor:
-        form, device = plan.form, x.device.type
-        if plan.shared and _needs_gradient(x, weight, bias):
+        device = x.device.type
+        if plan.shared and _needs_gradient(x, weight, bias) and not is_compiling():
             full = dtype or (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
             kept_dtype = plan.kept_dtype(device, full)
             if not plan.inverted or kept_dtype != full:
@@ -243,9 +257,7 @@ class MSNorm(Converted):
                 affine = (None, None) if plan.inverted else (weight, bias)
                 result.lomem_shared = _Shared(kept, result._version, *affine)
                 return result
-        if form.centred:
-            return LF.ms_layer_norm(x, form.shape, weight, bias, form.eps, dtype=dtype)
-        return LF.ms_rms_norm(x, form.shape, weight, form.eps, dtype=dtype)
+        return plan.public(x, weight, bias, dtype)
 
 
 class _LinearOfShared(torch.autograd.Function):
@@ -278,10 +290,10 @@ class _LinearOfShared(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         if ctx.needs_input_grad[1]:
             grad_weight = rows.T @ kept.to(ctx.dtype).flatten(0, -2)
+            wide = torch.promote_types(grad.dtype, torch.float32)
             if gamma is not None:
-                grad_weight = grad_weight * gamma
+                grad_weight = grad_weight * gamma.to(wide)
             if beta is not None:
-                wide = torch.promote_types(beta.dtype, torch.float32)
                 grad_weight = grad_weight + torch.outer(rows.sum(0, dtype=wide), beta.to(wide))
             grad_weight = grad_weight.to(weight.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
@@ -298,7 +310,7 @@ class SharedInput(Converted):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
-        shared: _Shared | None = getattr(input, "lomem_shared", None)
+        shared: _Shared | None = None if is_compiling() else getattr(input, "lomem_shared", None)
         if shared is None or args or kwargs or shared.version != input._version or input.dim() < 2:
             return super().forward(input, *args, **kwargs)
         weight = getattr(self, self.lomem_linear.weight)

@@ -126,10 +126,8 @@ def settle(candidates: list[Candidate], ledger: Ledger) -> None:
 def _no_gain(c: Candidate, ledger: Ledger) -> str:
     if not c.keeps:
         return "it keeps nothing"
-    if c.kind == "norm":
-        return _UNSHARED
     others = {name for s in c.keeps for name, _ in ledger.owners[s] if name != c.name}
-    return f"its input is kept by {_some(others)} too" if others else "it would keep no less"
+    return f"its input is kept by {_some(others)} too" if others else "it would keep hardly less"
 
 
 def _some(names: Iterable[str]) -> str:
@@ -228,6 +226,8 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
             c.leave(f"its output is changed in place by {changed.func._overloadpacket.__name__} in {_at(changed)}")
             return c
     c.keeps = finder.ledger.kept_by(name)
+    # One float a row less, the mean, is no reason.
+    c.least = sum(s.nbytes for s in c.keeps) // 4
     results = [call.result for call in calls if call.result is not None]
     dtype = calls[0].dtype or torch.float32
     uses = [(flow, op, alias) for flow, call in every for op, alias in flow.uses(_result(call), call.end)]
@@ -270,8 +270,6 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
             c.changes[linear] = (SharedInput, {"lomem_linear": finder.linear(linear)})
     if not any(finder.ledger.kept_by_others(s, name) for s in (*results, *casts)):
         c.reason = f"{_UNSHARED}{_who(finder, first, uses)}"
-        # One float a row less is not worth it; where the original is made of many ops, it keeps several copies.
-        c.least = sum(s.nbytes for s in c.keeps) // 4
     return c
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -125,12 +126,14 @@ def _run(module: nn.Module, values: dict[str, Tensor], x: Tensor) -> Tensor:
 def _quietly() -> Iterator[torch.Generator]:
     # Real tensors also where the model is fake, no graph, no autocast, and the global generators left alone.
     with (
+        warnings.catch_warnings(),
         unset_fake_temporarily(),
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
         torch.autocast("cpu", enabled=False),
         torch.device("cpu"),
     ):
+        warnings.simplefilter("ignore")  # of mixes of dtypes, which are tried on purpose
         yield torch.Generator().manual_seed(0)
 
 
@@ -138,7 +141,7 @@ def _normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def _statistics(x: Tensor, dims: Sequence[int], centred: bool) -> tuple[Tensor, Tensor]:
+def _statistics(x: Tensor, dims: tuple[int, ...], centred: bool) -> tuple[Tensor, Tensor]:
     centre = x.mean(dims, keepdim=True) if centred else torch.zeros((), dtype=x.dtype)
     return x - centre, (x - centre).square().mean(dims, keepdim=True)
 

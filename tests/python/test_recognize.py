@@ -1,0 +1,266 @@
+"""What lomem.convert takes a module for, whatever its name and spelling."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lomem.conversion._recognize import (
+    ActivationForm,
+    NormForm,
+    recognize_activation,
+    recognize_linear,
+    recognize_norm,
+)
+from torch import nn
+
+D = 24
+
+
+class Norm(nn.Module):
+    """The parts of a norm, each spelled out."""
+
+    def __init__(self, centred, gamma, beta, eps, *, double=False):
+        super().__init__()
+        self.centred, self.tiny, self.double_precision = centred, eps, double
+        if gamma:
+            self.g = nn.Parameter(torch.zeros(D) if gamma == "1 + g" else torch.ones(D))
+        self.plus = gamma == "1 + g"
+        if beta:
+            self.shift = nn.Parameter(torch.zeros(D))
+
+    def forward(self, hidden):
+        x = hidden.double() if self.double_precision else hidden.float()
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        x = x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.tiny)
+        if hasattr(self, "g"):
+            x = x * (1 + self.g if self.plus else self.g)
+        return (x + self.shift if hasattr(self, "shift") else x).to(hidden.dtype)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("gamma", [None, "g", "1 + g"])
+@pytest.mark.parametrize("beta", [False, True])
+@pytest.mark.parametrize("eps", [1e-3, 1e-5, 1e-6, 3e-7, 1e-12])
+def test_a_norm_is_recognized_part_by_part(centred, gamma, beta, eps):
+    norm = Norm(centred, gamma, beta, eps)
+    if gamma is None and not beta:
+        norm.normalized_shape = (D,)
+    form = recognize_norm(norm)
+    assert isinstance(form, NormForm), form
+    assert (form.centred, form.one_plus, form.eps, form.shape, form.axis) == (
+        centred,
+        gamma == "1 + g",
+        eps,
+        (D,),
+        -1,
+    )
+    assert (form.gamma, form.beta) == ("g" if gamma else None, "shift" if beta else None)
+    assert form.dtype == "input"
+
+
+@pytest.mark.parametrize("eps", [1e-2, 1e-4, 2.5e-5, 1e-8, 0.0])
+def test_eps_is_found_where_no_attribute_holds_it(eps):
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(D))
+
+        def forward(self, x):
+            return F.rms_norm(x, (D,), self.weight, eps)
+
+    assert recognize_norm(Hidden()).eps == eps
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [
+        (nn.LayerNorm(D), (True, "weight", "bias", 1e-5, (D,))),
+        (nn.LayerNorm(D, bias=False, eps=1e-6), (True, "weight", None, 1e-6, (D,))),
+        (nn.LayerNorm(D, elementwise_affine=False), (True, None, None, 1e-5, (D,))),
+        (nn.LayerNorm((4, D)), (True, "weight", "bias", 1e-5, (4, D))),
+        (nn.RMSNorm(D), (False, "weight", None, None, (D,))),
+        (nn.RMSNorm(D, eps=1e-6), (False, "weight", None, 1e-6, (D,))),
+        (nn.LayerNorm(D).bfloat16(), (True, "weight", "bias", 1e-5, (D,))),
+    ],
+)
+def test_torch_norms_are_recognized(norm, expected):
+    form = recognize_norm(norm)
+    assert (form.centred, form.gamma, form.beta, form.eps, form.shape) == expected
+    assert (form.dtype, form.one_plus, form.axis) == ("input", False, -1)
+
+
+def test_a_norm_of_channels_is_recognized():
+    class ChannelsFirst(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    form = recognize_norm(ChannelsFirst(D))
+    assert (form.axis, form.centred, form.gamma, form.beta) == (1, True, "weight", "bias")
+
+
+def test_the_rule_for_the_dtype_of_the_result_is_recognized():
+    class Weighted(nn.Module):
+        def __init__(self, rule):
+            super().__init__()
+            self.weight, self.rule = nn.Parameter(torch.ones(D)), rule
+
+        def forward(self, x):
+            y = F.rms_norm(x.float(), (D,), eps=1e-6)
+            if self.rule == "promote":
+                return self.weight * y.to(x.dtype)
+            if self.rule == "weight":
+                return self.weight * y.to(self.weight.dtype)
+            y = y * self.weight.float()
+            return y if self.rule == "float32" else y.to(x.dtype)
+
+    for rule in ("input", "promote", "weight", "float32"):
+        assert recognize_norm(Weighted(rule)).dtype == rule
+
+
+class _NotANorm(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(D))
+        self.function = forward
+
+    def forward(self, x):
+        return self.function(x) * self.weight
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.BatchNorm1d(D),
+        nn.BatchNorm1d(D).eval(),
+        nn.GroupNorm(4, D),
+        nn.InstanceNorm1d(D, affine=True),
+        nn.Linear(D, D),
+        nn.PReLU(D),
+        nn.Dropout(),
+        nn.Sequential(nn.LayerNorm(D)),
+        _NotANorm(lambda x: F.normalize(x, dim=-1)),
+        _NotANorm(lambda x: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-3)),  # eps outside of the root
+        _NotANorm(lambda x: (x - x.median(-1, keepdim=True).values) / x.std(-1, keepdim=True)),
+        _NotANorm(lambda x: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)),  # divides by D - 1
+        _NotANorm(lambda x: F.rms_norm(x, (D,)).clamp(max=2)),
+        _NotANorm(lambda x: F.rms_norm(x, (D,)) + torch.rand(())),
+        _NotANorm(lambda x: F.rms_norm(x, (D,)) + 0.01 * x),
+        _NotANorm(lambda x: F.rms_norm(x, (x.shape[0], D))),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_what_is_no_norm_is_none(module):
+    reason = recognize_norm(module, (5, D))
+    assert isinstance(reason, str)
+    assert reason
+
+
+def test_recognition_leaves_everything_as_it_was():
+    norm = nn.LayerNorm(D)
+    calls = []
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    weight, state = norm.weight, torch.get_rng_state()
+    recognize_norm(norm)
+    recognize_activation(nn.GELU())
+    assert norm.weight is weight
+    assert torch.equal(weight, torch.ones(D))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not calls
+    assert norm.weight.grad is None
+
+
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+ROOT = math.sqrt(2 / math.pi)
+SPELLINGS = {
+    "nn.GELU": (nn.GELU(), ActivationForm("gelu")),
+    "nn.GELU tanh": (nn.GELU("tanh"), ActivationForm("gelu", "tanh")),
+    "nn.SiLU": (nn.SiLU(), ActivationForm("silu")),
+    "nn.SiLU inplace": (nn.SiLU(inplace=True), ActivationForm("silu")),
+    "erf": (
+        Function(lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))),
+        ActivationForm("gelu", torch_op=False),
+    ),
+    "tanh": (
+        Function(lambda x: 0.5 * x * (1 + torch.tanh(ROOT * (x + 0.044715 * torch.pow(x, 3))))),
+        ActivationForm("gelu", "tanh", torch_op=False),
+    ),
+    "tanh, factored": (
+        Function(lambda x: 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x)))),
+        ActivationForm("gelu", "tanh", torch_op=False),
+    ),
+    "quick": (
+        Function(lambda x: x * torch.sigmoid(1.702 * x)),
+        ActivationForm("silu", scale=1.702, torch_op=False),
+    ),
+    "swish": (Function(lambda x: x * x.sigmoid()), ActivationForm("silu", torch_op=False)),
+    "called": (Function(F.silu), ActivationForm("silu")),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_activations_are_recognized_in_every_spelling(name):
+    module, form = SPELLINGS[name]
+    found = recognize_activation(module)
+    if name == "swish":  # bit for bit torch's or not, that depends on torch's vectorization
+        found = ActivationForm(**{**found.__dict__, "torch_op": False})
+    assert found == form
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.ReLU(),
+        nn.Mish(),
+        nn.Softplus(),
+        nn.Sigmoid(),
+        nn.Tanh(),
+        nn.Hardswish(),
+        nn.Identity(),
+        nn.Softmax(-1),
+        nn.Dropout(),
+        nn.Linear(1, 1),
+        nn.PReLU(),
+        Function(lambda x: F.gelu(x).clamp(-10, 10)),
+        Function(lambda x: F.gelu(x) + 1e-3),
+        Function(lambda x: F.silu(x)[..., :1]),
+        Function(lambda x: (x, x)),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_what_is_no_such_activation_is_none(module):
+    assert recognize_activation(module) is None
+
+
+def test_linear_layers_are_recognized():
+    class Conv1D(nn.Module):  # as GPT-2 has it
+        def __init__(self, inner, outer):
+            super().__init__()
+            self.w, self.b = nn.Parameter(torch.zeros(inner, outer)), nn.Parameter(torch.zeros(outer))
+
+        def forward(self, x):
+            return torch.addmm(self.b, x.view(-1, x.size(-1)), self.w).view(*x.shape[:-1], -1)
+
+    form = recognize_linear(Conv1D(6, 4))
+    assert (form.weight, form.bias, form.transposed) == ("w", "b", False)
+    form = recognize_linear(nn.Linear(6, 6, bias=False))
+    assert (form.weight, form.bias, form.transposed) == ("weight", None, True)
+    for module in (nn.Embedding(6, 4), nn.Conv2d(3, 3, 1), nn.Bilinear(2, 2, 2), nn.LayerNorm(6), nn.ReLU()):
+        assert recognize_linear(module) is None
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    assert recognize_linear(Scaled(6, 4)) is None

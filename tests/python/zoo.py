@@ -1,0 +1,218 @@
+"""Small models of transformers' architectures, from configurations, with random weights."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import transformers as tf
+from torch import nn
+
+TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+DECODER = TEXT | {"num_key_value_heads": 2, "pad_token_id": 0}
+IMAGE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(5, 98, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def pictures(*shape: int) -> torch.Tensor:
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def language() -> dict[str, Any]:
+    return {"input_ids": tokens(), "labels": tokens()}
+
+
+def classes() -> dict[str, Any]:
+    return {"input_ids": tokens(), "attention_mask": torch.ones(2, 12).long(), "labels": torch.tensor([0, 1])}
+
+
+def images() -> dict[str, Any]:
+    return {"pixel_values": pictures(3, 32, 32), "labels": torch.tensor([0, 1])}
+
+
+class Entry(NamedTuple):
+    """One architecture.
+
+    Attributes:
+        model: Makes it.
+        batch: Makes what it is called with.
+        activations: How many activations and calls are to be converted, in float32.
+        norms: How many norms.
+    """
+
+    model: Callable[[], nn.Module]
+    batch: Callable[[], dict[str, Any]]
+    activations: int
+    norms: int
+
+
+ZOO = {
+    "llama": Entry(lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER)), language, 2, 5),
+    "mistral": Entry(lambda: tf.MistralForCausalLM(tf.MistralConfig(**DECODER, head_dim=8)), language, 2, 5),
+    "qwen2": Entry(lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**DECODER)), language, 2, 5),
+    "qwen3": Entry(lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**DECODER, head_dim=8)), language, 2, 9),
+    "gemma": Entry(lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**DECODER, head_dim=8)), language, 2, 5),
+    "gemma2": Entry(lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**DECODER, head_dim=8)), language, 2, 9),
+    # The two halves of one storage: the product keeps the other half of the activation's input.
+    "phi3": Entry(lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**DECODER)), language, 0, 5),
+    "gpt2": Entry(
+        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+        language,
+        2,
+        5,
+    ),
+    "opt": Entry(
+        lambda: tf.OPTForCausalLM(
+            tf.OPTConfig(
+                vocab_size=99,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                ffn_dim=64,
+                max_position_embeddings=64,
+                word_embed_proj_dim=32,
+                activation_function="gelu",
+            )
+        ),
+        language,
+        2,
+        5,
+    ),
+    "gpt_neox": Entry(lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**TEXT)), language, 2, 5),
+    # Behind the embeddings' norm is a dropout, which keeps no input.
+    "bert": Entry(lambda: tf.BertForSequenceClassification(tf.BertConfig(**TEXT)), classes, 2, 4),
+    # The classifier too has a dropout before it.
+    "roberta": Entry(
+        lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**TEXT | {"max_position_embeddings": 80})),
+        classes,
+        2,
+        3,
+    ),
+    "distilbert": Entry(
+        lambda: tf.DistilBertForSequenceClassification(
+            tf.DistilBertConfig(vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64)
+        ),
+        classes,
+        2,
+        4,
+    ),
+    "vit": Entry(lambda: tf.ViTForImageClassification(tf.ViTConfig(**IMAGE)), images, 2, 5),
+    "deit": Entry(lambda: tf.DeiTForImageClassification(tf.DeiTConfig(**IMAGE)), images, 2, 5),
+    # The last norm's output is averaged.
+    "dinov2": Entry(
+        lambda: tf.Dinov2ForImageClassification(
+            tf.Dinov2Config(
+                hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=32, patch_size=8
+            )
+        ),
+        images,
+        2,
+        4,
+    ),
+    # The norms before attention go through windows, which are copies; the last one's output is averaged.
+    "swin": Entry(
+        lambda: tf.SwinForImageClassification(
+            tf.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
+        ),
+        images,
+        4,
+        6,
+    ),
+    # Of the text model's last norm, one row a sequence is taken.
+    "clip": Entry(
+        lambda: tf.CLIPModel(
+            tf.CLIPConfig(
+                text_config=TEXT | {"eos_token_id": 98, "bos_token_id": 1, "pad_token_id": 0},
+                vision_config=IMAGE,
+                projection_dim=16,
+            )
+        ),
+        lambda: {"input_ids": tokens(), "pixel_values": pictures(3, 32, 32), "return_loss": True},
+        4,
+        10,
+    ),
+    # The encoder calls F.gelu twice.
+    "whisper": Entry(
+        lambda: tf.WhisperForConditionalGeneration(
+            tf.WhisperConfig(
+                vocab_size=99,
+                d_model=32,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                max_source_positions=16,
+                max_target_positions=32,
+                num_mel_bins=8,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                decoder_start_token_id=1,
+            )
+        ),
+        lambda: {"input_features": pictures(8, 32), "labels": tokens()},
+        5,
+        12,
+    ),
+    # Norms and gated activations of several ops each, which keep several copies: converted also where nobody else keeps
+    # the output, behind the last norms' dropouts.
+    "t5": Entry(
+        lambda: tf.T5ForConditionalGeneration(
+            tf.T5Config(
+                vocab_size=99,
+                d_model=32,
+                d_kv=8,
+                d_ff=64,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+                decoder_start_token_id=0,
+            )
+        ),
+        language,
+        4,
+        12,
+    ),
+    "convnext": Entry(
+        lambda: tf.ConvNextForImageClassification(
+            tf.ConvNextConfig(hidden_sizes=[16, 32], depths=[2, 2], num_stages=2, patch_size=4, image_size=32)
+        ),
+        images,
+        4,
+        7,
+    ),
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
+    """A model in evaluation mode, its norms' weights and biases random, and a batch."""
+    torch.manual_seed(0)
+    model = ZOO[name].model().eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "norm" in path.lower() or "ln_" in path:
+                one = path.endswith("weight") and not name.startswith("gemma")  # gemma's is 1 + weight
+                parameter.copy_(0.2 * torch.randn_like(parameter) + one)
+    batch = {
+        key: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for key, value in ZOO[name].batch().items()
+    }
+    return model.to(dtype), batch
