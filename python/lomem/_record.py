@@ -155,7 +155,9 @@ def _pack(tensor: Tensor) -> Tensor:
     # torch calls the innermost hooks only, so they speak for all blocks around them.
     for record in _recorders.active:
         record(tensor)
-    return tensor
+    # Not the tensor itself: an op that keeps its own result would keep itself, and a graph that no backward pass frees
+    # would stay for ever. torch makes the result of unpacking what the tensor was in the graph.
+    return tensor.detach()
 
 
 class SavedTensorsBlock:
@@ -268,7 +270,7 @@ class Recorder(TorchDispatchMode):
             self._live.pop(key).record.died = len(self.ops)
 
     def _save(self, tensor: Tensor) -> None:
-        for storage in self.records(tensor, born=len(self.ops) - 1):
+        for storage in self.records(tensor):  # one that is first seen here is an input of the next op
             self.saved.append(Saved(storage, self.module, len(self.ops), tensor.dtype, tuple(tensor.shape)))
 
     def __torch_dispatch__(

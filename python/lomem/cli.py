@@ -148,6 +148,79 @@ def _add_bench(commands: Any) -> None:
     bench.set_defaults(run=run)
 
 
+def _model_command(name: str) -> Callable[[argparse.Namespace], int]:
+    def run(arguments: argparse.Namespace) -> int:
+        from . import model_commands  # needs the optional packages
+
+        if isinstance(arguments.lora, str):
+            arguments.lora = model_commands.parse_lora(arguments.lora)
+        return getattr(model_commands, name)(arguments)
+
+    return run
+
+
+def _add_model_options(command: Any) -> None:
+    model = command.add_argument_group("the model")
+    model.add_argument(
+        "--model", metavar="NAME", help="llama-7b, vit-b, roberta-base, ... or a folder with a transformers config"
+    )
+    model.add_argument("--lora", metavar="r=N,...", help="also targets=qv or all, dropout=P, dtype=fp32, bf16, fp16")
+    model.add_argument("--4bit", dest="four_bit", action="store_true", help="keep the frozen linear layers in 4 bits")
+    model.add_argument("--no-peft-cast", action="store_true", help="LoRA layers do not cast their input")
+    model.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights, without autocast")
+    model.add_argument("--autocast", choices=["bf16", "fp16", "none"], help="automatic mixed precision")
+
+
+def _add_memory(commands: Any) -> None:
+    command = commands.add_parser(
+        "memory",
+        help="estimate what the training of a model holds, plain and converted",
+        description="Estimates the memory of a training step of a model, plain and with what lomem and checkpointing do, "
+        "without weights and without a GPU.",
+    )
+    _add_model_options(command)
+    command.add_argument(
+        "--paper", action="store_true", help="instead of a model: the settings of the paper, for a few minutes"
+    )
+    command.add_argument("--only", type=_list_of(str), metavar="NAME,...", help="with --paper: these models")
+    measured = command.add_argument_group("what is estimated")
+    measured.add_argument(
+        "--method",
+        type=_list_of(str),
+        metavar="NAME,...",
+        help="plain, activations, norms, lomem (both), one-cast, checkpoint, lomem+checkpoint "
+        "(default: plain,lomem,checkpoint)",
+    )
+    measured.add_argument("--batch", type=_positive, metavar="N", help="sequences or images in a batch")
+    measured.add_argument("--seq", type=_positive, metavar="N", help="tokens in a sequence")
+    measured.add_argument(
+        "--optimizer", choices=["adamw", "sgd", "none"], default="adamw", help="whose state is held (default: adamw)"
+    )
+    measured.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="whose ops are estimated (default: cuda)"
+    )
+    shown = command.add_argument_group("what is shown")
+    shown.add_argument("--json", metavar="FILE", help="write the figures")
+    shown.add_argument("--table", metavar="FILE.md", help="write the table")
+    shown.add_argument("--plot", metavar="FILE.png", help="draw them")
+    command.set_defaults(run=_model_command("main_memory"))
+
+
+def _add_convert(commands: Any) -> None:
+    command = commands.add_parser(
+        "convert",
+        help="print what lomem.convert would do to a model",
+        description="Prints what lomem.convert would do to a model of random weights, norm by norm. In a program, "
+        "lomem.convert(model, example_inputs) does it.",
+    )
+    _add_model_options(command)
+    command.add_argument(
+        "--dry-run", action="store_true", required=True, help="change nothing, which is all that it can"
+    )
+    command.add_argument("--every", action="store_true", help="a row for each module, not for each kind")
+    command.set_defaults(run=_model_command("main_convert"))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(prog="lomem", description="Less activation memory in PyTorch training.")
@@ -164,6 +237,8 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--epochs", type=_positive, default=None, metavar="N", help="epochs of each training run")
     demo.add_argument("--plot", metavar="FILE.png", help="draw the comparison")
     demo.set_defaults(run=_demo)
+    _add_memory(commands)
+    _add_convert(commands)
     _add_bench(commands)
     return result
 

@@ -61,8 +61,8 @@ def convert(
         check: Whether to compare the outputs on the example inputs with the original model's, in training and in
             evaluation mode.
         tolerance: Largest relative difference that the check allows, in the 2-norm of an output. By default half of
-            the digits of the output's dtype, since a model may amplify rounding; where only activations were
-            converted, 0.
+            the digits of the narrowest dtype of weights, autocast and output, since a model may amplify rounding; where
+            only activations were converted, 0.
         dry_run: Decides, and changes nothing.
 
     Returns:
@@ -198,8 +198,10 @@ def _candidates(
     for name in leaves.keys() - forms.keys():
         module = leaves[name]
         named = any(part in type(module).__name__.lower() for part in _NORM_NAMES)
+        if not named and next(module.parameters(), next(module.buffers(), None)) is None:
+            continue  # a dropout and the like
         norm = recognize_norm(module, shapes.get(name))
-        if isinstance(norm, NormForm) and (norm.gamma is not None or named):
+        if isinstance(norm, NormForm):
             found.append(_norm_candidate(name, module, norm, finder))
         elif isinstance(norm, str) and named:
             c = Candidate(name, "norm", "another norm")
@@ -243,13 +245,14 @@ class _Outputs:
     def __init__(self, model: nn.Module, inputs: Inputs | None) -> None:
         assert inputs is not None
         self._model, self._inputs = model, inputs
+        self._dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         self._first = self._run()
         self._again = self._run()
 
     def _run(self) -> list[Tensor]:
         outputs = []
         for training in (False, True):
-            with untouched(self._model, training), torch.no_grad():
+            with untouched(self._model, training, self._inputs), torch.no_grad():
                 torch.manual_seed(0)  # the same dropout each time; put back afterwards
                 leaves = tree_leaves(self._inputs.call(self._model))
             outputs += [t.detach().clone() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
@@ -265,8 +268,12 @@ class _Outputs:
                 continue
             norm = before.double().norm().item()
             difference = (after.double() - before.double()).norm().item() / norm if norm else float("inf")
-            # Modules that compute in float32 whatever they are given have no more digits than that.
-            digits = max(torch.finfo(before.dtype).eps, torch.finfo(torch.float32).eps)
+            # Modules that compute in float32 whatever they are given have no more digits than that; an output has no
+            # more than the weights and autocast's dtype, whatever its own.
+            dtypes = [before.dtype, torch.float32, *self._dtypes]
+            if torch.is_autocast_enabled(before.device.type):
+                dtypes.append(torch.get_autocast_dtype(before.device.type))
+            digits = max(torch.finfo(dtype).eps for dtype in dtypes)
             allowed = digits**0.5 if tolerance is None else tolerance
             if not difference <= allowed:
                 raise RuntimeError(

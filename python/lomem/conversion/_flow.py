@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from .._record import Op, Recorder, Storage
+from .._state import preserved
 
 __all__ = ["Call", "Flow", "Inputs", "as_inputs", "trace", "untouched"]
 
@@ -172,38 +172,23 @@ def _no_checkpointing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, training: bool | None = None) -> Iterator[None]:
-    """Lets a model run, and leaves buffers, modes, random state and autocast's cache as they were.
+def untouched(model: nn.Module, training: bool, inputs: Inputs) -> Iterator[None]:
+    """Lets a model run, and leaves it, random state and autocast's cache as they were.
 
     Args:
         model: The model.
-        training: Mode of all modules meanwhile; None for their own.
+        training: Mode of all modules meanwhile.
+        inputs: What it is called with, which a model may write to.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    slots = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
-    real = [buffer for buffer in model.buffers() if not isinstance(buffer, FakeTensor) and not buffer.is_meta]
-    values = [(buffer, buffer.detach().clone()) for buffer in real]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     # Copies of weights made without gradient would serve later runs with; those made before are not seen to be copies.
     torch.clear_autocast_cache()
     try:
-        if training is not None:
-            # Not model.train(): a module may do more in it.
-            for module, _ in modes:
-                module.training = training
-        with torch.random.fork_rng(devices=devices):
+        with preserved(model, inputs=inputs.tensors()):
+            for module in model.modules():
+                module.training = training  # not model.train(): a module may do more in it
             yield
     finally:
         torch.clear_autocast_cache()
-        for module, mode in modes:
-            module.training = mode
-        for module, name, buffer in slots:
-            module._buffers[name] = buffer
-        with torch.no_grad():
-            for buffer, value in values:
-                # Not by the version: batch norm's kernels change their statistics behind its back.
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
 
 
 def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training: bool, grad: bool) -> Flow:
@@ -248,7 +233,7 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
             before = functools.partial(enter, name)
             handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True))
             handles.append(modules[name].register_forward_hook(leave, with_kwargs=True))
-        with untouched(model, training), _no_checkpointing(), torch.set_grad_enabled(grad), recorder:
+        with untouched(model, training, inputs), _no_checkpointing(), torch.set_grad_enabled(grad), recorder:
             recorder.label((*model.parameters(), *model.buffers()), "parameter")
             recorder.label(inputs.tensors(), "input")
             output = inputs.call(model)

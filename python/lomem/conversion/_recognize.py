@@ -276,6 +276,10 @@ def recognize_norm(module: nn.Module, input_shape: Sequence[int] | None = None) 
     if len(shapes) > 1 or len(tensors) > 2:
         return "its parameters are not those of a norm"
     shape = shapes[0]
+    known = getattr(module, "normalized_shape", None) if input_shape is None else input_shape
+    ends = () if known is None else (tuple(known[-len(shape) :]), tuple(known[1:2]))
+    if shape not in ends if known is not None else len(shape) > 1:
+        return "its parameters have another shape than what a norm of its input would have"
     if math.prod(shape) < 2:
         return "it normalizes single elements"
     reason = "its result is no layer norm or RMS norm of its input"
@@ -365,22 +369,37 @@ def recognize_linear(module: nn.Module) -> LinearForm | None:
         return None
     weight, bias = matrices[0], vectors[0] if vectors else None
     shape = parameters[weight].shape
+    if type(module).forward is nn.Linear.forward:
+        return LinearForm(weight, bias, transposed=True)
     with _quietly() as generator:
-        # A small stand-in: the module need not know its sizes.
         for transposed in (True, False):
             inner, outer = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
             if bias is not None and len(parameters[bias]) != outer:
                 continue
-            values = {weight: _normal(generator, *shape)}
-            if bias is not None:
-                values[bias] = _normal(generator, outer)
-            x = _normal(generator, 3, inner)
-            expected = F.linear(x, values[weight] if transposed else values[weight].T, values.get(bias or ""))
-            with _with_values(module, values):
-                try:
-                    result = module.forward(x)
-                except Exception:  # a forward that wants something else
-                    continue
-            if isinstance(result, Tensor) and result.shape == expected.shape and _close(result, expected, 1e-9):
-                return LinearForm(weight, bias, transposed)
+            # A small stand-in first: most modules need not know their sizes.
+            for size in ((5, 3), (inner, outer)):
+                if _is_linear(module, weight, bias, transposed, size, generator):
+                    return LinearForm(weight, bias, transposed)
     return None
+
+
+def _is_linear(
+    module: nn.Module,
+    weight: str,
+    bias: str | None,
+    transposed: bool,
+    size: tuple[int, int],
+    generator: torch.Generator,
+) -> bool:
+    inner, outer = size
+    values = {weight: _normal(generator, *((outer, inner) if transposed else (inner, outer)))}
+    if bias is not None:
+        values[bias] = _normal(generator, outer)
+    x = _normal(generator, 3, inner)
+    expected = F.linear(x, values[weight] if transposed else values[weight].T, values.get(bias or ""))
+    with _with_values(module, values):
+        try:
+            result = module.forward(x)
+        except Exception:  # a forward that wants something else
+            return False
+    return isinstance(result, Tensor) and result.shape == expected.shape and _close(result, expected, 1e-9)

@@ -1,0 +1,280 @@
+"""What the fine-tuning examples share: training the same model with several methods, step by step in turns."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shlex
+import statistics
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lomem
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+
+#: Arguments of lomem.convert; None leaves the model as it is.
+METHODS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "activations": {"norms": "keep"},
+    "activations and norms": {},
+}
+
+#: Batches of which the saved bytes are the mean: their lengths differ.
+COUNTED = 4
+
+
+class Task(ABC):
+    """A pretrained model, data, and a score on what is held out.
+
+    Attributes:
+        title: Of the table.
+        score_name: With its unit.
+        sources: Model and data, with their licences.
+        learning_rate: Largest of the schedule.
+        packages: That weights and data come from.
+    """
+
+    title: str
+    score_name: str
+    sources: Sequence[str]
+    learning_rate: float
+    packages: Sequence[str]
+
+    @abstractmethod
+    def model(self, seed: int) -> nn.Module:
+        """Pretrained, with new parameters drawn from the seed, in training mode."""
+
+    @abstractmethod
+    def batches(self, seed: int) -> Iterator[Batch]:
+        """Without end, of the seed's training set in the seed's order."""
+
+    @abstractmethod
+    def score(self, model: nn.Module, seed: int) -> float:
+        """On the seed's held-out set."""
+
+
+def package_path(package: str) -> Path:
+    """Where an installed package lies. It is not imported: these want more than the files in them."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit(f"this example needs the package {package}: see the first lines of {sys.argv[0]}")
+    return Path(spec.submodule_search_locations[0])
+
+
+@dataclass
+class Result:
+    """Of one training run."""
+
+    method: str
+    seed: int
+    score_before: float
+    score: float = float("nan")
+    saved_bytes: float = float("nan")
+    step_ms: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+
+
+class Run:
+    """One model in training."""
+
+    def __init__(self, model: nn.Module, learning_rate: float, steps: int, autocast: torch.dtype | None) -> None:
+        self.model = model
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, warmup_then_linear(steps))
+        self._autocast = autocast
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Of a batch."""
+        with autocast(self._autocast):
+            return self.model(**batch).loss
+
+    def saved_bytes(self, batch: Batch) -> int:
+        """Bytes that autograd keeps of a batch; parameters and buffers, which are there anyway, left out."""
+        with lomem.memory.saved_for_backward([*self.model.parameters(), *self.model.buffers()]) as saved:
+            self.loss(batch)
+        return saved.nbytes
+
+    def step(self, batch: Batch) -> tuple[float, float]:
+        """One optimizer step: its milliseconds and its loss."""
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = self.loss(batch)
+        loss.backward()
+        self.optimizer.step()
+        milliseconds = (time.perf_counter() - start) * 1e3
+        self.schedule.step()
+        return milliseconds, loss.item()
+
+
+def autocast(dtype: torch.dtype | None) -> torch.autocast:
+    """Automatic mixed precision on the CPU; nothing for None."""
+    return torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def warmup_then_linear(steps: int) -> Any:
+    """Of the largest learning rate: up in a tenth of the steps, and down to 0."""
+    warmup = max(1, steps // 10)
+    return lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+def compare(task: Task, options: argparse.Namespace) -> list[Result]:
+    """Trains with every method from each seed, on the same batches."""
+    dtype = {"bf16": torch.bfloat16, "fp32": None}[options.precision]
+    results: list[Result] = []
+    for seed in options.seeds:
+        start = task.model(seed)
+        batches = task.batches(seed)
+        first = [next(batches) for _ in range(COUNTED)]
+        with autocast(dtype):
+            before = task.score(start, seed)
+        runs, of_seed = {}, {}
+        for method in options.methods:
+            model = copy.deepcopy(start)
+            conversion = METHODS[method]
+            if conversion is not None:
+                with autocast(dtype):
+                    report = lomem.convert(model, first[0], **conversion)
+                if seed == options.seeds[0]:
+                    print(f"{method}:\n{report}\n", flush=True)
+            runs[method] = Run(model, task.learning_rate, options.steps, dtype)
+            of_seed[method] = Result(method, seed, before)
+            of_seed[method].saved_bytes = statistics.fmean(runs[method].saved_bytes(batch) for batch in first)
+        train(task, runs, of_seed, seed, options.steps)
+        for method, run in runs.items():
+            with autocast(dtype):
+                of_seed[method].score = task.score(run.model, seed)
+        print(
+            f"seed {seed}: {task.score_name} {before:.4g} before, then "
+            + ", ".join(f"{result.score:.4g} {method}" for method, result in of_seed.items()),
+            flush=True,
+        )
+        results += of_seed.values()
+    return results
+
+
+def train(task: Task, runs: dict[str, Run], results: dict[str, Result], seed: int, steps: int) -> None:
+    """All runs, step by step in turns."""
+    methods = list(runs)
+    batches = task.batches(seed)
+    began = time.perf_counter()
+    for step in range(steps):
+        batch = next(batches)
+        turn = step % len(methods)
+        for method in methods[turn:] + methods[:turn]:
+            # The same dropout in all of them: they differ in what this is about alone.
+            torch.manual_seed(1_000_000 * seed + step)
+            milliseconds, loss = runs[method].step(batch)
+            results[method].step_ms.append(milliseconds)
+            results[method].loss.append(loss)
+        if (step + 1) % 20 == 0 or step + 1 == steps:
+            recent = ", ".join(f"{statistics.fmean(results[m].loss[-20:]):.4f}" for m in methods)
+            seconds = time.perf_counter() - began
+            print(
+                f"seed {seed}, step {step + 1} of {steps}, {seconds:.0f} s: loss {recent}", file=sys.stderr, flush=True
+            )
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its standard error; None for that of one value."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def with_error(values: Sequence[float], form: str) -> str:
+    """The mean ± its standard error."""
+    mean, error = mean_and_error(values)
+    return format(mean, form) + (f" ± {error:{form.lstrip('+')}}" if error is not None else "")
+
+
+def table(task: Task, results: list[Result], options: argparse.Namespace) -> str:
+    """The comparison in Markdown."""
+    runs = {method: [r for r in results if r.method == method] for method in options.methods}
+    plain = runs.get("plain")
+    seeds = len(options.seeds)
+    n_seeds = f"{seeds} seed" + "s" * (seeds != 1)
+    lines = [
+        f"# {task.title}",
+        "",
+        f"{options.steps} steps, {options.precision}, {n_seeds}; score: {task.score_name}, on the held-out set.",
+        f"Before training: {with_error([r.score_before for r in next(iter(runs.values()))], '.3f')}.",
+        "",
+        "| method | saved for backward, MiB | | step, ms | | score | difference |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for method, own in runs.items():
+        saved = [r.saved_bytes / 2**20 for r in own]
+        step = [statistics.median(r.step_ms) for r in own]
+        smaller = slower = difference = ""
+        if plain is not None and method != "plain":
+            smaller = f"{100 * (sum(saved) / sum(r.saved_bytes / 2**20 for r in plain) - 1):+.1f} %"
+            # Steps were taken in turns: the ratio of neighbours is what the machine's moods leave alone.
+            pairs = zip(plain, own, strict=True)
+            ratios = [b / a for x, y in pairs for a, b in zip(x.step_ms, y.step_ms, strict=True)]
+            slower = f"{100 * (statistics.median(ratios) - 1):+.1f} %"
+            difference = with_error([b.score - a.score for a, b in zip(plain, own, strict=True)], "+.3f")
+        score = with_error([r.score for r in own], ".3f")
+        cells = [method, f"{statistics.fmean(saved):.2f}", smaller, f"{statistics.fmean(step):.0f}", slower, score]
+        lines.append("| " + " | ".join([*cells, difference]) + " |")
+    lines += [
+        "",
+        f"Scores: mean over {n_seeds} ± standard error. Differences to plain: mean ± standard error of the differences "
+        "of each seed's two runs, which share batches, dropout and starting weights. Saved bytes: mean of "
+        f"{COUNTED} batches of every seed, weights left out, autocast's copies of them not. Step: mean of the seeds' "
+        "medians; the percentage is the median ratio of steps taken in turns.",
+        "",
+        *(f"- {source}" for source in task.sources),
+        f"- {facts(task)['versions']}; {facts(task)['cpu']}, {facts(task)['threads']}",
+        f"- `python {shlex.join(sys.argv)}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def facts(task: Task) -> dict[str, Any]:
+    """What the figures depend on."""
+    names = ["lomem", "torch", "transformers", "peft", *task.packages]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    cpuinfo = Path("/proc/cpuinfo")
+    models = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in models if line.startswith("model name")), platform.machine())
+    threads = torch.get_num_threads()
+    return {"versions": versions, "cpu": cpu, "threads": f"{threads} thread" + "s" * (threads != 1)}
+
+
+def main(task: Task, steps: int, seeds: int, methods: Sequence[str]) -> None:
+    """Command line of an example: trains, prints the table, writes it where a path is given."""
+    parser = argparse.ArgumentParser(description=task.title)
+    parser.add_argument("--seeds", type=int, default=seeds, help="how many: 0, 1, 2 and so on (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=steps, help="of each training (default: %(default)s)")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(methods))
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="bf16: automatic mixed precision")
+    parser.add_argument("--threads", type=int, default=None, help="of torch (default: its own choice)")
+    parser.add_argument("--json", type=Path, help="where to write all figures, those of every step too")
+    parser.add_argument("--table", type=Path, help="where to write the table, in Markdown")
+    options = parser.parse_args()
+    options.seeds = list(range(options.seeds))
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    results = compare(task, options)
+    text = table(task, results, options)
+    print(text)
+    if options.table is not None:
+        options.table.write_text(text, encoding="utf-8")
+    if options.json is not None:
+        settings = {"steps": options.steps, "precision": options.precision, "learning_rate": task.learning_rate}
+        runs = [asdict(result) for result in results]
+        contents = {"title": task.title, "score": task.score_name, **facts(task), **settings, "runs": runs}
+        options.json.write_text(json.dumps(contents) + "\n", encoding="utf-8")

@@ -1,0 +1,107 @@
+"""What a measurement must leave as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module, optimizer: Optimizer | None = None, inputs: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Leaves the model, the optimizer, the inputs and the random numbers as they were, also where the block raises.
+
+    What a training step may change (buffers, the optimizer's parameters and state) is copied to the CPU meanwhile, and
+    copied back bit for bit into the same tensors. Gradients are set aside, and none are there inside the block.
+    Attributes of modules are set back; what such an attribute holds (a list that the forward pass appends to) is not.
+    """
+    held = [p for group in optimizer.param_groups for p in group["params"]] if optimizer is not None else []
+    parameters = list(dict.fromkeys([*model.parameters(), *held]))
+    inputs = list(inputs)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_random_numbers([*parameters, *model.buffers(), *inputs]))
+        for tensor in inputs:
+            stack.callback(_written_back, tensor, _copy(tensor), _version(tensor))
+        for tensor in dict.fromkeys([*held, *model.buffers()]):
+            stack.callback(_set, tensor, _copy(tensor))
+        if optimizer is not None:
+            stack.callback(_restore_optimizer, optimizer, *_optimizer_state(optimizer))
+        for module in model.modules():
+            stack.callback(_restore_module, module, *_module_state(module))
+        for parameter in parameters:
+            stack.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
+        yield
+
+
+@contextlib.contextmanager
+def _random_numbers(tensors: Iterable[Tensor]) -> Iterator[None]:
+    devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+    state = random.getstate()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind in sorted({d.type for d in devices}):
+            indices = sorted(d.index or 0 for d in devices if d.type == kind)
+            stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
+        stack.callback(random.setstate, state)
+        yield
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _set(tensor: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        tensor.data.copy_(value)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _written_back(tensor: Tensor, value: Tensor, version: int | None) -> None:
+    # An input is written to by an in-place first layer alone; otherwise it may be what cannot be written to (expanded).
+    if _version(tensor) != version:
+        _set(tensor, value)
+
+
+def _module_state(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return dict(vars(module)), dict(module._parameters), dict(module._buffers)
+
+
+def _restore_module(
+    module: nn.Module, attributes: dict[str, Any], parameters: dict[str, Any], buffers: dict[str, Any]
+) -> None:
+    for now, before in ((vars(module), attributes), (module._parameters, parameters), (module._buffers, buffers)):
+        for name in [name for name in now if name not in before]:
+            del now[name]
+        now.update(before)
+
+
+def _optimizer_state(optimizer: Optimizer) -> tuple[dict[Tensor, Any], list[tuple[Tensor, Tensor]], list[Any]]:
+    def kept(value: Any) -> Any:
+        return tree_map_only(Tensor, lambda t: t, value)  # containers of their own, the same tensors
+
+    state = {parameter: kept(values) for parameter, values in optimizer.state.items()}
+    tensors = [leaf for leaf in tree_leaves(list(state.values())) if isinstance(leaf, Tensor)]
+    groups = [kept({name: value for name, value in g.items() if name != "params"}) for g in optimizer.param_groups]
+    tensors += [leaf for leaf in tree_leaves(groups) if isinstance(leaf, Tensor)]
+    return state, [(tensor, _copy(tensor)) for tensor in tensors], groups
+
+
+def _restore_optimizer(
+    optimizer: Optimizer, state: dict[Tensor, Any], copies: list[tuple[Tensor, Tensor]], groups: list[Any]
+) -> None:
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    for tensor, value in copies:
+        _set(tensor, value)
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        group.update(before)

@@ -1,0 +1,79 @@
+"""The peak that the CUDA allocator sees."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ._run import Loss, Run, arguments
+
+__all__ = ["measured_peak"]
+
+
+def measured_peak(
+    build_fn: Callable[[], nn.Module],
+    batch_fn: Callable[[], Any],
+    optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+    *,
+    loss: Loss | None = None,
+    autocast: torch.dtype | None = None,
+) -> int:
+    """Trains a step on a GPU, in a process of its own, and returns the allocator's peak in bytes.
+
+    That is ``torch.cuda.max_memory_allocated()`` of the second step: with workspaces and rounding, which
+    :func:`step_peak` and :func:`estimate` do not see. Functions are sent by name, so they must be importable: not
+    lambdas, nor functions in functions.
+
+    Args:
+        build_fn: Builds the model; runs with CUDA as default device.
+        batch_fn: Makes the batch, as of :func:`step_peak`; likewise.
+        optimizer: A function of the list of trainable parameters, such as a class of torch.optim.
+        loss: As of :func:`lomem.memory.profile`.
+        autocast: Dtype under which the forward pass runs.
+    """
+    function = "lomem.memory.measured_peak"
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"{function}: no CUDA device is available, expected one (lomem.memory.estimate needs none)")
+    for name, value in (("build_fn", build_fn), ("batch_fn", batch_fn), ("optimizer", optimizer), ("loss", loss)):
+        if value is not None and not callable(value):
+            raise TypeError(f"{function}: {name} is of type {type(value).__name__}, expected a function")
+        try:
+            pickle.dumps(value)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(f"{function}: {name} is {value!r}, expected an importable function") from error
+    # Spawned: a forked process cannot use CUDA, and the caller's may hold memory.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(train_and_read, build_fn, batch_fn, optimizer, loss, autocast, "cuda").result()
+
+
+def train_and_read(
+    build_fn: Callable[[], nn.Module],
+    batch_fn: Callable[[], Any],
+    optimizer: Callable[[list[nn.Parameter]], Optimizer] | None,
+    loss: Loss | None,
+    autocast: torch.dtype | None,
+    device: str,
+) -> int:
+    """What runs in the process."""
+    function = "lomem.memory.measured_peak"
+    memory = torch.get_device_module(device)
+    with torch.device(device):
+        model = build_fn().to(device)
+        args, kwargs = arguments(function, batch_fn())
+    made = optimizer([p for p in model.parameters() if p.requires_grad]) if optimizer is not None else None
+    run = Run(function, model, args, kwargs, loss, autocast)
+    for _ in range(2):  # the optimizer's state is made in the first step
+        model.zero_grad(set_to_none=True)
+        memory.reset_peak_memory_stats()
+        run.backward(run.forward())
+        if made is not None:
+            made.step()
+    memory.synchronize()
+    return int(memory.max_memory_allocated())

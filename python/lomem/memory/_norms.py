@@ -1,0 +1,191 @@
+"""Whether the outputs of norms are kept by somebody else too, and if not, why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from .._record import Op, Recorder, Storage
+from ..nn import MSLayerNorm, MSRMSNorm
+from ._report import dtype_name
+from ._run import tensors_in
+
+_NORMS = (MSLayerNorm, MSRMSNorm, nn.LayerNorm, nn.RMSNorm)
+#: Ops that keep an operand where the other one needs a gradient.
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "_convolution", "mkldnn_linear")
+_COPIES = ("_to_copy", "clone")
+_DROPOUTS = ("native_dropout", "_fused_dropout")
+
+
+@dataclass
+class NormOutput:
+    """One output of a norm.
+
+    Attributes:
+        module: Qualified name of the norm.
+        kind: Its class.
+        nbytes: Of the output's storage.
+        dtype: Of the output.
+        kept_by_norm: Whether the norm itself saved the output for the backward pass, as memory-sharing norms do.
+        shared_with: The other modules that saved the very same storage.
+        reasons: Why those that take the output and do not share it do not.
+    """
+
+    module: str
+    kind: str
+    nbytes: int
+    dtype: torch.dtype
+    kept_by_norm: bool
+    shared_with: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def shared(self) -> bool:
+        """Whether another module keeps the output anyway, so that it costs the norm nothing."""
+        return bool(self.shared_with)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the outputs of a module are looked at: torch's norms, lomem's, and those that a conversion marked."""
+    return isinstance(module, _NORMS) or getattr(module, "lomem_norm", None) is not None
+
+
+class NormCalls:
+    """Context manager that notes the outputs of norms, inside the block of a recorder."""
+
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+        self._model, self._recorder = model, recorder
+        self._calls: list[tuple[str, nn.Module, Storage, int]] = []
+
+    def __enter__(self) -> NormCalls:
+        self._handles = []
+        for name, module in self._model.named_modules():
+            if is_norm(module):
+
+                def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                    for tensor in tensors_in(output):
+                        for storage in self._recorder.records(tensor):
+                            self._calls.append((name, module, storage, len(self._recorder.ops)))
+
+                self._handles.append(module.register_forward_hook(note))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def outputs(self) -> list[NormOutput]:
+        """What became of the outputs, once the forward pass is over."""
+        explain = _Explain(self._model, self._recorder)
+        result = []
+        for name, module, storage, op in self._calls:
+            savers = explain.savers(storage)
+            result.append(
+                NormOutput(
+                    name,
+                    type(module).__name__,
+                    storage.nbytes,
+                    storage.dtype,
+                    any(_inside(saver, name) for saver in savers),
+                    [saver for saver in savers if not _inside(saver, name)],
+                    list(dict.fromkeys(explain.reasons(storage, op, name))),
+                )
+            )
+        return result
+
+
+def _inside(module: str | None, parent: str) -> bool:
+    return module is not None and (module == parent or module.startswith(parent + "."))
+
+
+def _name(op: Op) -> str:
+    return op.func._schema.name.split("::")[1]
+
+
+class _Explain:
+    """Follows the ops that take a storage."""
+
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+        self._modules = dict(model.named_modules())
+        self._frozen: dict[Storage, str] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad and parameter.dim() > 1:
+                self._frozen |= dict.fromkeys(recorder.records(parameter), name)
+        self._savers: dict[Storage, dict[str, None]] = {}
+        for saved in recorder.saved:
+            self._savers.setdefault(saved.storage, {})[module_name(saved.module)] = None
+        self._consumers: dict[Storage, list[tuple[int, Op]]] = {}
+        self._random: set[Storage] = set()
+        for index, op in enumerate(recorder.ops):
+            for storage in op.inputs:
+                self._consumers.setdefault(storage, []).append((index, op))
+            if _name(op).startswith("bernoulli"):
+                self._random.update(op.outputs)
+
+    def savers(self, storage: Storage) -> list[str]:
+        return list(self._savers.get(storage, ()))
+
+    def reasons(self, storage: Storage, start: int, norm: str) -> Iterator[str]:
+        """Why the ops that take a storage, from one op on and outside of the norm, do not share it."""
+        savers = self.savers(storage)
+        explained = any(not _inside(saver, norm) for saver in savers)
+        others: dict[str, None] = {}
+        for index, op in self._consumers.get(storage, ()):
+            if index < start or _inside(op.module, norm):
+                continue
+            where = module_name(op.module)
+            module = self._modules.get(op.module) if op.module is not None else None
+            why: list[str] = []
+            if isinstance(module, _DropoutNd):
+                why = [f"the dropout `{where}` is between"]
+            elif _name(op) in _DROPOUTS or any(s in self._random for s in op.inputs):
+                why = [f"a dropout in `{where}` is between"]
+            elif _name(op) in _COPIES:
+                why = list(self._copy(storage, op.outputs[0], index, norm))
+            elif where in savers:
+                continue
+            elif _name(op) in _PRODUCTS:
+                why = [self._unsaved_product(op, where)]
+            else:
+                others[f"{_name(op)} in `{where}`"] = None
+            explained = explained or bool(why)
+            yield from why
+        if not explained:
+            listed = ", ".join(list(others)[:3])
+            yield "no matrix product takes it" + (f": it goes to {listed}" if others else "")
+
+    def _copy(self, storage: Storage, copy: Storage, index: int, norm: str) -> Iterator[str]:
+        kind = f"a {dtype_name(copy.dtype)} copy" if copy.dtype != storage.dtype else "a copy"
+        savers = self.savers(copy)
+        for saver in savers:
+            yield f"`{saver}` keeps {kind} of it"
+        if not savers:
+            yield from self.reasons(copy, index + 1, norm)
+
+    def _unsaved_product(self, op: Op, where: str) -> str:
+        for storage in op.inputs:
+            origin = origin_of(storage)
+            if origin in self._frozen:
+                owner = self._frozen[origin].rpartition(".")[0]
+                return f"the weight of `{owner}` is frozen: it keeps no input"
+        return f"`{where}` keeps no input: its weight needs no gradient there, or it is checkpointed"
+
+
+def origin_of(storage: Storage) -> Storage:
+    """Where the chain of dtype conversions that made a storage began."""
+    while storage.copy_of is not None:
+        storage = storage.copy_of
+    return storage
+
+
+def module_name(module: str | None) -> str:
+    """The name under which a module is reported; what ran outside of the model is its loss."""
+    return "(loss)" if module is None else module or "(model)"

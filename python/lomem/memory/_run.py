@@ -1,0 +1,176 @@
+"""A forward pass and its loss, as all measurements run them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .._record import Recorder
+
+#: What makes a scalar of a model's output.
+Loss: TypeAlias = Callable[[Any], Tensor]
+
+#: Labels of the storages that are there before a step.
+PARAMETER, BUFFER, INPUT = "parameter", "buffer", "input"
+
+
+def check_model(function: str, model: Any) -> None:
+    """Raises where there is no model to run."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model is of type {type(model).__name__}, expected a torch.nn.Module")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ValueError(f"{function}: {name} of model has no shape yet, expected a model that ran once")
+
+
+def arguments(function: str, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as positional and keyword arguments."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    raise TypeError(
+        f"{function}: batch is of type {type(batch).__name__}, expected a dict of keyword arguments, "
+        "a tuple or list of positional ones, or a tensor"
+    )
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors among the leaves of nested containers."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class Run:
+    """A model with its arguments and its loss.
+
+    Args:
+        function: The public function, for errors.
+        model: What runs.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        loss: Makes a scalar of its output.
+        autocast: Dtype under which the forward pass runs; by default that of the block around.
+
+    Attributes:
+        inputs: The tensors of the arguments, cut from whatever graph they came from.
+        device: Of the model's first parameter, else of its first input.
+        autocast: The dtype, None without autocast.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        loss: Loss | None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        check_model(function, model)
+        if loss is not None and not callable(loss):
+            raise TypeError(f"{function}: loss is of type {type(loss).__name__}, expected a callable of the output")
+        if autocast is not None and not isinstance(autocast, torch.dtype):
+            raise TypeError(f"{function}: autocast is {autocast!r}, expected a torch.dtype such as torch.bfloat16")
+        self.function, self.model, self._loss = function, model, loss
+        # Leaves of their own: a backward pass must not enter the caller's graph, nor leave gradients in his tensors.
+        self._args, self._kwargs = tree_map_only(Tensor, _leaf, (args, kwargs))
+        self.inputs = tensors_in((self._args, self._kwargs))
+        first = next(iter([*model.parameters(), *self.inputs]), None)
+        self.device = torch.device("cpu") if first is None else first.device
+        kind = self.device.type
+        ambient = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.autocast = ambient if autocast is None else autocast
+
+    def forward(self) -> Tensor:
+        """Returns the loss. The output is dropped, as by ``loss = model(**batch).loss``."""
+        # The cache of weight copies ends with the outermost block, which may be the caller's, long after the forward
+        # pass; and a copy made before would not be seen here.
+        torch.clear_autocast_cache()
+        try:
+            with self._autocast(self.autocast), translated(self.function):
+                output = self.model(*self._args, **self._kwargs)
+                loss = self._default_loss(output) if self._loss is None else self._loss(output)
+        finally:
+            torch.clear_autocast_cache()
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"{self.function}: loss returned a {type(loss).__name__}, expected a tensor of one element")
+        if loss.numel() != 1:
+            raise ValueError(
+                f"{self.function}: loss returned a tensor of shape {tuple(loss.shape)}, expected one element"
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                f"{self.function}: the loss needs no gradients, expected one that a parameter or input with "
+                "requires_grad=True goes into"
+            )
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass, without autocast also where there is one around."""
+        with self._autocast(None), translated(self.function):
+            loss.backward()
+
+    def label(self, recorder: Recorder) -> None:
+        """Says which storages are there before the forward pass."""
+        recorder.label(self.model.parameters(), PARAMETER)
+        recorder.label(self.model.buffers(), BUFFER)
+        recorder.label(self.inputs, INPUT)
+
+    def fake_mode(self) -> FakeTensorMode | None:
+        """The mode of a fake model."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.inputs]
+        return next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
+
+    def _autocast(self, dtype: torch.dtype | None) -> torch.autocast:
+        kind = self.device.type
+        return torch.autocast(kind, dtype=dtype) if dtype is not None else torch.autocast(kind, enabled=False)
+
+    def _default_loss(self, output: Any) -> Tensor:
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if isinstance(loss, Tensor):
+            return loss
+        if isinstance(output, Mapping):
+            output = dict(output)
+        sums = [t.sum() for t in tensors_in(output) if t.is_floating_point() and t.requires_grad]
+        if not sums:
+            raise ValueError(
+                f"{self.function}: the output, of type {type(output).__name__}, has no floating-point tensor that "
+                "needs gradients, expected one, or a function of the output as loss"
+            )
+        return torch.stack([s.to(sums[0]) for s in sums]).sum() if len(sums) > 1 else sums[0]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+@contextlib.contextmanager
+def translated(function: str) -> Iterator[None]:
+    """Says in one sentence that a fake model was asked for values."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise RuntimeError(
+            f"{function}: the model calls {error.func}, which depends on the values of a tensor, and a fake one has "
+            "a shape alone: measure a small real model with lomem.memory.step_peak"
+        ) from error
+    except UnsupportedOperatorException as error:
+        raise RuntimeError(
+            f"{function}: the model calls {error.func}, which has no kernel for fake tensors: measure a small real "
+            "model with lomem.memory.step_peak"
+        ) from error

@@ -1,0 +1,395 @@
+"""The commands ``lomem memory`` and ``lomem convert``: what the training of a model holds, before and after.
+
+Estimates, by :func:`lomem.memory.estimate`: no weights are loaded and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__, conversion, memory, presets
+from .memory import StepPeak
+from .plotting import check_folder, check_plot
+
+try:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+except ImportError as error:
+    raise ImportError(f"this command needs the package {error.name}: pip install 'lomem[models]'") from error
+
+__all__ = ["METHODS", "main_convert", "main_memory", "parse_lora"]
+
+#: What can be done to a model, and how the tables call it.
+METHODS = {
+    "plain": "plain",
+    "activations": "+ activations",
+    "norms": "+ norms",
+    "lomem": "both",
+    "one-cast": "norms cast once",
+    "checkpoint": "checkpointing",
+    "lomem+checkpoint": "both and checkpointing",
+}
+_CONVERSIONS: dict[str, dict[str, Any]] = {
+    "activations": {"norms": "keep"},
+    "norms": {"activations": "keep"},
+    "lomem": {},
+    "lomem+checkpoint": {},
+}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "none": None,
+}
+_EXAMPLE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its batches.
+
+    Attributes:
+        name: For headings.
+        build: Makes the model in training mode, on the default device.
+        batch: Makes a batch of a size and a length, None for its own.
+        text: Whether batches have a length.
+        autocast: Dtype of automatic mixed precision.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[int | None, int | None], dict[str, Tensor]]
+    text: bool
+    autocast: torch.dtype | None
+
+    def example(self) -> dict[str, Tensor]:
+        """A small batch, to see by who keeps what."""
+        return self.batch(2, _EXAMPLE_TOKENS if self.text else None)
+
+
+def _of_setting(setting: presets.Setting) -> Subject:
+    preset = presets.get(setting.preset)
+    text = preset.seq_len is not None
+    return Subject(str(setting), lambda: presets.build(setting), preset.batch, text, setting.autocast)
+
+
+def parse_lora(text: str) -> presets.Lora:
+    """``r=64,targets=all,dropout=0.1,dtype=bf16``."""
+    known: dict[str, Callable[[str], Any]] = {
+        "r": int,
+        "targets": str,
+        "dropout": float,
+        "dtype": _DTYPES.__getitem__,
+    }
+    values: dict[str, Any] = {"targets": "all"}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            values[name] = known[name](value)
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"--lora: got {part or 'nothing'}, expected r=64 and perhaps targets=qv or all, dropout=0.1, dtype=fp32, "
+                "bf16 or fp16, with commas between"
+            ) from None
+    if values.get("r", 0) < 1 or values["targets"] not in ("qv", "all") or not 0 <= values.get("dropout", 0) < 1:
+        raise ValueError(f"--lora: got {text}, expected r of at least 1, targets qv or all, dropout in [0, 1)")
+    return presets.Lora(**values)
+
+
+def _subject(arguments: argparse.Namespace) -> Subject:
+    preset = _preset_of(arguments.model)
+    if arguments.dtype is not None:
+        preset = dataclasses.replace(preset, dtype=_DTYPES[arguments.dtype], autocast=None)
+    if arguments.autocast is not None:
+        preset = dataclasses.replace(preset, autocast=_DTYPES.get(arguments.autocast))
+    setting = presets.Setting(preset.name, arguments.lora, arguments.four_bit, not arguments.no_peft_cast)
+    if setting.four_bit and setting.lora is None:
+        raise ValueError("--4bit is given without --lora, but frozen weights of 4 bits cannot be trained")
+    if not setting.peft_cast and setting.lora is None:
+        raise ValueError("--no-peft-cast is given without --lora, expected both")
+    name = [preset.name, "full fine-tuning" if setting.lora is None else str(setting.lora)]
+    name += ["4-bit base"] * setting.four_bit
+    if preset.autocast is not None:
+        name.append(f"autocast {str(preset.autocast)[6:]}")
+    text = preset.seq_len is not None
+    return Subject(", ".join(name), lambda: presets.build(setting, preset), preset.batch, text, preset.autocast)
+
+
+def _preset_of(model: str) -> presets.Preset:
+    if model in presets.PRESETS:
+        return presets.PRESETS[model]
+    if not Path(model).exists():
+        raise ValueError(
+            f"--model is {model}, expected one of {', '.join(presets.PRESETS)}, or the path of a transformers config "
+            "(a folder or config.json)"
+        )
+    return presets.from_config(model)
+
+
+def apply(method: str, model: nn.Module, subject: Subject) -> conversion.Report | None:
+    """Does to a model what a method says.
+
+    Args:
+        method: Key of :data:`METHODS`.
+        model: Changed in place.
+        subject: Whose model it is.
+    """
+    report = None
+    with torch.autocast("cpu", subject.autocast, enabled=subject.autocast is not None):
+        if method in _CONVERSIONS:
+            report = conversion.convert(model, subject.example(), **_CONVERSIONS[method])
+        elif method == "one-cast":
+            _cast_once(model, subject)
+    if method.endswith("checkpoint"):
+        enable: Any = getattr(model, "gradient_checkpointing_enable", None)
+        if enable is None:
+            raise ValueError(f"--method is {method}, but {type(model).__name__} has no gradient checkpointing")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of a new name, which peft's models do not have yet
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return report
+
+
+def _cast_once(model: nn.Module, subject: Subject) -> None:
+    # Part of what memory-sharing norms gain under autocast is that q, k and v keep one cast of their input, not three.
+    planned = conversion.convert(model, subject.example(), activations="keep", dry_run=True)
+    dtype = subject.autocast
+    if dtype is None:
+        return
+    for decision in planned.converted:
+        if decision.action == "inverted":
+            model.get_submodule(decision.name).register_forward_hook(lambda module, args, output: output.to(dtype))
+
+
+def _estimate(
+    subject: Subject,
+    method: str,
+    batch_size: int | None,
+    seq_len: int | None,
+    optimizer: str,
+    device: str,
+) -> StepPeak:
+    return memory.estimate(
+        subject.build,
+        lambda: subject.batch(batch_size, seq_len),
+        _OPTIMIZERS[optimizer],
+        device=device,
+        autocast=subject.autocast,
+        transform=lambda model: apply(method, model, subject) and None,
+    )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.0f}"
+
+
+def _percent(value: int, plain: int) -> str:
+    return f"{100 * (value / plain - 1):+.0f} %" if plain else ""
+
+
+def _table(title: str, reports: dict[str, StepPeak]) -> Table:
+    table = Table(
+        "", title=f"{title}: estimated MiB", caption="peaks: without workspaces inside ops", title_justify="left"
+    )
+    for method in reports:
+        table.add_column(METHODS[method], justify="right")
+    first = next(iter(reports.values()))
+    for category in first.peak.categories:
+        cells = [report.peak.categories.get(category, 0) for report in reports.values()]
+        if any(cells):
+            table.add_row(category, *map(_mib, cells))
+    table.add_section()
+    rows: dict[str, Callable[[StepPeak], int]] = {
+        "peak of a step": lambda report: report.peak.nbytes,
+        "of forward and backward": lambda report: report.forward_backward.nbytes,
+        "saved for backward": lambda report: report.saved_bytes,
+    }
+    for name, value in rows.items():
+        cells = [value(report) for report in reports.values()]
+        table.add_row(name, *map(_mib, cells))
+        if len(cells) > 1:
+            table.add_row("", *("" if i == 0 else _percent(cell, cells[0]) for i, cell in enumerate(cells)))
+    return table
+
+
+def _kept(report: StepPeak) -> dict[str, Any]:
+    # The timeline has an entry an op.
+    return {name: value for name, value in report.to_dict().items() if name not in ("timeline", "phases")}
+
+
+def main_memory(arguments: argparse.Namespace) -> int:
+    """``lomem memory``."""
+    if arguments.plot is not None:
+        check_plot(arguments.plot, "models")
+    for option, path in (("--json", arguments.json), ("--table", arguments.table)):
+        if path is not None:
+            check_folder(option, path)
+    if arguments.paper:
+        return _paper(arguments)
+    if arguments.model is None:
+        raise ValueError(f"--model is missing, expected one of {', '.join(presets.PRESETS)}, or a path; or --paper")
+    subject = _subject(arguments)
+    methods = arguments.method or ["plain", "lomem", "checkpoint"]
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise ValueError(f"--method is {unknown[0]}, expected some of {', '.join(METHODS)}")
+    reports = {}
+    for method in methods:
+        reports[method] = _estimate(
+            subject, method, arguments.batch, arguments.seq, arguments.optimizer, arguments.device
+        )
+    console = Console()
+    console.print(_table(subject.name, reports))
+    if arguments.json is not None:
+        values = {"command": _command(), "lomem": __version__, "torch": torch.__version__, "model": subject.name}
+        figures = {"estimates": {method: _kept(report) for method, report in reports.items()}}
+        Path(arguments.json).write_text(json.dumps(values | figures, indent=1) + "\n")
+    if arguments.table is not None:
+        Path(arguments.table).write_text(_markdown([subject.name], [reports], list(methods)))
+    if arguments.plot is not None:
+        memory.plot({METHODS[method]: report for method, report in reports.items()}, arguments.plot)
+    return 0
+
+
+def main_convert(arguments: argparse.Namespace) -> int:
+    """``lomem convert``."""
+    subject = _subject(arguments)
+    with (
+        memory.fake(subject.build) as model,
+        torch.autocast("cpu", subject.autocast, enabled=subject.autocast is not None),
+    ):
+        report = conversion.convert(model, subject.example(), dry_run=True)
+    console = Console()
+    console.print(report.table(every=arguments.every))
+    return 0
+
+
+# --- The paper's settings ---------------------------------------------------------------------------------------------
+
+_PAPER_METHODS = ("plain", "activations", "norms", "lomem", "no peft cast", "one-cast", "checkpoint")
+_PAPER_NAMES = METHODS | {"no peft cast": "both, no peft cast"}
+
+
+def _paper_methods(setting: presets.Setting) -> Iterator[str]:
+    for method in _PAPER_METHODS:
+        if method == "no peft cast":
+            # A cast to the dtype that the input has anyway is none, and without autocast it is needed.
+            if setting.lora is None or setting.autocast is None:
+                continue
+        elif method == "one-cast" and setting.autocast is None:
+            continue
+        yield method
+
+
+def _paper(arguments: argparse.Namespace) -> int:
+    settings = [s for s in presets.SETTINGS if arguments.only is None or s.preset in arguments.only]
+    if not settings:
+        known = ", ".join(dict.fromkeys(s.preset for s in presets.SETTINGS))
+        raise ValueError(f"--only is {','.join(arguments.only)}, expected some of {known}")
+    console = Console()
+    results: list[dict[str, StepPeak]] = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("estimating", total=sum(len(list(_paper_methods(s))) for s in settings))
+        for setting in settings:
+            results.append({})
+            for method in _paper_methods(setting):
+                progress.update(task, description=str(setting))
+                uncast = method == "no peft cast"
+                subject = _of_setting(dataclasses.replace(setting, peft_cast=not uncast))
+                done = "lomem" if uncast else method
+                results[-1][method] = _estimate(subject, done, None, None, arguments.optimizer, arguments.device)
+                progress.advance(task)
+    names = [str(setting) for setting in settings]
+    console.print(_paper_table(names, results))
+    if arguments.json is not None:
+        rows = [
+            {"setting": name, "estimates": {m: _kept(report) for m, report in reports.items()}}
+            for name, reports in zip(names, results, strict=True)
+        ]
+        values = {"command": _command(), "lomem": __version__, "torch": torch.__version__, "settings": rows}
+        Path(arguments.json).write_text(json.dumps(values, indent=1) + "\n")
+    if arguments.table is not None:
+        Path(arguments.table).write_text(_markdown(names, results, list(_PAPER_METHODS)))
+    if arguments.plot is not None:
+        _plot_paper(names, results, arguments.plot)
+    return 0
+
+
+def _cell(reports: dict[str, StepPeak], method: str) -> str:
+    if method not in reports:
+        return "-"
+    report, plain = reports[method], reports.get("plain")
+    figures = f"{_mib(report.saved_bytes)} / {_mib(report.forward_backward.nbytes)}"
+    if plain is None or method == "plain":
+        return figures
+    saved = _percent(report.saved_bytes, plain.saved_bytes)
+    peak = _percent(report.forward_backward.nbytes, plain.forward_backward.nbytes)
+    return f"{figures} ({saved[:-2]} / {peak})"
+
+
+def _paper_table(names: Sequence[str], results: Sequence[dict[str, StepPeak]]) -> Table:
+    table = Table("", title="Saved for backward / peak of forward and backward, estimated MiB", show_lines=True)
+    for method in _PAPER_METHODS:
+        table.add_column(_PAPER_NAMES[method], justify="right")
+    for name, reports in zip(names, results, strict=True):
+        table.add_row(name, *(_cell(reports, method) for method in _PAPER_METHODS))
+    return table
+
+
+def _markdown(names: Sequence[str], results: Sequence[dict[str, StepPeak]], methods: Sequence[str]) -> str:
+    versions = f"lomem {__version__}, torch {torch.__version__}"
+    lines = [
+        "# Memory of training",
+        "",
+        f"`{_command()}` ({versions})",
+        "",
+        "Saved for the backward pass / peak of forward and backward pass, in MiB, estimated; in brackets the change",
+        "against plain. Not in it: workspaces inside ops and the allocator's rounding.",
+        "",
+        "| | " + " | ".join(_PAPER_NAMES[method] for method in methods) + " |",
+        "|---|" + "---:|" * len(methods),
+    ]
+    for name, reports in zip(names, results, strict=True):
+        lines.append(f"| {name} | " + " | ".join(_cell(reports, method) for method in methods) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _plot_paper(names: Sequence[str], results: Sequence[dict[str, StepPeak]], path: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.75 * len(names) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    shown = [method for method in _PAPER_METHODS if method != "one-cast"]
+    colors = dict(zip(shown, ["0.6", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7"], strict=True))
+    height = 0.85 / len(shown)
+    for i, method in enumerate(shown):
+        rows = [(y, reports) for y, reports in enumerate(results) if method in reports]
+        shares = [100 * r[method].saved_bytes / r["plain"].saved_bytes for _, r in rows]
+        positions = [y + (i - (len(shown) - 1) / 2) * height for y, _ in rows]
+        axes.barh(positions, shares, height, label=_PAPER_NAMES[method], color=colors[method])
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("saved for the backward pass, % of plain (estimated)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(shown), frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _command() -> str:
+    with contextlib.suppress(IndexError):
+        return shlex.join(["lomem", *sys.argv[1:]])
+    return "lomem"
