@@ -175,8 +175,8 @@ def _add_memory(commands: Any) -> None:
     command = commands.add_parser(
         "memory",
         help="estimate what the training of a model holds, plain and converted",
-        description="Estimates the memory of a training step of a model, plain and with what lomem and checkpointing do, "
-        "without weights and without a GPU.",
+        description="Estimates the memory of a training step of a model, plain and with what lomem and checkpointing "
+        "do, without weights and without a GPU.",
     )
     _add_model_options(command)
     command.add_argument(

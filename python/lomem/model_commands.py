@@ -102,8 +102,8 @@ def parse_lora(text: str) -> presets.Lora:
             values[name] = known[name](value)
         except (KeyError, ValueError):
             raise ValueError(
-                f"--lora: got {part or 'nothing'}, expected r=64 and perhaps targets=qv or all, dropout=0.1, dtype=fp32, "
-                "bf16 or fp16, with commas between"
+                f"--lora: got {part or 'nothing'}, expected r=64 and perhaps targets=qv or all, dropout=0.1, "
+                "dtype=fp32, bf16 or fp16, with commas between"
             ) from None
     if values.get("r", 0) < 1 or values["targets"] not in ("qv", "all") or not 0 <= values.get("dropout", 0) < 1:
         raise ValueError(f"--lora: got {text}, expected r of at least 1, targets qv or all, dropout in [0, 1)")
@@ -129,7 +129,9 @@ def _subject(arguments: argparse.Namespace) -> Subject:
     return Subject(", ".join(name), lambda: presets.build(setting, preset), preset.batch, text, preset.autocast)
 
 
-def _preset_of(model: str) -> presets.Preset:
+def _preset_of(model: str | None) -> presets.Preset:
+    if model is None:
+        raise ValueError(f"--model is missing, expected one of {', '.join(presets.PRESETS)}, or the path of a config")
     if model in presets.PRESETS:
         return presets.PRESETS[model]
     if not Path(model).exists():
@@ -151,7 +153,8 @@ def apply(method: str, model: nn.Module, subject: Subject) -> conversion.Report 
     report = None
     with torch.autocast("cpu", subject.autocast, enabled=subject.autocast is not None):
         if method in _CONVERSIONS:
-            report = conversion.convert(model, subject.example(), **_CONVERSIONS[method])
+            with contextlib.suppress(conversion.NothingToConvertError):  # then it is as plain
+                report = conversion.convert(model, subject.example(), **_CONVERSIONS[method])
         elif method == "one-cast":
             _cast_once(model, subject)
     if method.endswith("checkpoint"):
@@ -194,7 +197,7 @@ def _estimate(
 
 
 def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.0f}"
+    return f"{nbytes / 2**20:,.0f}" if nbytes >= 100 * 2**20 else f"{nbytes / 2**20:.3g}"
 
 
 def _percent(value: int, plain: int) -> str:
@@ -202,9 +205,7 @@ def _percent(value: int, plain: int) -> str:
 
 
 def _table(title: str, reports: dict[str, StepPeak]) -> Table:
-    table = Table(
-        "", title=f"{title}: estimated MiB", caption="peaks: without workspaces inside ops", title_justify="left"
-    )
+    table = Table("", title=f"{title}: estimated MiB", title_justify="left")
     for method in reports:
         table.add_column(METHODS[method], justify="right")
     first = next(iter(reports.values()))
@@ -240,8 +241,6 @@ def main_memory(arguments: argparse.Namespace) -> int:
             check_folder(option, path)
     if arguments.paper:
         return _paper(arguments)
-    if arguments.model is None:
-        raise ValueError(f"--model is missing, expected one of {', '.join(presets.PRESETS)}, or a path; or --paper")
     subject = _subject(arguments)
     methods = arguments.method or ["plain", "lomem", "checkpoint"]
     unknown = [method for method in methods if method not in METHODS]
@@ -253,7 +252,9 @@ def main_memory(arguments: argparse.Namespace) -> int:
             subject, method, arguments.batch, arguments.seq, arguments.optimizer, arguments.device
         )
     console = Console()
-    console.print(_table(subject.name, reports))
+    console.print(
+        _table(subject.name, reports), "Not in it: workspaces inside ops and the allocator's rounding.", sep="\n"
+    )
     if arguments.json is not None:
         values = {"command": _command(), "lomem": __version__, "torch": torch.__version__, "model": subject.name}
         figures = {"estimates": {method: _kept(report) for method, report in reports.items()}}

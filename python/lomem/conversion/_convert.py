@@ -18,7 +18,11 @@ from ._plan import Candidate, Finder, Ledger, plan_activation, plan_calls, plan_
 from ._recognize import ActivationForm, NormForm, recognize_activation, recognize_norm
 from ._report import Decision, Report
 
-__all__ = ["convert", "restore"]
+__all__ = ["NothingToConvertError", "convert", "restore"]
+
+
+class NothingToConvertError(ValueError):
+    """A model in which :func:`lomem.convert` finds nothing to convert."""
 
 
 def convert(
@@ -69,7 +73,8 @@ def convert(
         What was changed, what was not, and why.
 
     Raises:
-        ValueError: Of arguments; where nothing can be converted; where the model is converted already.
+        ValueError: Of arguments; where the model is converted already; where nothing can be converted, a
+            ``NothingToConvertError``.
         RuntimeError: Where the example inputs do not run, or where the check fails.
     """
     _check_arguments(model, activations, norms)
@@ -84,7 +89,7 @@ def convert(
         return report
     if not chosen:
         reasons = "; ".join(f"{n} x {d.module} ({d.reason})" for d, n, _ in report.groups()[:4])
-        raise ValueError(
+        raise NothingToConvertError(
             f"lomem.convert: found nothing to convert in {type(model).__name__}: {reasons or 'no norm, no activation'}"
         )
     changes = {name: change for c in chosen for name, change in c.changes.items()}

@@ -234,7 +234,7 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
     escapes = any(call.result in flow.escaped for flow, call in every)
     low = not escapes and bool(uses) and all(_takes_low_precision(op, alias) for _, op, alias in uses)
     # Casts of the result that consumers keep; what they take instead.
-    casts = {s for call in calls for s in first.casts(_result(call), call.end) if s.nbytes < _result(call).nbytes}
+    casts = {s for call in calls for s in first.casts(_result(call), call.end) if s.dtype == _autocast_dtype()}
     casts = {s for s in casts if s in finder.ledger.owners}
     low_dtype = next(iter(casts)).dtype if casts else dtype
     rows = sum(call.numel for call in calls) // max(1, _width(form))
@@ -271,6 +271,11 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
     if not any(finder.ledger.kept_by_others(s, name) for s in (*results, *casts)):
         c.reason = f"{_UNSHARED}{_who(finder, first, uses)}"
     return c
+
+
+def _autocast_dtype() -> torch.dtype | None:
+    device = next((d for d in ("cuda", "cpu") if torch.is_autocast_enabled(d)), None)
+    return None if device is None else torch.get_autocast_dtype(device)
 
 
 def _width(form: NormForm) -> int:

@@ -101,7 +101,8 @@ class _Faker:
 
     def _bytes(self, tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
         if tensor.device.type == "meta" or not is_looked_at(tensor):
-            return torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
+            # Of integers made on the meta device (positions) nothing is known; 0 is a valid index, whatever of.
+            return torch.zeros(storage.nbytes(), dtype=torch.uint8, device="cpu")
         with _disable_current_modes():
             whole = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
             return whole.to("cpu", copy=True).view(torch.uint8)  # a copy: the model may write to it
