@@ -1,6 +1,7 @@
 """Converting transformers' architectures."""
 
 import lomem
+import peft
 import pytest
 import torch
 from torch import nn
@@ -104,3 +105,47 @@ def test_every_norm_and_activation_has_a_verdict(name):
     model.load_state_dict(fresh.state_dict())
     assert isinstance(model, nn.Module)
     assert report.saved_after < report.saved_before
+
+
+def adapted(model, rank=4):
+    """With LoRA beside the attention's and the MLP's linear layers, whose second matrix is not 0."""
+    names = [n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    config = peft.LoraConfig(r=rank, target_modules=sorted(set(names)), lora_dropout=0.0)
+    model = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gpt_neox", "bert", "vit"])
+@pytest.mark.parametrize("ill", [False, True], ids=["well", "ill"])
+@pytest.mark.parametrize("first", ["peft", "convert"])
+def test_low_rank_adapters(name, ill, first):
+    def build_ill():
+        model, batch = build(name)
+        for path, parameter in model.named_parameters():
+            if ill and parameter.dim() == 1 and "norm" in path.lower():
+                with torch.no_grad():
+                    parameter[1] = 300 if path.endswith("bias") else -1 if name == "gemma" else 0
+        return model, batch
+
+    plain, batch = build_ill()
+    plain = adapted(plain)
+    before, grads = outputs(plain, batch), gradients(plain, batch)
+    model, _ = build_ill()
+    if first == "peft":
+        model = adapted(model)
+        report = lomem.convert(model, batch, activations="keep")
+    else:
+        report = lomem.convert(model, batch, activations="keep")
+        model = adapted(model)
+    actions = {d.action for d in report.converted}
+    assert ("normalized" if ill else "inverted") in actions
+    # Roundings of float32.
+    assert error(outputs(model, batch), [t.double() for t in before]) < 1e-5
+    assert gradient_error(gradients(model, batch), grads) < 1e-5
+    merged = model.merge_and_unload()
+    assert error(outputs(merged, batch), [t.double() for t in before]) < 1e-4

@@ -236,33 +236,30 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
     # Casts of the result that consumers keep; what they take instead.
     casts = {s for call in calls for s in first.casts(_result(call), call.end) if s.dtype == _autocast_dtype()}
     casts = {s for s in casts if s in finder.ledger.owners}
-    low_dtype = next(iter(casts)).dtype if casts else dtype
-    rows = sum(call.numel for call in calls) // max(1, _width(form))
-    rstd = rows * (8 if dtype == torch.float64 else 4)
-    problem = badly_conditioned(module, form, low_dtype)
+    autocast_dtype = _autocast_dtype()
+    narrower = autocast_dtype is not None and autocast_dtype.itemsize < dtype.itemsize and dtype != torch.float64
+    problem = badly_conditioned(module, form, autocast_dtype if autocast_dtype is not None and narrower else dtype)
     linears = _linears_behind(finder, name)
     behind = {s for linear in linears for s in finder.ledger.kept_by(linear)}
-    kept_dtype = low_dtype if casts else dtype
-    kept = sum(call.numel for call in calls) * kept_dtype.itemsize
-    taken = {s for s in (*results, *casts) if s in behind}
-    if problem is None:
-        shared = bool(linears) and not low
-        c.action = "two outputs" if shared and casts else "inverted"
-        c.reason = {
-            "inverted": "its consumers keep its output",
-            "two outputs": f"linear layers keep a {str(low_dtype)[6:]} copy, others take the full precision",
-        }[c.action]
-        c.replaces = {*results, *casts} if low else {*results, *taken}
-        c.added = kept + rstd
+    shared = problem is not None or (narrower and not low)
+    if problem is not None and (len(form.shape) != 1 or not (linears or narrower)):
+        c.leave(f"{problem}, and no linear layer takes its output as it is")
+        return c
+    rows = sum(call.numel for call in calls) // max(1, _width(form))
+    element = autocast_dtype.itemsize if autocast_dtype is not None and narrower else dtype.itemsize
+    c.added = sum(call.numel for call in calls) * element + rows * (8 if dtype == torch.float64 else 4)
+    if problem is not None:
+        c.action, c.reason = "normalized", f"{problem}: linear layers keep the normalized input"
+    elif shared:
+        c.action = "two outputs"
+        c.reason = f"linear layers keep a {str(autocast_dtype)[6:]} copy, others take the full precision"
     else:
-        if len(form.shape) != 1 or form.axis != -1 or not linears:
-            c.leave(f"{problem}, and no linear layer takes its output as it is")
-            return c
-        shared = True
-        c.action = "normalized"
-        c.reason = f"{problem}: linear layers keep the normalized input"
-        c.replaces = taken
-        c.added = kept + rstd
+        c.action, c.reason = "inverted", "its consumers keep its output"
+    if shared:
+        # Whoever is no linear layer, or called with something made of the output, keeps what it kept.
+        c.replaces = {s for s in (*results, *casts) if s in behind}
+    else:
+        c.replaces = {*results, *casts} if low else set(results)
     plan = NormPlan(form, inverted=problem is None, low_precision=low, shared=shared)
     c.changes[name] = (MSNorm, {"lomem_norm": plan})
     if shared:
