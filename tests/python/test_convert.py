@@ -785,6 +785,24 @@ def test_converting_decides_by_what_is_frozen():
         assert distance(grads2, grads) < 1e-13
 
 
+def test_quantized_weights_are_not_run_in_evaluation_mode():
+    # Where bitsandbytes packs them anew, for good.
+    class Quantized(Block):
+        def __init__(self):
+            super().__init__()
+            self.packed = nn.Parameter(torch.ones(4, dtype=torch.uint8), requires_grad=False)
+
+        def forward(self, x):
+            if not self.training:
+                self.packed.data = self.packed.data * 0
+            return super().forward(x)
+
+    model = make(Quantized).eval()
+    assert len(lomem.convert(model, batch()).converted) == 4
+    assert not model.training
+    assert torch.equal(model[1].packed, torch.ones(4, dtype=torch.uint8))
+
+
 def test_a_fake_model_is_planned_and_converted():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -1,43 +1,13 @@
 """Converting transformers' architectures."""
 
 import lomem
-import peft
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
-from zoo import ZOO, build
+from zoo import ZOO, adapted, build, error, gradient_error, gradients, outputs
 
 #: Weights and activations; None for float32 under bfloat16 autocast.
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": None}
-
-
-def outputs(model, batch):
-    with torch.no_grad():
-        leaves = tree_leaves(model(**batch))
-    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
-
-
-def gradients(model, batch):
-    model.zero_grad()
-    result = model(**batch)
-    result.loss.backward()
-    grads = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return grads
-
-
-def error(values, expected):
-    """Relative error of the outputs, in the quadratic mean."""
-    squares = [((a.double() - b).norm() / b.norm()) ** 2 for a, b in zip(values, expected, strict=True)]
-    return torch.stack(squares).mean().sqrt().item()
-
-
-def gradient_error(grads, expected):
-    """Of all gradients together: single ones, of biases that softmax does not see, vanish but for rounding."""
-    assert grads.keys() == expected.keys()
-    squares = [((grads[n] - g).norm() ** 2, g.norm() ** 2) for n, g in expected.items()]
-    return (sum(s for s, _ in squares) / sum(s for _, s in squares)).sqrt().item()
 
 
 def exact(name, model, batch):
@@ -105,19 +75,6 @@ def test_every_norm_and_activation_has_a_verdict(name):
     model.load_state_dict(fresh.state_dict())
     assert isinstance(model, nn.Module)
     assert report.saved_after < report.saved_before
-
-
-def adapted(model, rank=4):
-    """With LoRA beside the attention's and the MLP's linear layers, whose second matrix is not 0."""
-    names = [n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-    config = peft.LoraConfig(r=rank, target_modules=sorted(set(names)), lora_dropout=0.0)
-    model = peft.get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "gpt_neox", "bert", "vit"])

@@ -63,7 +63,7 @@ def convert(
         norms: ``"auto"``, or ``"keep"`` to leave all.
         exclude: Names of modules to leave, with wildcards: ``["*.layers.0.*"]``.
         check: Whether to compare the outputs on the example inputs with the original model's, in training and in
-            evaluation mode.
+            evaluation mode (of models with quantized weights, in training mode alone).
         tolerance: Largest relative difference that the check allows, in the 2-norm of an output. By default half of
             the digits of the narrowest dtype of weights, autocast and output, since a model may amplify rounding; where
             only activations were converted, 0.
@@ -172,6 +172,13 @@ def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def _modes(model: nn.Module) -> tuple[bool, ...]:
+    # Quantized weights are not run in evaluation mode: bitsandbytes packs them anew there on the CPU, with fewer digits
+    # and for good.
+    quantized = any(not p.is_floating_point() for p in model.parameters())
+    return (True,) if quantized else (True, False)
+
+
 def _run(model: nn.Module, inputs: Inputs, watched: Iterable[str], training: bool, grad: bool) -> Flow:
     try:
         return trace(model, inputs, watched, training=training, grad=grad)
@@ -194,7 +201,7 @@ def _candidates(
     if inputs is not None:
         # With gradients for what is kept; without for what escapes in objects that hide tensors; evaluation mode for
         # the ways that training does not go.
-        modes = ((True, True), (True, False), (False, False))
+        modes = [(True, True), *((training, False) for training in _modes(model))]
         flows = [_run(model, inputs, watched, training, grad) for training, grad in modes]
     shapes = {call.name: call.shapes[0] for flow in flows[:1] for call in flow.calls if call.shapes}
     forms = {name: form for name, module in leaves.items() if (form := recognize_activation(module)) is not None}
@@ -256,7 +263,7 @@ class _Outputs:
 
     def _run(self) -> list[Tensor]:
         outputs = []
-        for training in (False, True):
+        for training in _modes(self._model):
             with untouched(self._model, training, self._inputs), torch.no_grad():
                 torch.manual_seed(0)  # the same dropout each time; put back afterwards
                 leaves = tree_leaves(self._inputs.call(self._model))
