@@ -238,6 +238,20 @@ def test_a_post_norm_model_under_autocast_keeps_one_copy_and_its_residual_stream
     assert report.saved_before - report.saved_after == 4 * n + 2 * 4 * rows + 2 * (2 * n) - (2 * n + 4 * rows)
 
 
+def test_the_profile_sees_what_converted_norms_share():
+    for ill, block in ((False, Block), (False, PostNorm), (True, Block), (True, PostNorm)):
+        model, x = make(block, ill=ill), batch()
+        with torch.autocast("cpu", torch.bfloat16):
+            report = lomem.convert(model, x)
+            profile = lomem.memory.profile(model, x)
+        linears = ["up", "gate"] if block is Block else ["q", "k"]
+        for i, norm in enumerate(profile.norms, start=1):
+            assert (norm.module, norm.kept_by_norm) == (f"{i}.norm", True)
+            assert norm.shared_with == [f"{i}.{linear}" for linear in linears]
+        assert profile.activation_bytes == report.saved_after
+        assert profile.unaccounted_bytes == 0
+
+
 def test_no_norm_is_converted_for_an_output_that_nobody_keeps():
     model, x = make(), batch()
     for linear in (model[1].up, model[1].gate):

@@ -69,7 +69,9 @@ class NormCalls:
             if is_norm(module):
 
                 def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                    for tensor in tensors_in(output):
+                    # A converted norm may keep, and share, something else than its result.
+                    shared = getattr(output, "lomem_shared", None)
+                    for tensor in tensors_in(output if shared is None else shared.kept):
                         for storage in self._recorder.records(tensor):
                             self._calls.append((name, module, storage, len(self._recorder.ops)))
 
