@@ -36,6 +36,10 @@ def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
     return [part.untyped_storage() for part in parts]
 
 
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return () if tensor.is_nested else tuple(tensor.shape)
+
+
 class ModulePath:
     """Context manager that knows which submodule of a model runs: the innermost one, by its first name."""
 
@@ -256,7 +260,7 @@ class Recorder(TorchDispatchMode):
         live = self._live.get(key)
         if live is not None:
             return live.record
-        record = Storage(storage.nbytes(), born, tensor.dtype, tuple(tensor.shape))
+        record = Storage(storage.nbytes(), born, tensor.dtype, _shape(tensor))
         self.storages.append(record)
         end = weakref.finalize(storage, self._forget, weakref.ref(self), key)
         end.atexit = False
@@ -271,7 +275,7 @@ class Recorder(TorchDispatchMode):
 
     def _save(self, tensor: Tensor) -> None:
         for storage in self.records(tensor):  # one that is first seen here is an input of the next op
-            self.saved.append(Saved(storage, self.module, len(self.ops), tensor.dtype, tuple(tensor.shape)))
+            self.saved.append(Saved(storage, self.module, len(self.ops), tensor.dtype, _shape(tensor)))
 
     def __torch_dispatch__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -33,7 +34,7 @@ def preserved(model: nn.Module, optimizer: Optimizer | None = None, inputs: Iter
         if optimizer is not None:
             stack.callback(_restore_optimizer, optimizer, *_optimizer_state(optimizer))
         for module in model.modules():
-            stack.callback(_restore_module, module, *_module_state(module))
+            stack.callback(restore_module, module, *module_state(module))
         for parameter in parameters:
             stack.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
@@ -44,7 +45,10 @@ def preserved(model: nn.Module, optimizer: Optimizer | None = None, inputs: Iter
 def _random_numbers(tensors: Iterable[Tensor]) -> Iterator[None]:
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     state = random.getstate()
+    numpy = sys.modules.get("numpy")  # of which transformers draws masks
     with contextlib.ExitStack() as stack:
+        if numpy is not None:
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for kind in sorted({d.type for d in devices}):
             indices = sorted(d.index or 0 for d in devices if d.type == kind)
@@ -72,13 +76,15 @@ def _written_back(tensor: Tensor, value: Tensor, version: int | None) -> None:
         _set(tensor, value)
 
 
-def _module_state(module: nn.Module) -> tuple[dict[str, Any], ...]:
+def module_state(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Attributes, parameters and buffers of a module, for :func:`restore_module`."""
     return dict(vars(module)), dict(module._parameters), dict(module._buffers)
 
 
-def _restore_module(
+def restore_module(
     module: nn.Module, attributes: dict[str, Any], parameters: dict[str, Any], buffers: dict[str, Any]
 ) -> None:
+    """Sets back what a module has."""
     for now, before in ((vars(module), attributes), (module._parameters, parameters), (module._buffers, buffers)):
         for name in [name for name in now if name not in before]:
             del now[name]

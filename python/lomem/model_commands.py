@@ -186,14 +186,24 @@ def _estimate(
     optimizer: str,
     device: str,
 ) -> StepPeak:
-    return memory.estimate(
-        subject.build,
-        lambda: subject.batch(batch_size, seq_len),
-        _OPTIMIZERS[optimizer],
-        device=device,
-        autocast=subject.autocast,
-        transform=lambda model: apply(method, model, subject) and None,
-    )
+    with _of_a_model(subject):
+        return memory.estimate(
+            subject.build,
+            lambda: subject.batch(batch_size, seq_len),
+            _OPTIMIZERS[optimizer],
+            device=device,
+            autocast=subject.autocast,
+            transform=lambda model: apply(method, model, subject) and None,
+        )
+
+
+@contextlib.contextmanager
+def _of_a_model(subject: Subject) -> Iterator[None]:
+    # Configs say anything, and models answer with any error.
+    try:
+        yield
+    except (RuntimeError, AttributeError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"{subject.name} does not run: {type(error).__name__}: {error}") from error
 
 
 def _mib(nbytes: int) -> str:
@@ -270,6 +280,7 @@ def main_convert(arguments: argparse.Namespace) -> int:
     """``lomem convert``."""
     subject = _subject(arguments)
     with (
+        _of_a_model(subject),
         memory.fake(subject.build) as model,
         torch.autocast("cpu", subject.autocast, enabled=subject.autocast is not None),
     ):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 def check_folder(option: str, path: str) -> None:
     """Raises a ValueError where a file could not be written for want of its folder."""
-    if not Path(path).resolve().parent.is_dir():
+    if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
         raise ValueError(f"{option} is {path}, expected a file in a folder that exists")
 
 

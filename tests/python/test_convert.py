@@ -686,6 +686,10 @@ def test_inputs_come_as_a_tensor_a_tuple_or_a_dict():
         (lambda model, x: lomem.convert(model[0], x), "found nothing to convert in Linear: no norm, no activation"),
         (lambda model, x: lomem.convert(model, x[..., :3]), "example_inputs do not run in training mode: RuntimeError"),
         (lambda model, x: lomem.convert(model, {"y": x}), "example_inputs do not run in training mode: TypeError"),
+        (lambda model, x: lomem.convert(model, x, exclude=5), "exclude has 5, expected names of modules"),
+        (lambda model, x: lomem.convert(model, x, exclude=["9.*"]), "exclude has '9.*', expected names of modules"),
+        (lambda model, x: lomem.convert(model, x, tolerance=-1), "tolerance is -1, expected a number of at least 0"),
+        (lambda model, x: lomem.convert(model, x, tolerance="a"), "tolerance is 'a', expected a number"),
         (lambda model, x: lomem.convert(model, x, tolerance=0.0), "differs by .*the model is as it was"),
         (lambda model, x: lomem.restore(model), "no module of Sequential is converted, expected a converted model"),
         (lambda model, x: lomem.restore(3), "model is a int, expected a torch.nn.Module"),
@@ -840,3 +844,222 @@ def test_the_bytes_are_checked(monkeypatch):
     with pytest.raises(RuntimeError, match="keeps 11 bytes, expected at most 10"):
         lomem.convert(model, x)
     assert classes(model) == before
+
+
+def ill_norm():
+    """One that cannot be inverted."""
+    norm = nn.LayerNorm(D)
+    with torch.no_grad():
+        norm.weight[0] = 0
+        norm.bias.normal_()
+    return norm
+
+
+def test_the_check_runs_what_training_runs(monkeypatch):
+    model, x = make(), batch()
+    before = classes(model)
+    # Wrong where there is a gradient only.
+    regelu2 = lomem.functional.regelu2
+    monkeypatch.setattr(lomem.functional, "regelu2", lambda *args, **kwargs: regelu2(*args, **kwargs) * 1.5)
+    with pytest.raises(RuntimeError, match="an output of the converted model differs"):
+        lomem.convert(model, x, norms="keep")
+    assert classes(model) == before
+
+
+def test_a_linear_layer_without_autocast_behind_a_norm_with_it():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.a, self.b = ill_norm(), nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x):
+            z = self.norm(x.float())
+            with torch.autocast("cpu", enabled=False):
+                b = self.b(z)
+            return self.a(z) + b
+
+    model, x = make(Mixed, depth=1), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, grads = results(model, x)
+        lomem.convert(model, x)
+        _, grads2 = results(model, x)
+    # In float32 throughout: its input is not taken from bfloat16.
+    torch.testing.assert_close(grads2["1.b.weight"], grads["1.b.weight"])
+
+
+def test_no_overflow_in_float16_that_the_original_has_not():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, D), ill_norm(), nn.Linear(D, D)).half()
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)
+        model[1].bias.mul_(1e-3)
+    x = torch.randn(4096, D).half()
+    lomem.convert(model, x[:8])
+    (model(x) * 30).sum().backward()
+    assert model[2].weight.grad.isfinite().all()
+
+
+def test_an_activation_that_writes_to_its_input_goes_on_doing_so():
+    class InPlace(nn.Module):
+        def forward(self, x):
+            return F.silu(x, inplace=True)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.act, self.b = nn.Linear(D, D), InPlace(), nn.Linear(D, D)
+
+        def forward(self, x):
+            h = self.a(x)
+            self.act(h)
+            return self.b(h)
+
+    model, x = Model(), batch()
+    y = model(x)
+    lomem.convert(model, x)
+    assert torch.equal(model(x), y)
+
+
+def test_torchs_own_encoder_is_converted():
+    layer = nn.TransformerEncoderLayer(D, 2, 4 * D, dropout=0.0, activation="gelu", batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2), batch()
+    for mode in (True, False):
+        model.train(mode)
+        y = model(x)
+        with torch.no_grad():
+            fast = model(x)
+        assert lomem.convert(model, x, norms="keep").difference == 0
+        assert torch.equal(model(x), y)
+        with torch.no_grad():
+            assert torch.equal(model(x), fast)
+        lomem.restore(model)
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    mask[1, 3:] = True
+    assert lomem.convert(model, {"src": x, "src_key_padding_mask": mask}).converted
+
+
+def test_a_norm_of_a_vector_and_a_keyword_of_another_name():
+    class Named(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight, self.bias)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(D, D), ill_norm(), Named(D, D)
+
+        def forward(self, x):
+            return self.b(x=self.norm(self.a(x)))
+
+    model, x = Model(), torch.randn(D)
+    y, grads = results(model, x)
+    lomem.convert(model, batch())
+    for value in (x, batch()):
+        y2, grads2 = results(model, value)
+    y2, grads2 = results(model, x)
+    torch.testing.assert_close(y, y2)
+    assert distance(grads2, grads) < 1e-6
+
+
+def test_hooks_that_change_a_norms_output():
+    def in_place(module, args, output):
+        return output.mul_(2)
+
+    def replaced(module, args, output):
+        return output * 2
+
+    model, x = make(depth=1), batch()
+    handle = model[1].norm.register_forward_hook(in_place)
+    report = lomem.convert(model, x)
+    assert next(d for d in report.left if d.kind == "norm").reason.startswith("its output is changed in place by mul_")
+    lomem.restore(model)
+    handle.remove()
+    model[1].norm.register_forward_hook(replaced)
+    y, grads = results(model, x)
+    report = lomem.convert(model, x, activations="keep", dry_run=True)
+    assert sum(d.saved_bytes for d in report.decisions) == 0  # the linear layers keep what the hook made
+    del y, grads
+
+
+def test_outputs_with_infinities_are_compared():
+    class Masked(Block):
+        def forward(self, x):
+            return super().forward(x).masked_fill(torch.eye(5, D).bool(), -torch.inf)
+
+    model, x = nn.Sequential(nn.Linear(D, D), Masked()), batch()
+    assert lomem.convert(model, x).difference < 1e-6
+
+
+def test_a_class_that_cannot_be_derived_from_changes_nothing():
+    class Strict(nn.LayerNorm):
+        def __init_subclass__(cls, *, tag, **kwargs):
+            super().__init_subclass__(**kwargs)
+
+    model, x = make(), batch()
+    model[2].norm = Strict(D)
+    before = classes(model)
+    with pytest.raises(TypeError):
+        lomem.convert(model, x)
+    assert classes(model) == before
+
+
+def test_a_sharded_model_is_not_restored(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x):
+            return self.b(F.gelu(self.a(x)))
+
+    model, x = nn.Sequential(nn.Linear(D, D), Mlp()), batch()
+    lomem.convert(model, x)
+    fully_shard(model[1], mesh=init_device_mesh("cpu", (1,)))
+    before = classes(model)
+    with pytest.raises(ValueError, match="is of the class FSDPStepCallsMlp since"):
+        lomem.restore(model)
+    assert classes(model) == before
+
+
+def test_another_object_of_a_converted_class_is_an_original():
+    model, x = make(ill=True), batch()
+    lomem.convert(model, x)
+    norm = type(model[1].norm)(D)
+    assert torch.equal(norm(x), nn.LayerNorm(D)(x))
+    activation = type(model[1].activation)()
+    assert torch.equal(activation(x), F.gelu(x))
+    linear = type(model[1].up)(D, D)
+    assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
+
+
+def test_what_is_excluded_is_not_reached_by_a_call_outside_of_it():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.act = nn.Linear(D, D), nn.GELU()
+
+        def forward(self, x):
+            return self.act(F.gelu(input=self.a(x)))
+
+    model, x = nn.Sequential(Outer(), nn.Linear(D, D)), batch()
+    report = lomem.convert(model, x, exclude=["0.act"], dry_run=True)
+    assert {d.name: d.reason for d in report.left} == {"0": "0.act inside it is left", "0.act": "it is excluded"}
+    report = lomem.convert(model, x)
+    assert len(report.converted) == 2
+    assert report.saved_before - report.saved_after == 2 * (4 * x.numel() - x.numel() // 4)
+
+
+def test_numpys_random_numbers_are_left_alone():
+    import numpy as np
+
+    class Random(Block):
+        def forward(self, x):
+            return super().forward(x) + np.random.rand() * 0  # noqa: NPY002
+
+    model, x = make(Random), batch()
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    lomem.convert(model, x)
+    assert (np.random.get_state()[1] == state).all()  # noqa: NPY002

@@ -40,11 +40,11 @@ def config(tmp_path_factory):
 def test_memory_of_a_config(config, tmp_path, capsys):
     files = {kind: tmp_path / f"memory.{kind}" for kind in ("json", "md", "png")}
     command = ["memory", "--model", config, "--method", "plain,activations,norms,lomem,checkpoint,lomem+checkpoint"]
-    command += ["--batch", "4", "--seq", "24", "--lora", "r=4,targets=qv,dropout=0.1,dtype=bf16", "--device", "cpu"]
+    command += ["--batch", "4", "--seq", "24", "--lora", "r=4,targets=all", "--device", "cpu"]
     options = [f"--json={files['json']}", f"--table={files['md']}", f"--plot={files['png']}"]
     assert main([*command, *options]) == 0
     printed = capsys.readouterr().out
-    assert "LlamaForCausalLM, LoRA q, v r4, dropout 0.1 in bf16" in printed
+    assert "LlamaForCausalLM, LoRA all linears r4 in fp32" in printed
     written = json.loads(files["json"].read_text())
     assert list(written["estimates"]) == command[4].split(",")
     saved = {method: report["saved_bytes"] for method, report in written["estimates"].items()}
@@ -56,7 +56,7 @@ def test_memory_of_a_config(config, tmp_path, capsys):
     assert files["png"].stat().st_size > 0
     # The same through the functions.
     preset = presets.from_config(config)
-    setting = presets.Setting("", presets.Lora(4, "qv", dropout=0.1, dtype=torch.bfloat16))
+    setting = presets.Setting("", presets.Lora(4, "all"))
     report = estimate(
         lambda: presets.build(setting, preset), lambda: preset.batch(4, 24), torch.optim.AdamW, device="cpu"
     )
@@ -100,6 +100,15 @@ def test_bad_arguments_are_one_sentence(arguments, message, config, capsys):
     assert main([config if a == "CONFIG" else a for a in arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith(f"lomem {arguments[0]}: {message}"), error
+
+
+def test_a_model_that_does_not_run_is_one_sentence(tmp_path, capsys):
+    config = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    transformers.T5Config(**config, architectures=["T5ForSequenceClassification"]).save_pretrained(tmp_path)
+    for command in (["memory"], ["convert", "--dry-run"]):
+        assert main([*command, "--model", str(tmp_path)]) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith(f"lomem {command[0]}: T5ForSequenceClassification, full fine-tuning does not run: ")
 
 
 def test_a_config_of_another_kind_is_refused(tmp_path):

@@ -1,10 +1,12 @@
 """What lomem.convert takes a module for, whatever its name and spelling."""
 
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune as prune
 from lomem.conversion._recognize import (
     ActivationForm,
     NormForm,
@@ -152,9 +154,130 @@ class _NotANorm(nn.Module):
     ids=lambda m: type(m).__name__,
 )
 def test_what_is_no_norm_is_none(module):
-    reason = recognize_norm(module, (5, D))
+    reason = recognize_norm(module, [(5, D)])
     assert isinstance(reason, str)
     assert reason
+
+
+class WithNeutralParts(nn.LayerNorm):
+    """A norm with a part that has no effect now."""
+
+    def __init__(self, forward, **tensors):
+        super().__init__(D)
+        self.function = forward
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+
+    def forward(self, x):
+        return self.function(self, super().forward(x), x)
+
+
+class Detached(nn.RMSNorm):
+    def forward(self, x):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt().detach() * self.weight
+
+
+class Scaled(nn.RMSNorm):
+    scale: float
+
+    def __init__(self):
+        super().__init__(D, eps=1e-6)
+        self.scale = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+NEUTRAL = {
+    "gain": (WithNeutralParts(lambda m, y, x: y * m.gain, gain=torch.ones(())), "gain is no weight or bias"),
+    "gate": (WithNeutralParts(lambda m, y, x: y + m.alpha * x, alpha=torch.zeros(())), "are not those|alpha is no"),
+    "dropout": (
+        WithNeutralParts(lambda m, y, x: F.dropout(y, 0.5, m.training)).eval(),
+        "not in training and evaluation",
+    ),
+    "detached": (Detached(D, eps=1e-6), "its gradient is not that of a norm"),
+    "scale": (Scaled(), "its attribute scale is not known"),
+}
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_norm_with_a_part_that_has_no_effect_now_is_none(name):
+    module, match = NEUTRAL[name]
+    reason = recognize_norm(module, [(5, D)])
+    assert isinstance(reason, str)
+    assert re.search(match, reason) or "are not those of a norm" in reason
+
+
+def test_a_norm_is_what_it_is_for_the_inputs_that_it_gets():
+    # Over everything but the batch: of a matrix that is over the last dimension.
+    assert recognize_norm(nn.GroupNorm(1, D), [(5, D)]).ranks == (2,)
+    assert isinstance(recognize_norm(nn.GroupNorm(1, D), [(5, D, 3, 3)]), str)
+    assert isinstance(recognize_norm(nn.GroupNorm(1, D), [(5, D, D, D)]), str)
+    assert isinstance(recognize_norm(nn.GroupNorm(1, D), [(5, D), (5, D, 3)]), str)
+    assert recognize_norm(nn.LayerNorm(D), [(D,), (5, D), (2, 3, 4, D)]).ranks == (1, 2, 4)
+    assert isinstance(recognize_norm(nn.LayerNorm(D), [(5, 2 * D)]), str)
+
+
+def test_an_activation_with_another_gradient_is_none():
+    class Straight(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return F.gelu(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    assert recognize_activation(Function(Straight.apply)) is None
+    assert recognize_activation(Function(lambda x: F.gelu(x.detach()))) is None
+
+
+def test_an_activation_with_dropout_in_training_is_none():
+    class Dropped(nn.Module):
+        def forward(self, x):
+            return F.dropout(F.gelu(x), 0.5, self.training)
+
+    assert recognize_activation(Dropped().eval()) is None
+
+
+def test_a_linear_layer_whose_weight_is_made_of_others_is_none():
+    pruned = prune.identity(nn.Linear(6, 6), "weight")
+    assert recognize_linear(pruned) is None
+    assert recognize_linear(nn.utils.spectral_norm(nn.Linear(6, 6)).eval()) is None
+
+    class Masked(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 6)
+            self.register_buffer("mask", torch.ones(6, 6))
+
+        def forward(self, x):
+            return F.linear(x, self.weight * self.mask, self.bias)
+
+    class DropConnect(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, F.dropout(self.weight, 0.5, self.training), self.bias)
+
+    assert recognize_linear(Masked()) is None
+    assert recognize_linear(DropConnect(6, 6).eval()) is None
+    assert isinstance(recognize_norm(prune.identity(nn.RMSNorm(D), "weight"), [(5, D)]), str)
+
+
+def test_a_module_that_counts_its_calls_is_as_it_was():
+    class Counting(nn.LayerNorm):
+        calls = 0
+
+        def __init__(self):
+            super().__init__(D)
+            self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+        def forward(self, x):
+            self.calls += 1
+            self.seen += 1
+            return super().forward(x)
+
+    module = Counting()
+    recognize_norm(module, [(5, D)])
+    assert (module.calls, module.seen.item(), module.training) == (0, 0, True)
 
 
 def test_recognition_leaves_everything_as_it_was():
@@ -187,7 +310,8 @@ SPELLINGS = {
     "nn.GELU": (nn.GELU(), ActivationForm("gelu")),
     "nn.GELU tanh": (nn.GELU("tanh"), ActivationForm("gelu", "tanh")),
     "nn.SiLU": (nn.SiLU(), ActivationForm("silu")),
-    "nn.SiLU inplace": (nn.SiLU(inplace=True), ActivationForm("silu")),
+    "nn.SiLU inplace": (nn.SiLU(inplace=True), ActivationForm("silu", inplace=True)),
+    "F.silu inplace": (Function(lambda x: F.silu(x, inplace=True)), ActivationForm("silu", inplace=True)),
     "erf": (
         Function(lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))),
         ActivationForm("gelu", torch_op=False),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from ._exchange import exchange, give_back, is_converted
+from ._exchange import exchange, give_back, is_converted, wrapped_since
 from ._flow import Flow, Inputs, as_inputs, trace, untouched
 from ._plan import Candidate, Finder, Ledger, plan_activation, plan_calls, plan_norm, settle, ways_of_its_own
 from ._recognize import ActivationForm, NormForm, recognize_activation, recognize_norm
@@ -61,7 +61,7 @@ def convert(
             dict of keyword arguments. Without it norms are left, since nothing is known of their consumers.
         activations: ``"2bit"``, or ``"keep"`` to leave all.
         norms: ``"auto"``, or ``"keep"`` to leave all.
-        exclude: Names of modules to leave, with wildcards: ``["*.layers.0.*"]``.
+        exclude: Names of modules to leave, with wildcards (``["*.layers.0.*"]``), each of which must match one.
         check: Whether to compare the outputs on the example inputs with the original model's, in training and in
             evaluation mode (of models with quantized weights, in training mode alone).
         tolerance: Largest relative difference that the check allows, in the 2-norm of an output. By default half of
@@ -77,9 +77,9 @@ def convert(
             ``NothingToConvertError``.
         RuntimeError: Where the example inputs do not run, or where the check fails.
     """
-    _check_arguments(model, activations, norms)
+    _check_arguments(model, activations, norms, tolerance)
     inputs = None if example_inputs is None else as_inputs("lomem.convert: example_inputs", example_inputs)
-    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    patterns = _patterns(model, exclude)
     candidates, flow = _candidates(model, inputs, activations, norms, patterns)
     chosen = [c for c in candidates if c.action != "left"]
     report = Report(tuple(_decision(model, c) for c in candidates), None if flow is None else Ledger(flow).nbytes)
@@ -95,9 +95,9 @@ def convert(
     changes = {name: change for c in chosen for name, change in c.changes.items()}
     before = _Outputs(model, inputs) if check and inputs is not None and not _is_fake(model) else None
     modules = dict(model.named_modules())
-    for name, (mixin, attributes) in changes.items():
-        exchange(modules[name], mixin, **attributes)
     try:
+        for name, (mixin, attributes) in changes.items():
+            exchange(modules[name], mixin, **attributes)
         if inputs is None:
             return report
         after = Ledger(trace(model, inputs, (), training=True, grad=True)).nbytes
@@ -114,7 +114,8 @@ def convert(
         return dataclasses.replace(report, difference=difference, notes=report.notes + ((note,) if note else ()))
     except BaseException:
         for name in changes:
-            give_back(modules[name])
+            if is_converted(modules[name]):
+                give_back(modules[name])
         raise
 
 
@@ -132,17 +133,25 @@ def restore(model: nn.Module) -> int:
     converted = [module for module in model.modules() if is_converted(module)]
     if not converted:
         raise ValueError(f"lomem.restore: no module of {type(model).__name__} is converted, expected a converted model")
+    wrapped = [module for module in converted if wrapped_since(module)]
+    if wrapped:
+        raise ValueError(
+            f"lomem.restore: a converted module is of the class {type(wrapped[0]).__name__} since, expected the one "
+            "that lomem.convert gave it: restore before fully_shard and the like"
+        )
     for module in converted:
         give_back(module)
     return len(converted)
 
 
-def _check_arguments(model: Any, activations: str, norms: str) -> None:
+def _check_arguments(model: Any, activations: str, norms: str, tolerance: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"lomem.convert: model is a {type(model).__name__}, expected a torch.nn.Module")
     for argument, value, wanted in (("activations", activations, "2bit"), ("norms", norms, "auto")):
         if value not in (wanted, "keep"):
             raise ValueError(f"lomem.convert: {argument} is {value!r}, expected {wanted!r} or 'keep'")
+    if not (tolerance is None or (isinstance(tolerance, int | float) and tolerance >= 0)):
+        raise ValueError(f"lomem.convert: tolerance is {tolerance!r}, expected a number of at least 0")
     if activations == norms == "keep":
         raise ValueError("lomem.convert: activations and norms are both 'keep', expected something to convert")
     converted = sum(is_converted(module) for module in model.modules())
@@ -151,6 +160,15 @@ def _check_arguments(model: Any, activations: str, norms: str) -> None:
             f"lomem.convert: {converted} modules of {type(model).__name__} are converted already, expected a plain "
             "model: lomem.restore makes it one"
         )
+
+
+def _patterns(model: nn.Module, exclude: Any) -> list[str]:
+    patterns = [exclude] if isinstance(exclude, str) else list(exclude) if isinstance(exclude, Iterable) else [exclude]
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not fnmatch.filter(names, pattern):
+            raise ValueError(f"lomem.convert: exclude has {pattern!r}, expected names of modules, with wildcards")
+    return patterns
 
 
 def _is_fake(model: nn.Module) -> bool:
@@ -203,7 +221,9 @@ def _candidates(
         # the ways that training does not go.
         modes = [(True, True), *((training, False) for training in _modes(model))]
         flows = [_run(model, inputs, watched, training, grad) for training, grad in modes]
-    shapes = {call.name: call.shapes[0] for flow in flows[:1] for call in flow.calls if call.shapes}
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for call in (call for flow in flows for call in flow.calls if call.shapes):
+        shapes.setdefault(call.name, []).append(call.shapes[0])
     forms = {name: form for name, module in leaves.items() if (form := recognize_activation(module)) is not None}
     finder = Finder(model, flows, forms.keys()) if flows else None
     found = [_activation_candidate(name, leaves[name], form, finder) for name, form in forms.items()]
@@ -212,7 +232,7 @@ def _candidates(
         named = any(part in type(module).__name__.lower() for part in _NORM_NAMES)
         if not named and next(module.parameters(), next(module.buffers(), None)) is None:
             continue  # a dropout and the like
-        norm = recognize_norm(module, shapes.get(name))
+        norm = recognize_norm(module, shapes.get(name, ()))
         if isinstance(norm, NormForm):
             found.append(_norm_candidate(name, module, norm, finder))
         elif isinstance(norm, str) and named:
@@ -227,8 +247,19 @@ def _candidates(
             c.leave(f"{c.kind}s are kept" if wanted == "keep" else "it is excluded")
     if finder is not None:
         settle([c for c in found if c.action != "left"], finder.ledger)
+        _leave_callers_of_left(found)
+        settle([c for c in found if c.action != "left"], finder.ledger)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(found, key=lambda c: order[c.name]), flows[0] if flows else None
+
+
+def _leave_callers_of_left(found: list[Candidate]) -> None:
+    # While a module's functional calls are replaced, so are those of the modules inside it.
+    for c in found:
+        prefix = f"{c.name}." if c.name else ""
+        inside = [d.name for d in found if d.kind != "norm" and d.action == "left" and d.name.startswith(prefix)]
+        if c.kind == "call" and c.action != "left" and any(name != c.name for name in inside):
+            c.leave(f"{inside[0]} inside it is left")
 
 
 def _activation_candidate(name: str, module: nn.Module, form: ActivationForm, finder: Finder | None) -> Candidate:
@@ -264,7 +295,8 @@ class _Outputs:
     def _run(self) -> list[Tensor]:
         outputs = []
         for training in _modes(self._model):
-            with untouched(self._model, training, self._inputs), torch.no_grad():
+            # With gradients in training: that is when converted modules do something else.
+            with untouched(self._model, training, self._inputs), torch.set_grad_enabled(training):
                 torch.manual_seed(0)  # the same dropout each time; put back afterwards
                 leaves = tree_leaves(self._inputs.call(self._model))
             outputs += [t.detach().clone() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
@@ -278,13 +310,17 @@ class _Outputs:
         for before, after in zip(self._first, self._run(), strict=True):
             if _same(before, after):
                 continue
-            norm = before.double().norm().item()
-            difference = (after.double() - before.double()).norm().item() / norm if norm else float("inf")
+            dtype, device = before.dtype, before.device.type
+            finite = before.isfinite() & after.isfinite()
+            same = torch.equal(before[~finite], after[~finite]) or bool((before.isnan() == after.isnan()).all())
+            before, after = before[finite].double(), after[finite].double()
+            norm = before.norm().item()
+            difference = (after - before).norm().item() / norm if norm and same else float("inf")
             # Modules that compute in float32 whatever they are given have no more digits than that; an output has no
             # more than the weights and autocast's dtype, whatever its own.
-            dtypes = [before.dtype, torch.float32, *self._dtypes]
-            if torch.is_autocast_enabled(before.device.type):
-                dtypes.append(torch.get_autocast_dtype(before.device.type))
+            dtypes = [dtype, torch.float32, *self._dtypes]
+            if torch.is_autocast_enabled(device):
+                dtypes.append(torch.get_autocast_dtype(device))
             digits = max(torch.finfo(dtype).eps for dtype in dtypes)
             allowed = digits**0.5 if tolerance is None else tolerance
             if not difference <= allowed:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-__all__ = ["Converted", "exchange", "give_back", "is_converted"]
+__all__ = ["Converted", "exchange", "give_back", "is_converted", "wrapped_since"]
 
 
 class Converted(nn.Module):
@@ -72,6 +72,12 @@ def exchange(module: nn.Module, mixin: type[Converted], **attributes: Any) -> No
     assert set(attributes) == set(mixin.lomem_attributes)
     module.__dict__.update(attributes)
     module.__class__ = _class(mixin, type(module))
+
+
+def wrapped_since(module: nn.Module) -> bool:
+    """Whether somebody else has exchanged a converted module's class since, as fully_shard does."""
+    assert isinstance(module, Converted)
+    return type(module) is not _class(module.lomem_mixin, module.lomem_original)
 
 
 def give_back(module: nn.Module) -> None:

@@ -182,12 +182,15 @@ def untouched(model: nn.Module, training: bool, inputs: Inputs) -> Iterator[None
     """
     # Copies of weights made without gradient would serve later runs with; those made before are not seen to be copies.
     torch.clear_autocast_cache()
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # it goes past the modules
         with preserved(model, inputs=inputs.tensors()):
             for module in model.modules():
                 module.training = training  # not model.train(): a module may do more in it
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         torch.clear_autocast_cache()
 
 
@@ -212,7 +215,12 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
         values = (*args, *kwargs.values())
         tensors = [value for value in values if isinstance(value, Tensor)]
         kept.append(values)
-        call = Call(name, len(recorder.ops), [tuple(t.shape) for t in tensors], len(tensors) == len(values) == 1)
+        call = Call(
+            name,
+            len(recorder.ops),
+            [() if t.is_nested else tuple(t.shape) for t in tensors],
+            len(tensors) == len(values) == 1,
+        )
         call.input_id = id(values[0]) if values else 0
         open_calls.append(call)
         flow.calls.append(call)
@@ -220,7 +228,7 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
     def leave(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         call = open_calls.pop()
         call.end = len(recorder.ops)
-        if isinstance(result, Tensor) and result.layout == torch.strided:
+        if isinstance(result, Tensor) and result.layout == torch.strided and not result.is_nested:
             kept.append(result)
             (call.result,) = recorder.records(result)
             call.dtype, call.numel, call.requires_grad = result.dtype, result.numel(), result.requires_grad
@@ -232,7 +240,8 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
         for name in watched:
             before = functools.partial(enter, name)
             handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(modules[name].register_forward_hook(leave, with_kwargs=True))
+            # Before the user's hooks, which may change the result, or return another.
+            handles.append(modules[name].register_forward_hook(leave, with_kwargs=True, prepend=True))
         with untouched(model, training, inputs), _no_checkpointing(), torch.set_grad_enabled(grad), recorder:
             recorder.label((*model.parameters(), *model.buffers()), "parameter")
             recorder.label(inputs.tensors(), "input")

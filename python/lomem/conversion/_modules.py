@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,18 +53,19 @@ class StepActivation(Converted):
 
     lomem_prefix = "Step"
     lomem_attributes = ("lomem_activation",)
-    lomem_activation: ActivationForm
+    lomem_activation: ActivationForm | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the original."""
         values = (*args, *kwargs.values())
-        if len(values) != 1 or not isinstance(values[0], Tensor) or not _needs_gradient(values[0]):
+        form = self.lomem_activation
+        if form is None or len(values) != 1 or not isinstance(values[0], Tensor) or not _needs_gradient(values[0]):
             return super().forward(*args, **kwargs)
-        form, x = self.lomem_activation, values[0]
+        x = values[0]
         if not form.torch_op:
             return _StepOf.apply(x, super().forward, form)
         result = LF.regelu2(x, form.approximate) if form.kind == "gelu" else LF.resilu2(x)
-        return x.copy_(result) if getattr(self, "inplace", False) else result
+        return x.copy_(result) if form.inplace else result
 
 
 class _Redirect(TorchFunctionMode):
@@ -71,10 +73,11 @@ class _Redirect(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.gelu and _needs_gradient(*args[:1]):
+        if func is F.gelu and _needs_gradient(args[0] if args else kwargs["input"]):
             return LF.regelu2(*args, **kwargs)
-        if func is F.silu and not (kwargs.get("inplace") or len(args) > 1) and _needs_gradient(*args[:1]):
-            return LF.resilu2(*args)
+        if func is F.silu and not (kwargs.get("inplace") or len(args) > 1):
+            x = args[0] if args else kwargs["input"]
+            return LF.resilu2(x) if _needs_gradient(x) else func(x)
         return func(*args, **kwargs)
 
 
@@ -85,7 +88,8 @@ class StepCalls(Converted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
-        with _Redirect():
+        # A mode, and be it one that does nothing, keeps torch from its faster ways in evaluation.
+        with _Redirect() if torch.is_grad_enabled() else contextlib.nullcontext():
             return super().forward(*args, **kwargs)
 
 
@@ -158,6 +162,10 @@ class NormPlan:
         return (*_lomem.ms_rms_norm_backward(grad, output, rstd, self.form.shape, weight, dtype, needs[:2]), None)
 
 
+def _sum(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return tensor.sum(dims) if dims else tensor
+
+
 class _Shared(NamedTuple):
     """What a norm keeps beside its result, and an attribute of that."""
 
@@ -206,8 +214,9 @@ class _NormOfTwoOutputs(torch.autograd.Function):
             # By the product rule outside: gamma may be 0.
             outer = tuple(range(grad.dim() - len(plan.form.shape)))
             wide = grad if grad.dtype == torch.float64 else grad.float()
-            grad_weight = (wide * kept).sum(outer).to(weight.dtype) if needs[1] else None
-            grad_bias = wide.sum(outer).to(bias.dtype) if needs[2] else None
+            # sum(()) would be over everything.
+            grad_weight = _sum(wide * kept, outer).to(weight.dtype) if needs[1] else None
+            grad_bias = _sum(wide, outer).to(bias.dtype) if needs[2] else None
             if weight is not None:
                 wide = wide * weight
             grad_input, *_ = plan.backward(wide, kept, rstd, None, None, ctx.dtype, [needs[0], False, False])
@@ -220,14 +229,17 @@ class MSNorm(Converted):
 
     lomem_prefix = "MS"
     lomem_attributes = ("lomem_norm",)
-    lomem_norm: NormPlan
+    lomem_norm: NormPlan | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the original, to rounding."""
         values = (*args, *kwargs.values())
-        if len(values) != 1 or not isinstance(values[0], Tensor) or not values[0].is_floating_point():
+        plan = self.lomem_norm
+        if plan is None or len(values) != 1 or not isinstance(values[0], Tensor):
             return super().forward(*args, **kwargs)
-        plan, x = self.lomem_norm, values[0]
+        x = values[0]
+        if not x.is_floating_point() or x.dim() not in plan.form.ranks:
+            return super().forward(*args, **kwargs)  # nothing is known of those
         if is_compiling() and not plan.inverted:
             # Compilers know of no attributes of tensors, by which linear layers get what is kept.
             return super().forward(*args, **kwargs)
@@ -263,8 +275,8 @@ class MSNorm(Converted):
 class _LinearOfShared(torch.autograd.Function):
     """A linear layer that keeps what the norm before it keeps, in place of its input.
 
-    The result is that of the layer, bit for bit. With input z = y * gamma + beta and y kept, the weight's gradient is
-    g^T z = (g^T y) * gamma + sum(g) beta^T: exact whatever gamma and beta are.
+    The result is that of the layer, bit for bit. The weight's gradient is computed of the input, made again of what is
+    kept: as ``y * gamma + beta``, rounded as the input was, whatever gamma and beta are.
     """
 
     @staticmethod
@@ -289,13 +301,9 @@ class _LinearOfShared(torch.autograd.Function):
             grad_input = (grad @ weight.to(ctx.dtype)).to(ctx.input_dtype)
         rows = grad.flatten(0, -2)
         if ctx.needs_input_grad[1]:
-            grad_weight = rows.T @ kept.to(ctx.dtype).flatten(0, -2)
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            if gamma is not None:
-                grad_weight = grad_weight * gamma.to(wide)
-            if beta is not None:
-                grad_weight = grad_weight + torch.outer(rows.sum(0, dtype=wide), beta.to(wide))
-            grad_weight = grad_weight.to(weight.dtype)
+            z = kept if gamma is None else kept * gamma
+            z = z if beta is None else z + beta
+            grad_weight = (rows.T @ z.to(ctx.dtype).flatten(0, -2)).to(weight.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, None, None
@@ -306,21 +314,27 @@ class SharedInput(Converted):
 
     lomem_prefix = "SharedInput"
     lomem_attributes = ("lomem_linear",)
-    lomem_linear: LinearForm
+    lomem_linear: LinearForm | None = None
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
-        shared: _Shared | None = None if is_compiling() else getattr(input, "lomem_shared", None)
-        if shared is None or args or kwargs or shared.version != input._version or input.dim() < 2:
-            return super().forward(input, *args, **kwargs)
-        weight = getattr(self, self.lomem_linear.weight)
-        bias = getattr(self, self.lomem_linear.bias) if self.lomem_linear.bias is not None else None
-        device = input.device.type
-        autocast = torch.is_autocast_enabled(device) and input.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
-        if not _needs_gradient(weight) or (not autocast and weight.dtype != input.dtype):
-            return super().forward(input)
-        if not self.lomem_linear.transposed:
+        form, values = self.lomem_linear, (*args, *kwargs.values())
+        if form is None or len(values) != 1 or not isinstance(values[0], Tensor) or is_compiling():
+            return super().forward(*args, **kwargs)
+        x = values[0]
+        shared: _Shared | None = getattr(x, "lomem_shared", None)
+        if shared is None or shared.version != x._version or x.dim() < 2:
+            return super().forward(*args, **kwargs)
+        weight = getattr(self, form.weight)
+        bias = getattr(self, form.bias) if form.bias is not None else None
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        # Nor where this layer computes with more digits than are kept.
+        few = torch.finfo(shared.kept.dtype).eps > torch.finfo(dtype).eps
+        if few or not _needs_gradient(weight) or (not autocast and weight.dtype != x.dtype):
+            return super().forward(*args, **kwargs)
+        if not form.transposed:
             weight = weight.T
         with torch.autocast(device, enabled=False):
-            return _LinearOfShared.apply(input, weight, bias, shared, dtype)
+            return _LinearOfShared.apply(x, weight, bias, shared, dtype)

@@ -232,12 +232,15 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
     dtype = calls[0].dtype or torch.float32
     uses = [(flow, op, alias) for flow, call in every for op, alias in flow.uses(_result(call), call.end)]
     escapes = any(call.result in flow.escaped for flow, call in every)
-    low = not escapes and bool(uses) and all(_takes_low_precision(op, alias) for _, op, alias in uses)
-    # Casts of the result that consumers keep; what they take instead.
-    casts = {s for call in calls for s in first.casts(_result(call), call.end) if s.dtype == _autocast_dtype()}
-    casts = {s for s in casts if s in finder.ledger.owners}
     autocast_dtype = _autocast_dtype()
     narrower = autocast_dtype is not None and autocast_dtype.itemsize < dtype.itemsize and dtype != torch.float64
+    low = not escapes and bool(uses) and all(_takes_low_precision(op, alias) for _, op, alias in uses)
+    if narrower:
+        # A product that takes it uncast has autocast turned off around it.
+        low = low and all(alias.dtype == autocast_dtype for _, _, alias in uses)
+    # Casts of the result that consumers keep; what they take instead.
+    casts = {s for call in calls for s in first.casts(_result(call), call.end) if s.dtype == autocast_dtype}
+    casts = {s for s in casts if s in finder.ledger.owners}
     problem = badly_conditioned(module, form, autocast_dtype if autocast_dtype is not None and narrower else dtype)
     linears = _linears_behind(finder, name)
     behind = {s for linear in linears for s in finder.ledger.kept_by(linear)}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from .._state import module_state, restore_module
 
 __all__ = ["ActivationForm", "LinearForm", "NormForm", "recognize_activation", "recognize_linear", "recognize_norm"]
 
@@ -28,6 +31,7 @@ class NormForm:
         eps: Added to the variance or mean square; None for the machine epsilon of the dtype computed in.
         shape: The normalized dimensions.
         axis: -1: the last dimensions are normalized. 1: the channels of (batch, channels, ...).
+        ranks: Numbers of dimensions of inputs of which all this is known.
         dtype: Of the result: "input", "weight" or "promote" (of both).
         autocast_dtype: The same under autocast, or "float32" or "autocast".
     """
@@ -39,6 +43,7 @@ class NormForm:
     eps: float | None
     shape: tuple[int, ...]
     axis: int
+    ranks: tuple[int, ...]
     dtype: str
     autocast_dtype: str
 
@@ -58,12 +63,14 @@ class ActivationForm:
         approximate: Of a GELU, "none" or "tanh".
         scale: Of a SiLU: 1, or 1.702 for QuickGELU.
         torch_op: Whether the result is torch's own op's, bit for bit. Else the module's own forward has to run.
+        inplace: Whether the result is written to the input.
     """
 
     kind: str
     approximate: str = "none"
     scale: float = 1.0
     torch_op: bool = True
+    inplace: bool = False
 
     def __str__(self) -> str:
         if self.kind == "gelu":
@@ -93,16 +100,15 @@ class _Unrecognized(Exception):  # noqa: N818
 @contextlib.contextmanager
 def _with_values(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
     # Under the module's own names, and without a copy of the module: its parameters may be anything (fake, sharded,
-    # subclasses), and it may refer to the whole model.
-    kept = {name: tables for name in values for tables in (module._parameters, module._buffers) if name in tables}
-    before = {name: table[name] for name, table in kept.items()}
+    # subclasses), and it may refer to the whole model. What it changes of itself is set back.
+    before = module_state(module)
     try:
-        for name, table in kept.items():
-            table[name] = values[name]  # type: ignore[assignment]
+        for name, tensor in _own_tensors(module).items():
+            table = module._parameters if name in module._parameters else module._buffers
+            table[name] = values[name] if name in values else tensor.detach().clone()  # type: ignore[assignment]
         yield
     finally:
-        for name, table in kept.items():
-            table[name] = before[name]  # type: ignore[assignment]
+        restore_module(module, *before)
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -110,16 +116,44 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
+def _forward(module: nn.Module, values: dict[str, Tensor], x: Tensor) -> tuple[Tensor, bool]:
+    """The result, and whether the input was changed; the same in training and in evaluation mode."""
+    results = []
+    for training in (True, False):
+        # `forward`, not the call: hooks are the user's.
+        with _with_values(module, values):
+            module.training = training
+            argument = x.detach().clone()
+            try:
+                result = module.forward(argument)
+            except Exception as error:
+                raise _Unrecognized("it does not run on a tensor alone") from error
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            raise _Unrecognized("its result is no tensor")
+        results.append((result, not torch.equal(argument, x)))
+    if results[0][1] != results[1][1] or not torch.equal(results[0][0], results[1][0]):
+        raise _Unrecognized("its result is not the same each time, or not in training and evaluation mode")
+    return results[0]
+
+
 def _run(module: nn.Module, values: dict[str, Tensor], x: Tensor) -> Tensor:
-    # `forward`, not the call: hooks are the user's.
-    with _with_values(module, values):
-        try:
-            result = module.forward(x.clone())
-        except Exception as error:
-            raise _Unrecognized("it does not run on a tensor alone") from error
-    if not isinstance(result, Tensor) or result.shape != x.shape or not result.is_floating_point():
-        raise _Unrecognized("its result is no tensor of its input's shape")
+    result, _ = _forward(module, values, x)
+    if result.shape != x.shape:
+        raise _Unrecognized("its result has another shape than its input")
     return result
+
+
+def _gradients(module: nn.Module, values: dict[str, Tensor], x: Tensor, weights: Tensor) -> list[Tensor]:
+    """Of input and values, of a weighted sum of the result."""
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        values = {name: value.clone().requires_grad_() for name, value in values.items()}
+        try:
+            with _with_values(module, values):
+                loss = (module.forward(x * 1) * weights).sum()
+            return list(torch.autograd.grad(loss, [x, *values.values()]))
+        except RuntimeError as error:
+            raise _Unrecognized("it has no gradient") from error
 
 
 @contextlib.contextmanager
@@ -149,8 +183,10 @@ def _statistics(x: Tensor, dims: tuple[int, ...], centred: bool) -> tuple[Tensor
 class _NormProbe:
     """Runs one module as a norm over some dimensions, with parameters drawn at random."""
 
-    def __init__(self, module: nn.Module, shape: tuple[int, ...], axis: int, generator: torch.Generator) -> None:
-        self.module, self.shape, self.axis, self.generator = module, shape, axis, generator
+    def __init__(
+        self, module: nn.Module, shape: tuple[int, ...], axis: int, rank: int, generator: torch.Generator
+    ) -> None:
+        self.module, self.shape, self.axis, self.rank, self.generator = module, shape, axis, rank, generator
         self.dims = tuple(range(-len(shape), 0)) if axis == -1 else (1,)
         self.values = {}
         for name, tensor in _own_tensors(module).items():
@@ -159,15 +195,18 @@ class _NormProbe:
                 self.values[name] = (1.5 + torch.rand(tensor.shape, generator=generator)).double()
 
     def input(self, scale: float) -> Tensor:
-        outer = (7,) if self.axis == -1 else (2,)
-        inner = self.shape if self.axis == -1 else (*self.shape, 3, 5)
-        return (_normal(self.generator, *outer, *inner) + 0.7) * scale
+        sizes = (3, 5, 2, 4, 3, 2)
+        if self.axis == 1:
+            shape = (2, *self.shape, *sizes[: self.rank - 2])
+        else:
+            shape = (*sizes[: self.rank - len(self.shape)], *self.shape)
+        return (_normal(self.generator, *shape) + 0.7) * scale
 
     def run(self, x: Tensor) -> Tensor:
         return _run(self.module, self.values, x).double()
 
     def fit(self, values: Tensor) -> Tensor:
-        return values.reshape(self.shape if self.axis == -1 else (*self.shape, 1, 1))
+        return values.reshape(self.shape if self.axis == -1 else (*self.shape, *[1] * (self.rank - 2)))
 
     def affine(self, form: NormForm) -> tuple[Tensor, Tensor]:
         gamma = torch.ones(()).double() if form.gamma is None else self.fit(self.values[form.gamma]) + form.one_plus
@@ -190,7 +229,7 @@ def _norm_forms(probe: _NormProbe, shape: tuple[int, ...], axis: int) -> Iterato
     for centred in (False, True):
         for gamma, one_plus in gammas:
             for beta in (None, *(name for name in names if name != gamma)):
-                yield NormForm(centred, gamma, one_plus, beta, 0.0, shape, axis, "", "")
+                yield NormForm(centred, gamma, one_plus, beta, 0.0, shape, axis, (probe.rank,), "", "")
 
 
 def _eps(probe: _NormProbe, form: NormForm) -> float | None:
@@ -254,66 +293,100 @@ def _dtype_rule(probe: _NormProbe, autocast: bool) -> str:
     raise _Unrecognized("the dtype of its result follows no known rule")
 
 
-def recognize_norm(module: nn.Module, input_shape: Sequence[int] | None = None) -> NormForm | str:
+def recognize_norm(module: nn.Module, input_shapes: Sequence[Sequence[int]] = ()) -> NormForm | str:
     """What norm a module is, or why it is none.
 
     Args:
         module: Without submodules.
-        input_shape: Of an input that it was seen with.
+        input_shapes: Of inputs that it was seen with.
     """
     if next(module.children(), None) is not None:
         return "it has submodules"
     tensors = _own_tensors(module)
     shapes = list(dict.fromkeys(tuple(t.shape) for t in tensors.values() if t.is_floating_point() and t.dim() > 0))
+    named = getattr(module, "normalized_shape", None)
     if not shapes:
-        named = getattr(module, "normalized_shape", None)
         if isinstance(named, Sequence):
             shapes = [tuple(named)]
-        elif input_shape is not None and len(input_shape) > 0:
-            shapes = [(input_shape[-1],)]
+        elif input_shapes and len(input_shapes[0]) > 0:
+            shapes = [(input_shapes[0][-1],)]
         else:
             return "nothing says over how many elements it normalizes"
     if len(shapes) > 1 or len(tensors) > 2:
         return "its parameters are not those of a norm"
     shape = shapes[0]
-    known = getattr(module, "normalized_shape", None) if input_shape is None else input_shape
-    ends = () if known is None else (tuple(known[-len(shape) :]), tuple(known[1:2]))
-    if shape not in ends if known is not None else len(shape) > 1:
-        return "its parameters have another shape than what a norm of its input would have"
     if math.prod(shape) < 2:
         return "it normalizes single elements"
-    reason = "its result is no layer norm or RMS norm of its input"
+    if not input_shapes and len(shape) > 1 and tuple(named or ()) != shape:
+        return "nothing says over how many elements it normalizes"
+    ranks = sorted({len(s) for s in input_shapes}) or [len(shape) + 1]
+    axes = [axis for axis in (-1, 1) if all(_fits(shape, axis, s) for s in input_shapes)]
+    reason = "its parameters have another shape than those of a norm of its input"
     with _quietly() as generator:
-        for axis in (-1, 1) if len(shape) == 1 else (-1,):
-            probe = _NormProbe(module, shape, axis, generator)
+        for axis in axes if len(shape) == 1 else axes[:1]:
             try:
-                return _recognize_norm(probe, shape, axis)
+                forms = [
+                    _recognize_norm(_NormProbe(module, shape, axis, rank, generator))
+                    for rank in ranks
+                    if axis == -1 or rank > 2
+                ]
             except _Unrecognized as error:
-                if axis == -1:
+                if axis == axes[0]:
                     reason = str(error)
+                continue
+            if not forms:
+                forms = [_recognize_norm(_NormProbe(module, shape, axis, 4, generator))]
+            if any(replace(form, ranks=()) != replace(forms[0], ranks=()) for form in forms):
+                return "it computes other things of inputs with other numbers of dimensions"
+            return replace(forms[0], ranks=tuple(form.ranks[0] for form in forms))
     return reason
 
 
-def _recognize_norm(probe: _NormProbe, shape: tuple[int, ...], axis: int) -> NormForm:
+def _fits(shape: tuple[int, ...], axis: int, input_shape: Sequence[int]) -> bool:
+    if axis == -1:
+        return tuple(input_shape[-len(shape) :]) == shape
+    return len(shape) == 1 and len(input_shape) > 2 and input_shape[1] == shape[0]
+
+
+def _recognize_norm(probe: _NormProbe) -> NormForm:
     # Large inputs: whatever eps is, it is not felt.
     x = probe.input(1e3)
     result = probe.run(x)
-    if not torch.equal(result, probe.run(x)):
-        raise _Unrecognized("its result is not the same each time")
-    for form in _norm_forms(probe, shape, axis):
+    for form in _norm_forms(probe, probe.shape, probe.axis):
         if _close(result, probe.expected(form, x), _FLOAT32):
             break
     else:
         raise _Unrecognized("its result is no layer norm or RMS norm of its input")
-    fields = {**form.__dict__, "eps": _eps(probe, form)}
-    form = NormForm(**fields)
+    # What has no effect now may have one later.
+    for name in _own_tensors(probe.module):
+        if name not in (form.gamma, form.beta):
+            raise _Unrecognized(f"its tensor {name} is no weight or bias of a norm")
+    if probe.axis == 1 and result.is_contiguous():
+        raise _Unrecognized("it makes its result contiguous")
+    form = replace(form, eps=_eps(probe, form))
+    for name, value in vars(probe.module).items():
+        if isinstance(value, float) and value not in (form.eps, 0.0):
+            raise _Unrecognized(f"its attribute {name} is not known to be of a norm")
     for scale in (1.0, 30.0, math.sqrt(form.eps) if form.eps else 1e-3):
         x = probe.input(scale)
         if not _close(probe.run(x), probe.expected(form, x), 3 * _FLOAT32):
             raise _Unrecognized("it treats small inputs as no layer norm or RMS norm does")
-    fields["dtype"] = _dtype_rule(probe, autocast=False)
-    fields["autocast_dtype"] = _dtype_rule(probe, autocast=True)
-    return NormForm(**fields)
+    _check_norm_gradient(probe, form)
+    return replace(form, dtype=_dtype_rule(probe, autocast=False), autocast_dtype=_dtype_rule(probe, autocast=True))
+
+
+def _check_norm_gradient(probe: _NormProbe, form: NormForm) -> None:
+    x, weights = probe.input(1.0), probe.input(1.0)
+    values = probe.values
+    grads = _gradients(probe.module, values, x, weights)
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        probe.values = {name: value.clone().requires_grad_() for name, value in values.items()}
+        loss = (probe.expected(form, x) * weights).sum()
+        expected = torch.autograd.grad(loss, [x, *probe.values.values()])
+        probe.values = values
+    if not all(_close(g, e, 30 * _FLOAT32) for g, e in zip(grads, expected, strict=True)):
+        raise _Unrecognized("its gradient is not that of a norm")
 
 
 def recognize_activation(module: nn.Module) -> ActivationForm | None:
@@ -329,20 +402,30 @@ def recognize_activation(module: nn.Module) -> ActivationForm | None:
 
 def _recognize_activation(module: nn.Module) -> ActivationForm | None:
     x = torch.linspace(-40, 40, 8009, dtype=torch.float64).reshape(-1, 1)
-    result = _run(module, {}, x).double()
+    result, inplace = _forward(module, {}, x)
+    if result.shape != x.shape:
+        return None
     at_one = _run(module, {}, torch.ones(1, dtype=torch.float64)).item()
-    forms = {
-        ActivationForm("gelu"): F.gelu(x),
-        ActivationForm("gelu", "tanh"): F.gelu(x, approximate="tanh"),
+    functions: dict[ActivationForm, Callable[[Tensor], Tensor]] = {
+        ActivationForm("gelu"): F.gelu,
+        ActivationForm("gelu", "tanh"): functools.partial(F.gelu, approximate="tanh"),
     }
     if 0 < at_one < 1:
         # Of x * sigmoid(s * x), s by its value at 1.
         scale = round(math.log(at_one / (1 - at_one)), 6)
-        forms[ActivationForm("silu", scale=scale)] = x * torch.sigmoid(scale * x)
-    for form, expected in forms.items():
+        functions[ActivationForm("silu", scale=scale)] = lambda x: x * torch.sigmoid(scale * x)
+    for form, function in functions.items():
         # Of single precision inside, and of constants that are written with ten digits.
-        if torch.allclose(result, expected, rtol=1e-6, atol=1e-6):
-            return form if _is_torch_op(module, form) else ActivationForm(**{**form.__dict__, "torch_op": False})
+        if not torch.allclose(result.double(), function(x), rtol=1e-6, atol=1e-6):
+            continue
+        (gradient,) = _gradients(module, {}, x, torch.ones_like(x))
+        with torch.enable_grad():
+            (expected,) = torch.autograd.grad(function(x.requires_grad_()).sum(), x)
+        if not torch.allclose(gradient, expected, rtol=1e-5, atol=1e-5):
+            return None
+        x = x.detach()
+        torch_op = _is_torch_op(module, form)
+        return replace(form, torch_op=torch_op, inplace=inplace) if torch_op or not inplace else None
     return None
 
 
@@ -369,8 +452,11 @@ def recognize_linear(module: nn.Module) -> LinearForm | None:
         return None
     weight, bias = matrices[0], vectors[0] if vectors else None
     shape = parameters[weight].shape
+    if module._buffers or any(isinstance(value, float) for value in vars(module).values()):
+        return None  # a mask, a scale: what they are now need not last
     if type(module).forward is nn.Linear.forward:
-        return LinearForm(weight, bias, transposed=True)
+        own = (weight, bias) == ("weight", "bias" if bias is not None else None)
+        return LinearForm(weight, bias, transposed=True) if own else None
     with _quietly() as generator:
         for transposed in (True, False):
             inner, outer = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
@@ -397,9 +483,8 @@ def _is_linear(
         values[bias] = _normal(generator, outer)
     x = _normal(generator, 3, inner)
     expected = F.linear(x, values[weight] if transposed else values[weight].T, values.get(bias or ""))
-    with _with_values(module, values):
-        try:
-            result = module.forward(x)
-        except Exception:  # a forward that wants something else
-            return False
-    return isinstance(result, Tensor) and result.shape == expected.shape and _close(result, expected, 1e-9)
+    try:
+        result, changed = _forward(module, values, x)
+    except _Unrecognized:
+        return False
+    return not changed and result.shape == expected.shape and _close(result, expected, 1e-9)
