@@ -24,7 +24,7 @@ export PRE_COMMIT_HOME ?= $(CURDIR)/build/pre-commit
 OLDEST_CMAKE := 3.22
 
 .PHONY: help demo test install ctest pytest pytest-capabilities pytest-on-host types asan asan-pytest arm-check cuda-check \
-  bench gpu-build gpu-test gpu-bench gpu-sanitize dev lint format gtest clean FORCE
+  bench paper gpu-build gpu-test gpu-bench gpu-sanitize dev lint format gtest clean FORCE
 
 help:
 	@sed -n '1,8p' Makefile
@@ -89,6 +89,12 @@ bench: install
 	mkdir -p $(RESULTS)
 	results="$(call results_of,$(BIN)/python,cpu)"; \
 	  $(BIN)/lomem bench --device cpu --json "$$results.json" --table "$$results.md" --plot "$$results.png"
+
+# The memory of the paper's settings, estimated: about ten minutes.
+paper: install
+	mkdir -p $(RESULTS)
+	$(BIN)/lomem memory --paper --json $(RESULTS)/paper-memory.json --table $(RESULTS)/paper-memory.md \
+	  --plot $(RESULTS)/paper-memory.png
 
 # The ops with the kernels, lomem's and torch's, that a CPU without AVX-512 or without AVX2 runs. (torch.compile keeps
 # what it compiled without noting for what: hence a folder each.)

@@ -204,82 +204,105 @@ def _takes_low_precision(op: Op, alias: Storage) -> bool:
     return positions is not None and op.inputs.index(alias) in positions
 
 
+def _refusal(finder: Finder, name: str) -> str | None:
+    """Why a norm is left whatever would be gained, or None."""
+    first = finder.flows[0].calls_of(name)
+    if not first:
+        return "it did not run on the example inputs"
+    if not any(call.requires_grad for call in first):
+        return "it needs no gradient: it keeps nothing"
+    for flow in finder.flows:
+        for call in flow.calls_of(name):
+            if not call.single or call.result is None:
+                return "it is called with more than a tensor"
+            changed = next((op for op in flow.recorder.ops[call.end :] if call.result in op.written), None)
+            if changed is not None:
+                return f"its output is changed in place by {changed.func._overloadpacket.__name__} in {_at(changed)}"
+    return None
+
+
+class _Output:
+    """Where a norm's output goes, and as what.
+
+    Attributes:
+        calls: Of the norm, in the first run.
+        uses: Ops of the first run that take the output, or a copy of it.
+        dtype: Of the output.
+        kept_dtype: In which it is kept once it is converted: autocast's, where that is narrower.
+        low_precision: Whether all who take it cast it to autocast's dtype, or would.
+        casts: Copies in autocast's dtype that somebody keeps.
+    """
+
+    def __init__(self, finder: Finder, name: str) -> None:
+        first, autocast = finder.flows[0], _autocast_dtype()
+        self.calls = first.calls_of(name)
+        self.dtype = self.calls[0].dtype or torch.float32
+        narrower = autocast is not None and autocast.itemsize < self.dtype.itemsize and self.dtype != torch.float64
+        self.kept_dtype = autocast if autocast is not None and narrower else self.dtype
+        self.low_precision = True
+        self.uses: list[tuple[Op, Storage]] = []
+        for flow in finder.flows:
+            for call in flow.calls_of(name):
+                uses = list(flow.uses(_result(call), call.end))
+                self.uses += uses if flow is first else []
+                # A product that takes it uncast, though autocast is on, has it turned off around it.
+                low = all(
+                    _takes_low_precision(op, alias) and (not narrower or alias.dtype == autocast) for op, alias in uses
+                )
+                self.low_precision &= low and bool(uses) and call.result not in flow.escaped
+        casts = {s for call in self.calls for s in first.casts(_result(call), call.end) if s.dtype == autocast}
+        self.casts = {s for s in casts if s in finder.ledger.owners}
+        self.results = {_result(call) for call in self.calls}
+
+    @property
+    def numel(self) -> int:
+        """Of all calls."""
+        return sum(call.numel for call in self.calls)
+
+
 def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
     """What would become of a norm."""
-    module = finder.modules[name]
     c = Candidate(name, "norm", form)
-    first = finder.flows[0]
-    calls = first.calls_of(name)
-    if not calls:
-        c.leave("it did not run on the example inputs")
+    refusal = _refusal(finder, name)
+    if refusal is not None:
+        c.leave(refusal)
         return c
-    every = [(flow, call) for flow in finder.flows for call in flow.calls_of(name)]
-    if not all(call.single and call.result is not None for _, call in every):
-        c.leave("it is called with more than a tensor")
-        return c
-    if not any(call.requires_grad for call in calls):
-        c.leave("it needs no gradient: it keeps nothing")
-        return c
-    for flow, call in every:
-        changed = next((op for op in flow.recorder.ops[call.end :] if call.result in op.written), None)
-        if changed is not None:
-            c.leave(f"its output is changed in place by {changed.func._overloadpacket.__name__} in {_at(changed)}")
-            return c
-    c.keeps = finder.ledger.kept_by(name)
-    # One float a row less, the mean, is no reason.
-    c.least = sum(s.nbytes for s in c.keeps) // 4
-    results = [call.result for call in calls if call.result is not None]
-    dtype = calls[0].dtype or torch.float32
-    uses = [(flow, op, alias) for flow, call in every for op, alias in flow.uses(_result(call), call.end)]
-    escapes = any(call.result in flow.escaped for flow, call in every)
-    autocast_dtype = _autocast_dtype()
-    narrower = autocast_dtype is not None and autocast_dtype.itemsize < dtype.itemsize and dtype != torch.float64
-    low = not escapes and bool(uses) and all(_takes_low_precision(op, alias) for _, op, alias in uses)
-    if narrower:
-        # A product that takes it uncast has autocast turned off around it.
-        low = low and all(alias.dtype == autocast_dtype for _, _, alias in uses)
-    # Casts of the result that consumers keep; what they take instead.
-    casts = {s for call in calls for s in first.casts(_result(call), call.end) if s.dtype == autocast_dtype}
-    casts = {s for s in casts if s in finder.ledger.owners}
-    problem = badly_conditioned(module, form, autocast_dtype if autocast_dtype is not None and narrower else dtype)
+    output = _Output(finder, name)
+    narrower = output.kept_dtype != output.dtype
     linears = _linears_behind(finder, name)
-    behind = {s for linear in linears for s in finder.ledger.kept_by(linear)}
-    shared = problem is not None or (narrower and not low)
+    problem = badly_conditioned(finder.modules[name], form, output.kept_dtype)
     if problem is not None and (len(form.shape) != 1 or not (linears or narrower)):
         c.leave(f"{problem}, and no linear layer takes its output as it is")
         return c
-    rows = sum(call.numel for call in calls) // max(1, _width(form))
-    element = autocast_dtype.itemsize if autocast_dtype is not None and narrower else dtype.itemsize
-    c.added = sum(call.numel for call in calls) * element + rows * (8 if dtype == torch.float64 else 4)
+    shared = problem is not None or (narrower and not output.low_precision)
     if problem is not None:
         c.action, c.reason = "normalized", f"{problem}: linear layers keep the normalized input"
     elif shared:
         c.action = "two outputs"
-        c.reason = f"linear layers keep a {str(autocast_dtype)[6:]} copy, others take the full precision"
+        c.reason = f"linear layers keep a {str(output.kept_dtype)[6:]} copy, others take the full precision"
     else:
         c.action, c.reason = "inverted", "its consumers keep its output"
-    if shared:
-        # Whoever is no linear layer, or called with something made of the output, keeps what it kept.
-        c.replaces = {s for s in (*results, *casts) if s in behind}
-    else:
-        c.replaces = {*results, *casts} if low else set(results)
-    plan = NormPlan(form, inverted=problem is None, low_precision=low, shared=shared)
+    kept = output.results | output.casts
+    if not any(finder.ledger.kept_by_others(storage, name) for storage in kept):
+        c.reason = f"{_UNSHARED}{_who(finder, output.uses)}"
+    plan = NormPlan(form, inverted=problem is None, low_precision=output.low_precision, shared=shared)
     c.changes[name] = (MSNorm, {"lomem_norm": plan})
     if shared:
-        for linear in linears:
-            c.changes[linear] = (SharedInput, {"lomem_linear": finder.linear(linear)})
-    if not any(finder.ledger.kept_by_others(s, name) for s in (*results, *casts)):
-        c.reason = f"{_UNSHARED}{_who(finder, first, uses)}"
+        c.changes.update((linear, (SharedInput, {"lomem_linear": finder.linear(linear)})) for linear in linears)
+    c.keeps = finder.ledger.kept_by(name)
+    # One float a row less, the mean, is no reason.
+    c.least = sum(s.nbytes for s in c.keeps) // 4
+    rstd = 8 if output.dtype == torch.float64 else 4
+    c.added = output.numel * output.kept_dtype.itemsize + output.numel // torch.Size(form.shape).numel() * rstd
+    # Whoever is no linear layer, or called with something made of the output, keeps what it kept.
+    behind = {s for linear in linears for s in finder.ledger.kept_by(linear)}
+    c.replaces = kept & behind if shared else kept if output.low_precision else output.results
     return c
 
 
 def _autocast_dtype() -> torch.dtype | None:
     device = next((d for d in ("cuda", "cpu") if torch.is_autocast_enabled(d)), None)
     return None if device is None else torch.get_autocast_dtype(device)
-
-
-def _width(form: NormForm) -> int:
-    return torch.Size(form.shape).numel()
 
 
 def _result(call: Call) -> Storage:
@@ -291,11 +314,9 @@ def _at(op: Op) -> str:
     return op.module or "the model"
 
 
-def _who(finder: Finder, flow: Flow, uses: list[tuple[Flow, Op, Storage]]) -> str:
+def _who(finder: Finder, uses: list[tuple[Op, Storage]]) -> str:
     """Who takes it instead, in a few words."""
-    for of, op, _ in uses:
-        if of is not flow:
-            continue
+    for op, _ in uses:
         module = finder.modules.get(op.module or "")
         weight = getattr(module, "weight", None)
         if op.func._overloadpacket in PRODUCTS and isinstance(weight, Tensor) and not weight.requires_grad:
