@@ -14,6 +14,8 @@ from lomem.memory import saved_for_backward
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D = 16
 
 

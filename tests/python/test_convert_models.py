@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from zoo import ZOO, adapted, build, error, gradient_error, gradients, outputs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: Weights and activations; None for float32 under bfloat16 autocast.
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": None}
 

@@ -2,10 +2,13 @@
 
 import bitsandbytes
 import lomem
+import pytest
 import torch
 import transformers
 from torch import nn
 from zoo import adapted, gradient_error, gradients
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_model_quantized_by_bitsandbytes():

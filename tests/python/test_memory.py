@@ -18,6 +18,8 @@ from lomem.memory import _measured
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Tiny(nn.Module):
     """Two linear layers, whose bytes can be counted: 212 float32 parameters."""

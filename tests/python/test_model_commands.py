@@ -12,7 +12,10 @@ from lomem import model_commands, presets
 from lomem.cli import main
 from lomem.memory import estimate, step_peak
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about names that peft uses
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of transformers, about names that peft uses
+]
 
 
 @pytest.fixture(autouse=True)

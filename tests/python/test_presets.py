@@ -10,6 +10,8 @@ from lomem import presets
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 needs_transformers = pytest.mark.skipif(
     not importlib.util.find_spec("transformers"), reason="needs the package transformers"
 )
