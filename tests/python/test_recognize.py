@@ -13,6 +13,7 @@ from lomem.conversion._recognize import (
     recognize_activation,
     recognize_linear,
     recognize_norm,
+    signature,
 )
 from torch import nn
 
@@ -260,6 +261,26 @@ def test_a_linear_layer_whose_weight_is_made_of_others_is_none():
     assert recognize_linear(Masked()) is None
     assert recognize_linear(DropConnect(6, 6).eval()) is None
     assert isinstance(recognize_norm(prune.identity(nn.RMSNorm(D), "weight"), [(5, D)]), str)
+
+
+def test_modules_of_one_signature_are_alike():
+    assert signature(nn.LayerNorm(D)) == signature(nn.LayerNorm(D))
+    assert signature(nn.GELU()) == signature(nn.GELU())
+    different = [
+        nn.LayerNorm(D),
+        nn.LayerNorm(D + 1),
+        nn.LayerNorm(D, eps=1e-6),
+        nn.LayerNorm(D, bias=False),
+        nn.LayerNorm(D).double(),
+        nn.RMSNorm(D),
+        nn.GELU(),
+        nn.GELU("tanh"),
+        nn.SiLU(),
+        nn.SiLU(inplace=True),
+    ]
+    assert len({signature(module) for module in different}) == len(different)
+    # A function says nothing of itself.
+    assert signature(Function(F.gelu)) != signature(Function(F.gelu))
 
 
 def test_a_module_that_counts_its_calls_is_as_it_was():

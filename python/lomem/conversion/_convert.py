@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ._exchange import exchange, give_back, is_converted, wrapped_since
 from ._flow import Flow, Inputs, as_inputs, trace, untouched
 from ._plan import Candidate, Finder, Ledger, plan_activation, plan_calls, plan_norm, settle, ways_of_its_own
-from ._recognize import ActivationForm, NormForm, recognize_activation, recognize_norm
+from ._recognize import ActivationForm, NormForm, recognize_activation, recognize_norm, signature
 from ._report import Decision, Report
 
 __all__ = ["NothingToConvertError", "convert", "restore"]
@@ -224,7 +224,16 @@ def _candidates(
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for call in (call for flow in flows for call in flow.calls if call.shapes):
         shapes.setdefault(call.name, []).append(call.shapes[0])
-    forms = {name: form for name, module in leaves.items() if (form := recognize_activation(module)) is not None}
+    # Models have many modules of a kind.
+    known: dict[Hashable, ActivationForm | NormForm | str | None] = {}
+
+    def once(recognize: Callable[..., Any], module: nn.Module, *arguments: Any) -> Any:
+        key = recognize, signature(module), arguments
+        if key not in known:
+            known[key] = recognize(module, *arguments)
+        return known[key]
+
+    forms = {name: form for name, m in leaves.items() if (form := once(recognize_activation, m)) is not None}
     finder = Finder(model, flows, forms.keys()) if flows else None
     found = [_activation_candidate(name, leaves[name], form, finder) for name, form in forms.items()]
     for name in leaves.keys() - forms.keys():
@@ -232,7 +241,7 @@ def _candidates(
         named = any(part in type(module).__name__.lower() for part in _NORM_NAMES)
         if not named and next(module.parameters(), next(module.buffers(), None)) is None:
             continue  # a dropout and the like
-        norm = recognize_norm(module, shapes.get(name, ()))
+        norm = once(recognize_norm, module, tuple(sorted(set(shapes.get(name, ())))))
         if isinstance(norm, NormForm):
             found.append(_norm_candidate(name, module, norm, finder))
         elif isinstance(norm, str) and named:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .._state import module_state, restore_module
 
-__all__ = ["ActivationForm", "LinearForm", "NormForm", "recognize_activation", "recognize_linear", "recognize_norm"]
+__all__ = [
+    "ActivationForm",
+    "LinearForm",
+    "NormForm",
+    "recognize_activation",
+    "recognize_linear",
+    "recognize_norm",
+    "signature",
+]
 
 
 @dataclass(frozen=True)
@@ -291,6 +299,23 @@ def _dtype_rule(probe: _NormProbe, autocast: bool) -> str:
         if seen and all(rules[name](i, w) == result for i, w, result in seen):
             return name
     raise _Unrecognized("the dtype of its result follows no known rule")
+
+
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+def signature(module: nn.Module) -> Hashable:
+    """What modules without submodules have in common that compute the same of the same tensors; unique where unknown.
+
+    The class, and all attributes, where these are plain values.
+    """
+    attributes = {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
+    plain = (int, float, str, torch.dtype, torch.device, type(None))
+    for value in attributes.values():
+        if not isinstance(value, plain) and not (isinstance(value, tuple) and all(isinstance(v, int) for v in value)):
+            return id(module)
+    tensors = [(n, t.shape, t.dtype, t.device) for n, t in _own_tensors(module).items()]
+    return type(module), tuple(attributes.items()), tuple(tensors)
 
 
 def recognize_norm(module: nn.Module, input_shapes: Sequence[Sequence[int]] = ()) -> NormForm | str:
