@@ -48,6 +48,32 @@ std::tuple<at::Tensor, at::Tensor> resilu2_forward_cuda(const at::Tensor& input,
   return forward<SiLU, ReSiLU2Op>(input);
 }
 
+at::Tensor step_codes_cuda(const at::Tensor& input, at::ArrayRef<double> boundaries, int64_t bits) {
+  check_step_codes(input, boundaries, bits);
+  const CudaScope scope(input);
+  const std::vector<double> filled = filled_boundaries(boundaries, bits);
+  const int width = static_cast<int>(bits);
+  const at::Tensor source = input.contiguous();
+  at::Tensor codes = at::empty({packed_bytes(source.numel(), width)}, input.options().dtype(at::kByte));
+  const cudaError_t error = cuda::step_encode(
+      to_dtype(source.scalar_type()), source.const_data_ptr(), source.numel(), filled.data(), width,
+      codes.mutable_data_ptr<uint8_t>(), current_stream(source));
+  check_launch("lomem::step_codes", source, error);
+  return codes;
+}
+
+at::Tensor band_codes_cuda(const at::Tensor& input, double low, double high) {
+  check_band_codes(input, low, high);
+  const CudaScope scope(input);
+  const at::Tensor source = input.contiguous();
+  at::Tensor codes = at::empty({packed_bytes(source.numel(), 1)}, input.options().dtype(at::kByte));
+  const cudaError_t error = cuda::band_encode(
+      to_dtype(source.scalar_type()), source.const_data_ptr(), source.numel(), low, high,
+      codes.mutable_data_ptr<uint8_t>(), current_stream(source));
+  check_launch("lomem::band_codes", source, error);
+  return codes;
+}
+
 at::Tensor step_activation_backward_cuda(
     const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits) {
   check_step_backward(grad_output, codes, levels, bits);
@@ -65,6 +91,8 @@ at::Tensor step_activation_backward_cuda(
 TORCH_LIBRARY_IMPL(lomem, CUDA, m) {
   m.impl("regelu2_forward", &regelu2_forward_cuda);
   m.impl("resilu2_forward", &resilu2_forward_cuda);
+  m.impl("step_codes", &step_codes_cuda);
+  m.impl("band_codes", &band_codes_cuda);
   m.impl("step_activation_backward", &step_activation_backward_cuda);
 }
 

@@ -21,6 +21,26 @@ step_forward<GELUTanh, ReGELU2>(DType, const void*, std::int64_t, void*, std::ui
 template LOMEM_API cudaError_t
 step_forward<SiLU, ReSiLU2>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
 
+cudaError_t step_encode(
+    DType dtype, const void* input, std::int64_t n, const double* boundaries, int bits, std::uint8_t* codes,
+    cudaStream_t stream) {
+  return visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return visit_bits(bits, [&](auto width) {
+      const SearchCoder<T, decltype(width)::value> coder(boundaries);
+      return launch(StepEncode(coder, static_cast<const T*>(input), n, codes), stream);
+    });
+  });
+}
+
+cudaError_t band_encode(
+    DType dtype, const void* input, std::int64_t n, double low, double high, std::uint8_t* codes, cudaStream_t stream) {
+  return visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return launch(StepEncode(BandCoder<T>(low, high), static_cast<const T*>(input), n, codes), stream);
+  });
+}
+
 cudaError_t step_backward(
     DType dtype, const void* grad_output, const std::uint8_t* codes, const double* levels, int bits, std::int64_t n,
     void* grad_input, cudaStream_t stream) {

@@ -108,6 +108,40 @@ void check_bits(const char* op, int64_t bits) {
       min_bits <= bits && bits <= max_bits, op, ": bits is ", bits, ", expected ", min_bits, " to ", max_bits);
 }
 
+void check_boundaries(const char* op, at::ArrayRef<double> boundaries, int64_t bits) {
+  check_bits(op, bits);
+  const size_t most = (size_t{1} << bits) - 1;
+  TORCH_CHECK_VALUE(
+      boundaries.size() <= most, op, ": boundaries has ", boundaries.size(), " entries, expected at most ", most,
+      " for ", bits, " bits");
+  for (size_t i = 0; i < boundaries.size(); ++i) {
+    TORCH_CHECK_VALUE(
+        !std::isnan(boundaries[i]), op, ": boundaries has a NaN at index ", i, ", expected ascending numbers");
+    TORCH_CHECK_VALUE(
+        i == 0 || boundaries[i - 1] <= boundaries[i], op, ": boundaries has ", boundaries[i - 1], " before ",
+        boundaries[i], " at index ", i, ", expected ascending numbers");
+  }
+}
+
+std::vector<double> filled_boundaries(at::ArrayRef<double> boundaries, int64_t bits) {
+  std::vector<double> filled = boundaries.vec();
+  filled.resize((size_t{1} << bits) - 1, std::numeric_limits<double>::infinity());
+  return filled;
+}
+
+void check_step_codes(const at::Tensor& input, at::ArrayRef<double> boundaries, int64_t bits) {
+  constexpr const char* op = "lomem::step_codes";
+  check_float_tensor(op, "input", input);
+  check_boundaries(op, boundaries, bits);
+}
+
+void check_band_codes(const at::Tensor& input, double low, double high) {
+  constexpr const char* op = "lomem::band_codes";
+  check_float_tensor(op, "input", input);
+  TORCH_CHECK_VALUE(!std::isnan(low), op, ": low is NaN, expected a number");
+  TORCH_CHECK_VALUE(!std::isnan(high), op, ": high is NaN, expected a number");
+}
+
 void check_step_backward(
     const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits) {
   constexpr const char* op = "lomem::step_activation_backward";

@@ -7,6 +7,7 @@
 #include <lomem/core/dtype.h>
 
 #include <optional>
+#include <vector>
 
 namespace lomem::detail {
 
@@ -21,6 +22,16 @@ void check_byte_tensor(const char* op, const char* argument, const at::Tensor& t
 
 /// bits in [1, 8].
 void check_bits(const char* op, int64_t bits);
+
+/// At most 2^bits - 1 boundaries, ascending, none NaN.
+void check_boundaries(const char* op, at::ArrayRef<double> boundaries, int64_t bits);
+
+/// 2^bits - 1 of them: as given, then +infinity, above which nothing is.
+std::vector<double> filled_boundaries(at::ArrayRef<double> boundaries, int64_t bits);
+
+void check_step_codes(const at::Tensor& input, at::ArrayRef<double> boundaries, int64_t bits);
+
+void check_band_codes(const at::Tensor& input, double low, double high);
 
 void check_step_backward(
     const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits);

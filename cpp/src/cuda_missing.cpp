@@ -14,9 +14,9 @@ void refuse(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {
 
 TORCH_LIBRARY_IMPL(lomem, CUDA, m) {
   for (const char* op :
-       {"regelu2_forward", "resilu2_forward", "step_activation_backward", "ms_layer_norm", "ms_layer_norm_forward",
-        "ms_layer_norm_backward", "ms_rms_norm", "ms_rms_norm_forward", "ms_rms_norm_backward", "pack_bits",
-        "unpack_bits"}) {
+       {"regelu2_forward", "resilu2_forward", "step_activation_forward", "hard_activation_forward", "step_codes",
+        "band_codes", "step_activation_backward", "ms_layer_norm", "ms_layer_norm_forward", "ms_layer_norm_backward",
+        "ms_rms_norm", "ms_rms_norm_forward", "ms_rms_norm_backward", "pack_bits", "unpack_bits"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse>());
   }
 }

@@ -34,6 +34,37 @@ std::tuple<at::Tensor, at::Tensor> resilu2_forward(const at::Tensor& input, bool
   LOMEM_CALL_OP(resilu2_forward, input, fast);
 }
 
+at::Tensor step_activation(
+    const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters, int64_t bits,
+    std::string_view criterion, std::optional<at::ArrayRef<double>> boundaries,
+    std::optional<at::ArrayRef<double>> levels) {
+  LOMEM_CALL_OP(step_activation, input, function, parameters, bits, criterion, boundaries, levels);
+}
+
+std::tuple<at::Tensor, at::Tensor> step_activation_forward(
+    const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters, int64_t bits,
+    std::string_view criterion, std::optional<at::ArrayRef<double>> boundaries,
+    std::optional<at::ArrayRef<double>> levels) {
+  LOMEM_CALL_OP(step_activation_forward, input, function, parameters, bits, criterion, boundaries, levels);
+}
+
+at::Tensor hard_activation(const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters) {
+  LOMEM_CALL_OP(hard_activation, input, function, parameters);
+}
+
+std::tuple<at::Tensor, at::Tensor> hard_activation_forward(
+    const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters) {
+  LOMEM_CALL_OP(hard_activation_forward, input, function, parameters);
+}
+
+at::Tensor step_codes(const at::Tensor& input, at::ArrayRef<double> boundaries, int64_t bits) {
+  LOMEM_CALL_OP(step_codes, input, boundaries, bits);
+}
+
+at::Tensor band_codes(const at::Tensor& input, double low, double high) {
+  LOMEM_CALL_OP(band_codes, input, low, high);
+}
+
 at::Tensor step_activation_backward(
     const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits) {
   LOMEM_CALL_OP(step_activation_backward, grad_output, codes, levels, bits);

@@ -18,6 +18,19 @@ at::Tensor regelu2(const at::Tensor& input, std::string_view approximate, bool f
 std::tuple<at::Tensor, at::Tensor> regelu2_forward(const at::Tensor& input, std::string_view approximate, bool fast);
 at::Tensor resilu2(const at::Tensor& input, bool fast);
 std::tuple<at::Tensor, at::Tensor> resilu2_forward(const at::Tensor& input, bool fast);
+at::Tensor step_activation(
+    const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters, int64_t bits,
+    std::string_view criterion, std::optional<at::ArrayRef<double>> boundaries,
+    std::optional<at::ArrayRef<double>> levels);
+std::tuple<at::Tensor, at::Tensor> step_activation_forward(
+    const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters, int64_t bits,
+    std::string_view criterion, std::optional<at::ArrayRef<double>> boundaries,
+    std::optional<at::ArrayRef<double>> levels);
+at::Tensor hard_activation(const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters);
+std::tuple<at::Tensor, at::Tensor> hard_activation_forward(
+    const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters);
+at::Tensor step_codes(const at::Tensor& input, at::ArrayRef<double> boundaries, int64_t bits);
+at::Tensor band_codes(const at::Tensor& input, double low, double high);
 at::Tensor step_activation_backward(
     const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits);
 

@@ -24,6 +24,27 @@ TORCH_LIBRARY(lomem, m) {
   m.def("resilu2(Tensor input, *, bool fast=False) -> Tensor", strided);
   m.def("resilu2_forward(Tensor input, *, bool fast=False) -> (Tensor output, Tensor codes)", strided);
 
+  // The family: activations by name, with their parameters. `boundaries` and `levels`: a step function of the caller's,
+  // in place of the library's. `codes`: `bits` bits an element, in the memory order of `output`.
+  m.def(
+      "step_activation(Tensor input, str function, float[] parameters, int bits, *, str criterion=\"primitive\", "
+      "float[]? boundaries=None, float[]? levels=None) -> Tensor",
+      strided);
+  m.def(
+      "step_activation_forward(Tensor input, str function, float[] parameters, int bits, *, "
+      "str criterion=\"primitive\", float[]? boundaries=None, float[]? levels=None) -> (Tensor output, Tensor codes)",
+      strided);
+  // Activations of straight pieces: one bit, exact.
+  m.def("hard_activation(Tensor input, str function, float[] parameters) -> Tensor", strided);
+  m.def(
+      "hard_activation_forward(Tensor input, str function, float[] parameters) -> (Tensor output, Tensor codes)",
+      strided);
+
+  // Codes in the row-major order of input: how many boundaries are below, and whether low <= input <= high (one bit).
+  // Not differentiable.
+  m.def("step_codes(Tensor input, float[] boundaries, int bits) -> Tensor", functional);
+  m.def("band_codes(Tensor input, float low, float high) -> Tensor", functional);
+
   // The backward of every step activation. Here codes follow the row-major order of grad_output,
   // whatever its strides: the autograd layer permutes it to the memory order of the forward.
   m.def("step_activation_backward(Tensor grad_output, Tensor codes, float[] levels, int bits) -> Tensor", functional);

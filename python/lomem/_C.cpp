@@ -3,6 +3,7 @@
 // costs as much as a small activation.
 #include <lomem/kernels.h>
 #include <lomem/ops.h>
+#include <lomem/step_function.h>
 #include <lomem/version.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,6 +12,7 @@
 
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -52,6 +54,14 @@ pybind11::object regelu2(
   return call_activation(input, [&](const at::Tensor& x) { return lomem::regelu2(x, name, is_fast); });
 }
 
+std::pair<std::vector<double>, std::vector<double>> step_function(
+    const std::string& function, int64_t bits, const std::string& criterion, const std::vector<double>& parameters) {
+  HANDLE_TH_ERRORS
+  lomem::StepFunction steps = lomem::step_function(function, bits, criterion, parameters);
+  return {std::move(steps.boundaries), std::move(steps.levels)};
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
 pybind11::object resilu2(const pybind11::handle& input, const pybind11::handle& fast) {
   if (!PyBool_Check(fast.ptr())) {
     return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
@@ -72,6 +82,9 @@ PYBIND11_MODULE(_C, m) {
       "cuda_archs", &cuda_archs,
       "CUDA architectures that kernels were compiled for, in the notation of TORCH_CUDA_ARCH_LIST; none in a build "
       "without CUDA.");
+  m.def(
+      "step_function", &step_function,
+      "Boundaries and levels that the library has for a function of lomem::step_activation.");
   m.def(
       "regelu2", &regelu2,
       "torch.ops.lomem.regelu2, past __torch_function__; NotImplemented for arguments of other types.");

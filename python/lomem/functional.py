@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_unary
 
-from . import _C
+from . import _C, _activations
+from ._activations import *  # noqa: F403
 
 __all__ = [
+    *_activations.__all__,
     "layer_norm",
     "ms_layer_norm",
     "ms_rms_norm",

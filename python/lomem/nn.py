@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from . import _activation_modules
 from . import functional as F
+from ._activation_modules import *  # noqa: F403
 
-__all__ = ["MSLayerNorm", "MSRMSNorm", "ReGELU2", "ReSiLU2"]
+__all__ = [*_activation_modules.__all__, "MSLayerNorm", "MSRMSNorm", "ReGELU2", "ReSiLU2"]
 
 
 class ReGELU2(nn.Module):

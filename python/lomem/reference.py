@@ -7,8 +7,8 @@ The oracle of the tests, and a fallback for devices without kernels. Same argume
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ __all__ = [
     "pack_bits",
     "regelu2",
     "resilu2",
+    "step_activation",
     "step_activation_backward",
     "step_codes",
     "unpack_bits",
@@ -80,7 +81,7 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     return (groups << torch.arange(bits, device=packed.device)).sum(1).to(torch.uint8)
 
 
-def step_codes(input: Tensor, step: StepFunction) -> Tensor:
+def step_codes(input: Tensor, step: Any) -> Tensor:
     """Number of boundaries below each element, uint8, of the input's shape. NaN has code 0."""
     x = input.to(_compute_dtype(input.dtype))
     codes = torch.zeros(input.shape, dtype=torch.uint8, device=input.device)
@@ -94,7 +95,11 @@ def step_activation_backward(grad_output: Tensor, codes: Tensor, levels: Sequenc
     dtype = _compute_dtype(grad_output.dtype)
     table = torch.tensor(levels, dtype=torch.float64).to(dtype).to(grad_output.device)
     level = table[unpack_bits(codes, bits, grad_output.numel()).long()].reshape(grad_output.shape)
-    return (grad_output.to(dtype) * level).to(grad_output.dtype)
+    product = grad_output.to(dtype) * level
+    if bits == 1:
+        # As the derivatives of torch's relu and its kin: 0 times an infinite gradient is 0.
+        product = torch.where(level == 0, torch.zeros_like(product), product)
+    return product.to(grad_output.dtype)
 
 
 class _StepActivation(torch.autograd.Function):
@@ -108,6 +113,11 @@ class _StepActivation(torch.autograd.Function):
     def backward(ctx, grad_output):
         (codes,) = ctx.saved_tensors
         return step_activation_backward(grad_output, codes, ctx.step.levels, ctx.step.bits), None, None
+
+
+def step_activation(input: Tensor, fn: Callable[[Tensor], Tensor], step: Any) -> Tensor:
+    """``fn(input)`` with the derivative of ``step``, which has ``boundaries``, ``levels`` and ``bits``."""
+    return _StepActivation.apply(input, fn(input.detach()), step)
 
 
 def regelu2(input: Tensor, approximate: str = "none") -> Tensor:

@@ -91,6 +91,10 @@ def test_cuda_in_a_build_without_cuda():
     calls = {
         "regelu2_forward": (X,),
         "resilu2_forward": (X,),
+        "step_activation_forward": (X, "gelu", [], 3),
+        "hard_activation_forward": (X, "relu", []),
+        "step_codes": (X, [0.0], 1),
+        "band_codes": (X, 0.0, 1.0),
         "step_activation_backward": (X, torch.zeros(8, dtype=torch.uint8), [0.0] * 4, 2),
         "ms_layer_norm": (X, [8]),
         "ms_layer_norm_forward": (X, [8]),
@@ -101,7 +105,8 @@ def test_cuda_in_a_build_without_cuda():
         "pack_bits": (X.to(torch.uint8), 2),
         "unpack_bits": (X.to(torch.uint8), 2, 128),
     }
-    assert {f"lomem::{name}" for name in calls} | {"lomem::regelu2", "lomem::resilu2"} == {
+    public = {"lomem::regelu2", "lomem::resilu2", "lomem::step_activation", "lomem::hard_activation"}
+    assert {f"lomem::{name}" for name in calls} | public == {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lomem::")
     }
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -143,6 +148,104 @@ def test_bits(bits):
 def test_levels(count):
     with raises(f"lomem::step_activation_backward: levels has {count} entries, expected 4 for 2 bits", ValueError):
         ops.step_activation_backward(X, torch.zeros(8, dtype=torch.uint8), [0.0] * count, 2)
+
+
+class TestFamily:
+    """Activations with few-bit derivatives. Bad arguments are refused whether or not a gradient is needed."""
+
+    INPUTS = {"plain": X, "gradient": X.clone().requires_grad_(), "shape": X.to("meta")}  # noqa: RUF012
+
+    @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
+    @pytest.mark.parametrize("bits", [-1, 0, 9, 2**40])
+    def test_bits(self, bits, x):
+        with raises(f"lomem::step_activation: bits is {bits}, expected 1 to 8", ValueError):
+            LF.mish(x, bits=bits)
+        with raises(f"lomem::step_codes: bits is {bits}, expected 1 to 8", ValueError):
+            ops.step_codes(x.detach(), [0.0], bits)
+        with raises(f"lomem.nn.Mish: bits is {bits}, expected 1 to 8", ValueError):
+            lomem.nn.Mish(bits=bits)
+        with raises(f"lomem::step_function: bits is {bits}, expected 1 to 8", ValueError):
+            LF.step_function("mish", bits)
+
+    @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
+    def test_names(self, x):
+        with raises("lomem::step_activation: function is 'jelu', expected one of gelu, gelu_tanh, ", ValueError):
+            ops.step_activation(x, "jelu", [], 3)
+        with raises("lomem::hard_activation: function is 'gelu', expected one of relu, leaky_relu, ", ValueError):
+            ops.hard_activation(x, "gelu", [])
+        with raises("lomem::step_activation: criterion is 'best', expected 'primitive' or 'derivative'", ValueError):
+            LF.silu(x, criterion="best")
+        with raises("lomem.nn.SiLU: criterion is 'best', expected 'primitive' or 'derivative'", ValueError):
+            lomem.nn.SiLU(criterion="best")
+        with raises("lomem.functional.gelu: approximate is 'Tanh', expected 'none' or 'tanh'", ValueError):
+            LF.gelu(x, "Tanh")
+        with raises("lomem.nn.GELU: approximate is 'Tanh', expected 'none' or 'tanh'", ValueError):
+            lomem.nn.GELU("Tanh")
+
+    @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
+    def test_parameters(self, x):
+        message = "lomem::step_activation: parameters has 1 entries, expected 2 (beta threshold) for softplus"
+        with raises(message, ValueError):
+            ops.step_activation(x, "softplus", [1.0], 3)
+        with raises("lomem::hard_activation: parameters has 1 entries, expected 0 (none) for relu", ValueError):
+            ops.hard_activation(x, "relu", [1.0])
+        for beta in (0.0, -1.0, float("nan"), float("inf")):
+            with raises("lomem::step_activation: beta is ", ValueError):
+                LF.softplus(x, beta)
+            with raises("lomem::step_activation: alpha is ", ValueError):
+                LF.celu(x, beta)
+        with raises("lomem::step_activation: alpha is nan, expected a finite number", ValueError):
+            LF.elu(x, float("nan"))
+
+    @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
+    def test_steps(self, x):
+        def call(boundaries, levels, bits=2):
+            return ops.step_activation(x, "gelu", [], bits, boundaries=boundaries, levels=levels)
+
+        name = "lomem::step_activation: "
+        with raises(name + "levels has 3 entries, expected 4, one more than boundaries", ValueError):
+            call([0.0, 1.0, 2.0], [1.0] * 3)
+        with raises(name + "boundaries has 4 entries, expected at most 3 for 2 bits", ValueError):
+            call([0.0, 1.0, 2.0, 3.0], [1.0] * 5)
+        with raises(name + "boundaries has 1 before 0 at index 2, expected ascending numbers", ValueError):
+            call([0.0, 1.0, 0.0], [1.0] * 4)
+        with raises(name + "boundaries has a NaN at index 1, expected ascending numbers", ValueError):
+            call([0.0, float("nan"), 2.0], [1.0] * 4)
+        with raises(name + "levels is None, expected both boundaries and levels, or neither", ValueError):
+            call([0.0], None)
+        with raises(name + "boundaries is None, expected both boundaries and levels, or neither", ValueError):
+            call(None, [0.0])
+
+    def test_steps_of_the_users(self):
+        with raises("lomem.StepFunction: levels has 3 entries, expected 2, 4, 8, ... or 256", ValueError):
+            LF.step_activation(X, torch.sin, (0.0, 1.0), (1.0, 2.0, 3.0))
+        with raises("lomem.StepFunction: boundaries has 2 entries, expected 3 for 4 levels", ValueError):
+            LF.step_activation(X, torch.sin, (0.0, 1.0), (1.0, 2.0, 3.0, 4.0))
+        with raises("lomem.StepFunction: boundaries[0] is nan, expected a finite number", ValueError):
+            LF.step_activation(X, torch.sin, (float("nan"),), (1.0, 2.0))
+        with raises("lomem.StepFunction: boundaries[1] is 0.0, expected at least boundaries[0], 1.0", ValueError):
+            LF.step_activation(X, torch.sin, (1.0, 0.0, 2.0), (1.0, 2.0, 3.0, 4.0))
+        with raises("lomem.nn.Tanh: steps is a tuple, expected a lomem.StepFunction", ValueError):
+            lomem.nn.Tanh(steps=((0.0,), (1.0, 2.0)))
+
+    def test_bands(self):
+        for arguments, name in (((float("nan"), 0.0), "low"), ((0.0, float("nan")), "high")):
+            with raises(f"lomem::band_codes: {name} is NaN, expected a number", ValueError):
+                ops.band_codes(X, *arguments)
+
+    @pytest.mark.parametrize("name", WRONG_DTYPES)
+    def test_dtypes(self, name):
+        bad = WRONG_DTYPES[name]
+        for op, call in {
+            "step_activation": lambda: LF.gelu(bad),
+            "step_activation_forward": lambda: ops.step_activation_forward(bad, "gelu", [], 3),
+            "hard_activation": lambda: LF.relu(bad),
+            "hard_activation_forward": lambda: ops.hard_activation_forward(bad, "relu", []),
+            "step_codes": lambda: ops.step_codes(bad, [0.0], 1),
+            "band_codes": lambda: ops.band_codes(bad, 0.0, 1.0),
+        }.items():
+            with raises(f"lomem::{op}: input has dtype {name}, {FLOATS}"):
+                call()
 
 
 @pytest.mark.parametrize("count", [0, 7, 9, 1000])
@@ -296,12 +399,34 @@ def unpack_arguments(draw):
     return (draw(tensors(shape=[sane], dtype=torch.uint8)), bits, numel)
 
 
+@st.composite
+def family_arguments(draw):
+    function, count = draw(
+        st.sampled_from([("gelu", 0), ("quick_gelu", 0), ("softplus", 2), ("elu", 1), ("celu", 1), ("relu", 0)])
+    )
+    parameters = [draw(floats) for _ in range(count if draw(st.integers(0, 9)) else 3)]
+    return (draw(tensors()), function, parameters, draw(widths))
+
+
+@st.composite
+def hard_arguments(draw):
+    function, count = draw(st.sampled_from([("relu", 0), ("threshold", 2), ("hardtanh", 2), ("softshrink", 1)]))
+    return (draw(tensors()), function, [draw(floats) for _ in range(count if draw(st.integers(0, 9)) else 3)])
+
+
+boundaries = st.one_of(st.lists(floats, max_size=300), st.lists(st.floats(allow_nan=False), max_size=9).map(sorted))
 optional_floats = st.one_of(st.none(), floats)
 ARGUMENTS = {
     "regelu2": st.tuples(tensors()),
     "regelu2_forward": st.tuples(tensors()),
     "resilu2": st.tuples(tensors()),
     "resilu2_forward": st.tuples(tensors()),
+    "step_activation": family_arguments(),
+    "step_activation_forward": family_arguments(),
+    "hard_activation": hard_arguments(),
+    "hard_activation_forward": hard_arguments(),
+    "step_codes": st.tuples(tensors(), boundaries, widths),
+    "band_codes": st.tuples(tensors(), floats, floats),
     "step_activation_backward": step_arguments(),
     "ms_layer_norm": norm_arguments(2, floats),
     "ms_layer_norm_forward": norm_arguments(2, floats),

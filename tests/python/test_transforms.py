@@ -38,6 +38,17 @@ def samples(device):
         "regelu2_forward": [((x0,), {}), ((image0,), {"approximate": "tanh"})],
         "resilu2": [((x,), {}), ((image,), {}), ((x0,), {})],
         "resilu2_forward": [((x0,), {}), ((image0,), {})],
+        "step_activation": [
+            ((x, "gelu", [], 3), {}),
+            ((image, "softplus", [2.0, 5.0], 8), {"criterion": "derivative"}),
+            ((x, "mish", [], 2), {"boundaries": [-1.0, 0.0, 1.0], "levels": [0.0, 0.1, 0.2, 1.0]}),
+            ((x0, "elu", [0.5], 1), {}),
+        ],
+        "step_activation_forward": [((x0, "gelu_tanh", [], 3), {}), ((image0, "quick_gelu", [], 5), {})],
+        "hard_activation": [((x, "relu", []), {}), ((image, "hardtanh", [-0.5, 0.5]), {}), ((x0, "relu6", []), {})],
+        "hard_activation_forward": [((x0, "hardshrink", [0.3]), {}), ((image0, "leaky_relu", [0.2]), {})],
+        "step_codes": [((x0, [-1.0, 0.5], 2), {}), ((image0, [0.0], 7), {})],
+        "band_codes": [((x0, -1.0, 0.5), {}), ((image0, 0.0, 9.0), {})],
         "step_activation_backward": [((x, ops.resilu2_forward(x0)[1], [0.0, -0.1, 1.1, 1.0], 2), {})],
         "ms_layer_norm": [
             ((x, [6], weight, bias), {}),

@@ -31,8 +31,18 @@ LOMEM_API void step_encode<ReGELU2>(DType, const void*, std::int64_t, std::uint8
 template <>
 LOMEM_API void step_encode<ReSiLU2>(DType, const void*, std::int64_t, std::uint8_t*);
 
+/// The same for boundaries known at run time: 2^bits - 1, ascending, no NaN, each rounded once to the
+/// arithmetic type of `dtype`. bits = 1..8.
+LOMEM_API void step_search_encode(
+    DType dtype, const void* x, std::int64_t n, const double* boundaries, int bits, std::uint8_t* packed);
+
+/// packed[0, packed_bytes(n, 1)) = whether low <= x <= high, of x[0, n). `low` and `high` are rounded
+/// once to the arithmetic type of `dtype`.
+LOMEM_API void band_encode(DType dtype, const void* x, std::int64_t n, double low, double high, std::uint8_t* packed);
+
 /// grad_input[i] = grad_output[i] * levels[code i] for i in [0, n). `levels` has 2^bits entries,
-/// of which each is rounded once to the arithmetic type of `dtype`. bits = 1..8.
+/// of which each is rounded once to the arithmetic type of `dtype`. bits = 1..8; with one bit, a level
+/// of 0 gives 0 whatever the gradient is.
 LOMEM_API void step_decode_multiply(
     DType dtype, const void* grad_output, const std::uint8_t* packed, const double* levels, int bits, std::int64_t n,
     void* grad_input, bool stream = false);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <lomem/config.h>
+#include <lomem/nn/activations.h>
 #include <lomem/ops.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/pimpl.h>

@@ -1,34 +1,9 @@
 // Gradients of the step activations.
-#include <algorithm>
-#include <numeric>
-
 #include "../step_ops.h"
-#include "autograd.h"
+#include "codes_autograd.h"
 
 namespace lomem::detail {
 namespace {
-
-/// The permutation that makes a dense tensor row-major, or nothing where it is already.
-std::vector<int64_t> memory_order(const at::Tensor& dense) {
-  // Sizes may be symbolic and depend on data. Where they leave it open whether the tensor is
-  // row-major, the strides are sorted: the order that comes out is right either way.
-  if (dense.is_contiguous_or_false()) {
-    return {};
-  }
-  const auto strides = dense.sym_strides();
-  std::vector<int64_t> order(strides.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
-  return order;
-}
-
-std::vector<int64_t> inverse(const std::vector<int64_t>& order) {
-  std::vector<int64_t> result(order.size());
-  for (size_t i = 0; i < order.size(); ++i) {
-    result[order[i]] = static_cast<int64_t>(i);
-  }
-  return result;
-}
 
 template <class Op, class... Args>
 struct StepActivation : torch::autograd::Function<StepActivation<Op, Args...>> {
@@ -38,13 +13,7 @@ struct StepActivation : torch::autograd::Function<StepActivation<Op, Args...>> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const Args&... args) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [output, codes] = Op::forward(input, args...);
-    ctx->save_for_backward({codes});
-    // Of the output, only how it lies in memory: that is the order of the codes. (Row-major is not
-    // said: an entry costs more than a small activation.)
-    const std::vector<int64_t> order = memory_order(output);
-    if (!order.empty()) {
-      ctx->saved_data["order"] = order;
-    }
+    save_codes(ctx, codes, output);
     return output;
   }
 
@@ -53,18 +22,7 @@ struct StepActivation : torch::autograd::Function<StepActivation<Op, Args...>> {
     if (!grad_outputs[0].defined()) {
       return {at::Tensor()};
     }
-    const at::Tensor codes = ctx->get_saved_variables()[0];
-    const auto saved_order = ctx->saved_data.find("order");
-    // Differentiable operations throughout, for gradients of gradients.
-    variable_list gradients(1);
-    if (saved_order == ctx->saved_data.end()) {
-      gradients[0] = step_activation_backward(grad_outputs[0], codes, levels, Op::Step::bits);
-    } else {
-      const std::vector<int64_t> order = saved_order->second.toIntVector();
-      const at::Tensor grad_output = grad_outputs[0].permute(order);
-      gradients[0] = step_activation_backward(grad_output, codes, levels, Op::Step::bits).permute(inverse(order));
-    }
-    return gradients;
+    return {gradient_from_codes(ctx, grad_outputs[0], levels, Op::Step::bits)};
   }
 };
 

@@ -21,6 +21,9 @@ struct KernelTable {
   const char* capability;
   Encode regelu2_encode;
   Encode resilu2_encode;
+  void (*step_search_encode)(
+      DType, const void* x, std::int64_t n, const double* boundaries, int bits, std::uint8_t* packed);
+  void (*band_encode)(DType, const void* x, std::int64_t n, double low, double high, std::uint8_t* packed);
   void (*step_decode_multiply)(
       DType, const void* grad_output, const std::uint8_t* packed, const double* levels, int bits, std::int64_t n,
       void* grad_input, bool stream);

@@ -153,6 +153,15 @@ LOMEM_API void step_encode<ReSiLU2>(DType dtype, const void* x, std::int64_t n, 
   kernels().resilu2_encode(dtype, x, n, packed);
 }
 
+void step_search_encode(
+    DType dtype, const void* x, std::int64_t n, const double* boundaries, int bits, std::uint8_t* packed) {
+  kernels().step_search_encode(dtype, x, n, boundaries, bits, packed);
+}
+
+void band_encode(DType dtype, const void* x, std::int64_t n, double low, double high, std::uint8_t* packed) {
+  kernels().band_encode(dtype, x, n, low, high, packed);
+}
+
 void step_decode_multiply(
     DType dtype, const void* grad_output, const std::uint8_t* packed, const double* levels, int bits, std::int64_t n,
     void* grad_input, bool stream) {

@@ -132,6 +132,128 @@ TEST_P(StepEncode, SixteenBitPatternsInEveryPlace) {
   check_patterns_in_every_place<ReSiLU2>(GetParam());
 }
 
+// Codes of boundaries known at run time ----------------------------------------------------------------
+
+class SearchEncode : public KernelTest {};
+INSTANTIATE_FOR_EVERY_TABLE(SearchEncode);
+
+/// Ascending, denser at 0, some equal, an infinity at the end where there are many.
+std::vector<double> some_boundaries(int bits, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<double> normal(0, 2);
+  std::vector<double> result((std::size_t{1} << bits) - 1);
+  for (double& boundary : result) {
+    boundary = normal(generator);
+  }
+  if (bits > 2) {
+    result[1] = result[2];
+    result[0] = std::numeric_limits<double>::infinity();
+    result[3] = 0;
+    result[4] = -0.0;
+    result[5] = 1e-42;
+    result[6] = -1e300;
+  }
+  std::sort(result.begin(), result.end());
+  return result;
+}
+
+template <class T>
+void check_search_encode(const Table& table, const std::vector<T>& x, const std::vector<double>& boundaries, int bits) {
+  std::vector<std::uint8_t> codes;
+  for (const T element : x) {
+    const auto value = lomem::to_compute(element);
+    codes.push_back(static_cast<std::uint8_t>(std::count_if(boundaries.begin(), boundaries.end(), [&](double c) {
+      return value > static_cast<compute_t<T>>(c);
+    })));
+  }
+  const auto want = oracle::pack(codes, bits);
+  const AtPageEnd<T> at_end(x);
+  Guarded<std::uint8_t> packed(want.size(), x.size() % 5);
+  table->step_search_encode(
+      Element<T>::dtype, at_end.data(), static_cast<std::int64_t>(x.size()), boundaries.data(), bits, packed.data());
+  ASSERT_TRUE(same_bytes(packed.values(), want)) << bits << " bits, " << x.size() << " elements of " << sizeof(T);
+  packed.expect_intact();
+}
+
+/// Special elements, and boundaries with their neighbours.
+template <class T>
+std::vector<T> elements_at(const std::vector<double>& boundaries) {
+  auto result = special_elements<T>();
+  for (const double c : boundaries) {
+    const T boundary = Element<T>::from(c);
+    std::uint64_t bits = 0;
+    std::memcpy(&bits, &boundary, sizeof(T));
+    for (const int distance : {-1, 0, 1}) {
+      result.push_back(from_pattern<T>(bits + static_cast<std::uint64_t>(distance)));
+    }
+  }
+  return result;
+}
+
+TEST_P(SearchEncode, EverySize) {
+  for (int bits = lomem::min_bits; bits <= lomem::max_bits; ++bits) {
+    const auto boundaries = some_boundaries(bits, static_cast<unsigned>(bits));
+    for_each_element_type([&](auto element) {
+      using T = typename decltype(element)::type;
+      const auto at_boundaries = elements_at<T>(boundaries);
+      for (const std::size_t n : awkward_sizes()) {
+        auto x = random_elements<T>(n, 3, static_cast<unsigned>(n));
+        for (std::size_t i = n % 3; i < n; i += 3) {
+          x[i] = at_boundaries[(i / 3 + n) % at_boundaries.size()];
+        }
+        check_search_encode(GetParam(), x, boundaries, bits);
+      }
+      check_search_encode(GetParam(), at_boundaries, boundaries, bits);
+    });
+  }
+}
+
+TEST_P(SearchEncode, SixteenBitPatterns) {
+  for (int bits = lomem::min_bits; bits <= lomem::max_bits; ++bits) {
+    for_each_sixteen_bit_type([&](auto element) {
+      using T = typename decltype(element)::type;
+      check_search_encode(GetParam(), all_patterns<T>(bits), some_boundaries(bits, 7), bits);
+    });
+  }
+}
+
+class BandEncode : public KernelTest {};
+INSTANTIATE_FOR_EVERY_TABLE(BandEncode);
+
+template <class T>
+void check_band_encode(const Table& table, const std::vector<T>& x, double low, double high) {
+  using C = compute_t<T>;
+  std::vector<std::uint8_t> codes;
+  for (const T element : x) {
+    const C value = lomem::to_compute(element);
+    codes.push_back(static_cast<C>(low) <= value && value <= static_cast<C>(high) ? 1 : 0);
+  }
+  const auto want = oracle::pack(codes, 1);
+  const AtPageEnd<T> at_end(x);
+  Guarded<std::uint8_t> packed(want.size(), x.size() % 5);
+  table->band_encode(Element<T>::dtype, at_end.data(), static_cast<std::int64_t>(x.size()), low, high, packed.data());
+  ASSERT_TRUE(same_bytes(packed.values(), want)) << x.size() << " elements of " << sizeof(T) << " bytes";
+  packed.expect_intact();
+}
+
+TEST_P(BandEncode, EverySizeAndPattern) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  const double bands[][2] = {{-infinity, 0}, {0, infinity}, {-0.3, 0.7}, {1e-45, 6}, {-infinity, infinity}, {2, 1}};
+  for (const auto& [low, high] : bands) {
+    for_each_element_type([&, low = low, high = high](auto element) {
+      using T = typename decltype(element)::type;
+      for (const std::size_t n : awkward_sizes()) {
+        check_band_encode(GetParam(), random_elements<T>(n, 1, static_cast<unsigned>(n)), low, high);
+      }
+      check_band_encode(GetParam(), elements_at<T>({low, high}), low, high);
+    });
+    for_each_sixteen_bit_type([&, low = low, high = high](auto element) {
+      using T = typename decltype(element)::type;
+      check_band_encode(GetParam(), all_patterns<T>(), low, high);
+    });
+  }
+}
+
 // Gradients ------------------------------------------------------------------------------------------
 
 class StepDecodeMultiply : public KernelTest {};
@@ -161,7 +283,9 @@ std::vector<T> expected_gradients(
     const std::vector<T>& grad, const std::vector<std::uint8_t>& codes, const std::vector<double>& levels) {
   std::vector<T> result(grad.size());
   for (std::size_t i = 0; i < grad.size(); ++i) {
-    result[i] = lomem::step_gradient<T>(grad[i], static_cast<compute_t<T>>(levels[codes[i]]));
+    const auto level = static_cast<compute_t<T>>(levels[codes[i]]);
+    // With one bit, 0 is 0 whatever the gradient is.
+    result[i] = levels.size() == 2 && level == 0 ? T{} : lomem::step_gradient<8>(grad[i], level);
   }
   return result;
 }

@@ -55,6 +55,21 @@ TEST_F(PublicFunctions, Step) {
   EXPECT_EQ(codes[1], encode(table.resilu2_encode));
   EXPECT_NE(codes[0], codes[1]);
 
+  const double boundaries[3] = {-1, 0, 2};
+  const auto search = [&](auto kernel) {
+    return encode([&](DType dtype, const void* from, std::int64_t count, std::uint8_t* packed) {
+      kernel(dtype, from, count, boundaries, 2, packed);
+    });
+  };
+  EXPECT_EQ(search(cpu::step_search_encode), search(table.step_search_encode));
+  const auto band = [&](auto kernel) {
+    return encode([&](DType dtype, const void* from, std::int64_t count, std::uint8_t* packed) {
+      kernel(dtype, from, count, -1, 2, packed);
+    });
+  };
+  EXPECT_EQ(band(cpu::band_encode), band(table.band_encode));
+  EXPECT_NE(band(cpu::band_encode), search(cpu::step_search_encode));
+
   const double levels[4] = {0.1, 0.2, 0.3, 0.4};
   std::vector<float> gradient(n);
   std::vector<float> want(n);

@@ -133,8 +133,8 @@ TYPED_TEST(StepFunction, SixteenBitGradientsAreExactProductsRoundedOnce) {
       const auto bits = static_cast<std::uint16_t>(pattern);
       const double b = oracle::decode(bits, oracle::bfloat16);
       const double h = oracle::decode(bits, oracle::float16);
-      const std::uint16_t got_b = lomem::step_gradient(lomem::bfloat16{bits}, level).bits;
-      const std::uint16_t got_h = lomem::step_gradient(lomem::float16{bits}, level).bits;
+      const std::uint16_t got_b = lomem::step_gradient<2>(lomem::bfloat16{bits}, level).bits;
+      const std::uint16_t got_h = lomem::step_gradient<2>(lomem::float16{bits}, level).bits;
       if (!std::isnan(b * level)) {
         EXPECT_EQ(got_b, oracle::encode(b * level, oracle::bfloat16)) << pattern << " * " << level;
       } else {
@@ -153,7 +153,7 @@ TYPED_TEST(StepFunction, FloatGradientsAreExactProductsRoundedOnce) {
   const auto level = static_cast<float>(TypeParam::Step::level(2));
   float grad = 1e-30F;
   for (int i = 0; i < 1000; ++i, grad *= 1.1371F) {
-    EXPECT_EQ(lomem::step_gradient(grad, level), static_cast<float>(static_cast<double>(grad) * level));
+    EXPECT_EQ(lomem::step_gradient<2>(grad, level), static_cast<float>(static_cast<double>(grad) * level));
   }
 }
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <set>
 #include <tuple>
 
@@ -119,6 +120,74 @@ TEST(Encode, AllSixteenBitPatterns) {
   check_all_patterns<lomem::float16, lomem::ReSiLU2, lomem::ReSiLU2Constants>(oracle::float16);
 }
 
+/// Codes of run-time boundaries, and of a band, against the definition.
+template <class T, class Coder, class Expected>
+void check_encode(const Coder& coder, const Expected& expected) {
+  using Body = StepEncode<Coder, T>;
+  for (const std::int64_t n : sizes(Body::Grid::block_elements)) {
+    for (int misaligned = -1; misaligned < 2; ++misaligned) {
+      Guarded<T> x(n, misaligned == 0 ? 1 : 0);
+      auto values = random_elements<T>(n, 3, static_cast<unsigned>(n));
+      if (n > 3) {
+        values[1] = Element<T>::from(std::numeric_limits<double>::quiet_NaN());
+        values[2] = Element<T>::from(std::numeric_limits<double>::infinity());
+      }
+      x.assign(values);
+      Guarded<std::uint8_t> codes(lomem::packed_bytes(n, Coder::bits), misaligned == 1 ? 1 : 0);
+      execute_on_host(Body(coder, x.data(), n, codes.data()));
+      codes.expect_intact();
+      std::vector<std::uint8_t> want;
+      for (const T value : values) {
+        want.push_back(static_cast<std::uint8_t>(expected(lomem::to_compute(value))));
+      }
+      ASSERT_EQ(codes.values(), oracle::pack(want, Coder::bits)) << Coder::bits << " bits, " << n;
+    }
+  }
+}
+
+template <class T, int bits>
+void check_search() {
+  using C = lomem::compute_t<T>;
+  std::vector<double> boundaries((1 << bits) - 1);
+  for (std::size_t i = 0; i < boundaries.size(); ++i) {
+    boundaries[i] = std::sinh(5.0 * static_cast<double>(i + 1) / static_cast<double>(boundaries.size() + 1) - 2.4);
+  }
+  boundaries.back() = std::numeric_limits<double>::infinity();
+  check_encode<T>(SearchCoder<T, bits>(boundaries.data()), [&](C x) {
+    return std::count_if(boundaries.begin(), boundaries.end(), [&](double c) { return x > static_cast<C>(c); });
+  });
+}
+
+TYPED_TEST(Bodies, SearchEncode) {
+  check_search<TypeParam, 1>();
+  check_search<TypeParam, 2>();
+  check_search<TypeParam, 3>();
+  check_search<TypeParam, 4>();
+  check_search<TypeParam, 5>();
+  check_search<TypeParam, 6>();
+  check_search<TypeParam, 7>();
+  check_search<TypeParam, 8>();
+}
+
+TYPED_TEST(Bodies, BandEncode) {
+  using C = lomem::compute_t<TypeParam>;
+  check_encode<TypeParam>(BandCoder<TypeParam>(-1.5, 2), [](C x) { return C(-1.5) <= x && x <= C(2) ? 1 : 0; });
+}
+
+TEST(StepBackward, OneBitOfLevelZeroGivesZero) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  const float grad[4] = {static_cast<float>(infinity), std::numeric_limits<float>::quiet_NaN(), -1, 2};
+  const std::uint8_t codes[1] = {0b1000};
+  const double levels[2] = {0, 3};
+  float result[4];
+  execute_on_host(StepBackward<float, 1>(grad, codes, levels, 4, result));
+  EXPECT_EQ(result[0], 0);
+  EXPECT_EQ(result[1], 0);
+  EXPECT_EQ(result[2], 0);
+  EXPECT_FALSE(std::signbit(result[2]));
+  EXPECT_EQ(result[3], 6);
+}
+
 template <class T, int bits>
 void check_backward() {
   using Body = StepBackward<T, bits>;
@@ -144,7 +213,7 @@ void check_backward() {
       const auto gradients = grad.values();
       const auto got = result.values();
       for (std::int64_t i = 0; i < n; ++i) {
-        const T want = lomem::step_gradient(gradients[i], static_cast<C>(levels[codes[i]]));
+        const T want = lomem::step_gradient<bits>(gradients[i], static_cast<C>(levels[codes[i]]));
         ASSERT_EQ(lomem::to_compute(got[i]), lomem::to_compute(want)) << bits << " bits, " << i << " of " << n;
       }
     }

@@ -237,7 +237,7 @@ void check_backward() {
       const auto gradients = random_elements<T>(n, 1, static_cast<unsigned>(n));
       std::vector<T> want(n);
       for (std::int64_t i = 0; i < n; ++i) {
-        want[i] = lomem::step_gradient(gradients[i], static_cast<lomem::compute_t<T>>(levels[code_values[i]]));
+        want[i] = lomem::step_gradient<8>(gradients[i], static_cast<lomem::compute_t<T>>(levels[code_values[i]]));
       }
       for (int misaligned = -1; misaligned < 3; ++misaligned) {
         DeviceBuffer<T> grad(n, misaligned == 0 ? 1 : 0);

@@ -31,6 +31,27 @@ cudaError_t step_forward(
   });
 }
 
+cudaError_t step_encode(
+    DType dtype, const void* input, std::int64_t n, const double* boundaries, int bits, std::uint8_t* codes,
+    cudaStream_t /*stream*/) {
+  return visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return visit_bits(bits, [&](auto width) {
+      const SearchCoder<T, decltype(width)::value> coder(boundaries);
+      return status(host.body(StepEncode(coder, static_cast<const T*>(input), n, codes)));
+    });
+  });
+}
+
+cudaError_t band_encode(
+    DType dtype, const void* input, std::int64_t n, double low, double high, std::uint8_t* codes,
+    cudaStream_t /*stream*/) {
+  return visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return status(host.body(StepEncode(BandCoder<T>(low, high), static_cast<const T*>(input), n, codes)));
+  });
+}
+
 cudaError_t step_backward(
     DType dtype, const void* grad_output, const std::uint8_t* codes, const double* levels, int bits, std::int64_t n,
     void* grad_input, cudaStream_t /*stream*/) {

@@ -4,6 +4,7 @@
 #include <lomem/core.h>
 #include <lomem/core/fast_forward.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -191,6 +192,60 @@ void fuzz_encode(Choices& choices, KernelTable::Encode KernelTable::* kernel) {
     Memory packed(want.size(), offset);
     (table.*kernel)(dtype, source.data(), static_cast<std::int64_t>(n), static_cast<std::uint8_t*>(packed.data()));
     expect_same(table, "step_encode", packed.written(table), want);
+  });
+}
+
+/// Boundaries of elements themselves, so that ties are met; sorted, with infinities for what is no number.
+std::vector<double> boundaries_of(Choices& choices, int bits) {
+  const std::size_t count = (std::size_t{1} << bits) - 1;
+  std::vector<double> boundaries;
+  const DType dtype = choices.dtype();
+  lomem::visit_dtype(dtype, [&](auto element) {
+    for (const auto x : elements_of<typename decltype(element)::type>(choices.elements(dtype, count))) {
+      const double value = lomem::to_compute(x);
+      boundaries.push_back(std::isnan(value) ? std::numeric_limits<double>::infinity() : value);
+    }
+  });
+  std::sort(boundaries.begin(), boundaries.end());
+  return boundaries;
+}
+
+void fuzz_search(Choices& choices) {
+  const DType dtype = choices.dtype();
+  const int bits = 1 + choices.byte() % lomem::max_bits;
+  const std::size_t n = choices.number(most_elements);
+  const std::size_t offset = choices.number(most_bytes_off);
+  const std::vector<double> boundaries = boundaries_of(choices, bits);
+  const Bytes x = choices.elements(dtype, n);
+  Bytes want(lomem::packed_bytes(n, bits));
+  Bytes want_band(lomem::packed_bytes(n, 1));
+  const double low = boundaries.front();
+  const double high = boundaries.back();
+  lomem::visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    using C = compute_t<T>;
+    const auto elements = elements_of<T>(x);
+    std::vector<C> rounded;
+    for (const double c : boundaries) {
+      rounded.push_back(static_cast<C>(c));
+    }
+    const auto count = static_cast<std::int64_t>(n);
+    lomem::visit_bits(bits, [&](auto width) {
+      lomem::step_search_encode<decltype(width)::value>(elements.data(), count, rounded.data(), want.data());
+    });
+    lomem::band_encode(elements.data(), count, static_cast<C>(low), static_cast<C>(high), want_band.data());
+  });
+  for_each_table([&](const KernelTable& table) {
+    Memory source(x, offset * lomem::element_size(dtype));
+    Memory packed(want.size(), offset);
+    table.step_search_encode(
+        dtype, source.data(), static_cast<std::int64_t>(n), boundaries.data(), bits,
+        static_cast<std::uint8_t*>(packed.data()));
+    expect_same(table, "step_search_encode", packed.written(table), want);
+    Memory band(want_band.size(), offset);
+    table.band_encode(
+        dtype, source.data(), static_cast<std::int64_t>(n), low, high, static_cast<std::uint8_t*>(band.data()));
+    expect_same(table, "band_encode", band.written(table), want_band);
   });
 }
 
@@ -412,7 +467,7 @@ void fuzz_norm(
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   Choices choices(data, size);
-  switch (choices.byte() % 9) {
+  switch (choices.byte() % 10) {
     case 0: fuzz_encode<ReGELU2>(choices, &KernelTable::regelu2_encode); break;
     case 1: fuzz_encode<ReSiLU2>(choices, &KernelTable::resilu2_encode); break;
     case 2: fuzz_decode(choices); break;
@@ -421,6 +476,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     case 5: fuzz_fast_forward<lomem::fast::SiLU, ReSiLU2>(choices, &KernelTable::fast_silu); break;
     case 6: fuzz_packing(choices); break;
     case 7: fuzz_norm(choices, &KernelTable::layer_norm_forward, &KernelTable::layer_norm_backward); break;
+    case 8: fuzz_search(choices); break;
     default: fuzz_norm(choices, &KernelTable::rms_norm_forward, &KernelTable::rms_norm_backward); break;
   }
   return 0;

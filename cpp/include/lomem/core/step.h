@@ -90,13 +90,40 @@ struct ReSiLU2Constants {
 using ReGELU2 = TwoBitStep<ReGELU2Constants>;
 using ReSiLU2 = TwoBitStep<ReSiLU2Constants>;
 
+/// The code of x among boundaries that are known at run time: #{i : x > boundaries[i]}, found in `bits`
+/// comparisons without a branch. `boundaries` are 2^bits - 1, ascending; equal ones and infinities are
+/// allowed (so that fewer can be filled up with +infinity).
+template <int bits, class C>
+LOMEM_HOST_DEVICE constexpr std::uint8_t search_code(C x, const C* boundaries) {
+  int code = 0;
+  for (int half = 1 << (bits - 1); half > 0; half /= 2) {
+    code += x > boundaries[code + half - 1] ? half : 0;
+  }
+  return static_cast<std::uint8_t>(code);
+}
+
+/// The one-bit code of a function whose derivative has one value in an interval and another one
+/// outside it (hardtanh, relu, ...): 1 for low <= x <= high. NaN has code 0.
+template <class C>
+LOMEM_HOST_DEVICE constexpr std::uint8_t band_code(C x, C low, C high) {
+  return static_cast<std::uint8_t>(static_cast<int>(x >= low) & static_cast<int>(x <= high));
+}
+
 /// grad_output * level: one product in the arithmetic type, then one rounding to T. For float64
 /// and float32 that is the product rounded once. For 16-bit T the float32 product is rounded
 /// again; for the levels of ReGELU2 and ReSiLU2 the result is the exact product rounded once for
 /// every bfloat16 and float16 gradient (the tests enumerate them).
-template <class T>
+///
+/// With one bit, a level of 0 gives 0 whatever the gradient is, infinite or NaN, as the derivatives of
+/// torch's relu and its kin do.
+template <int bits, class T>
 LOMEM_HOST_DEVICE constexpr T step_gradient(T grad_output, compute_t<T> level) {
-  return from_compute<T>(to_compute(grad_output) * level);
+  using C = compute_t<T>;
+  if constexpr (bits == 1) {
+    return from_compute<T>(level == C(0) ? C(0) : to_compute(grad_output) * level);
+  } else {
+    return from_compute<T>(to_compute(grad_output) * level);
+  }
 }
 
 /// Codes of x[0, n), packed: Step::bits bits an element in the layout of packing.h.
@@ -115,6 +142,48 @@ LOMEM_HOST_DEVICE constexpr void step_encode(const T* x, std::int64_t n, std::ui
   }
 }
 
+/// Codes of x[0, n) among 2^bits - 1 ascending boundaries, packed.
+template <int bits, class T>
+LOMEM_HOST_DEVICE constexpr void step_search_encode(
+    const T* x, std::int64_t n, const compute_t<T>* boundaries, std::uint8_t* packed) {
+  constexpr int tile = 256;
+  static_assert(tile % group_size == 0);
+  std::uint8_t codes[tile] = {};
+  compute_t<T> values[tile] = {};
+  std::int32_t below[tile] = {};
+  for (std::int64_t begin = 0; begin < n; begin += tile) {
+    const int count = static_cast<int>(n - begin < tile ? n - begin : tile);
+    for (int j = 0; j < count; ++j) {
+      values[j] = to_compute(x[begin + j]);
+      below[j] = 0;
+    }
+    // search_code of all elements at once: these loops vectorise.
+    for (int half = 1 << (bits - 1); half > 0; half /= 2) {
+      for (int j = 0; j < count; ++j) {
+        below[j] += values[j] > boundaries[below[j] + half - 1] ? half : 0;
+      }
+    }
+    for (int j = 0; j < count; ++j) {
+      codes[j] = static_cast<std::uint8_t>(below[j]);
+    }
+    pack<bits>(codes, count, packed + begin / group_size * bits);
+  }
+}
+
+/// One-bit codes of x[0, n), packed: whether low <= x <= high.
+template <class T>
+LOMEM_HOST_DEVICE constexpr void band_encode(
+    const T* x, std::int64_t n, compute_t<T> low, compute_t<T> high, std::uint8_t* packed) {
+  for (std::int64_t begin = 0; begin < n; begin += group_size) {
+    const int count = static_cast<int>(n - begin < group_size ? n - begin : group_size);
+    unsigned byte = 0;
+    for (int j = 0; j < count; ++j) {
+      byte |= static_cast<unsigned>(band_code(to_compute(x[begin + j]), low, high)) << j;
+    }
+    packed[begin / group_size] = static_cast<std::uint8_t>(byte);
+  }
+}
+
 /// grad_input[i] = grad_output[i] * levels[code i], for i in [0, n). `levels` has 2^bits entries.
 template <int bits, class T>
 LOMEM_HOST_DEVICE constexpr void step_decode_multiply(
@@ -126,7 +195,7 @@ LOMEM_HOST_DEVICE constexpr void step_decode_multiply(
     const int count = static_cast<int>(n - begin < tile ? n - begin : tile);
     unpack<bits>(packed + begin / group_size * bits, count, codes);
     for (int j = 0; j < count; ++j) {
-      grad_input[begin + j] = step_gradient<T>(grad_output[begin + j], levels[codes[j]]);
+      grad_input[begin + j] = step_gradient<bits, T>(grad_output[begin + j], levels[codes[j]]);
     }
   }
 }

@@ -30,8 +30,19 @@ extern template cudaError_t step_forward<GELUTanh, ReGELU2>(
 extern template cudaError_t step_forward<SiLU, ReSiLU2>(
     DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
 
+/// Codes of n elements among 2^bits - 1 ascending boundaries, on the host, of which each is rounded once
+/// to the arithmetic type of `dtype`. bits = 1..8.
+LOMEM_API cudaError_t step_encode(
+    DType dtype, const void* input, std::int64_t n, const double* boundaries, int bits, std::uint8_t* codes,
+    cudaStream_t stream);
+
+/// One-bit codes: whether low <= x <= high.
+LOMEM_API cudaError_t band_encode(
+    DType dtype, const void* input, std::int64_t n, double low, double high, std::uint8_t* codes, cudaStream_t stream);
+
 /// grad_input[i] = grad_output[i] * levels[code i] for i in [0, n). `levels`, on the host, has
-/// 2^bits entries, of which each is rounded once to the arithmetic type of `dtype`. bits = 1..8.
+/// 2^bits entries, of which each is rounded once to the arithmetic type of `dtype`. bits = 1..8; with one bit, a level
+/// of 0 gives 0 whatever the gradient is.
 LOMEM_API cudaError_t step_backward(
     DType dtype, const void* grad_output, const std::uint8_t* codes, const double* levels, int bits, std::int64_t n,
     void* grad_input, cudaStream_t stream);

@@ -215,6 +215,116 @@ struct StepForward {
   }
 };
 
+/// Codes among 2^bits - 1 ascending boundaries that are known at run time.
+template <class T, int bits_>
+struct SearchCoder {
+  static constexpr int bits = bits_;
+  using C = compute_t<T>;
+
+  // (Searched in shared memory: constant memory would serialise what threads look up.)
+  struct Shared {
+    C values[max_code(bits)];
+  };
+  Shared boundaries{};
+
+  /// Each boundary is rounded once.
+  explicit SearchCoder(const double* boundaries_) {
+    for (int i = 0; i < max_code(bits); ++i) {
+      boundaries.values[i] = static_cast<C>(boundaries_[i]);
+    }
+  }
+
+  LOMEM_HOST_DEVICE void prepare(int thread, Shared& shared) const {
+    static_assert(max_code(bits) <= threads_per_block);
+    if (thread < max_code(bits)) {
+      shared.values[thread] = boundaries.values[thread];
+    }
+  }
+  LOMEM_HOST_DEVICE std::uint8_t code(T x, const Shared& shared) const {
+    return search_code<bits>(to_compute(x), shared.values);
+  }
+};
+
+/// One-bit codes: whether low <= x <= high.
+template <class T>
+struct BandCoder {
+  static constexpr int bits = 1;
+  using Shared = Nothing;
+  compute_t<T> low;
+  compute_t<T> high;
+
+  BandCoder(double low_, double high_) : low(static_cast<compute_t<T>>(low_)), high(static_cast<compute_t<T>>(high_)) {}
+
+  LOMEM_HOST_DEVICE void prepare(int /*thread*/, Shared& /*shared*/) const {}
+  LOMEM_HOST_DEVICE std::uint8_t code(T x, const Shared& /*shared*/) const {
+    return band_code(to_compute(x), low, high);
+  }
+};
+
+/// Packed codes of the input, and nothing else.
+template <class Coder, class T>
+struct StepEncode {
+  using Grid = UnitGrid<T, Coder::bits>;
+  using Shared = typename Coder::Shared;
+  static constexpr int elements = Grid::elements;
+  static constexpr int code_bytes = Unit<T, Coder::bits>::bytes;
+
+  Coder coder;
+  const T* input;
+  std::uint8_t* codes;
+  std::int64_t n;
+  bool aligned;
+
+  StepEncode(const Coder& coder_, const T* input_, std::int64_t n_, std::uint8_t* codes_)
+      : coder(coder_),
+        input(input_),
+        codes(codes_),
+        n(n_),
+        aligned(is_aligned(input, max_access) && is_aligned(codes, bytes_alignment<code_bytes>)) {}
+
+  std::int64_t blocks() const {
+    return Grid::blocks(n);
+  }
+  LOMEM_HOST_DEVICE void prepare(std::int64_t /*block*/, int thread, Shared& shared) const {
+    coder.prepare(thread, shared);
+  }
+
+  LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared& shared) const {
+    if (aligned && Grid::is_full(block, n)) {
+      Vector<T, elements> x[units_per_thread];
+      for (int u = 0; u < units_per_thread; ++u) {
+        x[u] = load_vector<elements>(input + Grid::unit(block, thread, u) * elements);
+      }
+      for (int u = 0; u < units_per_thread; ++u) {
+        std::uint8_t values[elements];
+        for (int j = 0; j < elements; ++j) {
+          values[j] = coder.code(x[u][j], shared);
+        }
+        store_bytes<code_bytes>(
+            codes + Grid::unit(block, thread, u) * code_bytes, pack_word<Coder::bits>(values, elements));
+      }
+    } else {
+      for (int u = 0; u < units_per_thread; ++u) {
+        one_by_one(Grid::unit(block, thread, u), shared);
+      }
+    }
+  }
+
+ private:
+  LOMEM_HOST_DEVICE void one_by_one(std::int64_t unit, const Shared& shared) const {
+    const std::int64_t begin = unit * elements;
+    if (begin >= n) {
+      return;
+    }
+    const int count = static_cast<int>(n - begin < elements ? n - begin : elements);
+    std::uint8_t values[elements];
+    for (int j = 0; j < elements; ++j) {
+      values[j] = j < count ? coder.code(input[begin + j], shared) : std::uint8_t{0};
+    }
+    pack_group<Coder::bits>(values, count, codes + unit * code_bytes);
+  }
+};
+
 /// grad_input = grad_output * level of code.
 template <class T, int bits>
 struct StepBackward {
@@ -278,7 +388,7 @@ struct StepBackward {
       }
       for (int u = 0; u < units_per_thread; ++u) {
         for (int j = 0; j < elements; ++j) {
-          grad[u][j] = step_gradient<T>(grad[u][j], level(unpack_word<bits>(word[u], j), shared));
+          grad[u][j] = step_gradient<bits, T>(grad[u][j], level(unpack_word<bits>(word[u], j), shared));
         }
         store_vector(grad_input + Grid::unit(block, thread, u) * elements, grad[u]);
       }
@@ -315,7 +425,7 @@ struct StepBackward {
     }
     for (int j = 0; j < count; ++j) {
       const C factor = level(unpack_word<bits>(word, j), shared);
-      grad_input[begin + j] = step_gradient<T>(grad_output[begin + j], factor);
+      grad_input[begin + j] = step_gradient<bits, T>(grad_output[begin + j], factor);
     }
   }
 };

@@ -3,6 +3,7 @@
 #include "../kernel_table.h"
 #include "norm.h"
 #include "packing.h"
+#include "search.h"
 #include "step.h"
 
 #define LOMEM_JOIN_(a, b) a##b
@@ -14,6 +15,8 @@ const KernelTable LOMEM_JOIN(LOMEM_CPU_CAPABILITY, _kernels) = {
     LOMEM_CPU_CAPABILITY_NAME,
     &step_encode<ReGELU2>,
     &step_encode<ReSiLU2>,
+    &step_search_encode,
+    &band_encode,
     &step_decode_multiply,
     fast_forward_kernel<fast::GELU, ReGELU2>,
     fast_forward_kernel<fast::GELUTanh, ReGELU2>,

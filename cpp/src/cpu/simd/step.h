@@ -19,11 +19,16 @@ constexpr std::int16_t key(std::uint16_t bits) {
   return static_cast<std::int16_t>(bits < 0x8000u ? bits : bits ^ 0x7fffu);
 }
 
-/// The key that the keys of what is above boundary i exceed.
+/// The key that the keys of what is above the boundary c exceed.
+template <class T>
+constexpr std::int16_t key_of_largest_not_above(float c) {
+  const std::uint16_t bits = largest_not_above<T>(c).bits;
+  return key(bits == 0x8000u ? 0 : bits);
+}
+
 template <class Step, class T>
 constexpr std::int16_t key_of_boundary(int i) {
-  const std::uint16_t bits = largest_not_above<T>(static_cast<float>(Step::boundary(i))).bits;
-  return key(bits == 0x8000u ? 0 : bits);
+  return key_of_largest_not_above<T>(static_cast<float>(Step::boundary(i)));
 }
 
 template <class T>
@@ -312,7 +317,13 @@ void step_decode_multiply_elements(
     constexpr int vector_bytes = lanes / 8 * bits;
     const std::uint8_t* codes = packed;
     const auto gradient = [&](std::int64_t at, const std::uint8_t* from) __attribute__((always_inline)) {
-      return load_as<float>(grad_output + at) * bits_of<Floats>(table.at(load_codes<bits>(from)));
+      const Floats level = bits_of<Floats>(table.at(load_codes<bits>(from)));
+      const Floats product = load_as<float>(grad_output + at) * level;
+      if constexpr (bits == 1) {
+        return level == 0.0f ? Floats{} : product;
+      } else {
+        return product;
+      }
     };
     for (; i + 2 * lanes <= vectors * lanes; i += 2 * lanes, codes += 2 * vector_bytes) {
       store_two(gradient(i, codes), gradient(i + lanes, codes + vector_bytes), grad_input + i, streams);

@@ -1,0 +1,251 @@
+// torch::nn modules of the activations that keep few bits an element.
+#pragma once
+
+#include <lomem/activations.h>
+#include <lomem/config.h>
+#include <torch/nn/cloneable.h>
+#include <torch/nn/options/activation.h>
+#include <torch/nn/pimpl.h>
+
+#include <ostream>
+#include <utility>
+
+namespace lomem::nn {
+
+struct NoOptions {};
+
+/// The module of an activation `Function`, which names its options and the call.
+template <class Function>
+class FewBitImpl : public torch::nn::Cloneable<FewBitImpl<Function>> {
+ public:
+  using Options = typename Function::Options;
+
+  explicit FewBitImpl(Options options = {}, FewBit few_bit = {})
+      : options(std::move(options)), few_bit(std::move(few_bit)) {}
+  explicit FewBitImpl(FewBit few_bit) : few_bit(std::move(few_bit)) {}
+
+  void reset() override {}
+  void pretty_print(std::ostream& stream) const override {
+    stream << "lomem::nn::" << Function::name << "(bits=" << few_bit.bits << ")";
+  }
+  torch::Tensor forward(const torch::Tensor& input) {
+    return Function::call(input, options, few_bit);
+  }
+
+  Options options;
+  FewBit few_bit;
+};
+
+/// The same without bits to choose.
+template <class Function>
+class OneBitImpl : public torch::nn::Cloneable<OneBitImpl<Function>> {
+ public:
+  using Options = typename Function::Options;
+
+  explicit OneBitImpl(Options options = {}) : options(std::move(options)) {}
+
+  void reset() override {}
+  void pretty_print(std::ostream& stream) const override {
+    stream << "lomem::nn::" << Function::name << "()";
+  }
+  torch::Tensor forward(const torch::Tensor& input) {
+    return Function::call(input, options);
+  }
+
+  Options options;
+};
+
+namespace detail {
+
+// (Qualified calls: ATen has functions of the same names, which argument-dependent look-up would find.)
+
+/// Overwrites the input where the options say so. (A temporary of its size is made either way.)
+template <class Options>
+torch::Tensor in_place(const torch::Tensor& input, const torch::Tensor& output, const Options& options) {
+  return options.inplace() ? input.copy_(output) : output;
+}
+
+struct GELU {
+  using Options = torch::nn::GELUOptions;
+  static constexpr const char* name = "GELU";
+  static torch::Tensor call(const torch::Tensor& x, const Options& options, const FewBit& few_bit) {
+    return lomem::gelu(x, options.approximate(), few_bit);
+  }
+};
+struct QuickGELU {
+  using Options = NoOptions;
+  static constexpr const char* name = "QuickGELU";
+  static torch::Tensor call(const torch::Tensor& x, const Options& /*options*/, const FewBit& few_bit) {
+    return lomem::quick_gelu(x, few_bit);
+  }
+};
+struct SiLU {
+  using Options = NoOptions;
+  static constexpr const char* name = "SiLU";
+  static torch::Tensor call(const torch::Tensor& x, const Options& /*options*/, const FewBit& few_bit) {
+    return lomem::silu(x, few_bit);
+  }
+};
+struct Mish {
+  using Options = NoOptions;
+  static constexpr const char* name = "Mish";
+  static torch::Tensor call(const torch::Tensor& x, const Options& /*options*/, const FewBit& few_bit) {
+    return lomem::mish(x, few_bit);
+  }
+};
+struct Sigmoid {
+  using Options = NoOptions;
+  static constexpr const char* name = "Sigmoid";
+  static torch::Tensor call(const torch::Tensor& x, const Options& /*options*/, const FewBit& few_bit) {
+    return lomem::sigmoid(x, few_bit);
+  }
+};
+struct Tanh {
+  using Options = NoOptions;
+  static constexpr const char* name = "Tanh";
+  static torch::Tensor call(const torch::Tensor& x, const Options& /*options*/, const FewBit& few_bit) {
+    return lomem::tanh(x, few_bit);
+  }
+};
+struct Tanhshrink {
+  using Options = NoOptions;
+  static constexpr const char* name = "Tanhshrink";
+  static torch::Tensor call(const torch::Tensor& x, const Options& /*options*/, const FewBit& few_bit) {
+    return lomem::tanhshrink(x, few_bit);
+  }
+};
+struct Softplus {
+  using Options = torch::nn::SoftplusOptions;
+  static constexpr const char* name = "Softplus";
+  static torch::Tensor call(const torch::Tensor& x, const Options& options, const FewBit& few_bit) {
+    return lomem::softplus(x, options.beta(), options.threshold(), few_bit);
+  }
+};
+struct Softsign {
+  using Options = NoOptions;
+  static constexpr const char* name = "Softsign";
+  static torch::Tensor call(const torch::Tensor& x, const Options& /*options*/, const FewBit& few_bit) {
+    return lomem::softsign(x, few_bit);
+  }
+};
+struct LogSigmoid {
+  using Options = NoOptions;
+  static constexpr const char* name = "LogSigmoid";
+  static torch::Tensor call(const torch::Tensor& x, const Options& /*options*/, const FewBit& few_bit) {
+    return lomem::logsigmoid(x, few_bit);
+  }
+};
+struct ELU {
+  using Options = torch::nn::ELUOptions;
+  static constexpr const char* name = "ELU";
+  static torch::Tensor call(const torch::Tensor& x, const Options& options, const FewBit& few_bit) {
+    return in_place(x, lomem::elu(x, options.alpha(), few_bit), options);
+  }
+};
+struct CELU {
+  using Options = torch::nn::CELUOptions;
+  static constexpr const char* name = "CELU";
+  static torch::Tensor call(const torch::Tensor& x, const Options& options, const FewBit& few_bit) {
+    return in_place(x, lomem::celu(x, options.alpha(), few_bit), options);
+  }
+};
+struct SELU {
+  using Options = torch::nn::SELUOptions;
+  static constexpr const char* name = "SELU";
+  static torch::Tensor call(const torch::Tensor& x, const Options& options, const FewBit& few_bit) {
+    return in_place(x, lomem::selu(x, few_bit), options);
+  }
+};
+struct Hardswish {
+  using Options = NoOptions;
+  static constexpr const char* name = "Hardswish";
+  static torch::Tensor call(const torch::Tensor& x, const Options& /*options*/, const FewBit& few_bit) {
+    return lomem::hardswish(x, few_bit);
+  }
+};
+
+struct ReLU {
+  using Options = torch::nn::ReLUOptions;
+  static constexpr const char* name = "ReLU";
+  static torch::Tensor call(const torch::Tensor& x, const Options& options) {
+    return in_place(x, lomem::relu(x), options);
+  }
+};
+struct LeakyReLU {
+  using Options = torch::nn::LeakyReLUOptions;
+  static constexpr const char* name = "LeakyReLU";
+  static torch::Tensor call(const torch::Tensor& x, const Options& options) {
+    return in_place(x, lomem::leaky_relu(x, options.negative_slope()), options);
+  }
+};
+struct ReLU6 {
+  using Options = torch::nn::ReLU6Options;
+  static constexpr const char* name = "ReLU6";
+  static torch::Tensor call(const torch::Tensor& x, const Options& options) {
+    return in_place(x, lomem::relu6(x), options);
+  }
+};
+struct Threshold {
+  using Options = torch::nn::ThresholdOptions;
+  static constexpr const char* name = "Threshold";
+  static torch::Tensor call(const torch::Tensor& x, const Options& options) {
+    return in_place(x, lomem::threshold(x, options.threshold(), options.value()), options);
+  }
+};
+struct Hardtanh {
+  using Options = torch::nn::HardtanhOptions;
+  static constexpr const char* name = "Hardtanh";
+  static torch::Tensor call(const torch::Tensor& x, const Options& options) {
+    return in_place(x, lomem::hardtanh(x, options.min_val(), options.max_val()), options);
+  }
+};
+struct Hardsigmoid {
+  using Options = NoOptions;
+  static constexpr const char* name = "Hardsigmoid";
+  static torch::Tensor call(const torch::Tensor& x, const Options& /*options*/) {
+    return lomem::hardsigmoid(x);
+  }
+};
+struct Hardshrink {
+  using Options = torch::nn::HardshrinkOptions;
+  static constexpr const char* name = "Hardshrink";
+  static torch::Tensor call(const torch::Tensor& x, const Options& options) {
+    return lomem::hardshrink(x, options.lambda());
+  }
+};
+struct Softshrink {
+  using Options = torch::nn::SoftshrinkOptions;
+  static constexpr const char* name = "Softshrink";
+  static torch::Tensor call(const torch::Tensor& x, const Options& options) {
+    return lomem::softshrink(x, options.lambda());
+  }
+};
+
+}  // namespace detail
+
+// In place of the modules of torch::nn, with their options:
+//   lomem::nn::GELU(torch::nn::GELUOptions().approximate("tanh"), lomem::FewBit{.bits = 4})
+TORCH_MODULE_IMPL(GELU, FewBitImpl<detail::GELU>);
+TORCH_MODULE_IMPL(QuickGELU, FewBitImpl<detail::QuickGELU>);
+TORCH_MODULE_IMPL(SiLU, FewBitImpl<detail::SiLU>);
+TORCH_MODULE_IMPL(Mish, FewBitImpl<detail::Mish>);
+TORCH_MODULE_IMPL(Sigmoid, FewBitImpl<detail::Sigmoid>);
+TORCH_MODULE_IMPL(Tanh, FewBitImpl<detail::Tanh>);
+TORCH_MODULE_IMPL(Tanhshrink, FewBitImpl<detail::Tanhshrink>);
+TORCH_MODULE_IMPL(Softplus, FewBitImpl<detail::Softplus>);
+TORCH_MODULE_IMPL(Softsign, FewBitImpl<detail::Softsign>);
+TORCH_MODULE_IMPL(LogSigmoid, FewBitImpl<detail::LogSigmoid>);
+TORCH_MODULE_IMPL(ELU, FewBitImpl<detail::ELU>);
+TORCH_MODULE_IMPL(CELU, FewBitImpl<detail::CELU>);
+TORCH_MODULE_IMPL(SELU, FewBitImpl<detail::SELU>);
+TORCH_MODULE_IMPL(Hardswish, FewBitImpl<detail::Hardswish>);
+TORCH_MODULE_IMPL(ReLU, OneBitImpl<detail::ReLU>);
+TORCH_MODULE_IMPL(LeakyReLU, OneBitImpl<detail::LeakyReLU>);
+TORCH_MODULE_IMPL(ReLU6, OneBitImpl<detail::ReLU6>);
+TORCH_MODULE_IMPL(Threshold, OneBitImpl<detail::Threshold>);
+TORCH_MODULE_IMPL(Hardtanh, OneBitImpl<detail::Hardtanh>);
+TORCH_MODULE_IMPL(Hardsigmoid, OneBitImpl<detail::Hardsigmoid>);
+TORCH_MODULE_IMPL(Hardshrink, OneBitImpl<detail::Hardshrink>);
+TORCH_MODULE_IMPL(Softshrink, OneBitImpl<detail::Softshrink>);
+
+}  // namespace lomem::nn

@@ -1,0 +1,363 @@
+// Codes among boundaries that are known at run time, and codes of bands.
+#pragma once
+
+#include <lomem/core/packing.h>
+#include <lomem/core/step.h>
+
+#include "packing.h"
+#include "step.h"
+#include "vector.h"
+
+namespace lomem::cpu {
+namespace {
+
+#if defined(__AVX2__)
+
+// A binary search in registers. Comparison s = 0, 1, ... decides bit bits-1-s of the code; the boundary that it takes
+// depends on the comparisons before. Their results are kept lowest bit first, so that they are themselves the index
+// into the 2^s boundaries of comparison s, which permutations look up. The path that comes out at the end is the code
+// with its bits reversed.
+
+/// The boundary that comparison `step` takes after the results `path`.
+constexpr int boundary_of_path(int bits, int step, int path) {
+  int code = 0;
+  for (int s = 0; s < step; ++s) {
+    code |= ((path >> s) & 1) << (bits - 1 - s);
+  }
+  return code + (1 << (bits - 1 - step)) - 1;
+}
+
+#if defined(__AVX512F__)
+
+/// Elements that are compared as float32.
+struct FloatLanes {
+  using Boundary = float;
+  using Integers = __m512i;
+  using Mask = __mmask16;
+  static constexpr int log_count = 4;
+  static constexpr int most_looked_up = 8;
+
+  __m512 x;
+
+  template <class T>
+  explicit FloatLanes(const T* from) : x(bits_of<__m512>(load_as<float>(from))) {}
+
+  template <class T>
+  static Boundary boundary(double c) {
+    return static_cast<float>(c);
+  }
+
+  /// `value` joins the path where x is above the boundaries.
+  Integers join_where_above(Integers path, Integers boundaries, int value, Mask& above) const {
+    above = _mm512_cmp_ps_mask(x, _mm512_castsi512_ps(boundaries), _CMP_GT_OQ);
+    return _mm512_mask_or_epi32(path, above, path, _mm512_set1_epi32(value));
+  }
+  static Integers load(const Boundary* table) {
+    return _mm512_load_si512(table);
+  }
+  static Integers look_up(const Boundary* table, Integers path) {
+    return _mm512_permutexvar_epi32(path, load(table));
+  }
+  static Integers look_up_in_two(const Boundary* table, Integers path, Mask /*upper*/) {
+    return _mm512_permutex2var_epi32(load(table), path, load(table + 16));
+  }
+  static Integers choose(Mask upper, Integers low, Integers high) {
+    return _mm512_mask_blend_epi32(upper, low, high);
+  }
+  static void store_bytes(Integers path, std::uint8_t* target) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm512_cvtepi32_epi8(path));
+  }
+};
+
+/// 16-bit elements, which are compared as the integers that key() makes of them.
+template <class T>
+struct HalfLanes {
+  using Boundary = std::int16_t;
+  using Integers = __m512i;
+  using Mask = __mmask32;
+  static constexpr int log_count = 5;
+  static constexpr int most_looked_up = 8;
+
+  __m512i keys;
+  __mmask32 number;
+
+  explicit HalfLanes(const T* from) {
+    const __m512i bits = _mm512_loadu_si512(from);
+    keys = _mm512_xor_si512(bits, _mm512_and_si512(_mm512_srai_epi16(bits, 15), _mm512_set1_epi16(0x7fff)));
+    number = _mm512_cmple_epi16_mask(keys, _mm512_set1_epi16(key_of_infinity<T>));
+  }
+
+  template <class Element>
+  static Boundary boundary(double c) {
+    return key_of_largest_not_above<Element>(static_cast<float>(c));
+  }
+
+  Integers join_where_above(Integers path, Integers boundaries, int value, Mask& above) const {
+    above = _mm512_mask_cmpgt_epi16_mask(number, keys, boundaries);
+    return _mm512_or_si512(path, _mm512_maskz_set1_epi16(above, static_cast<short>(value)));
+  }
+  static Integers load(const Boundary* table) {
+    return _mm512_load_si512(table);
+  }
+  static Integers look_up(const Boundary* table, Integers path) {
+    return _mm512_permutexvar_epi16(path, load(table));
+  }
+  static Integers look_up_in_two(const Boundary* table, Integers path, Mask /*upper*/) {
+    return _mm512_permutex2var_epi16(load(table), path, load(table + 32));
+  }
+  static Integers choose(Mask upper, Integers low, Integers high) {
+    return _mm512_mask_blend_epi16(upper, low, high);
+  }
+  static void store_bytes(Integers path, std::uint8_t* target) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtepi16_epi8(path));
+  }
+};
+
+template <class T>
+using SearchLanes = std::conditional_t<sizeof(T) == 2, HalfLanes<T>, FloatLanes>;
+
+#else
+
+/// Elements that are compared as float32.
+struct FloatLanes {
+  using Boundary = float;
+  using Integers = __m256i;
+  using Mask = __m256i;
+  static constexpr int log_count = 3;
+  /// Among more than 2^this boundaries, gathering is faster than looking up.
+  static constexpr int most_looked_up = 4;
+
+  __m256 x;
+
+  template <class T>
+  explicit FloatLanes(const T* from) : x(bits_of<__m256>(load_as<float>(from))) {}
+
+  template <class T>
+  static Boundary boundary(double c) {
+    return static_cast<float>(c);
+  }
+
+  Integers join_where_above(Integers path, Integers boundaries, int value, Mask& above) const {
+    above = _mm256_castps_si256(_mm256_cmp_ps(x, _mm256_castsi256_ps(boundaries), _CMP_GT_OQ));
+    return _mm256_or_si256(path, _mm256_and_si256(above, _mm256_set1_epi32(value)));
+  }
+  static Integers load(const Boundary* table) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(table));
+  }
+  static Integers look_up(const Boundary* table, Integers path) {
+    return _mm256_permutevar8x32_epi32(load(table), path);
+  }
+  static Integers look_up_in_two(const Boundary* table, Integers path, Mask upper) {
+    return choose(upper, look_up(table, path), look_up(table + 8, path));
+  }
+  static Integers gather(const Boundary* table, Integers path) {
+    return _mm256_castps_si256(_mm256_i32gather_ps(table, path, 4));
+  }
+  static Integers choose(Mask upper, Integers low, Integers high) {
+    return _mm256_blendv_epi8(low, high, upper);
+  }
+  static void store_bytes(Integers path, std::uint8_t* target) {
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(path), _mm256_extracti128_si256(path, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(target), _mm_packus_epi16(halves, halves));
+  }
+};
+
+template <class T>
+using SearchLanes = FloatLanes;
+
+#endif
+
+/// The boundaries of all comparisons in the order of paths.
+template <int bits, class Lanes>
+class SearchTable {
+ public:
+  template <class T>
+  SearchTable(Type<T> /*element*/, const double* boundaries) {
+    for (int step = 0; step < bits; ++step) {
+      for (int i = 0; i < entries(step); ++i) {
+        // (A register that is not full repeats itself.)
+        const int path = i % (1 << step);
+        table_[first(step) + i] = Lanes::template boundary<T>(boundaries[boundary_of_path(bits, step, path)]);
+      }
+    }
+  }
+
+  /// The codes of a register of elements, with their bits reversed.
+  typename Lanes::Integers paths(const Lanes& x) const {
+    typename Lanes::Integers path{};
+    typename Lanes::Mask above[bits];
+    search<0>(x, path, above);
+    return path;
+  }
+
+ private:
+  using Integers = typename Lanes::Integers;
+  using Mask = typename Lanes::Mask;
+  static constexpr int count = 1 << Lanes::log_count;
+
+  static constexpr int entries(int step) {
+    return step <= Lanes::log_count ? count : 1 << step;
+  }
+  static constexpr int first(int step) {
+    int result = 0;
+    for (int s = 0; s < step; ++s) {
+      result += entries(s);
+    }
+    return result;
+  }
+
+  template <int step>
+  void search(const Lanes& x, Integers& path, Mask* above) const {
+    path = x.join_where_above(path, among<step>(path, table_ + first(step), above), 1 << step, above[step]);
+    if constexpr (step + 1 < bits) {
+      search<step + 1>(x, path, above);
+    }
+  }
+
+  /// Among the 2^width boundaries from `table` on.
+  template <int width>
+  Integers among(Integers path, const typename Lanes::Boundary* table, const Mask* above) const {
+    if constexpr (width == 0) {
+      return Lanes::load(table);
+    } else if constexpr (width <= Lanes::log_count) {
+      return Lanes::look_up(table, path);
+    } else if constexpr (width > Lanes::most_looked_up) {
+      return Lanes::gather(table, path);
+    } else if constexpr (width == Lanes::log_count + 1) {
+      return Lanes::look_up_in_two(table, path, above[width - 1]);
+    } else {
+      return Lanes::choose(
+          above[width - 1], among<width - 1>(path, table, above),
+          among<width - 1>(path, table + (1 << (width - 1)), above));
+    }
+  }
+
+  alignas(64) typename Lanes::Boundary table_[first(bits)];
+};
+
+/// Reverses the lowest `bits` bits of each of 64 bytes, of which no others are set.
+template <int bits>
+inline void reverse_bits(std::uint8_t* bytes) {
+  if constexpr (bits > 1) {
+    struct Tables {
+      alignas(16) std::uint8_t low[16] = {};
+      alignas(16) std::uint8_t high[16] = {};
+      constexpr Tables() {
+        for (int value = 0; value < 16; ++value) {
+          int reversed = 0;
+          for (int b = 0; b < 4; ++b) {
+            reversed |= ((value >> b) & 1) << (7 - b);
+          }
+          low[value] = static_cast<std::uint8_t>(reversed >> (8 - bits));
+          high[value] = static_cast<std::uint8_t>(reversed >> 4 >> (8 - bits));
+        }
+      }
+    };
+    static constexpr Tables tables;
+    const auto look_up = [](const std::uint8_t* table, __m256i index) {
+      const __m128i half = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+      return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), index);
+    };
+    const __m256i nibble = _mm256_set1_epi8(15);
+    for (int i = 0; i < 64; i += 32) {
+      auto* const place = reinterpret_cast<__m256i*>(bytes + i);
+      const __m256i x = _mm256_loadu_si256(place);
+      __m256i result = look_up(tables.low, _mm256_and_si256(x, nibble));
+      if constexpr (bits > 4) {
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
+        result = _mm256_or_si256(result, look_up(tables.high, high));
+      }
+      _mm256_storeu_si256(place, result);
+    }
+  }
+}
+
+/// Codes of 64 elements, one a byte.
+template <int bits, class Lanes, class T>
+inline void search_64(const SearchTable<bits, Lanes>& table, const T* x, std::uint8_t* codes) {
+  for (int i = 0; i < 64; i += 1 << Lanes::log_count) {
+    Lanes::store_bytes(table.paths(Lanes(x + i)), codes + i);
+  }
+  reverse_bits<bits>(codes);
+}
+
+template <int bits, class T>
+void step_search_encode_elements(const T* x, std::int64_t n, const double* boundaries, std::uint8_t* packed) {
+  const SearchTable<bits, SearchLanes<T>> table(Type<T>{}, boundaries);
+  constexpr std::int64_t tile = 1024;
+  std::uint8_t codes[tile];
+  for (std::int64_t begin = 0; begin < n; begin += tile) {
+    const std::int64_t count = n - begin < tile ? n - begin : tile;
+    std::int64_t i = 0;
+    for (; i + 64 <= count; i += 64) {
+      search_64(table, x + begin + i, codes + i);
+    }
+    if (i < count) {
+      T rest[64] = {};
+      std::memcpy(rest, x + begin + i, static_cast<std::size_t>(count - i) * sizeof(T));
+      search_64(table, rest, codes + i);
+    }
+    std::uint8_t* target = packed + begin / group_size * bits;
+    if constexpr (bits == 8) {
+      std::memcpy(target, codes, static_cast<std::size_t>(count));
+    } else {
+      pack_groups<bits>(codes, count, target);
+    }
+  }
+}
+
+#endif
+
+void step_search_encode(
+    DType dtype, const void* x, std::int64_t n, const double* boundaries, int bits, std::uint8_t* packed) {
+  visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    const T* from = static_cast<const T*>(x);
+    visit_bits(bits, [&](auto width) {
+      constexpr int k = decltype(width)::value;
+#if defined(__AVX2__)
+      if constexpr (sizeof(T) < sizeof(double)) {
+        return step_search_encode_elements<k>(from, n, boundaries, packed);
+      }
+#endif
+      compute_t<T> rounded[max_code(k)];
+      for (int i = 0; i < max_code(k); ++i) {
+        rounded[i] = static_cast<compute_t<T>>(boundaries[i]);
+      }
+      lomem::step_search_encode<k>(from, n, rounded, packed);
+    });
+  });
+}
+
+template <class T>
+void band_encode_elements(const T* x, std::int64_t n, compute_t<T> low, compute_t<T> high, std::uint8_t* packed) {
+  std::int64_t i = 0;
+#if defined(__AVX__)
+  if constexpr (sizeof(T) < sizeof(double)) {
+    for (; i + lanes <= n; i += lanes) {
+      const Floats v = load_as<float>(x + i);
+#if defined(__AVX512F__)
+      const __mmask16 above = _mm512_cmp_ps_mask(bits_of<__m512>(v), _mm512_set1_ps(low), _CMP_GE_OQ);
+      const std::uint16_t bits = _mm512_mask_cmp_ps_mask(above, bits_of<__m512>(v), _mm512_set1_ps(high), _CMP_LE_OQ);
+#else
+      const __m256 above = _mm256_cmp_ps(bits_of<__m256>(v), _mm256_set1_ps(low), _CMP_GE_OQ);
+      const __m256 below = _mm256_cmp_ps(bits_of<__m256>(v), _mm256_set1_ps(high), _CMP_LE_OQ);
+      const auto bits = static_cast<std::uint8_t>(_mm256_movemask_ps(_mm256_and_ps(above, below)));
+#endif
+      std::memcpy(packed + i / group_size, &bits, sizeof(bits));
+    }
+  }
+#endif
+  lomem::band_encode(x + i, n - i, low, high, packed + i / group_size);
+}
+
+void band_encode(DType dtype, const void* x, std::int64_t n, double low, double high, std::uint8_t* packed) {
+  visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    using C = compute_t<T>;
+    band_encode_elements(static_cast<const T*>(x), n, static_cast<C>(low), static_cast<C>(high), packed);
+  });
+}
+
+}  // namespace
+}  // namespace lomem::cpu

@@ -1,0 +1,96 @@
+"""The activation layers of a model, and what flows through them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .._state import preserved
+from ..memory._run import arguments, check_model, tensors_in
+from ..nn import FewBitActivation, StepActivation
+
+Layer: TypeAlias = FewBitActivation | StepActivation
+Loss: TypeAlias = Callable[[Any], Tensor]
+#: Called with the input of a call of a layer and, where there is a loss, with the gradient of its output.
+Seen: TypeAlias = Callable[[str, Tensor, Tensor | None], None]
+
+
+def activation_layers(function: str, model: Any) -> dict[str, Layer]:
+    """Those with step functions, by their names in the model."""
+    check_model(function, model)
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, (FewBitActivation, StepActivation))
+    }
+    if not layers:
+        raise ValueError(
+            f"{function}: model, a {type(model).__name__}, has no activation of lomem.nn with a step function, expected "
+            "at least one (lomem.map_module puts them into a model)"
+        )
+    return layers
+
+
+def watch(
+    function: str, model: nn.Module, layers: dict[str, Layer], batches: Iterable[Any], loss: Loss | None, seen: Seen
+) -> int:
+    """Runs the model on each batch and tells `seen` of each call of a layer. Returns the number of batches.
+
+    The model is left as it was: buffers, gradients, random numbers, mode.
+    """
+    if isinstance(batches, (Tensor, dict, str)) or not isinstance(batches, Iterable):
+        raise TypeError(f"{function}: batches is of type {type(batches).__name__}, expected an iterable of batches")
+    count = 0
+    with preserved(model), _hooked(layers, loss is not None, seen):
+        for batch in batches:
+            args, kwargs = arguments(function, batch)
+            count += 1
+            with torch.set_grad_enabled(loss is not None):
+                output = model(*args, **kwargs)
+            if loss is not None:
+                loss(output).backward()
+                model.zero_grad(set_to_none=True)
+    if count == 0:
+        raise ValueError(f"{function}: batches is empty, expected at least one batch")
+    return count
+
+
+@contextlib.contextmanager
+def _hooked(layers: dict[str, Layer], with_gradient: bool, seen: Seen) -> Iterator[None]:
+    def hook(name: str) -> Callable[..., None]:
+        # (Two hooks: an in-place layer overwrites its input.)
+        inputs: list[Tensor] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = tensors_in((args, kwargs))[0].detach()
+            inputs.append(x.clone() if getattr(module, "inplace", False) else x)
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x = inputs.pop()
+            if not with_gradient:
+                seen(name, x, None)
+            elif output.requires_grad:
+                output.register_hook(lambda grad: seen(name, x, grad.detach()))
+
+        return before, after  # type: ignore[return-value]
+
+    handles = []
+    try:
+        for name, layer in layers.items():
+            before, after = hook(name)  # type: ignore[misc]
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(layer.register_forward_hook(after, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def derivative(layer: Layer, x: Tensor) -> Tensor:
+    """h'(x) of what the layer computes, in float64."""
+    leaf = x.detach().to(torch.float64).requires_grad_()
+    with torch.enable_grad():
+        (result,) = torch.autograd.grad(layer.exact(leaf).sum(), leaf)
+    return result

@@ -1,0 +1,270 @@
+"""How near the gradients of step functions are to the exact ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._state import module_state, preserved, restore_module
+from ..memory._report import Report, Section
+from ..memory._run import arguments
+from ..steps import StepFunction
+from ._fit import CRITERIA, fit, measured
+from ._layers import Loss, activation_layers, derivative, watch
+
+__all__ = ["Fidelity", "FidelityReport", "report"]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """An approximate gradient a against the exact one e, element by element.
+
+    Attributes:
+        cosine: Cosine of the angle between them.
+        error: Norm of a - e relative to that of e. Its square is the sum of those of the two below.
+        bias: Mean of a - e, relative to the root mean square of e: what remains in the mean over many elements.
+        deviation: Standard deviation of a - e, relative to the same: what averages out.
+    """
+
+    cosine: float
+    error: float
+    bias: float
+    deviation: float
+
+
+class _Sums:
+    """Sums over elements, from which a Fidelity follows; any number of elements in bounded memory."""
+
+    def __init__(self) -> None:
+        self.weight = self.exact = self.approximate = self.product = self.difference = 0.0
+
+    def add(self, approximate: Tensor, exact: Tensor, weights: Tensor | None = None) -> None:
+        a, e = approximate.detach().double().reshape(-1), exact.detach().double().reshape(-1)
+        w = torch.ones_like(a) if weights is None else weights
+        self.weight += float(w.sum())
+        self.exact += float((w * e * e).sum())
+        self.approximate += float((w * a * a).sum())
+        self.product += float((w * a * e).sum())
+        self.difference += float((w * (a - e)).sum())
+
+    def fidelity(self) -> Fidelity:
+        if self.exact == 0:
+            nan = float("nan")
+            return Fidelity(nan, nan, nan, nan)
+        squared = max(0.0, self.approximate - 2 * self.product + self.exact) / self.exact
+        bias = self.difference / self.weight / (self.exact / self.weight) ** 0.5
+        return Fidelity(
+            self.product / (self.exact * self.approximate) ** 0.5 if self.approximate else 0.0,
+            squared**0.5,
+            bias,
+            max(0.0, squared - bias**2) ** 0.5,
+        )
+
+
+@dataclass(frozen=True)
+class FidelityReport(Report):
+    """Gradients of step functions against the exact ones.
+
+    Attributes:
+        subject: The function or the model.
+        under: What the means are over.
+        rows: By what is compared: bits and criterion of a function, layers of a model. In that of a model the last one is
+            ``"all parameters"``, the gradient that an optimizer gets.
+    """
+
+    subject: str
+    under: str
+    rows: dict[str, Fidelity]
+    _curves: dict[str, StepFunction] = field(default_factory=dict, repr=False, compare=False)
+    _function: Callable[[Tensor], Tensor] | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes, as what JSON holds."""
+        result = super().to_dict()
+        return {name: value for name, value in result.items() if not name.startswith("_")}
+
+    def sections(self) -> list[Section]:
+        """One table."""
+        rows = [
+            (name, f"{row.cosine:.5f}", f"{row.error:.4f}", f"{row.bias:+.5f}", f"{row.deviation:.4f}")
+            for name, row in self.rows.items()
+        ]
+        title = f"gradient of {self.subject} against the exact one, {self.under}"
+        return [Section(title, ("", "cosine", "relative error", "bias", "deviation"), rows)]
+
+    def categories(self) -> dict[str, int]:
+        """None: there are no bytes to draw."""
+        return {}
+
+    def plot(self, path: str | Path) -> None:
+        """Draws a function with its approximations: itself, its derivative with the steps, and the errors.
+
+        Of a model: the relative error of each layer, bias and deviation apart.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(f"plot() needs the package {error.name}: pip install 'lomem[fit]'") from error
+        figure = Figure(figsize=(11, 4), layout="constrained")
+        if self._function is None:
+            _draw_layers(figure, self.rows)
+        else:
+            _draw_function(figure, self.subject, self._function, self._curves)
+        figure.savefig(path, dpi=150)
+
+
+def _draw_layers(figure: Any, rows: dict[str, Fidelity]) -> None:
+    axes = figure.subplots()
+    places = np.arange(len(rows))
+    axes.bar(places - 0.2, [abs(row.bias) for row in rows.values()], 0.4, label="|bias|", color="#D55E00")
+    axes.bar(places + 0.2, [row.deviation for row in rows.values()], 0.4, label="deviation", color="#0072B2")
+    axes.set_xticks(places, list(rows), rotation=45, ha="right", fontsize=7)
+    axes.set_ylabel("relative to the root mean square")
+    axes.legend(frameon=False)
+
+
+def _draw_function(
+    figure: Any, name: str, function: Callable[[Tensor], Tensor], curves: dict[str, StepFunction]
+) -> None:
+    ends = max(4.0, *(1.15 * abs(c) for steps in curves.values() for c in steps.boundaries))
+    x = torch.linspace(-ends, ends, 4001, dtype=torch.float64).requires_grad_()
+    h = function(x)
+    (slope,) = torch.autograd.grad(h.sum(), x)
+    x, h = x.detach(), h.detach()
+    left, middle, right = figure.subplots(1, 3)
+    left.plot(x, h, color="black", linewidth=1)
+    left.set_title(name, fontsize=10)
+    middle.plot(x, slope, color="black", linewidth=1)
+    middle.set_title("derivative and steps", fontsize=10)
+    right.set_title("h less the primitive of the steps", fontsize=10)
+    for label, steps in curves.items():
+        middle.plot(x, steps.derivative(x), linewidth=1, label=label)
+        # From the same value at the left end.
+        primitive = steps.primitive(x)
+        right.plot(x, h - primitive - (h[0] - primitive[0]), linewidth=1, label=label)
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    middle.legend(frameon=False, fontsize=7)
+
+
+def report(
+    target: str | Callable[[Tensor], Tensor] | nn.Module,
+    batches: Iterable[Any] | None = None,
+    *,
+    bits: Sequence[int] | int = (1, 2, 3, 4, 6, 8),
+    criterion: str | Sequence[str] = CRITERIA,
+    density: Any = "gaussian",
+    loss: Loss | None = None,
+) -> FidelityReport:
+    """How near approximate gradients are to the exact ones: cosine, relative error, bias and deviation.
+
+    Example:
+        >>> print(lomem.fit.report("gelu", bits=3))
+        >>> print(lomem.fit.report(model, batches, loss=lambda output: output.loss))
+
+    Args:
+        target: The name of a function or a callable, as of :func:`fit`, of which the best step functions on the line are
+            taken; or a model with activations of :mod:`lomem.nn`, which is run.
+        batches: Of a model, an iterable; see :func:`calibrate`.
+        bits: Of a function: which to compare.
+        criterion: Of a function: ``"primitive"``, ``"derivative"`` or both.
+        density: Of a function: what the means are over, as of :func:`fit`; by default the standard normal one.
+        loss: Of a model: makes a scalar of its output. Required.
+
+    Returns:
+        Of a function: a row for each criterion and number of bits; the gradient that multiplies the derivative is 1. Of a
+        model: a row for each layer, of ``grad_output * level`` against ``grad_output * derivative``, with the gradient
+        that comes to the layer; and ``"all parameters"``, the gradient of all parameters against that of the exact
+        activations, with the same random numbers.
+
+    Raises:
+        TypeError, ValueError: If an argument is not as described.
+    """
+    if isinstance(target, nn.Module):
+        return _of_model(target, batches, loss)
+    if batches is not None:
+        raise ValueError("lomem.fit.report: batches are given with a function, expected none, or a model")
+    return _of_function(target, bits, criterion, density)
+
+
+def _of_function(target: Any, bits: Any, criterion: Any, density: Any) -> FidelityReport:
+    widths = [bits] if isinstance(bits, int) else list(bits)
+    criteria = [criterion] if isinstance(criterion, str) else list(criterion)
+    function, x, weights, name = measured(target, density)
+    leaf = torch.from_numpy(x).requires_grad_()
+    (exact,) = torch.autograd.grad(function(leaf).sum(), leaf)
+    rows, curves = {}, {}
+    for kind in criteria:
+        for width in widths:
+            try:
+                steps = fit(target, width, criterion=kind).step  # type: ignore[arg-type]
+            except ValueError:
+                if width != 1:
+                    raise
+                continue  # what one bit cannot match
+            sums = _Sums()
+            sums.add(steps.derivative(leaf.detach()), exact, torch.from_numpy(weights))
+            rows[f"{kind}, {width} bit{'s' * (width > 1)}"] = sums.fidelity()
+            curves[f"{kind}, {width}"] = steps
+    return FidelityReport(name, f"mean over {density!r:.40}", rows, curves, function)
+
+
+def _of_model(model: nn.Module, batches: Any, loss: Loss | None) -> FidelityReport:
+    name = "lomem.fit.report"
+    if loss is None:
+        raise ValueError(f"{name}: loss is None, expected a function that makes a scalar of the model's output")
+    if batches is None:
+        raise ValueError(f"{name}: batches is None, expected an iterable of batches")
+    layers = activation_layers(name, model)
+    batches = list(batches)
+    sums = {layer: _Sums() for layer in layers}
+
+    def seen(layer: str, x: Tensor, grad: Tensor | None) -> None:
+        assert grad is not None
+        steps, x64, g = layers[layer].step_function(), x.double(), grad.double()
+        # In the arithmetic of the layer: float32 roundings of boundaries are below what is told here.
+        sums[layer].add(g * steps.derivative(x64), g * derivative(layers[layer], x64))
+
+    count = watch(name, model, layers, batches, loss, seen)
+    rows = {layer: total.fidelity() for layer, total in sums.items()}
+    rows["all parameters"] = _of_parameters(name, model, layers, batches, loss)
+    return FidelityReport(f"a {type(model).__name__}", f"{count} batches", rows)
+
+
+def _of_parameters(name: str, model: nn.Module, layers: Any, batches: list[Any], loss: Loss) -> Fidelity:
+    def gradients() -> list[Tensor]:
+        total: dict[str, Tensor] = {}
+        for batch in batches:
+            _add_gradients(name, model, batch, loss, total)
+        return list(total.values())
+
+    approximate = gradients()
+    with contextlib.ExitStack() as exact_layers:
+        for layer in layers.values():
+            exact_layers.callback(restore_module, layer, *module_state(layer))
+            layer.forward = layer.exact
+        exact = gradients()
+    sums = _Sums()
+    for a, e in zip(approximate, exact, strict=True):
+        sums.add(a, e)
+    return sums.fidelity()
+
+
+def _add_gradients(name: str, model: nn.Module, batch: Any, loss: Loss, total: dict[str, Tensor]) -> None:
+    """Adds the parameters' gradients on a batch, in float64, and leaves the model as it was."""
+    args, kwargs = arguments(name, batch)
+    with preserved(model):
+        torch.manual_seed(0)  # the same dropout for both
+        loss(model(*args, **kwargs)).backward()
+        for parameter, value in model.named_parameters():
+            if value.grad is not None:
+                so_far = total.get(parameter)
+                grad = value.grad.double()
+                total[parameter] = grad if so_far is None else so_far + grad
