@@ -1,0 +1,91 @@
+"""Step functions: what a few-bit derivative of an activation is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["StepFunction"]
+
+
+@dataclass(frozen=True)
+class StepFunction:
+    """The derivative of a continuous, piecewise linear function.
+
+    Arithmetic is in float64: it shows and checks step functions, and trains nothing.
+
+    Attributes:
+        boundaries: 2^bits - 1 ascending places where the derivative steps.
+        levels: 2^bits derivatives, from the left.
+    """
+
+    boundaries: tuple[float, ...]
+    levels: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("boundaries", "levels"):
+            values = tuple(float(value) for value in getattr(self, name))
+            object.__setattr__(self, name, values)
+            for i, value in enumerate(values):
+                if not math.isfinite(value):
+                    raise ValueError(f"lomem.StepFunction: {name}[{i}] is {value}, expected a finite number")
+        count = len(self.levels)
+        if count not in (2, 4, 8, 16, 32, 64, 128, 256):
+            raise ValueError(f"lomem.StepFunction: levels has {count} entries, expected 2, 4, 8, ... or 256")
+        if len(self.boundaries) != count - 1:
+            raise ValueError(
+                f"lomem.StepFunction: boundaries has {len(self.boundaries)} entries, expected {count - 1} for "
+                f"{count} levels"
+            )
+        for i, (low, high) in enumerate(zip(self.boundaries, self.boundaries[1:], strict=False)):
+            if high < low:
+                raise ValueError(
+                    f"lomem.StepFunction: boundaries[{i + 1}] is {high}, expected at least boundaries[{i}], {low}"
+                )
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return len(self.boundaries).bit_length()
+
+    def code(self, x: Any) -> Any:
+        """Number of boundaries below x, 0 for NaN: int64, a tensor if x is one, else a NumPy array."""
+        return _on_float64(self._code, x)
+
+    def derivative(self, x: Any) -> Any:
+        """The level at x: float64, a tensor if x is one, else a NumPy array."""
+        return _on_float64(lambda t: self._tensor(self.levels, t)[self._code(t)], x)
+
+    def primitive(self, x: Any) -> Any:
+        """An integral of the derivative, 0 at the first boundary: float64, a tensor if x is one, else a NumPy array."""
+        c, level = self.boundaries, self.levels
+        heights = [0.0]
+        for i in range(1, len(c)):
+            heights.append(heights[-1] + level[i] * (c[i] - c[i - 1]))
+
+        def value(t: Tensor) -> Tensor:
+            code = self._code(t)
+            at = self._tensor(c, t)[(code - 1).clamp(min=0)]
+            height = self._tensor(heights, t)[(code - 1).clamp(min=0)]
+            return height + self._tensor(level, t)[code] * (t - at)
+
+        return _on_float64(value, x)
+
+    def _code(self, x: Tensor) -> Tensor:
+        code = torch.bucketize(x, self._tensor(self.boundaries, x))
+        return torch.where(x.isnan(), torch.zeros_like(code), code)
+
+    @staticmethod
+    def _tensor(values: Sequence[float], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=like.device)
+
+
+def _on_float64(function: Callable[[Tensor], Tensor], x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return function(x.detach().to(torch.float64))
+    return function(torch.as_tensor(x, dtype=torch.float64)).numpy()
