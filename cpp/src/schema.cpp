@@ -27,12 +27,12 @@ TORCH_LIBRARY(lomem, m) {
   // The family: activations by name, with their parameters. `boundaries` and `levels`: a step function of the caller's,
   // in place of the library's. `codes`: `bits` bits an element, in the memory order of `output`.
   m.def(
-      "step_activation(Tensor input, str function, float[] parameters, int bits, *, str criterion=\"primitive\", "
+      "step_activation(Tensor input, str function, float[] parameters, int bits, *, str criterion=\"derivative\", "
       "float[]? boundaries=None, float[]? levels=None) -> Tensor",
       strided);
   m.def(
       "step_activation_forward(Tensor input, str function, float[] parameters, int bits, *, "
-      "str criterion=\"primitive\", float[]? boundaries=None, float[]? levels=None) -> (Tensor output, Tensor codes)",
+      "str criterion=\"derivative\", float[]? boundaries=None, float[]? levels=None) -> (Tensor output, Tensor codes)",
       strided);
   // Activations of straight pieces: one bit, exact.
   m.def("hard_activation(Tensor input, str function, float[] parameters) -> Tensor", strided);

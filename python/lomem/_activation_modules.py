@@ -67,7 +67,7 @@ class FewBitActivation(nn.Module):
         self,
         *args: Any,
         bits: int = 3,
-        criterion: str = "primitive",
+        criterion: str = "derivative",
         steps: StepFunction | None = None,
         **kwargs: Any,
     ) -> None:

@@ -74,21 +74,21 @@ def gelu(
     approximate: str = "none",
     *,
     bits: int = 3,
-    criterion: str = "primitive",
+    criterion: str = "derivative",
     steps: StepFunction | None = None,
 ) -> Tensor:
     """GELU whose backward pass keeps ``bits`` bits an element.
 
     The result is bit for bit ``F.gelu(input, approximate=approximate)``. The gradient is ``grad_output`` times a step
-    function of ``2**bits`` levels. Of 2 bits it is that of :func:`regelu2` to 1e-3.
+    function of ``2**bits`` levels.
 
     Args:
         input: Any shape and strides; float64, float32, bfloat16 or float16. NaN is above no boundary.
         approximate: ``"none"`` or ``"tanh"``.
         bits: 1 to 8.
         criterion: What the library's step function is the best at, in the mean square over the line: ``"primitive"``,
-            its integral is nearest to the activation (Yang et al., ICML 2024, arXiv:2406.16282); ``"derivative"``, it
-            is nearest to the derivative (Novikov et al., arXiv:2202.00441).
+            its integral is nearest to the activation (Yang et al., ICML 2024, arXiv:2406.16282; of 2 bits it is that of
+            :func:`regelu2`); ``"derivative"``, it is nearest to the derivative (Novikov et al., arXiv:2202.00441).
         steps: A step function in place of the library's, with bits of its own, as :mod:`lomem.fit` makes them.
 
     Returns:
@@ -101,7 +101,7 @@ def gelu(
 
 
 def quick_gelu(
-    input: Tensor, *, bits: int = 3, criterion: str = "primitive", steps: StepFunction | None = None
+    input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
 ) -> Tensor:
     """``input * sigmoid(1.702 * input)``, as CLIP has it, whose backward pass keeps ``bits`` bits an element.
 
@@ -115,7 +115,7 @@ def silu(
     inplace: bool = False,
     *,
     bits: int = 3,
-    criterion: str = "primitive",
+    criterion: str = "derivative",
     steps: StepFunction | None = None,
 ) -> Tensor:
     """``F.silu`` whose backward pass keeps ``bits`` bits an element. Arguments and what is saved: as of :func:`gelu`.
@@ -131,7 +131,7 @@ def mish(
     inplace: bool = False,
     *,
     bits: int = 3,
-    criterion: str = "primitive",
+    criterion: str = "derivative",
     steps: StepFunction | None = None,
 ) -> Tensor:
     """``F.mish`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`silu`."""
@@ -139,7 +139,7 @@ def mish(
     return input.copy_(output) if inplace else output
 
 
-def sigmoid(input: Tensor, *, bits: int = 3, criterion: str = "primitive", steps: StepFunction | None = None) -> Tensor:
+def sigmoid(input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None) -> Tensor:
     """``torch.sigmoid`` whose backward pass keeps ``bits`` bits an element, not the output. Arguments: as of :func:`gelu`.
 
     torch keeps the output, which costs nothing more where the next operation keeps it too.
@@ -147,13 +147,13 @@ def sigmoid(input: Tensor, *, bits: int = 3, criterion: str = "primitive", steps
     return _few_bit("sigmoid", input, (), bits, criterion, steps)
 
 
-def tanh(input: Tensor, *, bits: int = 3, criterion: str = "primitive", steps: StepFunction | None = None) -> Tensor:
+def tanh(input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None) -> Tensor:
     """``torch.tanh`` whose backward pass keeps ``bits`` bits an element, not the output; see :func:`sigmoid`."""
     return _few_bit("tanh", input, (), bits, criterion, steps)
 
 
 def tanhshrink(
-    input: Tensor, *, bits: int = 3, criterion: str = "primitive", steps: StepFunction | None = None
+    input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
 ) -> Tensor:
     """``F.tanhshrink`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`gelu`."""
     return _few_bit("tanhshrink", input, (), bits, criterion, steps)
@@ -165,7 +165,7 @@ def softplus(
     threshold: float = 20.0,
     *,
     bits: int = 3,
-    criterion: str = "primitive",
+    criterion: str = "derivative",
     steps: StepFunction | None = None,
 ) -> Tensor:
     """``F.softplus`` whose backward pass keeps ``bits`` bits an element. Other arguments: as of :func:`gelu`.
@@ -184,14 +184,14 @@ def softplus(
 
 
 def softsign(
-    input: Tensor, *, bits: int = 3, criterion: str = "primitive", steps: StepFunction | None = None
+    input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
 ) -> Tensor:
     """``F.softsign`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`gelu`."""
     return _few_bit("softsign", input, (), bits, criterion, steps)
 
 
 def logsigmoid(
-    input: Tensor, *, bits: int = 3, criterion: str = "primitive", steps: StepFunction | None = None
+    input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
 ) -> Tensor:
     """``F.logsigmoid`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`gelu`."""
     return _few_bit("logsigmoid", input, (), bits, criterion, steps)
@@ -203,7 +203,7 @@ def elu(
     inplace: bool = False,
     *,
     bits: int = 3,
-    criterion: str = "primitive",
+    criterion: str = "derivative",
     steps: StepFunction | None = None,
 ) -> Tensor:
     """``F.elu`` whose backward pass keeps ``bits`` bits an element. Other arguments: as of :func:`silu`.
@@ -227,7 +227,7 @@ def celu(
     inplace: bool = False,
     *,
     bits: int = 3,
-    criterion: str = "primitive",
+    criterion: str = "derivative",
     steps: StepFunction | None = None,
 ) -> Tensor:
     """``F.celu`` whose backward pass keeps ``bits`` bits an element. Other arguments: as of :func:`silu`.
@@ -243,7 +243,7 @@ def selu(
     inplace: bool = False,
     *,
     bits: int = 3,
-    criterion: str = "primitive",
+    criterion: str = "derivative",
     steps: StepFunction | None = None,
 ) -> Tensor:
     """``F.selu`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`silu`."""
@@ -256,7 +256,7 @@ def hardswish(
     inplace: bool = False,
     *,
     bits: int = 3,
-    criterion: str = "primitive",
+    criterion: str = "derivative",
     steps: StepFunction | None = None,
 ) -> Tensor:
     """``F.hardswish`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`silu`."""
@@ -326,7 +326,7 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
 
 
 def step_function(
-    function: str, bits: int, *, criterion: str = "primitive", parameters: Sequence[float] = ()
+    function: str, bits: int, *, criterion: str = "derivative", parameters: Sequence[float] = ()
 ) -> StepFunction:
     """The step function that the library has for an activation.
 

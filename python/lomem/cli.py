@@ -221,6 +221,43 @@ def _add_convert(commands: Any) -> None:
     command.set_defaults(run=_model_command("main_convert"))
 
 
+def _fit(arguments: argparse.Namespace) -> int:
+    from .fit import _command  # needs the optional packages
+
+    return _command.main(arguments)
+
+
+def _add_fit(commands: Any) -> None:
+    command = commands.add_parser(
+        "fit",
+        help="find the best step functions for an activation",
+        description="Finds the step functions of an activation's derivative that lose least, and says how near the "
+        "gradients are. Lists have commas: --bits 2,3,4.",
+    )
+    command.add_argument("function", metavar="FUNCTION", help="gelu, silu, mish, tanh, softplus, ...")
+    command.add_argument(
+        "--bits", type=_list_of(_positive), default=[2, 3, 4], metavar="N,...", help="1 to 8 (default: 2,3,4)"
+    )
+    command.add_argument(
+        "--criterion", metavar="NAME,...", help="primitive, the activation; derivative (default: both)"
+    )
+    command.add_argument(
+        "--density", choices=["uniform", "gaussian"], default="uniform", help="where errors count (default: uniform)"
+    )
+    command.add_argument(
+        "--measure",
+        choices=["uniform", "gaussian"],
+        default="gaussian",
+        help="what the mean errors of the gradient are over (default: gaussian)",
+    )
+    command.add_argument(
+        "--digits-up-to", type=int, default=4, metavar="N", help="print step functions up to N bits (default: 4)"
+    )
+    command.add_argument("--json", metavar="FILE", help="write all of it")
+    command.add_argument("--plot", metavar="FILE.png", help="draw the function, its derivative and the steps")
+    command.set_defaults(run=_fit)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(prog="lomem", description="Less activation memory in PyTorch training.")
@@ -239,6 +276,7 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     _add_memory(commands)
     _add_convert(commands)
+    _add_fit(commands)
     _add_bench(commands)
     return result
 

@@ -22,7 +22,7 @@ struct LOMEM_API FewBit {
   /// 1 to 8. The backward pass keeps ceil(bits * numel / 8) bytes.
   int64_t bits = 3;
   /// "primitive" or "derivative"; see step_function.
-  std::string criterion = "primitive";
+  std::string criterion = "derivative";
   /// In place of the library's; 2^bits - 1 boundaries at most.
   std::optional<StepFunction> steps = std::nullopt;
 };

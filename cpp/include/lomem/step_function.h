@@ -25,7 +25,7 @@ struct LOMEM_API StepFunction {
 /// and SiLU of 2 bits are ReGELU2 and ReSiLU2 to 1e-3), "derivative" for the one that is itself nearest to
 /// its derivative (arXiv:2202.00441): both in the mean square over the line. bits = 1..8.
 LOMEM_API StepFunction step_function(
-    std::string_view function, int64_t bits, std::string_view criterion = "primitive",
+    std::string_view function, int64_t bits, std::string_view criterion = "derivative",
     const std::vector<double>& parameters = {});
 
 }  // namespace lomem

@@ -13,6 +13,19 @@ except ModuleNotFoundError as error:
     raise ImportError(f"lomem.fit needs the package {error.name}: pip install 'lomem[fit]'") from error
 
 from ..steps import StepFunction
+from ._calibrate import Calibration, LayerCalibration, calibrate
 from ._fit import Certificate, Fit, fit
+from ._report import Fidelity, FidelityReport, report
 
-__all__ = ["Certificate", "Fit", "StepFunction", "fit"]
+__all__ = [
+    "Calibration",
+    "Certificate",
+    "Fidelity",
+    "FidelityReport",
+    "Fit",
+    "LayerCalibration",
+    "StepFunction",
+    "calibrate",
+    "fit",
+    "report",
+]

@@ -14,7 +14,7 @@ from ..steps import StepFunction
 from ._fit import fit
 from ._layers import Layer, Loss, activation_layers, derivative, watch
 
-__all__ = ["Calibration", "LayerCalibration", "Histogram", "calibrate"]
+__all__ = ["Calibration", "Histogram", "LayerCalibration", "calibrate"]
 
 
 class Histogram:

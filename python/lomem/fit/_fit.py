@@ -16,9 +16,10 @@ from ._functions import FUNCTIONS, Array, Function
 from ._measure import Density, Measure, Points, spaced
 from ._solve import Problem, certify, error_over, solve, step_of
 
-__all__ = ["Certificate", "Fit", "fit"]
+__all__ = ["CRITERIA", "Certificate", "Fit", "fit", "measured"]
 
 Criterion = Literal["primitive", "derivative"]
+CRITERIA = ("primitive", "derivative")
 Domain = tuple[float, float]
 
 #: On the line, the integral ends where h is this close to its asymptote, and beyond it does not count.
@@ -236,6 +237,21 @@ def _measure(f: Function, density: Any, domain: Domain | None, exact: bool) -> M
     return _points(sample, np.ones(len(sample)), domain, reach)
 
 
+def _function(fn: Any, domain: Domain | None) -> Function:
+    if isinstance(fn, str) and fn in FUNCTIONS:
+        return FUNCTIONS[fn]()
+    if callable(fn):
+        return from_callable(fn, *(domain or (-64.0, 64.0)))
+    raise _fail(f"fn is {fn!r}, expected a callable or one of {', '.join(FUNCTIONS)}")
+
+
+def measured(fn: str | Callable[[Tensor], Tensor], density: Any) -> tuple[Function, Array, Array]:
+    """An activation, and the places and weights of means over a density."""
+    f = _function(fn, None)
+    measure = _measure(f, density, None, isinstance(fn, str))
+    return f, *measure.nodes(measure.mesh)
+
+
 def _below(measure: Measure, last: float) -> Measure:
     """The measure up to `last`, above which nothing is left to fit."""
     mesh = np.append(measure.mesh[measure.mesh < last], last)
@@ -295,22 +311,14 @@ def fit(
     """
     if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not 1 <= bits <= 8:
         raise _fail(f"bits is {bits!r}, expected 1 to 8")
-    if criterion not in ("primitive", "derivative"):
+    if criterion not in CRITERIA:
         raise _fail(f"criterion is {criterion!r}, expected 'primitive' or 'derivative'")
     if domain is not None:
         ends = _array("domain", domain)
         if len(ends) != 2 or not ends[0] < ends[1]:
             raise _fail(f"domain is {domain!r}, expected (low, high) with low below high")
         domain = float(ends[0]), float(ends[1])
-    if isinstance(fn, str):
-        if fn not in FUNCTIONS:
-            raise _fail(f"fn is {fn!r}, expected a callable or one of {', '.join(FUNCTIONS)}")
-        f = FUNCTIONS[fn]()
-    elif callable(fn):
-        f = from_callable(fn, *(domain or (-64.0, 64.0)))
-    else:
-        raise _fail(f"fn is {fn!r}, expected a callable or one of {', '.join(FUNCTIONS)}")
-
+    f = _function(fn, domain)
     line = isinstance(density, str) and density == "uniform" and domain is None
     if line and not f.asymptotic:
         raise _fail("fn has no asymptotes that it keeps to from |x| = 512 on, expected a domain or another density")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..memory._report import Report, Section
 from ..memory._run import arguments
 from ..steps import StepFunction
 from ._fit import CRITERIA, fit, measured
+from ._functions import Function
 from ._layers import Loss, activation_layers, derivative, watch
 
 __all__ = ["Fidelity", "FidelityReport", "report"]
@@ -83,7 +84,7 @@ class FidelityReport(Report):
     under: str
     rows: dict[str, Fidelity]
     _curves: dict[str, StepFunction] = field(default_factory=dict, repr=False, compare=False)
-    _function: Callable[[Tensor], Tensor] | None = field(default=None, repr=False, compare=False)
+    _function: Function | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The attributes, as what JSON holds."""
@@ -130,14 +131,10 @@ def _draw_layers(figure: Any, rows: dict[str, Fidelity]) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_function(
-    figure: Any, name: str, function: Callable[[Tensor], Tensor], curves: dict[str, StepFunction]
-) -> None:
+def _draw_function(figure: Any, name: str, function: Function, curves: dict[str, StepFunction]) -> None:
     ends = max(4.0, *(1.15 * abs(c) for steps in curves.values() for c in steps.boundaries))
-    x = torch.linspace(-ends, ends, 4001, dtype=torch.float64).requires_grad_()
-    h = function(x)
-    (slope,) = torch.autograd.grad(h.sum(), x)
-    x, h = x.detach(), h.detach()
+    x = np.linspace(-ends, ends, 4001)
+    h, slope = function.asymptote(x) + function.rest(x), function.slope(x)
     left, middle, right = figure.subplots(1, 3)
     left.plot(x, h, color="black", linewidth=1)
     left.set_title(name, fontsize=10)
@@ -158,28 +155,26 @@ def report(
     target: str | Callable[[Tensor], Tensor] | nn.Module,
     batches: Iterable[Any] | None = None,
     *,
-    bits: Sequence[int] | int = (1, 2, 3, 4, 6, 8),
-    criterion: str | Sequence[str] = CRITERIA,
+    steps: Mapping[str, StepFunction] | None = None,
     density: Any = "gaussian",
     loss: Loss | None = None,
 ) -> FidelityReport:
     """How near approximate gradients are to the exact ones: cosine, relative error, bias and deviation.
 
     Example:
-        >>> print(lomem.fit.report("gelu", bits=3))
+        >>> print(lomem.fit.report("gelu"))
         >>> print(lomem.fit.report(model, batches, loss=lambda output: output.loss))
 
     Args:
         target: The name of a function or a callable, as of :func:`fit`, of which the best step functions on the line are
-            taken; or a model with activations of :mod:`lomem.nn`, which is run.
+            taken, of both criteria and 1 to 4, 6 and 8 bits; or a model with activations of :mod:`lomem.nn`, which is run.
         batches: Of a model, an iterable; see :func:`calibrate`.
-        bits: Of a function: which to compare.
-        criterion: Of a function: ``"primitive"``, ``"derivative"`` or both.
+        steps: Of a function: others to compare in place of those, by names.
         density: Of a function: what the means are over, as of :func:`fit`; by default the standard normal one.
         loss: Of a model: makes a scalar of its output. Required.
 
     Returns:
-        Of a function: a row for each criterion and number of bits; the gradient that multiplies the derivative is 1. Of a
+        Of a function: a row for each step function; the gradient that multiplies the derivative is 1. Of a
         model: a row for each layer, of ``grad_output * level`` against ``grad_output * derivative``, with the gradient
         that comes to the layer; and ``"all parameters"``, the gradient of all parameters against that of the exact
         activations, with the same random numbers.
@@ -188,32 +183,38 @@ def report(
         TypeError, ValueError: If an argument is not as described.
     """
     if isinstance(target, nn.Module):
+        if steps is not None:
+            raise ValueError("lomem.fit.report: steps are given with a model, expected None: its layers have their own")
         return _of_model(target, batches, loss)
     if batches is not None:
         raise ValueError("lomem.fit.report: batches are given with a function, expected none, or a model")
-    return _of_function(target, bits, criterion, density)
+    return _of_function(target, _best(target) if steps is None else steps, density)
 
 
-def _of_function(target: Any, bits: Any, criterion: Any, density: Any) -> FidelityReport:
-    widths = [bits] if isinstance(bits, int) else list(bits)
-    criteria = [criterion] if isinstance(criterion, str) else list(criterion)
-    function, x, weights, name = measured(target, density)
-    leaf = torch.from_numpy(x).requires_grad_()
-    (exact,) = torch.autograd.grad(function(leaf).sum(), leaf)
-    rows, curves = {}, {}
-    for kind in criteria:
-        for width in widths:
+def _best(target: Any) -> dict[str, StepFunction]:
+    found = {}
+    for criterion in CRITERIA:
+        for bits in (1, 2, 3, 4, 6, 8):
             try:
-                steps = fit(target, width, criterion=kind).step  # type: ignore[arg-type]
+                step = fit(target, bits, criterion=criterion).step  # type: ignore[arg-type]
             except ValueError:
-                if width != 1:
+                if bits != 1:
                     raise
-                continue  # what one bit cannot match
-            sums = _Sums()
-            sums.add(steps.derivative(leaf.detach()), exact, torch.from_numpy(weights))
-            rows[f"{kind}, {width} bit{'s' * (width > 1)}"] = sums.fidelity()
-            curves[f"{kind}, {width}"] = steps
-    return FidelityReport(name, f"mean over {density!r:.40}", rows, curves, function)
+                continue  # parallel asymptotes, which one bit cannot match
+            found[f"{criterion}, {bits} bit{'s' * (bits > 1)}"] = step
+    return found
+
+
+def _of_function(target: Any, steps: Mapping[str, StepFunction], density: Any) -> FidelityReport:
+    function, x, weights = measured(target, density)
+    exact = torch.from_numpy(function.slope(x))
+    rows = {}
+    for label, step in steps.items():
+        sums = _Sums()
+        sums.add(torch.from_numpy(step.derivative(x)), exact, torch.from_numpy(weights))
+        rows[label] = sums.fidelity()
+    name = target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
+    return FidelityReport(name, f"mean over {density!r:.40}", rows, dict(steps), function)
 
 
 def _of_model(model: nn.Module, batches: Any, loss: Loss | None) -> FidelityReport:
