@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _C, __version__, bench_report, functional
-from .bench_report import ACTIVATIONS, NORMS, Record, Results
+from .bench_report import ACTIVATIONS, FEW_BIT, NORMS, Record, Results
 from .plotting import check_folder, check_plot
 
 try:
@@ -61,14 +61,14 @@ class Plan(NamedTuple):
 
     def command(self) -> str:
         """The command line that measures just this."""
-        activations, norms = ([case for case in self.cases if case in family] for family in (ACTIVATIONS, NORMS))
+        activations, norms = ([case for case in self.cases if case in family] for family in ((*ACTIVATIONS, *FEW_BIT), NORMS))
         options = {
             "device": str(self.device),
             "threads": ",".join(map(str, self.threads)) if self.device.type == "cpu" else "",
             "elements": ",".join(map(bench_report.count_name, self.elements)) if activations else "",
             "shapes": ",".join(f"{rows}x{columns}" for rows, columns in self.shapes) if norms else "",
             "dtypes": ",".join(self.dtypes),
-            "only": "" if len(self.cases) == len(ACTIVATIONS) + len(NORMS) else ",".join(self.cases),
+            "only": "" if self.cases == bench_report.select(None) else ",".join(self.cases),
             "rounds": str(self.rounds),
             "seconds": f"{self.seconds:g}",
         }
@@ -163,10 +163,6 @@ def activation_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
     size = DTYPES[dtype].itemsize
     codes = 2 / 8
     function = ACTIVATION_FUNCTIONS[name]
-
-    def make_inputs() -> tuple[Tensor]:
-        return (torch.randn(elements, device=plan.device).mul_(2).to(DTYPES[dtype]).requires_grad_(),)
-
     contenders = {
         "lomem": Contender(function.lomem, 2 * size + codes, 2 * size + codes),
         # Its backward pass is the same.
@@ -177,7 +173,27 @@ def activation_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
     }
     if plan.compiled:
         contenders["torch.compile"] = Contender(torch.compile(function.torch, dynamic=False), 2 * size, 3 * size)
-    return Case(name, (elements,), dtype, make_inputs, contenders)
+    return Case(name, (elements,), dtype, activation_input(elements, dtype, plan), contenders)
+
+
+def few_bit_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
+    """GELU with so many bits an element in place of the input; codes alone besides."""
+    size = DTYPES[dtype].itemsize
+    bits = int(name.removeprefix("gelu-").removesuffix("bit"))
+    steps = functional.step_function("gelu", bits)
+    contenders = {
+        "lomem": Contender(partial(functional.gelu, bits=bits), 2 * size + bits / 8, 2 * size + bits / 8),
+        "lomem codes": Contender(
+            lambda x: torch.ops.lomem.step_codes(x, steps.boundaries, bits), size + bits / 8, 0, ("forward",)
+        ),
+        "torch": Contender(F.gelu, 2 * size, 3 * size),
+    }
+    return Case(name, (elements,), dtype, activation_input(elements, dtype, plan), contenders)
+
+
+def activation_input(elements: int, dtype: str, plan: Plan) -> Callable[[], tuple[Tensor]]:
+    """What makes inputs whose values are on every step."""
+    return lambda: (torch.randn(elements, device=plan.device).mul_(2).to(DTYPES[dtype]).requires_grad_(),)
 
 
 def norm_case(name: str, shape: tuple[int, int], dtype: str, plan: Plan) -> Case:
@@ -236,6 +252,8 @@ def make_cases(name: str, plan: Plan) -> Iterator[Case]:
     """One function on inputs of every size and dtype."""
     if name in ACTIVATIONS:
         yield from (activation_case(name, *kind, plan) for kind in itertools.product(plan.elements, plan.dtypes))
+    elif name in FEW_BIT:
+        yield from (few_bit_case(name, *kind, plan) for kind in itertools.product(plan.elements, plan.dtypes))
     else:
         yield from (norm_case(name, *kind, plan) for kind in itertools.product(plan.shapes, plan.dtypes))
 

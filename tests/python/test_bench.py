@@ -271,6 +271,25 @@ def test_rotating_inputs_exceed_the_cache():
     assert [x is inputs[i][0] for x, i in zip(seen, (0, 1, 0), strict=True)] == [True] * 3
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_few_bit_cases(bits):
+    plan = plan_of()
+    (case,) = bench.make_cases(f"gelu-{bits}bit", plan._replace(elements=[1024], dtypes=["bf16"]))
+    assert {name: (c.forward_bytes, c.backward_bytes, c.passes) for name, c in case.contenders.items()} == {
+        "lomem": (4 + bits / 8, 4 + bits / 8, bench.PASSES),
+        "lomem codes": (2 + bits / 8, 0, ("forward",)),
+        "torch": (4, 6, bench.PASSES),
+    }
+    (x,) = case.make_inputs()
+    assert case.contenders["lomem codes"].function(x).nbytes == 128 * bits
+    assert torch.equal(case.contenders["lomem"].function(x), case.contenders["torch"].function(x))
+
+
+def test_few_bit_cases_are_measured_where_they_are_asked_for():
+    assert not set(bench_report.FEW_BIT) & set(bench_report.select(None))
+    assert bench_report.select(["few-bit"]) == list(bench_report.FEW_BIT)
+
+
 def test_defaults_and_names():
     plan = plan_of()
     assert plan.threads[0] == 1
@@ -307,7 +326,7 @@ def test_defaults_and_names():
         ("--seconds nan", "argument --seconds: got nan, expected a number greater than 0"),
         ("--device tpu", "argument --device: got tpu, expected cpu or cuda"),
         ("--device meta", "--device is meta, expected cpu or cuda"),
-        ("--only relu", "--only is relu, expected some of activations, norms, gelu, gelu-tanh, silu, layer-norm, "),
+        ("--only relu", "--only is relu, expected some of activations, few-bit, norms, gelu, gelu-tanh, silu, gelu-3bit, "),
         ("--from nothing.json", "--from is nothing.json, expected a file that exists"),
         ("--from some.json --threads 2", "--from measures nothing, and takes no --threads"),
         ("--from some.json --json other.json", "--from measures nothing, and takes no --json"),
