@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Density", "Measure", "Points", "spaced", "totals"]
+__all__ = ["Density", "Measure", "Points", "panels", "spaced", "totals"]
 
 Array = NDArray[np.float64]
 
@@ -21,6 +21,12 @@ def spaced(low: float, high: float, count: int) -> Array:
     places: Array = np.sinh(np.linspace(float(np.arcsinh(low)), float(np.arcsinh(high)), count))
     places[0], places[-1] = low, high
     return places
+
+
+def panels(edges: Array) -> tuple[Array, Array]:
+    """Nodes and weights of the integral over each panel, one row each."""
+    half = np.diff(edges)[:, None] / 2
+    return edges[:-1, None] + half * (1 + NODES), half * WEIGHTS
 
 
 def totals(index: NDArray[np.intp], values: Array, count: int) -> Array:
@@ -64,10 +70,8 @@ class Density(Measure):
 
     def nodes(self, breaks: Array) -> tuple[Array, Array]:
         inside = breaks[(breaks > self.low) & (breaks < self.high)]
-        edges = np.unique(np.concatenate([self.mesh, inside]))
-        half = np.diff(edges)[:, None] / 2
-        x = (edges[:-1, None] + half * (1 + NODES)).ravel()
-        return x, (half * WEIGHTS).ravel() * self._density(x)
+        x, w = panels(np.union1d(self.mesh, inside))
+        return x.ravel(), w.ravel() * self._density(x.ravel())
 
     def density(self, x: Array) -> Array:
         return self._density(x)
@@ -78,12 +82,11 @@ class Points(Measure):
 
     continuous = False
 
-    def __init__(self, x: Array, weights: Array, reach: tuple[float, float]) -> None:
+    def __init__(self, x: Array, weights: Array, low: float, high: float) -> None:
         self.x, inverse = np.unique(x, return_inverse=True)
         self.weights = totals(inverse, weights, len(self.x))
         middle = (self.x[:-1] + self.x[1:]) / 2
-        ends = min(reach[0], self.x[0] - 1.0), max(reach[1], self.x[-1] + 1.0)
-        super().__init__(np.concatenate([ends[:1], middle, ends[1:]]))
+        super().__init__(np.array([low, *middle, high]))
 
     def nodes(self, breaks: Array) -> tuple[Array, Array]:
         return self.x, self.weights

@@ -18,6 +18,7 @@ search on the grid ignores the constraint.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,7 +89,7 @@ class Solution:
     @property
     def residual(self) -> float:
         """The force, relative: as a cosine between error and what can be changed."""
-        return float(np.linalg.norm(self.force / np.sqrt(self.scale * max(self.error, 1e-300))))
+        return float(np.linalg.norm(self.force / (np.sqrt(self.scale) * np.sqrt(max(self.error, 1e-300)))))
 
     @property
     def curvature(self) -> float:
@@ -171,8 +172,13 @@ def _evaluate_lines(problem: Problem, state: State) -> Solution:
         diagonal[1:-1:2] -= bend
         diagonal[2::2] -= bend
         beside[1::2] += bend
-    if problem.last is not None and problem.matched and count:
-        diagonal[-1], beside[-1], force[-1], scale[-1] = 1.0, 0.0, 0.0, 1.0
+    if problem.matched and count:
+        rise = np.diff(slopes)
+        at_low = c[0] <= problem.measure.low and force[0] * rise[0] >= 0  # it would move further out
+        at_high = c[-1] >= problem.measure.high and force[-1] * rise[-1] >= 0
+        for i, near, held in ((0, 0, at_low), (-1, -1, at_high or problem.last is not None)):
+            if held:
+                diagonal[i], beside[near], force[i], scale[i] = 1.0, 0.0, 0.0, 1.0
     return Solution(state, float(w @ e**2), force, scale, (diagonal, beside))
 
 
@@ -187,10 +193,15 @@ def _move_lines(problem: Problem, state: State, step: Array) -> State | None:
     shift = _ratio(before - after, np.diff(tilt))
     if problem.last is not None and problem.matched:
         shift[-1] = 0.0
+    if problem.matched:  # the outermost boundaries stay where the density is
+        shift[0] = max(shift[0], problem.measure.low - state.boundaries[0])
+        shift[-1] = min(shift[-1], problem.measure.high - state.boundaries[-1])
     c = state.boundaries + shift
     if not (np.all(np.isfinite(c)) and np.all(np.diff(_knots(problem, c)) > 0)):
         return None
     rise = before + tilt[:-1] * shift
+    if problem.matched:
+        rise[-1] = tilt[-1] * shift[-1]  # on the asymptote, also where the crossing was too far away
     same = (c < 0) == (state.boundaries < 0)
     side = np.where(c < 0, f.left.slope, f.right.slope)
     rise -= np.where(same, side * shift, f.asymptote(c) - f.asymptote(state.boundaries))
@@ -429,38 +440,32 @@ def _even(problem: Problem, count: int, offset: float = 0.5) -> Array:
 
 
 def _exchanges(problem: Problem, solution: Solution) -> list[Array]:
-    """Boundaries of a solution, one of them moved, for every pair of parts of the line where h~ is convex or concave.
+    """Boundaries of a solution, one of them given from a part of the line to another.
 
-    It is taken from where it does least in one part and put where there is most error in the other.
+    Parts are where the levels rise or fall. In each, boundaries keep their density: nearly where the next minimum is.
     """
-    c = solution.state.boundaries
-    knots, slopes = _lines(problem, solution.state)
-    x, w = problem.measure.nodes(knots)
-    e, _, _ = _line_errors(problem, solution.state, x)
-    errors = totals(np.searchsorted(c, x), w * e**2, len(c) + 1)
-    turns = np.sign(np.diff(slopes))
-    parts = np.split(np.arange(len(c)), np.flatnonzero(np.diff(turns)) + 1)
+    c, levels = step_of(problem, solution)
+    parts = np.split(np.arange(len(c)), np.flatnonzero(np.diff(np.sign(np.diff(levels)))) + 1)
+    beyond = c[[0, -1]] + (c[[0, -1]] - c[[1, -2]] if len(c) > 1 else np.array([-1.0, 1.0]))
+    index = np.arange(-1.0, len(c) + 1)
+    places = np.array([beyond[0], *c, beyond[1]])
     found = []
-    movable = len(c) - (problem.last is not None)
-    for origin in parts:
-        candidates = origin[origin < movable]
-        if len(candidates) == 0:
-            continue
-        taken = candidates[np.argmin((errors[:-1] + errors[1:])[candidates])]
-        for target in parts:
-            segments = np.unique(np.concatenate([target, target + 1]))
-            segments = segments[(segments > 0) & (segments < len(c))]
-            segments = segments[(segments != taken) & (segments != taken + 1)]
-            if len(segments):
-                worst = segments[np.argmax(errors[segments])]
-                middle = (c[worst - 1] + c[worst]) / 2
-                found.append(np.sort(np.append(np.delete(c, taken), middle)))
+    for giver, taker in itertools.permutations(range(len(parts)), 2):
+        new = []
+        for i, part in enumerate(parts):
+            count = len(part) + (i == taker) - (i == giver)
+            share = np.arange(1, count + 1) / (count + 1)
+            new.append(np.interp(part[0] - 1 + share * (len(part) + 1), index, places))
+        start = np.concatenate(new)
+        if problem.last is not None:
+            start[-1] = problem.last
+        found.append(start)
     return found
 
 
 def _settle(problem: Problem, boundaries: Array) -> Solution | None:
     """The minimum near given boundaries."""
-    if np.any(np.diff(_knots(problem, boundaries)) <= 0):
+    if np.any(np.diff(_knots(problem, boundaries) if problem.degree else boundaries) <= 0):
         return None
     if not problem.degree:
         return _descend(problem, State(boundaries, np.zeros(len(boundaries) + 1)))
@@ -490,18 +495,18 @@ def _polished(problem: Problem, boundaries: Array) -> Array:
     candidates = problem.measure.mesh
     x, w = problem.measure.nodes(candidates)
     g = problem.function.slope(x)
-    sums = np.stack([np.append(0.0, np.cumsum(w * v)) for v in (np.ones_like(g), g - np.mean(g))])
+    sums = [np.append(0.0, np.cumsum(w * v)) for v in (np.ones_like(g), g - np.mean(g))]
     # Of each candidate and boundary, how many points are below.
     below = np.searchsorted(x, candidates, "right")
     place = np.searchsorted(candidates, boundaries)
 
     def gain(first: Index, last: Index) -> Array:
-        mass, total = sums[:, last] - sums[:, first]
+        mass, total = (of[last] - of[first] for of in sums)
         return _ratio(total**2, mass)
 
     for _ in range(100):
         old = place.copy()
-        for i in range(len(place)):
+        for i in range(len(place) - (problem.last is not None)):
             low = place[i - 1] if i else 0
             high = place[i + 1] if i + 1 < len(place) else len(candidates) - 1
             between = np.arange(low + 1, high)
@@ -512,6 +517,21 @@ def _polished(problem: Problem, boundaries: Array) -> Array:
         if np.array_equal(old, place):
             break
     return candidates[place]
+
+
+def _shaken(problem: Problem, best: Solution) -> Solution:
+    """The best of minima nearby: the error of points has one wherever a boundary passes some of them."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        c = best.state.boundaries
+        gap = np.min(np.diff(c)) if len(c) > 1 else 1.0
+        start = np.sort(c + gap * 10 ** rng.uniform(-3, 0) * rng.uniform(-0.5, 0.5, len(c)))
+        if problem.last is not None:
+            start[-1] = problem.last
+        other = _settle(problem, start)
+        if other is not None and other.error < best.error:
+            best = other
+    return best
 
 
 def solve(problem: Problem, bits: int) -> Solution:
@@ -531,16 +551,14 @@ def solve(problem: Problem, bits: int) -> Solution:
     if problem.degree:
         # The search on the grid may end where h~ has no kink at an inflection point of h, which moves nowhere.
         starts += [_even(problem, count, offset) for offset in ((0.5, 0.25, 0.75) if count < 64 else (0.5,))]
-    found = [s for s in (_settle(problem, start) for start in starts) if s is not None]
-    best = min(found, key=lambda s: s.error)
-    improved = bool(problem.degree)
+    best = min((s for s in (_settle(problem, start) for start in starts) if s is not None), key=lambda s: s.error)
+    improved = problem.measure.continuous or bool(problem.degree)
     while improved:
-        improved = False
-        for start in _exchanges(problem, best):
-            other = _settle(problem, start)
-            if other is not None and other.error < best.error * (1 - 1e-9):
-                best, improved = other, True
-                break
+        others = (_settle(problem, start) for start in _exchanges(problem, best))
+        better = next((s for s in others if s is not None and s.error < best.error * (1 - 1e-9)), None)
+        best, improved = better or best, better is not None
+    if problem.degree and not problem.measure.continuous:
+        best = _shaken(problem, best)
     return best if problem.last is not None or not problem.measure.continuous else _mirrored(problem, best)
 
 
@@ -569,7 +587,7 @@ def certify(problem: Problem, boundaries: Array, levels: Array) -> tuple[float, 
         off = levels - solution.state.values
         _, mass, _ = _levels(problem, boundaries)
         gradient = float(np.hypot(solution.residual, np.sqrt(mass @ off**2 / max(solution.error, 1e-300))))
-        return gradient, solution.curvature, mismatch
+        return gradient, solution.curvature, float(mismatch)
     knots = _knots(problem, boundaries)
     inner = levels[1:-1] if problem.matched else levels
     start = f.left(knots[:1]) if problem.matched else np.zeros(1)
@@ -581,4 +599,4 @@ def certify(problem: Problem, boundaries: Array, levels: Array) -> tuple[float, 
         x, w = problem.measure.nodes(knots)
         heights += np.average(f.asymptote(x) + f.rest(x) - np.interp(x, knots, heights), weights=w)
     solution = evaluate(problem, State(boundaries, heights - f.asymptote(knots)))
-    return solution.residual, solution.curvature, mismatch
+    return solution.residual, solution.curvature, float(mismatch)
