@@ -1,0 +1,132 @@
+// Gradients of the randomized linear layer.
+#include <ATen/Functions.h>
+
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "../random_projection.h"
+#include "autograd.h"
+
+namespace lomem::detail {
+namespace {
+
+constexpr const char* op_name = "lomem::randomized_linear";
+
+/// The fraction nearest to `ratio`, in (0, 1], of those with a denominator of at most 2^20: best approximation by
+/// continued fractions, as Python's Fraction.limit_denominator. (0.2 is 1/5: with integers, sizes may be symbolic.)
+std::pair<int64_t, int64_t> nearest_fraction(double ratio) {
+  constexpr int64_t limit = int64_t{1} << 20;
+  int64_t p0 = 0, q0 = 1, p1 = 1, q1 = 0;
+  double rest = ratio;
+  for (;;) {
+    const double whole = std::floor(rest);
+    // Of the last convergent and the last semiconvergent within the limit, the nearer one.
+    if (whole * static_cast<double>(q1) + static_cast<double>(q0) > limit) {
+      const int64_t k = (limit - q0) / q1;
+      const int64_t p = p0 + k * p1;
+      const int64_t q = q0 + k * q1;
+      const auto distance = [&](int64_t a, int64_t b) { return std::abs(static_cast<double>(a) / static_cast<double>(b) - ratio); };
+      return distance(p1, q1) <= distance(p, q) ? std::pair(p1, q1) : std::pair(p, q);
+    }
+    const auto a = static_cast<int64_t>(whole);
+    p0 = std::exchange(p1, a * p1 + p0);
+    q0 = std::exchange(q1, a * q1 + q0);
+    const double fraction = rest - whole;
+    if (fraction == 0) {
+      return {p1, q1};
+    }
+    rest = 1 / fraction;
+  }
+}
+
+/// How many of `rows` rows are kept.
+c10::SymInt projection_dim(const ProjectionSize& size, const c10::SymInt& rows) {
+  c10::SymInt result = size.dim.value_or(0);
+  if (size.ratio) {
+    const auto [p, q] = nearest_fraction(*size.ratio);
+    result = (rows * (2 * p) + q) / (2 * q);  // rounded, halves up
+  }
+  result = result.max(size.min.value_or(1));
+  if (size.max) {
+    result = result.min(*size.max);
+  }
+  return result.min(rows);
+}
+
+struct RandomizedLinear : torch::autograd::Function<RandomizedLinear> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(
+      AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+      const at::Tensor& seed, const c10::SymInt& proj_dim, std::string_view matmul) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [compressed, indices] = randomized_linear_compress(input, seed, proj_dim, matmul);
+    const bool has_indices = picks_rows(parse_matmul(op_name, matmul));
+    ctx->save_for_backward(
+        {compressed, has_indices ? indices : at::Tensor(), seed, input.requires_grad() ? weight : at::Tensor()});
+    ctx->saved_data["matmul"] = std::string(matmul);
+    // torch's own gradient of a matrix in column-major order is computed in that order.
+    ctx->saved_data["column_major"] = input.dim() == 2 && TORCH_GUARD_OR_FALSE(input.sym_stride(0).sym_eq(1)) &&
+                                      TORCH_GUARD_OR_FALSE(input.sym_stride(1).sym_eq(input.sym_size(0)));
+    return at::linear(input, weight, bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor& grad = grad_outputs[0];
+    variable_list gradients(6);
+    // Of torch's ops, so that these two have derivatives of their own. That of the weight has none, and says so.
+    if (ctx->needs_input_grad(0)) {
+      const at::Tensor& weight = saved[3];
+      gradients[0] = ctx->saved_data["column_major"].toBool() ? weight.t().mm(grad.t()).t() : grad.matmul(weight);
+    }
+    if (ctx->needs_input_grad(1)) {
+      const OptionalTensor indices = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
+      gradients[1] =
+          randomized_linear_weight_grad(grad, saved[0], indices, saved[2], ctx->saved_data["matmul"].toStringRef());
+    }
+    if (ctx->needs_input_grad(2)) {
+      gradients[2] = at::sum_to(grad, c10::SymIntArrayRef{grad.sym_size(-1)});
+    }
+    return gradients;
+  }
+};
+
+/// From torch's default CPU generator: whatever the device, nothing waits for it.
+at::Tensor draw_seed() {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return at::randint(std::numeric_limits<int64_t>::max(), {}, at::TensorOptions(at::kCPU).dtype(at::kLong));
+}
+
+at::Tensor randomized_linear_autograd(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, std::string_view matmul,
+    std::optional<int64_t> proj_dim, std::optional<double> proj_dim_ratio, std::optional<int64_t> proj_dim_min,
+    std::optional<int64_t> proj_dim_max) {
+  const ProjectionSize size{proj_dim, proj_dim_ratio, proj_dim_min, proj_dim_max};
+  parse_matmul(op_name, matmul);
+  check_randomized_linear(input, weight, bias, size);
+  if (needs_grad(weight)) {
+    // Always one number, so that what is drawn next depends on neither sizes nor options.
+    const at::Tensor seed = draw_seed();
+    const c10::SymInt rows = leading_rows(input);
+    const c10::SymInt kept = projection_dim(size, rows);
+    if (!TORCH_GUARD_OR_FALSE(kept.sym_ge(rows))) {
+      check_no_tangent(op_name, "input", input);
+      check_no_tangent(op_name, "weight", weight);
+      check_no_tangent(op_name, "bias", bias);
+      return RandomizedLinear::apply(input, weight, bias, seed, kept, matmul);
+    }
+  }
+  // Nothing to compress: torch's own op with torch's own gradients.
+  return at::linear(input, weight, bias);
+}
+
+TORCH_LIBRARY_IMPL(lomem, Autograd, m) {
+  m.impl("randomized_linear", &randomized_linear_autograd);
+  m.impl("randomized_linear_compress", torch::autograd::autogradNotImplementedFallback());
+  m.impl("randomized_linear_weight_grad", torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace
+}  // namespace lomem::detail
