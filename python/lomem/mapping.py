@@ -35,22 +35,26 @@ def map_module(
     """
     found = re.compile("" if pattern is None else pattern).search
     chosen = {id(module) for name, module in root.named_modules(remove_duplicate=False) if found(name)}
-    # In this order parents come before what is inside them; and each once.
-    modules = list(root.modules())
-    replaced: dict[int, nn.Module] = {}
-    for module in reversed(modules):
-        for name, child in module._modules.items():
-            if child is not None and replaced.get(id(child), child) is not child:
-                setattr(module, name, replaced[id(child)])
-        if id(module) in chosen:
-            result = fn(module)
-            if not isinstance(result, nn.Module):
-                raise TypeError(
-                    f"lomem.map_module: fn returned {type(result).__name__} for a {type(module).__name__}, expected a "
-                    "module"
-                )
-            replaced[id(module)] = result
-    return replaced.get(id(root), root)
+    # The modules themselves are the keys, and so alive: an address may be another module's soon after.
+    replaced: dict[nn.Module, nn.Module] = {}
+
+    def visit(module: nn.Module) -> nn.Module:
+        if module not in replaced:
+            for name, child in list(module._modules.items()):
+                if child is not None and (new := visit(child)) is not child:
+                    setattr(module, name, new)
+            replaced[module] = _checked(fn(module), module) if id(module) in chosen else module
+        return replaced[module]
+
+    return visit(root)
+
+
+def _checked(result: object, module: nn.Module) -> nn.Module:
+    if not isinstance(result, nn.Module):
+        raise TypeError(
+            f"lomem.map_module: fn returned {type(result).__name__} for a {type(module).__name__}, expected a module"
+        )
+    return result
 
 
 def convert_linear(module: nn.Module, cls: Callable[..., nn.Linear], **kwargs: Any) -> nn.Module:

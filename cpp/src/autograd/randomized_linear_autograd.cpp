@@ -54,6 +54,20 @@ c10::SymInt projection_dim(const ProjectionSize& size, const c10::SymInt& rows) 
   return result.min(rows);
 }
 
+/// Whether a matrix is in column-major order.
+bool is_column_major(const at::Tensor& matrix) {
+  return TORCH_GUARD_OR_FALSE(matrix.sym_stride(0).sym_eq(1)) &&
+         TORCH_GUARD_OR_FALSE(matrix.sym_stride(1).sym_eq(matrix.sym_size(0)));
+}
+
+c10::SymDimVector with_last(c10::SymIntArrayRef sizes, const c10::SymInt& last) {
+  c10::SymDimVector result(sizes.begin(), sizes.end());
+  result.back() = last;
+  return result;
+}
+
+/// at::linear and its gradients but for that of the weight, to the bit: by the ops that it takes where the weight requires
+/// a gradient. (Below autograd at::linear itself takes others, for some layouts: it asks which tensors require one.)
 struct RandomizedLinear : torch::autograd::Function<RandomizedLinear> {
   static constexpr bool is_traceable = true;
 
@@ -61,33 +75,42 @@ struct RandomizedLinear : torch::autograd::Function<RandomizedLinear> {
       AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
       const at::Tensor& seed, const c10::SymInt& proj_dim, std::string_view matmul) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [compressed, indices] = randomized_linear_compress(input, seed, proj_dim, matmul);
+    const at::Tensor rows = input.reshape_symint({leading_rows(input), input.sym_size(-1)});
+    auto [compressed, indices] = randomized_linear_compress(rows, seed, proj_dim, matmul);
     const bool has_indices = picks_rows(parse_matmul(op_name, matmul));
     ctx->save_for_backward(
         {compressed, has_indices ? indices : at::Tensor(), seed, input.requires_grad() ? weight : at::Tensor()});
+    const bool adds_to_matrix = input.dim() == 2 || input.is_contiguous_or_false();
     ctx->saved_data["matmul"] = std::string(matmul);
-    // torch's own gradient of a matrix in column-major order is computed in that order.
-    ctx->saved_data["column_major"] = input.dim() == 2 && TORCH_GUARD_OR_FALSE(input.sym_stride(0).sym_eq(1)) &&
-                                      TORCH_GUARD_OR_FALSE(input.sym_stride(1).sym_eq(input.sym_size(0)));
-    return at::linear(input, weight, bias);
+    ctx->saved_data["adds_to_matrix"] = adds_to_matrix;
+    ctx->saved_data["is_column_major"] = is_column_major(rows);
+    const c10::SymDimVector sizes = with_last(input.sym_sizes(), weight.sym_size(0));
+    if (adds_to_matrix || !has_tensor(bias)) {
+      return at::_unsafe_view_symint(at::linear(rows, weight, bias), sizes);
+    }
+    return at::_unsafe_view_symint(at::linear(rows, weight), sizes).add_(*bias);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor& grad = grad_outputs[0];
+    const at::Tensor grad_rows = grad.reshape_symint({leading_rows(grad), grad.sym_size(-1)});
     variable_list gradients(6);
     // Of torch's ops, so that these two have derivatives of their own. That of the weight has none, and says so.
     if (ctx->needs_input_grad(0)) {
       const at::Tensor& weight = saved[3];
-      gradients[0] = ctx->saved_data["column_major"].toBool() ? weight.t().mm(grad.t()).t() : grad.matmul(weight);
+      const at::Tensor grad_input =
+          ctx->saved_data["is_column_major"].toBool() ? weight.t().mm(grad_rows.t()).t() : grad_rows.mm(weight);
+      gradients[0] = grad_input.view_symint(with_last(grad.sym_sizes(), weight.sym_size(1)));
     }
     if (ctx->needs_input_grad(1)) {
       const OptionalTensor indices = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
-      gradients[1] =
-          randomized_linear_weight_grad(grad, saved[0], indices, saved[2], ctx->saved_data["matmul"].toStringRef());
+      gradients[1] = randomized_linear_weight_grad(
+          grad_rows, saved[0], indices, saved[2], ctx->saved_data["matmul"].toStringRef());
     }
     if (ctx->needs_input_grad(2)) {
-      gradients[2] = at::sum_to(grad, c10::SymIntArrayRef{grad.sym_size(-1)});
+      const at::Tensor& summed = ctx->saved_data["adds_to_matrix"].toBool() ? grad_rows : grad;
+      gradients[2] = at::sum_to(summed, c10::SymIntArrayRef{grad.sym_size(-1)});
     }
     return gradients;
   }
