@@ -63,8 +63,17 @@ void check_norm_parameter(
       ", expected normalized_shape ", normalized_shape);
 }
 
-void check_seed(const char* op, const at::Tensor& seed) {
+/// What a condition on sizes is, and `otherwise` where they are symbolic: without a guard on them.
+bool known_or(const c10::SymBool& condition, bool otherwise) {
+  return condition.maybe_as_bool().value_or(otherwise);
+}
+
+void check_seed(const char* op, const at::Tensor& seed, const at::Tensor& rows) {
   check_strided(op, "seed", seed);
+  // On the CPU, so that no device is waited for.
+  TORCH_CHECK(
+      seed.device().is_cpu() || (seed.is_meta() && rows.is_meta()), op, ": seed is on ", seed.device(),
+      ", expected cpu");
   TORCH_CHECK(
       seed.scalar_type() == at::kLong && seed.dim() == 0, op, ": seed is of dtype ", dtype_name(seed.scalar_type()),
       " and shape ", seed.sym_sizes(), ", expected int64 and []");
@@ -178,10 +187,7 @@ NormSizes check_norm_backward(
   return sizes;
 }
 
-void check_randomized_linear(
-    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    const ProjectionSize& size) {
-  constexpr const char* op = "lomem::randomized_linear";
+void check_projection_size(const char* op, const ProjectionSize& size) {
   TORCH_CHECK_VALUE(
       size.dim.has_value() != size.ratio.has_value(), op, ": proj_dim and proj_dim_ratio are ",
       size.dim ? "both given" : "both missing", ", expected one of them");
@@ -194,7 +200,10 @@ void check_randomized_linear(
   TORCH_CHECK_VALUE(
       !size.min || !size.max || *size.min <= *size.max, op, ": proj_dim_min is ", *size.min,
       ", expected at most proj_dim_max, ", *size.max);
+}
 
+void check_linear(
+    const char* op, const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   check_float_tensor(op, "input", input);
   check_float_tensor(op, "weight", weight);
   const auto check_like_input = [&](const char* argument, const at::Tensor& tensor) {
@@ -227,14 +236,9 @@ c10::SymInt leading_rows(const at::Tensor& tensor) {
   return rows;
 }
 
-c10::SymInt check_compress(const at::Tensor& input, const at::Tensor& seed, const c10::SymInt& proj_dim) {
-  constexpr const char* op = "lomem::randomized_linear_compress";
-  check_float_tensor(op, "input", input);
-  TORCH_CHECK(input.dim() >= 1, op, ": input has no dimensions, expected at least 1");
-  check_seed(op, seed);
-  TORCH_CHECK_VALUE(
-      TORCH_GUARD_OR_TRUE(proj_dim.sym_ge(1)), op, ": proj_dim is ", proj_dim, ", expected at least 1");
-  return leading_rows(input);
+void check_compression(const char* op, const at::Tensor& input, const at::Tensor& seed, const c10::SymInt& proj_dim) {
+  check_seed(op, seed, input);
+  TORCH_CHECK_VALUE(known_or(proj_dim.sym_ge(1), true), op, ": proj_dim is ", proj_dim, ", expected at least 1");
 }
 
 c10::SymInt check_weight_grad(
@@ -255,8 +259,7 @@ c10::SymInt check_weight_grad(
       ", expected (proj_dim, in_features)");
   const c10::SymInt& proj_dim = compressed.sym_size(0);
   TORCH_CHECK(
-      TORCH_GUARD_OR_TRUE(proj_dim.sym_le(rows)) &&
-          (TORCH_GUARD_OR_TRUE(proj_dim.sym_ge(1)) || TORCH_GUARD_OR_TRUE(rows.sym_eq(0))),
+      known_or(proj_dim.sym_le(rows), true) && (known_or(proj_dim.sym_ge(1), true) || known_or(rows.sym_eq(0), true)),
       op, ": compressed has ", proj_dim, " rows, expected 1 to ", rows, ", as many as grad_output");
   if (picks_rows) {
     TORCH_CHECK(has_tensor(indices), op, ": indices is missing, expected the indices of the rows of compressed");
@@ -266,10 +269,10 @@ c10::SymInt check_weight_grad(
         indices->scalar_type() == at::kLong, op, ": indices has dtype ", dtype_name(indices->scalar_type()),
         ", expected int64");
     TORCH_CHECK(
-        indices->dim() == 1 && TORCH_GUARD_OR_TRUE(indices->sym_size(0).sym_eq(proj_dim)), op, ": indices has shape ",
+        indices->dim() == 1 && known_or(indices->sym_size(0).sym_eq(proj_dim), true), op, ": indices has shape ",
         indices->sym_sizes(), ", expected [", proj_dim, "]");
   }
-  check_seed(op, seed);
+  check_seed(op, seed, grad_output);
   return rows;
 }
 

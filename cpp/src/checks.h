@@ -49,13 +49,15 @@ NormSizes check_norm_backward(
 
 struct ProjectionSize;
 
-/// Checks the arguments of a linear layer, and how many rows its weight gradient is estimated from.
-void check_randomized_linear(
-    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    const ProjectionSize& size);
+/// Raises where `size` says not how many rows are kept, or nonsense.
+void check_projection_size(const char* op, const ProjectionSize& size);
 
-/// Checks the arguments of randomized_linear_compress, and returns the number of rows of `input`.
-c10::SymInt check_compress(const at::Tensor& input, const at::Tensor& seed, const c10::SymInt& proj_dim);
+/// Checks the arguments of a linear layer.
+void check_linear(
+    const char* op, const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+
+/// Checks the further arguments of randomized_linear_forward.
+void check_compression(const char* op, const at::Tensor& input, const at::Tensor& seed, const c10::SymInt& proj_dim);
 
 /// Checks the arguments of randomized_linear_weight_grad, and returns the number of rows of `grad_output`.
 c10::SymInt check_weight_grad(

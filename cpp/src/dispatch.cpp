@@ -86,9 +86,10 @@ at::Tensor randomized_linear(
       randomized_linear, input, weight, bias, matmul, proj_dim, proj_dim_ratio, proj_dim_min, proj_dim_max);
 }
 
-std::tuple<at::Tensor, at::Tensor> randomized_linear_compress(
-    const at::Tensor& input, const at::Tensor& seed, c10::SymInt proj_dim, std::string_view matmul) {
-  LOMEM_CALL_OP(randomized_linear_compress, input, seed, std::move(proj_dim), matmul);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> randomized_linear_forward(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& seed,
+    c10::SymInt proj_dim, std::string_view matmul) {
+  LOMEM_CALL_OP(randomized_linear_forward, input, weight, bias, seed, std::move(proj_dim), matmul);
 }
 
 at::Tensor randomized_linear_weight_grad(

@@ -56,8 +56,8 @@ c10::SymInt projection_dim(const ProjectionSize& size, const c10::SymInt& rows) 
 
 /// Whether a matrix is in column-major order.
 bool is_column_major(const at::Tensor& matrix) {
-  return TORCH_GUARD_OR_FALSE(matrix.sym_stride(0).sym_eq(1)) &&
-         TORCH_GUARD_OR_FALSE(matrix.sym_stride(1).sym_eq(matrix.sym_size(0)));
+  return matrix.sym_stride(0).sym_eq(1).maybe_as_bool().value_or(false) &&
+         matrix.sym_stride(1).sym_eq(matrix.sym_size(0)).maybe_as_bool().value_or(false);
 }
 
 c10::SymDimVector with_last(c10::SymIntArrayRef sizes, const c10::SymInt& last) {
@@ -76,19 +76,18 @@ struct RandomizedLinear : torch::autograd::Function<RandomizedLinear> {
       const at::Tensor& seed, const c10::SymInt& proj_dim, std::string_view matmul) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const at::Tensor rows = input.reshape_symint({leading_rows(input), input.sym_size(-1)});
-    auto [compressed, indices] = randomized_linear_compress(rows, seed, proj_dim, matmul);
+    const bool adds_to_matrix = !has_tensor(bias) || input.dim() == 2 || input.is_contiguous_or_false();
+    auto [output, compressed, indices] =
+        randomized_linear_forward(rows, weight, adds_to_matrix ? bias : std::nullopt, seed, proj_dim, matmul);
     const bool has_indices = picks_rows(parse_matmul(op_name, matmul));
     ctx->save_for_backward(
         {compressed, has_indices ? indices : at::Tensor(), seed, input.requires_grad() ? weight : at::Tensor()});
-    const bool adds_to_matrix = input.dim() == 2 || input.is_contiguous_or_false();
     ctx->saved_data["matmul"] = std::string(matmul);
     ctx->saved_data["adds_to_matrix"] = adds_to_matrix;
     ctx->saved_data["is_column_major"] = is_column_major(rows);
-    const c10::SymDimVector sizes = with_last(input.sym_sizes(), weight.sym_size(0));
-    if (adds_to_matrix || !has_tensor(bias)) {
-      return at::_unsafe_view_symint(at::linear(rows, weight, bias), sizes);
-    }
-    return at::_unsafe_view_symint(at::linear(rows, weight), sizes).add_(*bias);
+    const at::Tensor result =
+        at::_unsafe_view_symint(output, with_last(input.sym_sizes(), weight.sym_size(0)));
+    return adds_to_matrix ? result : result.add_(*bias);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
@@ -128,13 +127,16 @@ at::Tensor randomized_linear_autograd(
     std::optional<int64_t> proj_dim_max) {
   const ProjectionSize size{proj_dim, proj_dim_ratio, proj_dim_min, proj_dim_max};
   parse_matmul(op_name, matmul);
-  check_randomized_linear(input, weight, bias, size);
+  check_projection_size(op_name, size);
+  check_linear(op_name, input, weight, bias);
   if (needs_grad(weight)) {
     // Always one number, so that what is drawn next depends on neither sizes nor options.
     const at::Tensor seed = draw_seed();
     const c10::SymInt rows = leading_rows(input);
     const c10::SymInt kept = projection_dim(size, rows);
-    if (!TORCH_GUARD_OR_FALSE(kept.sym_ge(rows))) {
+    // Symbolic sizes are not asked, or the graph would be one of these sizes: the op decides when it runs.
+    const bool keeps_all = size.ratio == 1.0 || kept.sym_ge(rows).maybe_as_bool().value_or(false);
+    if (!keeps_all) {
       check_no_tangent(op_name, "input", input);
       check_no_tangent(op_name, "weight", weight);
       check_no_tangent(op_name, "bias", bias);
@@ -147,7 +149,7 @@ at::Tensor randomized_linear_autograd(
 
 TORCH_LIBRARY_IMPL(lomem, Autograd, m) {
   m.impl("randomized_linear", &randomized_linear_autograd);
-  m.impl("randomized_linear_compress", torch::autograd::autogradNotImplementedFallback());
+  m.impl("randomized_linear_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("randomized_linear_weight_grad", torch::autograd::autogradNotImplementedFallback());
 }
 

@@ -9,13 +9,19 @@
 namespace lomem::detail {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor> compress_meta(
-    const at::Tensor& input, const at::Tensor& seed, c10::SymInt proj_dim, std::string_view matmul) {
-  const RandomMatmul kind = parse_matmul("lomem::randomized_linear_compress", matmul);
-  const c10::SymInt count = check_compress(input, seed, proj_dim).min(proj_dim);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_meta(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& seed,
+    c10::SymInt proj_dim, std::string_view matmul) {
+  constexpr const char* op = "lomem::randomized_linear_forward";
+  const RandomMatmul kind = parse_matmul(op, matmul);
+  check_linear(op, input, weight, bias);
+  check_compression(op, input, seed, proj_dim);
+  c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  sizes.back() = weight.sym_size(0);
+  const c10::SymInt count = leading_rows(input).min(proj_dim);
   const c10::SymInt picked = picks_rows(kind) ? count : c10::SymInt(0);
   return {
-      at::empty_symint({count, input.sym_size(-1)}, input.options()),
+      at::empty_symint(sizes, input.options()), at::empty_symint({count, input.sym_size(-1)}, input.options()),
       at::empty_symint({picked}, input.options().dtype(at::kLong))};
 }
 
@@ -28,7 +34,7 @@ at::Tensor weight_grad_meta(
 }
 
 TORCH_LIBRARY_IMPL(lomem, Meta, m) {
-  m.impl("randomized_linear_compress", &compress_meta);
+  m.impl("randomized_linear_forward", &forward_meta);
   m.impl("randomized_linear_weight_grad", &weight_grad_meta);
 }
 
