@@ -242,8 +242,8 @@ void check_compression(const char* op, const at::Tensor& input, const at::Tensor
 }
 
 c10::SymInt check_weight_grad(
-    const at::Tensor& grad_output, const at::Tensor& compressed, const std::optional<at::Tensor>& indices, const at::Tensor& seed,
-    bool picks_rows) {
+    const at::Tensor& grad_output, const at::Tensor& compressed, const std::optional<at::Tensor>& indices,
+    const at::Tensor& seed, bool picks_rows) {
   constexpr const char* op = "lomem::randomized_linear_weight_grad";
   check_float_tensor(op, "grad_output", grad_output);
   TORCH_CHECK(grad_output.dim() >= 1, op, ": grad_output has no dimensions, expected at least 1");

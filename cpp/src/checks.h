@@ -61,8 +61,8 @@ void check_compression(const char* op, const at::Tensor& input, const at::Tensor
 
 /// Checks the arguments of randomized_linear_weight_grad, and returns the number of rows of `grad_output`.
 c10::SymInt check_weight_grad(
-    const at::Tensor& grad_output, const at::Tensor& compressed, const std::optional<at::Tensor>& indices, const at::Tensor& seed,
-    bool picks_rows);
+    const at::Tensor& grad_output, const at::Tensor& compressed, const std::optional<at::Tensor>& indices,
+    const at::Tensor& seed, bool picks_rows);
 
 /// Product of all sizes but the last.
 c10::SymInt leading_rows(const at::Tensor& tensor);

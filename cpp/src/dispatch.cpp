@@ -82,8 +82,7 @@ at::Tensor randomized_linear(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, std::string_view matmul,
     std::optional<int64_t> proj_dim, std::optional<double> proj_dim_ratio, std::optional<int64_t> proj_dim_min,
     std::optional<int64_t> proj_dim_max) {
-  LOMEM_CALL_OP(
-      randomized_linear, input, weight, bias, matmul, proj_dim, proj_dim_ratio, proj_dim_min, proj_dim_max);
+  LOMEM_CALL_OP(randomized_linear, input, weight, bias, matmul, proj_dim, proj_dim_ratio, proj_dim_min, proj_dim_max);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> randomized_linear_forward(

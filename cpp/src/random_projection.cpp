@@ -13,7 +13,8 @@
 namespace lomem::detail {
 namespace {
 
-/// Elements of S at a time, in float32 (float64): with the random bits that they are made of, at most 64 MiB, or one row.
+/// Elements of S at a time, in float32 (float64): with the random bits that they are made of, at most 64 MiB, or one
+/// row.
 constexpr int64_t matrix_block = int64_t{1} << 23;
 /// Elements of a block of columns that is transformed at a time: with their spectrum, at most 64 MiB in float32 (twice
 /// that in float64), or one column.
@@ -60,8 +61,8 @@ at::Tensor project_dense(RandomMatmul matmul, const at::Tensor& rows, int64_t pr
     const int64_t count = std::min(height, proj_dim - first);
     const auto draw = matmul == RandomMatmul::gaussian ? gaussian : rademacher;
     // 16-bit rows are multiplied by 16-bit numbers, with sums in float32: casting the rows instead would take twice
-    // their memory. Gaussian numbers rounded to bfloat16 have a variance of 1 + 1e-6, signs are exact; the factor, which
-    // would not be, is applied to the sums.
+    // their memory. Gaussian numbers rounded to bfloat16 have a variance of 1 + 1e-6, signs are exact; the factor,
+    // which would not be, is applied to the sums.
     const at::Tensor matrix = draw({count, rows.size(0)}, options, generator).to(rows.scalar_type());
     at::Tensor block = result.narrow(0, first, count);
     at::addmm_out(block, block, matrix, rows, /*beta=*/0, /*alpha=*/1 / std::sqrt(static_cast<double>(proj_dim)));
@@ -69,13 +70,14 @@ at::Tensor project_dense(RandomMatmul matmul, const at::Tensor& rows, int64_t pr
   return result;
 }
 
-/// S = sqrt(n / proj_dim) * (proj_dim rows of F, without replacement) * (random signs), with F an orthonormal transform of
-/// n = rows.size(0) elements, the DCT-II or the discrete Fourier transform in real numbers.
+/// S = sqrt(n / proj_dim) * (proj_dim rows of F, without replacement) * (random signs), with F an orthonormal transform
+/// of n = rows.size(0) elements, the DCT-II or the discrete Fourier transform in real numbers.
 ///
-/// Both come from the first half V of the spectrum of the real transform, as F x = factor * (a * Re V + b * Im V) of the
-/// element V_m, where row j of F has m = j for j <= n / 2 and m = n - j above:
+/// Both come from the first half V of the spectrum of the real transform, as F x = factor * (a * Re V + b * Im V) of
+/// the element V_m, where row j of F has m = j for j <= n / 2 and m = n - j above:
 ///   dft  a, b = 1, 0 and 0, 1 above, factor = sqrt(2 / n)
-///   dct  a, b = cos t, sin t and sin t, -cos t above, with t = pi m / (2 n), and V that of the even elements followed by
+///   dct  a, b = cos t, sin t and sin t, -cos t above, with t = pi m / (2 n), and V that of the even elements followed
+///   by
 ///        the odd ones in reverse (Makhoul, 1980)
 /// factor is sqrt(1 / n) for j = 0, and of the dft for j = n / 2.
 at::Tensor project_transform(RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, int64_t seed) {
@@ -108,8 +110,7 @@ at::Tensor project_transform(RandomMatmul matmul, const at::Tensor& rows, int64_
       block = at::cat({block.slice(0, 0, n, 2), block.slice(0, 1, n, 2).flip(0)});
     }
     const at::Tensor spectrum = at::fft_rfft(block, std::nullopt, /*dim=*/0).index_select(0, element);
-    result.narrow(1, first, count)
-        .copy_(at::real(spectrum).mul(real).addcmul_(at::imag(spectrum), imaginary));
+    result.narrow(1, first, count).copy_(at::real(spectrum).mul(real).addcmul_(at::imag(spectrum), imaginary));
   }
   return result;
 }
@@ -151,8 +152,8 @@ std::tuple<at::Tensor, at::Tensor> pick_crs(const at::Tensor& rows, int64_t proj
   return {scaled_rows(rows, indices, scales), indices};
 }
 
-/// Winner-take-all column-row sampling (arXiv:2305.15265): the m rows of the largest norms as they are, and proj_dim - m
-/// drawn from the others as by column-row sampling; m is what makes (mass of the others) / (proj_dim - m) least.
+/// Winner-take-all column-row sampling (arXiv:2305.15265): the m rows of the largest norms as they are, and proj_dim -
+/// m drawn from the others as by column-row sampling; m is what makes (mass of the others) / (proj_dim - m) least.
 /// Nothing here waits for the device: m stays there.
 std::tuple<at::Tensor, at::Tensor> pick_wta_crs(const at::Tensor& rows, int64_t proj_dim, int64_t seed) {
   const at::Generator generator = make_generator(rows.device(), seed);
@@ -180,12 +181,18 @@ std::tuple<at::Tensor, at::Tensor> pick_wta_crs(const at::Tensor& rows, int64_t 
 }  // namespace
 
 RandomMatmul parse_matmul(const char* op, std::string_view name) {
-  if (name == "gaussian") return RandomMatmul::gaussian;
-  if (name == "rademacher") return RandomMatmul::rademacher;
-  if (name == "dct") return RandomMatmul::dct;
-  if (name == "dft") return RandomMatmul::dft;
-  if (name == "crs") return RandomMatmul::crs;
-  if (name == "wta-crs") return RandomMatmul::wta_crs;
+  if (name == "gaussian")
+    return RandomMatmul::gaussian;
+  if (name == "rademacher")
+    return RandomMatmul::rademacher;
+  if (name == "dct")
+    return RandomMatmul::dct;
+  if (name == "dft")
+    return RandomMatmul::dft;
+  if (name == "crs")
+    return RandomMatmul::crs;
+  if (name == "wta-crs")
+    return RandomMatmul::wta_crs;
   TORCH_CHECK_VALUE(
       false, op, ": matmul is '", name, "', expected 'gaussian', 'rademacher', 'dct', 'dft', 'crs' or 'wta-crs'");
 }

@@ -1,6 +1,6 @@
-// Random matrices S of proj_dim rows with E[S^T S] = I, applied to rows: what the weight gradient of randomized_linear is
-// estimated from. In ATen ops, for every device. Everything is a function of the arguments and of `seed`, which seeds a
-// generator of its own: on the CPU, of the same numbers whatever the number of threads.
+// Random matrices S of proj_dim rows with E[S^T S] = I, applied to rows: what the weight gradient of randomized_linear
+// is estimated from. In ATen ops, for every device. Everything is a function of the arguments and of `seed`, which
+// seeds a generator of its own: on the CPU, of the same numbers whatever the number of threads.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -58,9 +58,9 @@ TORCH_LIBRARY(lomem, m) {
       functional);
 
   // Linear layer whose weight gradient is estimated from `compressed`, `proj_dim` random combinations (or picks:
-  // `indices`) of the rows of its input. `seed`: 0-d int64, on the CPU; what is random follows from it. It is an argument
-  // of the forward op, so that compilers take it for a part of the forward pass; what has to do with gradients alone they
-  // compute again in the backward pass, random numbers too. The other gradients are torch's own ops.
+  // `indices`) of the rows of its input. `seed`: 0-d int64, on the CPU; what is random follows from it. It is an
+  // argument of the forward op, so that compilers take it for a part of the forward pass; what has to do with gradients
+  // alone they compute again in the backward pass, random numbers too. The other gradients are torch's own ops.
   m.def(
       "randomized_linear(Tensor input, Tensor weight, Tensor? bias=None, *, str matmul=\"gaussian\", "
       "int? proj_dim=None, float? proj_dim_ratio=None, int? proj_dim_min=None, int? proj_dim_max=None) -> Tensor",

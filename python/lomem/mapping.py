@@ -14,10 +14,10 @@ __all__ = ["convert_linear", "map_module"]
 def map_module(
     root: nn.Module, fn: Callable[[nn.Module], nn.Module], pattern: str | re.Pattern[str] | None = None
 ) -> nn.Module:
-    """Replaces every module of a model by what a function makes of it, in place.
+    r"""Replaces every module of a model by what a function makes of it, in place.
 
-    Modules inside others come first, the root comes last. A module that is used in several places is given to ``fn`` once,
-    and the same new module takes its place in all of them. Modules that ``fn`` brings with it are not given to it.
+    Modules inside others come first, the root comes last. A module that is used in several places is given to ``fn``
+    once, and the same new module takes its place in all of them. What ``fn`` brings with it is not given to it.
 
     Example:
         >>> converter = lambda m: lomem.convert_linear(m, lomem.nn.RandomizedLinear, proj_dim_ratio=0.2)
@@ -26,8 +26,8 @@ def map_module(
     Args:
         root: The model; changed in place.
         fn: Of a module, returns what is to take its place, or the module itself to leave it.
-        pattern: Regular expression, searched in the qualified names (``"encoder.layer.0.output"``; the root's is empty).
-            ``fn`` is given the modules that it is found in, those of several names if it is found in one of them. By
+        pattern: Regular expression, searched in the qualified names (``"encoder.layer.0"``; the root's is empty).
+            ``fn`` is given the modules that it is found in; those of several names, if it is found in one of them. By
             default all.
 
     Returns:

@@ -199,7 +199,7 @@ class RandomizedLinear(nn.Linear):
         device: Of the parameters.
         dtype: Of the parameters.
         proj_dim: Number of rows that are kept. Either this or ``proj_dim_ratio`` must be given.
-        proj_dim_ratio: Share of the rows that is kept, in (0, 1]. Rows are all leading dimensions of the input together.
+        proj_dim_ratio: Share of the rows that is kept, in (0, 1]. Rows: all leading dimensions of the input.
         proj_dim_min: At least so many rows are kept.
         proj_dim_max: At most so many rows are kept.
         matmul: ``"gaussian"``, ``"rademacher"``, ``"dct"``, ``"dft"``, ``"crs"`` or ``"wta-crs"``.

@@ -56,9 +56,9 @@ struct RandomizedLinearArgs {
 };
 
 /// at::linear(input, weight, bias), bit for bit, whose weight gradient is an unbiased estimate from proj_dim random
-/// combinations of the rows of `input`, in place of which they are kept (arXiv:2201.13195; "wta-crs": arXiv:2305.15265).
-/// The gradients of input and bias are exact. The seed is drawn from torch's default CPU generator, one number where
-/// `weight` requires a gradient and none elsewhere.
+/// combinations of the rows of `input`, in place of which they are kept (arXiv:2201.13195; "wta-crs":
+/// arXiv:2305.15265). The gradients of input and bias are exact. The seed is drawn from torch's default CPU generator,
+/// one number where `weight` requires a gradient and none elsewhere.
 LOMEM_API at::Tensor randomized_linear(
     const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const RandomizedLinearArgs& args);

@@ -1,5 +1,5 @@
-// Autocast of the randomized linear layer: as of torch's linear layers, all arguments are cast to the autocast dtype, in
-// which the rows are then compressed and kept.
+// Autocast of the randomized linear layer: as of torch's linear layers, all arguments are cast to the autocast dtype,
+// in which the rows are then compressed and kept.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 

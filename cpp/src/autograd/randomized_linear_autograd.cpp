@@ -26,7 +26,9 @@ std::pair<int64_t, int64_t> nearest_fraction(double ratio) {
       const int64_t k = (limit - q0) / q1;
       const int64_t p = p0 + k * p1;
       const int64_t q = q0 + k * q1;
-      const auto distance = [&](int64_t a, int64_t b) { return std::abs(static_cast<double>(a) / static_cast<double>(b) - ratio); };
+      const auto distance = [&](int64_t a, int64_t b) {
+        return std::abs(static_cast<double>(a) / static_cast<double>(b) - ratio);
+      };
       return distance(p1, q1) <= distance(p, q) ? std::pair(p1, q1) : std::pair(p, q);
     }
     const auto a = static_cast<int64_t>(whole);
@@ -66,8 +68,9 @@ c10::SymDimVector with_last(c10::SymIntArrayRef sizes, const c10::SymInt& last) 
   return result;
 }
 
-/// at::linear and its gradients but for that of the weight, to the bit: by the ops that it takes where the weight requires
-/// a gradient. (Below autograd at::linear itself takes others, for some layouts: it asks which tensors require one.)
+/// at::linear and its gradients but for that of the weight, to the bit: by the ops that it takes where the weight
+/// requires a gradient. (Below autograd at::linear itself takes others, for some layouts: it asks which tensors require
+/// one.)
 struct RandomizedLinear : torch::autograd::Function<RandomizedLinear> {
   static constexpr bool is_traceable = true;
 
@@ -85,8 +88,7 @@ struct RandomizedLinear : torch::autograd::Function<RandomizedLinear> {
     ctx->saved_data["matmul"] = std::string(matmul);
     ctx->saved_data["adds_to_matrix"] = adds_to_matrix;
     ctx->saved_data["is_column_major"] = is_column_major(rows);
-    const at::Tensor result =
-        at::_unsafe_view_symint(output, with_last(input.sym_sizes(), weight.sym_size(0)));
+    const at::Tensor result = at::_unsafe_view_symint(output, with_last(input.sym_sizes(), weight.sym_size(0)));
     return adds_to_matrix ? result : result.add_(*bias);
   }
 

@@ -109,8 +109,7 @@ TEST(RandomizedLinear, RefusesNonsense) {
   EXPECT_EQ(
       error_of({}), "lomem::randomized_linear: proj_dim and proj_dim_ratio are both missing, expected one of them");
   EXPECT_EQ(
-      error_of({.proj_dim_ratio = 2.0}),
-      "lomem::randomized_linear: proj_dim_ratio is 2, expected a number in (0, 1]");
+      error_of({.proj_dim_ratio = 2.0}), "lomem::randomized_linear: proj_dim_ratio is 2, expected a number in (0, 1]");
   EXPECT_EQ(
       error_of({.matmul = "fft", .proj_dim = 2}),
       "lomem::randomized_linear: matmul is 'fft', expected 'gaussian', 'rademacher', 'dct', 'dft', 'crs' or 'wta-crs'");
