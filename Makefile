@@ -24,7 +24,7 @@ export PRE_COMMIT_HOME ?= $(CURDIR)/build/pre-commit
 OLDEST_CMAKE := 3.22
 
 .PHONY: help demo test install ctest pytest pytest-capabilities pytest-on-host types asan asan-pytest arm-check cuda-check \
-  bench paper gpu-build gpu-test gpu-bench gpu-sanitize dev lint format gtest clean FORCE
+  bench paper fewbit-table gpu-build gpu-test gpu-bench gpu-sanitize dev lint format gtest clean FORCE
 
 help:
 	@sed -n '1,8p' Makefile
@@ -73,7 +73,7 @@ ctest: $(VENV)/.tools gtest build/oldest-cmake/.done
 	cmake --build --preset release
 	ctest --preset release -j $(JOBS)
 
-OP_TESTS := $(addprefix tests/python/test_,cpu_kernels.py norms.py packing.py saved_bytes.py step_activations.py \
+OP_TESTS := $(addprefix tests/python/test_,cpu_kernels.py norms.py packing.py randomized_linear.py saved_bytes.py step_activations.py \
   step_backward.py transforms.py)
 
 pytest: install
@@ -95,6 +95,11 @@ paper: install
 	mkdir -p $(RESULTS)
 	$(BIN)/lomem memory --paper --json $(RESULTS)/paper-memory.json --table $(RESULTS)/paper-memory.md \
 	  --plot $(RESULTS)/paper-memory.png
+
+# FewBit's table of RoBERTa on MRPC, estimated: a minute.
+fewbit-table: install
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/fewbit_table.py
 
 # The ops with the kernels, lomem's and torch's, that a CPU without AVX-512 or without AVX2 runs. (torch.compile keeps
 # what it compiled without noting for what: hence a folder each.)

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <limits>
 
+#include "dispatch.h"
+
 namespace lomem::detail {
 namespace {
 
@@ -59,6 +61,22 @@ void check_norm_parameter(
   TORCH_CHECK(
       parameter->sym_sizes() == normalized_shape, op, ": ", argument, " has shape ", parameter->sym_sizes(),
       ", expected normalized_shape ", normalized_shape);
+}
+
+/// What a condition on sizes is, and `otherwise` where they are symbolic: without a guard on them.
+bool known_or(const c10::SymBool& condition, bool otherwise) {
+  return condition.maybe_as_bool().value_or(otherwise);
+}
+
+void check_seed(const char* op, const at::Tensor& seed, const at::Tensor& rows) {
+  check_strided(op, "seed", seed);
+  // On the CPU, so that no device is waited for.
+  TORCH_CHECK(
+      seed.device().is_cpu() || (seed.is_meta() && rows.is_meta()), op, ": seed is on ", seed.device(),
+      ", expected cpu");
+  TORCH_CHECK(
+      seed.scalar_type() == at::kLong && seed.dim() == 0, op, ": seed is of dtype ", dtype_name(seed.scalar_type()),
+      " and shape ", seed.sym_sizes(), ", expected int64 and []");
 }
 
 NormSizes norm_sizes(
@@ -201,6 +219,95 @@ NormSizes check_norm_backward(
   check_norm_parameter(op, "weight", weight, normalized_shape, "output", output);
   check_norm_parameter(op, "bias", bias, normalized_shape, "output", output);
   return sizes;
+}
+
+void check_projection_size(const char* op, const ProjectionSize& size) {
+  TORCH_CHECK_VALUE(
+      size.dim.has_value() != size.ratio.has_value(), op, ": proj_dim and proj_dim_ratio are ",
+      size.dim ? "both given" : "both missing", ", expected one of them");
+  TORCH_CHECK_VALUE(!size.dim || *size.dim >= 1, op, ": proj_dim is ", *size.dim, ", expected at least 1");
+  TORCH_CHECK_VALUE(
+      !size.ratio || (0 < *size.ratio && *size.ratio <= 1), op, ": proj_dim_ratio is ", *size.ratio,
+      ", expected a number in (0, 1]");
+  TORCH_CHECK_VALUE(!size.min || *size.min >= 1, op, ": proj_dim_min is ", *size.min, ", expected at least 1");
+  TORCH_CHECK_VALUE(!size.max || *size.max >= 1, op, ": proj_dim_max is ", *size.max, ", expected at least 1");
+  TORCH_CHECK_VALUE(
+      !size.min || !size.max || *size.min <= *size.max, op, ": proj_dim_min is ", *size.min,
+      ", expected at most proj_dim_max, ", *size.max);
+}
+
+void check_linear(
+    const char* op, const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  check_float_tensor(op, "input", input);
+  check_float_tensor(op, "weight", weight);
+  const auto check_like_input = [&](const char* argument, const at::Tensor& tensor) {
+    check_same_device(op, argument, tensor, "input", input);
+    TORCH_CHECK(
+        tensor.scalar_type() == input.scalar_type(), op, ": ", argument, " has dtype ",
+        dtype_name(tensor.scalar_type()), ", expected ", dtype_name(input.scalar_type()), ", the dtype of input");
+  };
+  check_like_input("weight", weight);
+  TORCH_CHECK(
+      weight.dim() == 2, op, ": weight has shape ", weight.sym_sizes(), ", expected (out_features, in_features)");
+  const c10::SymInt& in_features = weight.sym_size(1);
+  TORCH_CHECK(
+      input.dim() >= 1 && input.sym_size(-1) == in_features, op, ": input has shape ", input.sym_sizes(),
+      ", expected a last dimension of ", in_features, ", the in_features of weight");
+  if (has_tensor(bias)) {
+    check_float_tensor(op, "bias", *bias);
+    check_like_input("bias", *bias);
+    TORCH_CHECK(
+        bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), op, ": bias has shape ", bias->sym_sizes(),
+        ", expected [", weight.sym_size(0), "], the out_features of weight");
+  }
+}
+
+c10::SymInt leading_rows(const at::Tensor& tensor) {
+  c10::SymInt rows = 1;
+  for (const auto& size : tensor.sym_sizes().slice(0, tensor.dim() - 1)) {
+    rows *= size;
+  }
+  return rows;
+}
+
+void check_compression(const char* op, const at::Tensor& input, const at::Tensor& seed, const c10::SymInt& proj_dim) {
+  check_seed(op, seed, input);
+  TORCH_CHECK_VALUE(known_or(proj_dim.sym_ge(1), true), op, ": proj_dim is ", proj_dim, ", expected at least 1");
+}
+
+c10::SymInt check_weight_grad(
+    const at::Tensor& grad_output, const at::Tensor& compressed, const std::optional<at::Tensor>& indices,
+    const at::Tensor& seed, bool picks_rows) {
+  constexpr const char* op = "lomem::randomized_linear_weight_grad";
+  check_float_tensor(op, "grad_output", grad_output);
+  TORCH_CHECK(grad_output.dim() >= 1, op, ": grad_output has no dimensions, expected at least 1");
+  check_float_tensor(op, "compressed", compressed);
+  check_same_device(op, "compressed", compressed, "grad_output", grad_output);
+  TORCH_CHECK(
+      compressed.scalar_type() == grad_output.scalar_type(), op, ": compressed has dtype ",
+      dtype_name(compressed.scalar_type()), ", expected ", dtype_name(grad_output.scalar_type()),
+      ", the dtype of grad_output");
+  const c10::SymInt rows = leading_rows(grad_output);
+  TORCH_CHECK(
+      compressed.dim() == 2, op, ": compressed has shape ", compressed.sym_sizes(),
+      ", expected (proj_dim, in_features)");
+  const c10::SymInt& proj_dim = compressed.sym_size(0);
+  TORCH_CHECK(
+      known_or(proj_dim.sym_le(rows), true) && (known_or(proj_dim.sym_ge(1), true) || known_or(rows.sym_eq(0), true)),
+      op, ": compressed has ", proj_dim, " rows, expected 1 to ", rows, ", as many as grad_output");
+  if (picks_rows) {
+    TORCH_CHECK(has_tensor(indices), op, ": indices is missing, expected the indices of the rows of compressed");
+    check_strided(op, "indices", *indices);
+    check_same_device(op, "indices", *indices, "grad_output", grad_output);
+    TORCH_CHECK(
+        indices->scalar_type() == at::kLong, op, ": indices has dtype ", dtype_name(indices->scalar_type()),
+        ", expected int64");
+    TORCH_CHECK(
+        indices->dim() == 1 && known_or(indices->sym_size(0).sym_eq(proj_dim), true), op, ": indices has shape ",
+        indices->sym_sizes(), ", expected [", proj_dim, "]");
+  }
+  check_seed(op, seed, grad_output);
+  return rows;
 }
 
 at::ScalarType rstd_dtype(at::ScalarType input_dtype) {

@@ -58,6 +58,26 @@ NormSizes check_norm_backward(
     c10::SymIntArrayRef normalized_shape, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, at::ScalarType input_dtype);
 
+struct ProjectionSize;
+
+/// Raises where `size` says not how many rows are kept, or nonsense.
+void check_projection_size(const char* op, const ProjectionSize& size);
+
+/// Checks the arguments of a linear layer.
+void check_linear(
+    const char* op, const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+
+/// Checks the further arguments of randomized_linear_forward.
+void check_compression(const char* op, const at::Tensor& input, const at::Tensor& seed, const c10::SymInt& proj_dim);
+
+/// Checks the arguments of randomized_linear_weight_grad, and returns the number of rows of `grad_output`.
+c10::SymInt check_weight_grad(
+    const at::Tensor& grad_output, const at::Tensor& compressed, const std::optional<at::Tensor>& indices,
+    const at::Tensor& seed, bool picks_rows);
+
+/// Product of all sizes but the last.
+c10::SymInt leading_rows(const at::Tensor& tensor);
+
 /// dtype of rstd, and so of a norm's statistics, for an input dtype.
 at::ScalarType rstd_dtype(at::ScalarType input_dtype);
 

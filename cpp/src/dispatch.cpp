@@ -109,6 +109,25 @@ std::tuple<at::Tensor, at::Tensor> ms_rms_norm_backward(
   LOMEM_CALL_OP(ms_rms_norm_backward, grad_output, output, rstd, normalized_shape, weight, input_dtype, output_mask);
 }
 
+at::Tensor randomized_linear(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, std::string_view matmul,
+    std::optional<int64_t> proj_dim, std::optional<double> proj_dim_ratio, std::optional<int64_t> proj_dim_min,
+    std::optional<int64_t> proj_dim_max) {
+  LOMEM_CALL_OP(randomized_linear, input, weight, bias, matmul, proj_dim, proj_dim_ratio, proj_dim_min, proj_dim_max);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> randomized_linear_forward(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& seed,
+    c10::SymInt proj_dim, std::string_view matmul) {
+  LOMEM_CALL_OP(randomized_linear_forward, input, weight, bias, seed, std::move(proj_dim), matmul);
+}
+
+at::Tensor randomized_linear_weight_grad(
+    const at::Tensor& grad_output, const at::Tensor& compressed, const OptionalTensor& indices, const at::Tensor& seed,
+    std::string_view matmul) {
+  LOMEM_CALL_OP(randomized_linear_weight_grad, grad_output, compressed, indices, seed, matmul);
+}
+
 at::Tensor pack_bits(const at::Tensor& codes, int64_t bits) {
   LOMEM_CALL_OP(pack_bits, codes, bits);
 }

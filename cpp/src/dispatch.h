@@ -56,6 +56,26 @@ std::tuple<at::Tensor, at::Tensor> ms_rms_norm_backward(
     c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight, at::ScalarType input_dtype,
     std::array<bool, 2> output_mask);
 
+/// How many rows the weight gradient of randomized_linear is estimated from: `dim`, or `ratio` of all; then at least
+/// `min` and at most `max`.
+struct ProjectionSize {
+  std::optional<int64_t> dim;
+  std::optional<double> ratio;
+  std::optional<int64_t> min;
+  std::optional<int64_t> max;
+};
+
+at::Tensor randomized_linear(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, std::string_view matmul,
+    std::optional<int64_t> proj_dim, std::optional<double> proj_dim_ratio, std::optional<int64_t> proj_dim_min,
+    std::optional<int64_t> proj_dim_max);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> randomized_linear_forward(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& seed,
+    c10::SymInt proj_dim, std::string_view matmul);
+at::Tensor randomized_linear_weight_grad(
+    const at::Tensor& grad_output, const at::Tensor& compressed, const OptionalTensor& indices, const at::Tensor& seed,
+    std::string_view matmul);
+
 at::Tensor pack_bits(const at::Tensor& codes, int64_t bits);
 at::Tensor unpack_bits(const at::Tensor& packed, int64_t bits, c10::SymInt numel);
 

@@ -1,4 +1,5 @@
 #include <lomem/nn.h>
+#include <torch/nn/modules/linear.h>
 #include <torch/types.h>
 
 #include <ostream>
@@ -96,6 +97,50 @@ void MSRMSNormImpl::pretty_print(std::ostream& stream) const {
 
 torch::Tensor MSRMSNormImpl::forward(const torch::Tensor& input) {
   return ms_rms_norm(input, options.normalized_shape(), optional_tensor(weight), options.eps(), options.output_dtype());
+}
+
+RandomizedLinearOptions::RandomizedLinearOptions(int64_t in_features, int64_t out_features)
+    : in_features_(in_features), out_features_(out_features) {}
+
+RandomizedLinearImpl::RandomizedLinearImpl(RandomizedLinearOptions options) : options(std::move(options)) {
+  RandomizedLinearImpl::reset();
+}
+
+void RandomizedLinearImpl::reset() {
+  // As torch::nn::Linear, which draws the same numbers in the same order.
+  const torch::nn::Linear linear(
+      torch::nn::LinearOptions(options.in_features(), options.out_features()).bias(options.bias()));
+  weight = register_parameter("weight", linear->weight.detach());
+  bias = register_parameter("bias", options.bias() ? linear->bias.detach() : torch::Tensor(), options.bias());
+}
+
+void RandomizedLinearImpl::pretty_print(std::ostream& stream) const {
+  stream << std::boolalpha << "lomem::nn::RandomizedLinear(in_features=" << options.in_features()
+         << ", out_features=" << options.out_features() << ", bias=" << options.bias()
+         << ", matmul=" << options.matmul();
+  const auto print = [&](const char* name, const auto& value) {
+    if (value) {
+      stream << ", " << name << "=" << *value;
+    }
+  };
+  print("proj_dim", options.proj_dim());
+  print("proj_dim_ratio", options.proj_dim_ratio());
+  print("proj_dim_min", options.proj_dim_min());
+  print("proj_dim_max", options.proj_dim_max());
+  stream << ")";
+}
+
+torch::Tensor RandomizedLinearImpl::forward(const torch::Tensor& input) {
+  if (!is_training()) {
+    return torch::linear(input, weight, optional_tensor(bias));
+  }
+  return randomized_linear(
+      input, weight, optional_tensor(bias),
+      {.matmul = options.matmul(),
+       .proj_dim = options.proj_dim(),
+       .proj_dim_ratio = options.proj_dim_ratio(),
+       .proj_dim_min = options.proj_dim_min(),
+       .proj_dim_max = options.proj_dim_max()});
 }
 
 }  // namespace lomem::nn

@@ -24,6 +24,13 @@ at::Tensor ms_rms_norm(
   return detail::ms_rms_norm(input, c10::fromIntArrayRefSlow(normalized_shape), weight, eps, dtype);
 }
 
+at::Tensor randomized_linear(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const RandomizedLinearArgs& args) {
+  return detail::randomized_linear(
+      input, weight, bias, args.matmul, args.proj_dim, args.proj_dim_ratio, args.proj_dim_min, args.proj_dim_max);
+}
+
 at::Tensor pack_bits(const at::Tensor& codes, int64_t bits) {
   return detail::pack_bits(codes, bits);
 }

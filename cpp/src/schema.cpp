@@ -5,6 +5,7 @@
 //   X_forward    X's result and what its backward pass needs
 //   X_backward   gradients from grad_output and what X_forward returned. The step activations
 //                share one, step_activation_backward.
+//                randomized_linear's is of the weight alone, randomized_linear_weight_grad.
 // All ops are functional. What differs between backends stands in cpu/ and meta/; what does not
 // (autograd, autocast) in folders of its own, with the same file names in each.
 #include <torch/library.h>
@@ -75,6 +76,23 @@ TORCH_LIBRARY(lomem, m) {
   m.def(
       "ms_rms_norm_backward(Tensor grad_output, Tensor output, Tensor rstd, SymInt[] normalized_shape, "
       "Tensor? weight, ScalarType input_dtype, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_weight)",
+      functional);
+
+  // Linear layer whose weight gradient is estimated from `compressed`, `proj_dim` random combinations (or picks:
+  // `indices`) of the rows of its input. `seed`: 0-d int64, on the CPU; what is random follows from it. It is an
+  // argument of the forward op, so that compilers take it for a part of the forward pass; what has to do with gradients
+  // alone they compute again in the backward pass, random numbers too. The other gradients are torch's own ops.
+  m.def(
+      "randomized_linear(Tensor input, Tensor weight, Tensor? bias=None, *, str matmul=\"gaussian\", "
+      "int? proj_dim=None, float? proj_dim_ratio=None, int? proj_dim_min=None, int? proj_dim_max=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
+  m.def(
+      "randomized_linear_forward(Tensor input, Tensor weight, Tensor? bias, Tensor seed, SymInt proj_dim, *, "
+      "str matmul=\"gaussian\") -> (Tensor output, Tensor compressed, Tensor indices)",
+      functional);
+  m.def(
+      "randomized_linear_weight_grad(Tensor grad_output, Tensor compressed, Tensor? indices, Tensor seed, *, "
+      "str matmul=\"gaussian\") -> Tensor",
       functional);
 
   // Packing of codes of 1 to 8 bits. Not differentiable.

@@ -29,6 +29,7 @@ if _torch.version.cuda is not None and _C.cuda_archs():
 
 from . import functional, memory, nn, reference
 from .conversion import convert, restore
+from .mapping import convert_linear, map_module
 from .steps import StepFunction
 
 #: For `CMAKE_PREFIX_PATH`, so that `find_package(lomem)` finds the C++ package in this wheel.
@@ -39,7 +40,9 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "convert",
+    "convert_linear",
     "functional",
+    "map_module",
     "memory",
     "nn",
     "reference",

@@ -25,6 +25,7 @@ __all__ = [
     "ms_rms_norm",
     "pack_bits",
     "pack_bool_to_uint8",
+    "randomized_linear",
     "regelu2",
     "resilu2",
     "rms_norm",
@@ -38,6 +39,7 @@ _regelu2 = torch.ops.lomem.regelu2.default
 _resilu2 = torch.ops.lomem.resilu2.default
 _ms_layer_norm = torch.ops.lomem.ms_layer_norm.default
 _ms_rms_norm = torch.ops.lomem.ms_rms_norm.default
+_randomized_linear = torch.ops.lomem.randomized_linear.default
 _pack_bits = torch.ops.lomem.pack_bits.default
 _unpack_bits = torch.ops.lomem.unpack_bits.default
 
@@ -156,6 +158,60 @@ def ms_rms_norm(
         (8 for a float64 input). Second derivatives raise.
     """
     return _ms_rms_norm(input, normalized_shape, weight, eps, dtype=dtype)
+
+
+def randomized_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    matmul: str = "gaussian",
+    proj_dim: int | None = None,
+    proj_dim_ratio: float | None = None,
+    proj_dim_min: int | None = None,
+    proj_dim_max: int | None = None,
+) -> Tensor:
+    """Linear layer that keeps a few random combinations of the rows of its input for the backward pass.
+
+    The result is bit for bit ``F.linear(input, weight, bias)``, and the gradients of ``input`` and ``bias`` are exact.
+    The gradient of ``weight`` is an unbiased estimate: with ``X`` the input and ``dY`` the gradient of the output, as
+    matrices of ``rows`` rows, it is ``(S dY)^T (S X)``, where ``S`` is random, has ``proj_dim`` rows and
+    ``E[S^T S] = 1`` (Bershatsky et al., arXiv:2201.13195). ``S X`` and a seed are kept; ``S`` itself is drawn again,
+    piece by piece, in the backward pass. docs/linear.md has formulas, variances and when not to use it.
+
+    The seed is one number of torch's default CPU generator, drawn where ``weight`` requires a gradient and grad mode is
+    on, and nowhere else: ``torch.manual_seed`` and checkpointing reproduce the gradient. Where nothing is drawn, or
+    all rows are kept, this is ``F.linear``, and so are its gradients.
+
+    Args:
+        input: Shape ``(*, in_features)``, any strides; float64, float32, bfloat16 or float16. Under autocast it is cast
+            as by ``F.linear``, and compressed and kept in that dtype.
+        weight: Shape ``(out_features, in_features)``, the dtype of ``input``.
+        bias: Shape ``(out_features,)``, the dtype of ``input``.
+        matmul: What ``S`` is: ``"gaussian"`` or ``"rademacher"``, independent elements; ``"dct"`` or ``"dft"``, rows
+            of an orthonormal transform behind random signs; ``"crs"``, rows of the input drawn in proportion to their
+            norms; ``"wta-crs"``, the rows of the largest norms, and others drawn (Liu et al., arXiv:2305.15265).
+        proj_dim: Number of rows that are kept, at least 1. Either this or ``proj_dim_ratio`` must be given.
+        proj_dim_ratio: Share of the rows that is kept, in (0, 1]; rounded to a whole number of rows, halves up.
+        proj_dim_min: Then at least so many, but never more than there are.
+        proj_dim_max: Then at most so many.
+
+    Returns:
+        A tensor of shape ``(*, out_features)``. Saved for backward: ``proj_dim * in_features`` elements of the dtype of
+        ``input``; 8 bytes, the seed; for ``"crs"`` and ``"wta-crs"`` ``8 * proj_dim`` bytes of indices; and ``weight``,
+        if ``input`` requires a gradient. Second derivatives of ``weight``'s gradient raise; those of ``input``'s are
+        exact.
+    """
+    return _randomized_linear(
+        input,
+        weight,
+        bias,
+        matmul=matmul,
+        proj_dim=proj_dim,
+        proj_dim_ratio=proj_dim_ratio,
+        proj_dim_min=proj_dim_min,
+        proj_dim_max=proj_dim_max,
+    )
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

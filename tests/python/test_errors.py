@@ -105,8 +105,10 @@ def test_cuda_in_a_build_without_cuda():
         "pack_bits": (X.to(torch.uint8), 2),
         "unpack_bits": (X.to(torch.uint8), 2, 128),
     }
-    public = {"lomem::regelu2", "lomem::resilu2", "lomem::step_activation", "lomem::hard_activation"}
-    assert {f"lomem::{name}" for name in calls} | public == {
+    # Of torch's ops, which have kernels of their own.
+    composite = {"regelu2", "resilu2", "step_activation", "hard_activation"}
+    composite.update(name for name in ARGUMENTS if name.startswith("randomized_linear"))
+    assert {f"lomem::{name}" for name in composite.union(calls)} == {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lomem::")
     }
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -414,6 +416,29 @@ def hard_arguments(draw):
     return (draw(tensors()), function, [draw(floats) for _ in range(count if draw(st.integers(0, 9)) else 3)])
 
 
+@st.composite
+def linear_arguments(draw, kind):
+    dtype = draw(st.sampled_from(FLOAT_DTYPES))
+    x = draw(tensors(shape=draw(st.lists(st.integers(0, 5), min_size=1, max_size=3)), dtype=dtype))
+    seed = torch.tensor(draw(small)) if draw(st.integers(0, 19)) else draw(tensors())
+    matmul = {"matmul": draw(st.sampled_from(["gaussian", "rademacher", "dct", "dft", "crs", "wta-crs", "gauss"]))}
+    kept = draw(st.integers(1, 6) if draw(st.integers(0, 9)) else small)
+    if kind == "weight_grad":
+        rows = min(max(kept, 0), x.shape[:-1].numel())
+        compressed = draw(tensors(shape=[rows, draw(st.integers(0, 5))], dtype=dtype))
+        # Indices out of bounds are torch's business, which asserts on a GPU.
+        indices = torch.full((rows,), draw(st.integers(0, 2)))
+        return (x, compressed, draw(st.one_of(st.none(), st.just(indices))), seed), matmul
+    weight = draw(tensors(shape=[draw(st.integers(0, 5)), *x.shape[-1:]], dtype=dtype))
+    bias = draw(st.one_of(st.none(), tensors(shape=weight.shape[:1], dtype=dtype)))
+    if kind == "forward":
+        return (x, weight, bias, seed, kept), matmul
+    ratio = draw(st.one_of(st.none(), floats))
+    sizes = {"proj_dim": kept if ratio is None else None, "proj_dim_ratio": ratio}
+    bounds = {name: draw(st.one_of(st.none(), st.integers(0, 9))) for name in ("proj_dim_min", "proj_dim_max")}
+    return (x, weight, bias), {**matmul, **sizes, **bounds}
+
+
 boundaries = st.one_of(st.lists(floats, max_size=300), st.lists(st.floats(allow_nan=False), max_size=9).map(sorted))
 optional_floats = st.one_of(st.none(), floats)
 ARGUMENTS = {
@@ -434,6 +459,9 @@ ARGUMENTS = {
     "ms_rms_norm": norm_arguments(1, optional_floats),
     "ms_rms_norm_forward": norm_arguments(1, optional_floats),
     "ms_rms_norm_backward": norm_arguments(1, optional_floats, backward=True),
+    "randomized_linear": linear_arguments("linear"),
+    "randomized_linear_forward": linear_arguments("forward"),
+    "randomized_linear_weight_grad": linear_arguments("weight_grad"),
     "pack_bits": st.tuples(tensors(dtype=torch.uint8), widths),
     "unpack_bits": unpack_arguments(),
 }
@@ -454,13 +482,14 @@ def test_random_arguments(name, requires_grad):
     @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow], database=None)
     @given(ARGUMENTS[name])
     def run(arguments):
+        arguments, options = arguments if isinstance(arguments[-1], dict) else (arguments, {})
         arguments = [
             a.detach().requires_grad_() if requires_grad and torch.is_tensor(a) and a.is_floating_point() else a
             for a in arguments
         ]
         try:
-            result = op(*arguments)
-        except (RuntimeError, ValueError) as error:
+            result = op(*arguments, **options)
+        except (RuntimeError, ValueError, IndexError) as error:
             outcomes["raised"] += bool(str(error))
             return
         for output in result if isinstance(result, tuple) else (result,):

@@ -33,6 +33,9 @@ def samples(device):
     output, rstd = ops.ms_layer_norm_forward(x0, [6], weight0, bias0)
     rms_output, rms_rstd = ops.ms_rms_norm_forward(x0, [6], weight0)
     f32 = torch.float32
+    linear = torch.randn(5, 6, device=device)
+    seed = torch.tensor(3)
+    _, rows, picked = ops.randomized_linear_forward(x0, linear, None, seed, 2, matmul="crs")
     return {
         "regelu2": [((x,), {}), ((image,), {"approximate": "tanh"}), ((x0,), {})],
         "regelu2_forward": [((x0,), {}), ((image0,), {"approximate": "tanh"})],
@@ -71,6 +74,20 @@ def samples(device):
         "ms_rms_norm_backward": [
             ((x0, rms_output, rms_rstd, [6], weight0, f32, [True, True]), {}),
             ((x0, rms_output, rms_rstd, [6], weight0, f32, [False, True]), {}),
+        ],
+        "randomized_linear": [
+            ((x, linear.requires_grad_(), bias[:5]), {"proj_dim_ratio": 0.4}),
+            ((image0[..., :1].expand(2, 3, 4, 6), linear), {"proj_dim": 3, "matmul": "wta-crs"}),
+            ((x, linear.detach()), {"proj_dim": 1}),
+            ((x0, linear), {"proj_dim_ratio": 1.0}),
+        ],
+        "randomized_linear_forward": [
+            ((x0, linear.detach(), bias0[:5], seed, 2), {"matmul": matmul})
+            for matmul in ("gaussian", "rademacher", "dct", "dft", "crs", "wta-crs")
+        ],
+        "randomized_linear_weight_grad": [
+            ((x0, rows, None, seed), {"matmul": "dct"}),
+            ((x0, rows, picked, seed), {"matmul": "crs"}),
         ],
         "pack_bits": [((codes, 3), {}), ((codes, 8), {})],
         "unpack_bits": [((LF.pack_bits(codes, 3), 3, 35), {})],

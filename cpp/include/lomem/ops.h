@@ -42,6 +42,27 @@ LOMEM_API at::Tensor ms_rms_norm(
     const at::Tensor& input, at::IntArrayRef normalized_shape, const std::optional<at::Tensor>& weight = std::nullopt,
     std::optional<double> eps = std::nullopt, std::optional<at::ScalarType> dtype = std::nullopt);
 
+/// How randomized_linear compresses the rows of its input. One of `proj_dim` and `proj_dim_ratio` must be given.
+struct RandomizedLinearArgs {
+  /// "gaussian", "rademacher", "dct", "dft", "crs" or "wta-crs".
+  std::string_view matmul = "gaussian";
+  /// How many rows are kept, at least 1.
+  std::optional<int64_t> proj_dim = std::nullopt;
+  /// Or the share of all rows, in (0, 1].
+  std::optional<double> proj_dim_ratio = std::nullopt;
+  /// Then at least and at most so many. (And never more than there are.)
+  std::optional<int64_t> proj_dim_min = std::nullopt;
+  std::optional<int64_t> proj_dim_max = std::nullopt;
+};
+
+/// at::linear(input, weight, bias), bit for bit, whose weight gradient is an unbiased estimate from proj_dim random
+/// combinations of the rows of `input`, in place of which they are kept (arXiv:2201.13195; "wta-crs":
+/// arXiv:2305.15265). The gradients of input and bias are exact. The seed is drawn from torch's default CPU generator,
+/// one number where `weight` requires a gradient and none elsewhere.
+LOMEM_API at::Tensor randomized_linear(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const RandomizedLinearArgs& args);
+
 /// 1-D uint8 tensor of ceil(bits * numel / 8) bytes from a uint8 tensor of codes below 2^bits, in
 /// the layout of core/packing.h. bits = 1..8.
 LOMEM_API at::Tensor pack_bits(const at::Tensor& codes, int64_t bits);

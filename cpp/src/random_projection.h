@@ -1,0 +1,32 @@
+// Random matrices S of proj_dim rows with E[S^T S] = I, applied to rows: what the weight gradient of randomized_linear
+// is estimated from. In ATen ops, for every device. Everything is a function of the arguments and of `seed`, which
+// seeds a generator of its own: on the CPU, of the same numbers whatever the number of threads.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+#include <tuple>
+
+namespace lomem::detail {
+
+/// How the rows are compressed: docs/linear.md has the formulas.
+enum class RandomMatmul { gaussian, rademacher, dct, dft, crs, wta_crs };
+
+/// Raises for a name that is none.
+RandomMatmul parse_matmul(const char* op, std::string_view name);
+
+/// Whether rows are picked (by their norms, which S then depends on) instead of mixed.
+inline bool picks_rows(RandomMatmul matmul) {
+  return matmul == RandomMatmul::crs || matmul == RandomMatmul::wta_crs;
+}
+
+/// S rows, of shape (proj_dim, cols) and the dtype of `rows`, (rows, cols). Not for what picks rows.
+/// Precondition: 1 <= proj_dim <= rows.
+at::Tensor project_rows(RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, int64_t seed);
+
+/// S rows for what picks rows, and which ones: int64, proj_dim of them. Same precondition.
+std::tuple<at::Tensor, at::Tensor> pick_rows(
+    RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, int64_t seed);
+
+}  // namespace lomem::detail
