@@ -29,8 +29,19 @@ if _torch.version.cuda is not None and _C.cuda_archs():
 
 from . import functional, memory, nn, reference
 from .conversion import convert, restore
+from .steps import StepFunction
 
 #: For `CMAKE_PREFIX_PATH`, so that `find_package(lomem)` finds the C++ package in this wheel.
 cmake_prefix_path = str(_Path(_C.__file__).resolve().parent)
 
-__all__ = ["__version__", "cmake_prefix_path", "convert", "functional", "memory", "nn", "reference", "restore"]
+__all__ = [
+    "StepFunction",
+    "__version__",
+    "cmake_prefix_path",
+    "convert",
+    "functional",
+    "memory",
+    "nn",
+    "reference",
+    "restore",
+]
