@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,30 +80,23 @@ def parts(name, criterion, step):
         h, slope = value_and_slope(name, x)
         if criterion == "derivative":
             return slope - step.derivative(x)
-        # h~ is 0 at -infinity, or what h is there.
-        return h - step.primitive(x) - OFFSET.get(name, lambda c: 0.0)(step.boundaries[0])
+        return h - step.primitive(x) - OFFSET.get(name, 0.0)
 
     return error
 
 
-OFFSET = {name: (lambda c, value=value: value) for name, value in
-          {"sigmoid": 0.0, "softsign": -1.0, "elu": -1.0, "exp": -1.0, "celu": -1.0, "tanh": -1.0}.items()}  # fmt: skip
+# h at -infinity, where h~ is 0.
+OFFSET = {"softsign": -1.0, "elu": -1.0, "exp": -1.0}
 
 
 def measured(name, criterion, step, low=-60.0, high=60.0, density=None):
-    """The L2 norm of the error by the trapezoidal rule between the boundaries, 2001 points a piece."""
-    error = parts(name, criterion, step)
+    """The L2 norm of the error by Simpson's rule, 2001 points between boundaries and kinks."""
     kinks = {"hardswish": (-3.0, 0.0, 3.0)}.get(name, (0.0,))
-    inner = [c for c in (*step.boundaries, *kinks, -8.0, 8.0, -20.0, 20.0) if low < c < high]
-    edges = np.unique([low, *inner, high])
-    # Away from the edges by a hair: there h' and the step function jump.
-    x = np.concatenate(
-        [
-            np.linspace(a, b, 2001) + (b - a) * 1e-9 * np.sign(a + b - 2 * np.linspace(a, b, 2001))
-            for a, b in itertools.pairwise(edges)
-        ]
-    ).reshape(len(edges) - 1, -1)
-    e2 = error(x.ravel()).reshape(x.shape) ** 2
+    edges = np.unique(np.clip([low, *step.boundaries, *kinks, -20.0, -8.0, 8.0, 20.0, high], low, high))
+    # Short of the edges by a hair, for h' and the step function jump there.
+    share = np.linspace(1e-9, 1 - 1e-9, 2001)
+    x = edges[:-1, None] + np.diff(edges)[:, None] * share
+    e2 = parts(name, criterion, step)(x.ravel()).reshape(x.shape) ** 2
     return math.sqrt(np.sum(integrate.simpson(e2 * (1.0 if density is None else density(x)), x=x, axis=1)))
 
 
@@ -229,7 +223,7 @@ def test_a_saddle_is_not_certified():
 @pytest.mark.parametrize("name", ["gelu", "mish", "sigmoid", "hardswish"])
 def test_no_better_from_random_starts(name, criterion):
     """The same problem, stated plainly on a fine grid, and a general optimiser from random starts."""
-    x = np.linspace(-12, 12, 12001)
+    x = np.linspace(-12, 12, 4801)
     h, slope = value_and_slope(name, x)
     ends = {"sigmoid": (0.0, 0.0)}.get(name, (0.0, 1.0))
     right = np.ones_like(x) if name == "sigmoid" else x
@@ -242,7 +236,7 @@ def test_no_better_from_random_starts(name, criterion):
             count = np.maximum(np.bincount(code, minlength=4), 1)
             levels = np.bincount(code, slope, minlength=4) / count
             levels[[0, 3]] = ends
-            return np.sum((slope - levels[code]) ** 2) * 2e-3
+            return np.sum((slope - levels[code]) ** 2) * 5e-3
         if np.min(np.diff(c)) < 1e-3:
             return 1e3
         # The middle value is free: linear least squares.
@@ -250,16 +244,15 @@ def test_no_better_from_random_starts(name, criterion):
         base, hat = np.interp(x, c, values), np.interp(x, c, [0.0, 1.0, 0.0])
         base = np.where(x > c[2], right, base)
         e = h - base
-        return np.sum((e - hat * (hat @ e) / (hat @ hat)) ** 2) * 2e-3
+        return np.sum((e - hat * (hat @ e) / (hat @ hat)) ** 2) * 5e-3
 
     found = [
-        optimize.minimize(error, rng.normal(0, spread, 3), method="Nelder-Mead", options={"maxiter": 300}).fun
+        optimize.minimize(error, rng.normal(0, spread, 3), method="Nelder-Mead", options={"maxiter": 200}).fun
         for spread in (0.5, 3.0)
-        for _ in range(12)
+        for _ in range(6)
     ]
-    # The grid's own error of the integral is of its square, or its size where h' jumps.
-    assert fit(name, 2, criterion=criterion).error <= math.sqrt(min(found)) * (1 + 1e-3)
-    assert fit(name, 2, criterion=criterion).error >= math.sqrt(min(found)) * (1 - 1e-2)
+    # The sum is off by the grid's distance of 5e-3 where h' jumps, and the optimiser stops early.
+    assert 1 - 1e-2 < fit(name, 2, criterion=criterion).error / math.sqrt(min(found)) < 1 + 5e-3
 
 
 def test_deterministic():
@@ -361,14 +354,14 @@ def test_primitive_under_a_gaussian():
 
 
 def test_a_histogram_is_between_a_sample_and_its_density():
-    x = np.random.default_rng(0).normal(0, 1.5, 50_000)
+    x = np.random.default_rng(0).normal(0, 1.5, 20_000)
     heights, edges = np.histogram(x, 300)
     for criterion in CRITERIA:
         sample = fit("gelu", 3, criterion=criterion, density=x)
         histogram = fit("gelu", 3, criterion=criterion, density=(edges, heights))
         gaussian = fit("gelu", 3, criterion=criterion, density=(0.0, 1.5))
         assert histogram.certificate.optimal
-        # 50,000 values: a percent of noise.
+        # 20,000 values: a percent of noise.
         assert histogram.error == pytest.approx(sample.error, rel=0.01)
         assert histogram.error == pytest.approx(gaussian.error, rel=0.02)
         assert sample.check()
@@ -486,6 +479,13 @@ def test_step_function():
 def test_bad_step_functions(boundaries, levels, sentence):
     with pytest.raises(ValueError, match=f"^lomem.StepFunction: {sentence}$"):
         StepFunction(boundaries, levels)
+
+
+def test_without_scipy():
+    code = "import sys; sys.modules['scipy'] = None; import lomem; print(lomem.StepFunction.__name__); import lomem.fit"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "StepFunction\n"
+    assert done.stderr.splitlines()[-1] == "ImportError: lomem.fit needs the package scipy: pip install 'lomem[fit]'"
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------

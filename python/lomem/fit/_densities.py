@@ -16,7 +16,7 @@ __all__ = ["Domain", "array", "below", "fail", "measure_of"]
 Domain = tuple[float, float]
 
 #: More values of a sample are gathered in about as many groups.
-GROUPS = 8192
+GROUPS = 4096
 
 
 def fail(sentence: str) -> ValueError:

@@ -167,7 +167,7 @@ def fit(
         bits: Of a code, 1 to 8.
         criterion: ``"primitive"`` or ``"derivative"``.
         density: Where errors count: ``"uniform"``; ``"gaussian"``, the standard normal one; a tuple (mean, standard
-            deviation) of a Gaussian; a sample, as a tensor, an array or a list (of more than 8192 different values,
+            deviation) of a Gaussian; a sample, as a tensor, an array or a list (of more than 4096 different values,
             near ones are gathered in groups); or a tuple of points and weights, or of edges of bins and weights.
         domain: From where to where errors count; None for the line.
 

@@ -522,7 +522,7 @@ def _polished(problem: Problem, boundaries: Array) -> Array:
 def _shaken(problem: Problem, best: Solution) -> Solution:
     """The best of minima nearby: the error of points has one wherever a boundary passes some of them."""
     rng = np.random.default_rng(0)
-    for _ in range(100):
+    for _ in range(30):
         c = best.state.boundaries
         gap = np.min(np.diff(c)) if len(c) > 1 else 1.0
         start = np.sort(c + gap * 10 ** rng.uniform(-3, 0) * rng.uniform(-0.5, 0.5, len(c)))
