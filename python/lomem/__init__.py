@@ -32,6 +32,16 @@ from .conversion import convert, restore
 from .mapping import convert_linear, map_module
 from .steps import StepFunction
 
+
+def __getattr__(name: str) -> object:
+    # What needs NumPy and SciPy is imported where it is used.
+    if name == "fit":
+        import importlib
+
+        return importlib.import_module(".fit", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 #: For `CMAKE_PREFIX_PATH`, so that `find_package(lomem)` finds the C++ package in this wheel.
 cmake_prefix_path = str(_Path(_C.__file__).resolve().parent)
 

@@ -139,10 +139,13 @@ def mish(
     return input.copy_(output) if inplace else output
 
 
-def sigmoid(input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None) -> Tensor:
-    """``torch.sigmoid`` whose backward pass keeps ``bits`` bits an element, not the output. Arguments: as of :func:`gelu`.
+def sigmoid(
+    input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
+) -> Tensor:
+    """``torch.sigmoid`` whose backward pass keeps ``bits`` bits an element, not the output.
 
-    torch keeps the output, which costs nothing more where the next operation keeps it too.
+    Arguments: as of :func:`gelu`. torch keeps the output, which costs nothing more where the next operation keeps it
+    too.
     """
     return _few_bit("sigmoid", input, (), bits, criterion, steps)
 
@@ -374,8 +377,8 @@ def step_activation(
         input: Any shape and strides; float64, float32, bfloat16 or float16.
         fn: A function of one tensor that works element by element: its result has the shape and the dtype of its
             argument. It is called without a gradient.
-        boundaries: Ascending; ``2**bits - 1`` of them, ``bits`` from 1 to 8. float64 inputs are compared with them as given, others with their float32
-            roundings. :mod:`lomem.fit` finds the best ones for a function.
+        boundaries: Ascending; ``2**bits - 1`` of them, ``bits`` from 1 to 8. float64 inputs are compared with them as
+            given, others with their float32 roundings. :mod:`lomem.fit` finds the best ones for a function.
         levels: ``2**bits``.
 
     Returns:

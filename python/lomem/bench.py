@@ -61,7 +61,9 @@ class Plan(NamedTuple):
 
     def command(self) -> str:
         """The command line that measures just this."""
-        activations, norms = ([case for case in self.cases if case in family] for family in ((*ACTIVATIONS, *FEW_BIT), NORMS))
+        activations, norms = (
+            [case for case in self.cases if case in family] for family in ((*ACTIVATIONS, *FEW_BIT), NORMS)
+        )
         options = {
             "device": str(self.device),
             "threads": ",".join(map(str, self.threads)) if self.device.type == "cpu" else "",

@@ -326,7 +326,10 @@ def test_defaults_and_names():
         ("--seconds nan", "argument --seconds: got nan, expected a number greater than 0"),
         ("--device tpu", "argument --device: got tpu, expected cpu or cuda"),
         ("--device meta", "--device is meta, expected cpu or cuda"),
-        ("--only relu", "--only is relu, expected some of activations, few-bit, norms, gelu, gelu-tanh, silu, gelu-3bit, "),
+        (
+            "--only relu",
+            "--only is relu, expected some of activations, few-bit, norms, gelu, gelu-tanh, silu, gelu-3bit, ",
+        ),
         ("--from nothing.json", "--from is nothing.json, expected a file that exists"),
         ("--from some.json --threads 2", "--from measures nothing, and takes no --threads"),
         ("--from some.json --json other.json", "--from measures nothing, and takes no --json"),

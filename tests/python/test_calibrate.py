@@ -204,9 +204,21 @@ def test_steps_of_a_function_of_the_users():
 @pytest.mark.parametrize(
     ("model", "data", "options", "error", "sentence"),
     [
-        (nn.Linear(6, 3), [torch.ones(2, 6)], {}, ValueError, "lomem.fit.calibrate: model, a Linear, has no activation"),
+        (
+            nn.Linear(6, 3),
+            [torch.ones(2, 6)],
+            {},
+            ValueError,
+            "lomem.fit.calibrate: model, a Linear, has no activation",
+        ),
         (Net(), [], {}, ValueError, "lomem.fit.calibrate: batches is empty, expected at least one batch"),
-        (Net(), torch.ones(2, 6), {}, TypeError, "lomem.fit.calibrate: batches is of type Tensor, expected an iterable"),
+        (
+            Net(),
+            torch.ones(2, 6),
+            {},
+            TypeError,
+            "lomem.fit.calibrate: batches is of type Tensor, expected an iterable",
+        ),
         (Net(), [3], {}, TypeError, "lomem.fit.calibrate: batch is of type int, expected a dict"),
         (Net(), [torch.ones(2, 6)], {"bits": 9}, ValueError, "lomem.fit.calibrate: bits is 9, expected 1 to 8"),
         ("net", [torch.ones(2, 6)], {}, TypeError, "lomem.fit.calibrate: model is of type str"),
@@ -222,7 +234,9 @@ def test_too_few_inputs_change_nothing():
     model = nn.Sequential(lomem.nn.GELU(bits=2), nn.Linear(4, 4), lomem.nn.GELU(bits=3))
     with torch.no_grad():
         model[1].weight.zero_()
-    with pytest.raises(ValueError, match=r"^lomem.fit.calibrate: layer '2' saw 4 different inputs, expected at least 8"):
+    with pytest.raises(
+        ValueError, match=r"^lomem.fit.calibrate: layer '2' saw 4 different inputs, expected at least 8"
+    ):
         lomem.fit.calibrate(model, [torch.randn(50, 4)])
     assert model[0].steps is None
     assert model[2].steps is None

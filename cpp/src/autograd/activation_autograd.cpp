@@ -37,8 +37,8 @@ struct FamilyActivation : torch::autograd::Function<FamilyActivation>, FromLevel
       std::string_view criterion, const OptionalDoubles& boundaries, const OptionalDoubles& levels,
       const StepFunction& steps) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    // The step function is spelled out: compilers keep what they trace, and a later version of the library, whose tables
-    // may differ, must not meet the levels of this one with boundaries of its own.
+    // The step function is spelled out: compilers keep what they trace, and a later version of the library, whose
+    // tables may differ, must not meet the levels of this one with boundaries of its own.
     auto [output, codes] = step_activation_forward(
         input, function, parameters, bits, criterion, boundaries.value_or(steps.boundaries),
         levels.value_or(steps.levels));

@@ -103,8 +103,8 @@ class Calibration(Report):
         missing = [name for name in self.layers if name not in layers]
         if missing:
             raise ValueError(
-                f"lomem.fit.Calibration.apply: model has no activation of lomem.nn called {missing[0]!r}, expected those "
-                "of the model that was calibrated"
+                f"lomem.fit.Calibration.apply: model has no activation of lomem.nn called {missing[0]!r}, expected "
+                "those of the model that was calibrated"
             )
         for name, calibrated in self.layers.items():
             _set(layers[name], calibrated.steps)
@@ -127,9 +127,9 @@ def calibrate(
 ) -> Calibration:
     """Gives each activation layer the step function that is best for the inputs that it sees.
 
-    Runs the model, collects a histogram of what each layer of :mod:`lomem.nn` with a step function is given, and sets its
-    ``steps`` to those that minimise the expected squared error of its gradient under that histogram (the criterion of
-    Novikov et al., arXiv:2202.00441, with the layer's own density). The forward pass does not change.
+    Runs the model, collects a histogram of what each layer of :mod:`lomem.nn` with a step function is given, and sets
+    its ``steps`` to those that minimise the expected squared error of its gradient under that histogram (the criterion
+    of Novikov et al., arXiv:2202.00441, with the layer's own density). The forward pass does not change.
 
     Example:
         >>> model.act = lomem.nn.GELU(bits=3)
@@ -148,8 +148,8 @@ def calibrate(
         :meth:`Calibration.apply` sets them again.
 
     Raises:
-        ValueError: No such layer, no batch, or a layer that saw fewer than ``2**bits`` different inputs. Then no layer is
-            changed.
+        ValueError: No such layer, no batch, or a layer that saw fewer than ``2**bits`` different inputs. Then no layer
+            is changed.
     """
     function = "lomem.fit.calibrate"
     if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8):

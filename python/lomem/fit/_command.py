@@ -12,7 +12,7 @@ from . import fit, report
 from ._fit import CRITERIA
 
 
-def _criteria(text: str | None) -> list[str]:
+def _criteria(text: str | None) -> list[Any]:
     names = CRITERIA if text is None else tuple(text.split(","))
     for name in names:
         if name not in CRITERIA:
@@ -34,7 +34,7 @@ def main(arguments: argparse.Namespace) -> int:
     found: dict[str, Any] = {}
     for criterion in criteria:
         for bits in arguments.bits:
-            result = fit(arguments.function, bits, criterion=criterion, density=arguments.density)  # type: ignore[arg-type]
+            result = fit(arguments.function, bits, criterion=criterion, density=arguments.density)
             found[f"{criterion}, {bits}"] = result
             print(f"{arguments.function}, {bits} bits, {criterion}: error {result.error:.6g}")
             if bits <= arguments.digits_up_to:
@@ -48,9 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         fidelity.plot(arguments.plot)
     if arguments.json is not None:
-        fits = {
-            name: {"error": r.error, "boundaries": r.boundaries, "levels": r.levels} for name, r in found.items()
-        }
+        fits = {name: {"error": r.error, "boundaries": r.boundaries, "levels": r.levels} for name, r in found.items()}
         contents = {"function": arguments.function, "density": arguments.density, "fits": fits, **fidelity.to_dict()}
         Path(arguments.json).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -27,8 +27,8 @@ def activation_layers(function: str, model: Any) -> dict[str, Layer]:
     }
     if not layers:
         raise ValueError(
-            f"{function}: model, a {type(model).__name__}, has no activation of lomem.nn with a step function, expected "
-            "at least one (lomem.map_module puts them into a model)"
+            f"{function}: model, a {type(model).__name__}, has no activation of lomem.nn with a step function, "
+            "expected at least one (lomem.map_module puts them into a model)"
         )
     return layers
 
@@ -59,8 +59,8 @@ def watch(
 
 @contextlib.contextmanager
 def _hooked(layers: dict[str, Layer], with_gradient: bool, seen: Seen) -> Iterator[None]:
-    def hook(name: str) -> Callable[..., None]:
-        # (Two hooks: an in-place layer overwrites its input.)
+    def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        # (Two: an in-place layer overwrites its input.)
         inputs: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -74,12 +74,12 @@ def _hooked(layers: dict[str, Layer], with_gradient: bool, seen: Seen) -> Iterat
             elif output.requires_grad:
                 output.register_hook(lambda grad: seen(name, x, grad.detach()))
 
-        return before, after  # type: ignore[return-value]
+        return before, after
 
     handles = []
     try:
         for name, layer in layers.items():
-            before, after = hook(name)  # type: ignore[misc]
+            before, after = hooks(name)
             handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(layer.register_forward_hook(after, with_kwargs=True))
         yield

@@ -76,7 +76,7 @@ class FidelityReport(Report):
     Attributes:
         subject: The function or the model.
         under: What the means are over.
-        rows: By what is compared: bits and criterion of a function, layers of a model. In that of a model the last one is
+        rows: By what is compared: step functions of a function, layers of a model. In that of a model the last one is
             ``"all parameters"``, the gradient that an optimizer gets.
     """
 
@@ -166,18 +166,19 @@ def report(
         >>> print(lomem.fit.report(model, batches, loss=lambda output: output.loss))
 
     Args:
-        target: The name of a function or a callable, as of :func:`fit`, of which the best step functions on the line are
-            taken, of both criteria and 1 to 4, 6 and 8 bits; or a model with activations of :mod:`lomem.nn`, which is run.
+        target: The name of a function or a callable, as of :func:`fit`, of which the best step functions on the line
+            are taken, of both criteria and 1 to 4, 6 and 8 bits; or a model with activations of :mod:`lomem.nn`, which
+            is run.
         batches: Of a model, an iterable; see :func:`calibrate`.
         steps: Of a function: others to compare in place of those, by names.
         density: Of a function: what the means are over, as of :func:`fit`; by default the standard normal one.
         loss: Of a model: makes a scalar of its output. Required.
 
     Returns:
-        Of a function: a row for each step function; the gradient that multiplies the derivative is 1. Of a
-        model: a row for each layer, of ``grad_output * level`` against ``grad_output * derivative``, with the gradient
-        that comes to the layer; and ``"all parameters"``, the gradient of all parameters against that of the exact
-        activations, with the same random numbers.
+        Of a function: a row for each step function; the gradient that multiplies the derivative is 1. Of a model: a row
+        for each layer, of ``grad_output * level`` against ``grad_output * derivative``, with the gradient that comes to
+        the layer; and ``"all parameters"``, the gradient of all parameters against that of the exact activations, with
+        the same random numbers.
 
     Raises:
         TypeError, ValueError: If an argument is not as described.
