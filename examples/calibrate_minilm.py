@@ -6,7 +6,7 @@
 
 For each seed: fine-tunes the plain model, and models of 1 and 2 bits, shipped and calibrated, on the same batches; then
 compares the gradients of step functions with the exact ones in the plain model, on reviews that were not trained on.
-Takes about 15 minutes on two cores. Licences: see finetune_minilm.py.
+Takes about 15 minutes on two idle cores. Licences: see finetune_minilm.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from finetuning import Result, Run, facts, train, with_error
 from torch import Tensor, nn
 
 #: Batches of which the histograms are made, and others on which gradients are compared.
-SEEN = COMPARED = 8
+SEEN = COMPARED = 4
 
 BITS = (1, 2, 3, 4)
 SHIPPED = ("primitive", "derivative")
