@@ -161,7 +161,8 @@ def test_the_command_of_the_table(tmp_path):
     committed = json.loads((ROOT / "benchmarks/results/fewbit-roberta.json").read_text())
     assert list(committed["estimates"]) == list(estimates)
     # To the byte. A layer's exact linears keep the inputs of q, k and v (once), of the first and of the second of the
-    # MLP; that of the attention's last is kept by the attention. Randomized ones keep 20 % of six inputs, and a seed each.
+    # MLP; that of the attention's last is kept by the attention. Randomized ones keep 20 % of six inputs, and a seed
+    # each.
     fused = committed["estimates"]["sdpa"]
     rows, kept = 128 * 128, round(128 * 128 * 0.2)
     exact, randomized = rows * (768 + 768 + 3072) * 4, kept * (5 * 768 + 3072) * 4 + 6 * 8
