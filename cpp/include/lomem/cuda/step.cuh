@@ -296,12 +296,16 @@ struct StepEncode {
         x[u] = load_vector<elements>(input + Grid::unit(block, thread, u) * elements);
       }
       for (int u = 0; u < units_per_thread; ++u) {
-        std::uint8_t values[elements];
+        std::uint64_t word = 0;
+        // (Unrolled for certain: else elements would be indexed, and lie in memory.)
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
         for (int j = 0; j < elements; ++j) {
-          values[j] = coder.code(x[u][j], shared);
+          const std::uint8_t code = coder.code(x[u][j], shared);
+          word |= pack_word<Coder::bits>(&code, 1) << (Coder::bits * j);
         }
-        store_bytes<code_bytes>(
-            codes + Grid::unit(block, thread, u) * code_bytes, pack_word<Coder::bits>(values, elements));
+        store_bytes<code_bytes>(codes + Grid::unit(block, thread, u) * code_bytes, word);
       }
     } else {
       for (int u = 0; u < units_per_thread; ++u) {
@@ -317,11 +321,16 @@ struct StepEncode {
       return;
     }
     const int count = static_cast<int>(n - begin < elements ? n - begin : elements);
-    std::uint8_t values[elements];
-    for (int j = 0; j < elements; ++j) {
-      values[j] = j < count ? coder.code(input[begin + j], shared) : std::uint8_t{0};
+    // (No array: it would be indexed by what is known at run time, and lie in memory.)
+    std::uint64_t word = 0;
+    for (int j = 0; j < count; ++j) {
+      const std::uint8_t code = coder.code(input[begin + j], shared);
+      word |= pack_word<Coder::bits>(&code, 1) << (Coder::bits * j);
     }
-    pack_group<Coder::bits>(values, count, codes + unit * code_bytes);
+    const int bytes = packed_bytes(count, Coder::bits);
+    for (int b = 0; b < bytes; ++b) {
+      codes[unit * code_bytes + b] = static_cast<std::uint8_t>(word >> (8 * b));
+    }
   }
 };
 
