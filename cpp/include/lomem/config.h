@@ -17,3 +17,10 @@
 #else
 #define LOMEM_HOST_DEVICE
 #endif
+
+/// Before a loop of device code whose body indexes arrays: unrolled for certain, else these lie in memory.
+#if defined(__CUDACC__)
+#define LOMEM_UNROLL _Pragma("unroll")
+#else
+#define LOMEM_UNROLL
+#endif

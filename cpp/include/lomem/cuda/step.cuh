@@ -292,15 +292,14 @@ struct StepEncode {
   LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared& shared) const {
     if (aligned && Grid::is_full(block, n)) {
       Vector<T, elements> x[units_per_thread];
+      LOMEM_UNROLL
       for (int u = 0; u < units_per_thread; ++u) {
         x[u] = load_vector<elements>(input + Grid::unit(block, thread, u) * elements);
       }
+      LOMEM_UNROLL
       for (int u = 0; u < units_per_thread; ++u) {
         std::uint64_t word = 0;
-        // (Unrolled for certain: else elements would be indexed, and lie in memory.)
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
+        LOMEM_UNROLL
         for (int j = 0; j < elements; ++j) {
           const std::uint8_t code = coder.code(x[u][j], shared);
           word |= pack_word<Coder::bits>(&code, 1) << (Coder::bits * j);
