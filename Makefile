@@ -73,8 +73,8 @@ ctest: $(VENV)/.tools gtest build/oldest-cmake/.done
 	cmake --build --preset release
 	ctest --preset release -j $(JOBS)
 
-OP_TESTS := $(addprefix tests/python/test_,cpu_kernels.py norms.py packing.py randomized_linear.py saved_bytes.py step_activations.py \
-  step_backward.py transforms.py)
+OP_TESTS := $(addprefix tests/python/test_,activations.py cpu_kernels.py norms.py packing.py randomized_linear.py \
+  saved_bytes.py step_activations.py step_backward.py transforms.py)
 
 pytest: install
 	$(BIN)/python -m pytest -q -n $(JOBS)
