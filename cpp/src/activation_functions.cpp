@@ -40,6 +40,9 @@ struct UserActivation : torch::autograd::Function<UserActivation> {
     ctx->saved_data["levels"] = levels;
     ctx->saved_data["bits"] = bits;
     at::Tensor output = function(input.detach());
+    TORCH_CHECK_VALUE(
+        output.sym_sizes() == input.sym_sizes(), "lomem::step_activation: function returns shape ", output.sym_sizes(),
+        ", expected that of its argument, ", input.sym_sizes());
     // (What shares memory with the input would be taken for it.)
     return output.is_alias_of(input) ? output.clone() : output;
   }

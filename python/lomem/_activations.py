@@ -375,8 +375,8 @@ def step_activation(
 
     Args:
         input: Any shape and strides; float64, float32, bfloat16 or float16.
-        fn: A function of one tensor that works element by element: its result has the shape and the dtype of its
-            argument. It is called without a gradient.
+        fn: A function of one tensor that works element by element: its result has the shape of its argument. It is
+            called without a gradient, and parameters of its own get none.
         boundaries: Ascending; ``2**bits - 1`` of them, ``bits`` from 1 to 8. float64 inputs are compared with them as
             given, others with their float32 roundings. :mod:`lomem.fit` finds the best ones for a function.
         levels: ``2**bits``.
@@ -388,9 +388,9 @@ def step_activation(
     if not (torch.is_grad_enabled() and input.requires_grad):
         return fn(input)
     output = _WithSteps.apply(input, fn, steps)
-    if output.shape != input.shape or output.dtype != input.dtype:
+    if output.shape != input.shape:
         raise ValueError(
-            f"lomem.functional.step_activation: fn returns shape {tuple(output.shape)} and {output.dtype}, expected "
-            f"those of its argument, {tuple(input.shape)} and {input.dtype}"
+            f"lomem.functional.step_activation: fn returns shape {tuple(output.shape)}, expected that of its argument, "
+            f"{tuple(input.shape)}"
         )
     return output

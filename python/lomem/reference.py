@@ -6,13 +6,14 @@ The oracle of the tests, and a fallback for devices without kernels. Same argume
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .steps import StepFunction
 
 __all__ = [
     "REGELU2",
@@ -30,33 +31,16 @@ __all__ = [
 ]
 
 
-class StepFunction(NamedTuple):
+def _of_slopes(boundaries: tuple[float, ...], slopes: tuple[float, ...]) -> StepFunction:
     """The derivative of ``sum_i slopes[i] * relu(x - boundaries[i])``."""
-
-    boundaries: tuple[float, ...]
-    slopes: tuple[float, ...]
-
-    @property
-    def levels(self) -> list[float]:
-        """Value on each step: running sums of the slopes, from 0."""
-        return [sum(self.slopes[:i]) for i in range(len(self.slopes) + 1)]
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-        return math.ceil(math.log2(len(self.slopes) + 1))
-
-    def primitive(self, x: Tensor) -> Tensor:
-        """The sum of ReLUs itself."""
-        terms = [a * F.relu(x - c) for a, c in zip(self.slopes, self.boundaries, strict=True)]
-        return torch.stack(terms).sum(0)
+    return StepFunction(boundaries, tuple(itertools.accumulate(slopes, initial=0.0)))
 
 
-REGELU2 = StepFunction(
+REGELU2 = _of_slopes(
     boundaries=(-3.1858810036855245, -0.001178821281161997, 3.190832613414926),
     slopes=(-0.04922261145617846, 1.0979632065417297, -0.048740595085551286),
 )
-RESILU2 = StepFunction(
+RESILU2 = _of_slopes(
     boundaries=(-6.3050461001646445, -0.0008684942046214787, 6.325815242089708),
     slopes=(-0.04060357190528599, 1.080925428529668, 1 - (-0.04060357190528599 + 1.080925428529668)),
 )
@@ -81,7 +65,7 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     return (groups << torch.arange(bits, device=packed.device)).sum(1).to(torch.uint8)
 
 
-def step_codes(input: Tensor, step: Any) -> Tensor:
+def step_codes(input: Tensor, step: StepFunction) -> Tensor:
     """Number of boundaries below each element, uint8, of the input's shape. NaN has code 0."""
     x = input.to(_compute_dtype(input.dtype))
     codes = torch.zeros(input.shape, dtype=torch.uint8, device=input.device)
@@ -115,8 +99,8 @@ class _StepActivation(torch.autograd.Function):
         return step_activation_backward(grad_output, codes, ctx.step.levels, ctx.step.bits), None, None
 
 
-def step_activation(input: Tensor, fn: Callable[[Tensor], Tensor], step: Any) -> Tensor:
-    """``fn(input)`` with the derivative of ``step``, which has ``boundaries``, ``levels`` and ``bits``."""
+def step_activation(input: Tensor, fn: Callable[[Tensor], Tensor], step: StepFunction) -> Tensor:
+    """``fn(input)`` with the derivative of ``step``."""
     return _StepActivation.apply(input, fn(input.detach()), step)
 
 

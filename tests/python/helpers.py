@@ -31,7 +31,7 @@ class Activation(NamedTuple):
 
     op: Callable
     torch_op: Callable  # what its forward is
-    step: reference.StepFunction
+    step: lomem.StepFunction
     forward: Callable  # the op that also makes codes
     module: Callable
     reference: Callable

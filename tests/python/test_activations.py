@@ -265,9 +265,7 @@ def test_step_activation_of_functions_that_return_their_input(fn, device):
 
 def test_step_activation_that_changes_the_shape():
     x = torch.randn(4, requires_grad=True)
-    with pytest.raises(
-        ValueError, match=r"^lomem.functional.step_activation: fn returns shape \(2,\) and torch.float32"
-    ):
+    with pytest.raises(ValueError, match=r"^lomem.functional.step_activation: fn returns shape \(2,\), expected that"):
         LF.step_activation(x, lambda t: t[:2], (0.0,), (0.0, 1.0))
 
 

@@ -26,28 +26,6 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-class _StepOf(torch.autograd.Function):
-    """The derivative of a step function behind a forward that torch has no single op for."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, forward: Any, form: ActivationForm) -> Tensor:
-        # Row-major, the order in which step_activation_backward reads codes.
-        x = input.contiguous()
-        if form.kind == "gelu":
-            _, codes = _lomem.regelu2_forward(x, fast=True)
-        else:
-            # The derivative of silu(s x) / s is silu'(s x).
-            _, codes = _lomem.resilu2_forward(x if form.scale == 1 else x * form.scale, fast=True)
-        ctx.levels = (REGELU2 if form.kind == "gelu" else RESILU2).levels
-        ctx.save_for_backward(codes)
-        return forward(input)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        (codes,) = ctx.saved_tensors
-        return _lomem.step_activation_backward(grad_output, codes, ctx.levels, 2), None, None
-
-
 class StepActivation(Converted):
     """An activation whose backward pass keeps 2 bits an element; its forward is the original one, bit for bit."""
 
@@ -63,7 +41,11 @@ class StepActivation(Converted):
             return super().forward(*args, **kwargs)
         x = values[0]
         if not form.torch_op:
-            return _StepOf.apply(x, super().forward, form)
+            # No single op of torch's. (The derivative of silu(s x) / s is silu'(s x).)
+            steps = REGELU2 if form.kind == "gelu" else RESILU2
+            order = 1 if form.scale > 0 else -1
+            boundaries = [c / form.scale for c in steps.boundaries][::order]
+            return LF.step_activation(x, super().forward, boundaries, steps.levels[::order])
         result = LF.regelu2(x, form.approximate) if form.kind == "gelu" else LF.resilu2(x)
         return x.copy_(result) if form.inplace else result
 

@@ -137,6 +137,8 @@ TEST(Activations, RefuseBadArguments) {
   const auto sine = [](const Tensor& t) { return t.sin(); };
   EXPECT_THROW(lomem::step_activation(x, sine, {{1, 0}, {0, 1, 2}}), c10::ValueError);
   EXPECT_THROW(lomem::step_activation(x, sine, {{}, {}}), c10::ValueError);
+  const auto sum = [](const Tensor& t) { return t.sum(); };
+  EXPECT_THROW(lomem::step_activation(x, sum, {{0}, {0, 1}}), c10::ValueError);
 }
 
 TEST(ActivationModules, WorkInSequential) {
