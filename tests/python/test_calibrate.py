@@ -363,9 +363,9 @@ def test_command(capsys, tmp_path):
     printed = capsys.readouterr().out
     error = lomem.fit.fit("gelu", 2, criterion="primitive").error
     assert f"gelu, 2 bits, primitive: error {error:.6g}" in printed
-    assert "primitive, 3" in printed
+    assert "primitive, 3 bits" in printed
     contents = json.loads((tmp_path / "fit.json").read_text(encoding="utf-8"))
-    assert contents["fits"]["primitive, 2"]["error"] == error
+    assert contents["fits"]["primitive, 2 bits"]["error"] == error
     assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -35,8 +35,9 @@ def main(arguments: argparse.Namespace) -> int:
     for criterion in criteria:
         for bits in arguments.bits:
             result = fit(arguments.function, bits, criterion=criterion, density=arguments.density)
-            found[f"{criterion}, {bits}"] = result
-            print(f"{arguments.function}, {bits} bits, {criterion}: error {result.error:.6g}")
+            width = f"{bits} bit" + "s" * (bits > 1)
+            found[f"{criterion}, {width}"] = result
+            print(f"{arguments.function}, {width}, {criterion}: error {result.error:.6g}")
             if bits <= arguments.digits_up_to:
                 print("  boundaries " + " ".join(f"{c:.16g}" for c in result.boundaries))
                 print("  levels     " + " ".join(f"{level:.16g}" for level in result.levels))
