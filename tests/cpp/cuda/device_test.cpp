@@ -8,6 +8,7 @@
 #include <lomem/cuda/packing.cuh>
 #include <lomem/cuda/step.cuh>
 
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <numeric>
@@ -218,6 +219,62 @@ TEST_F(EveryDevice, CodesOfAllSixteenBitPatterns) {
     check_all_patterns<lomem::bfloat16, lomem::ReSiLU2, lomem::SiLU>();
     check_all_patterns<lomem::float16, lomem::ReGELU2, lomem::GELU>();
     check_all_patterns<lomem::float16, lomem::ReSiLU2, lomem::SiLU>();
+  });
+}
+
+/// Codes of run-time boundaries, and of a band, against the core's on the host; NaN and infinities among the inputs.
+template <class T>
+void check_encode() {
+  using C = lomem::compute_t<T>;
+  for (int bits = 1; bits <= 8; ++bits) {
+    std::vector<double> boundaries((std::size_t{1} << bits) - 1);
+    for (std::size_t i = 0; i < boundaries.size(); ++i) {
+      boundaries[i] = 6.0 * static_cast<double>(i + 1) / static_cast<double>(boundaries.size() + 1) - 2.9;
+    }
+    const std::vector<C> rounded(boundaries.begin(), boundaries.end());
+    for (const std::int64_t n : sizes()) {
+      auto values = random_elements<T>(n, 3, static_cast<unsigned>(n));
+      if (n > 3) {
+        values[1] = Element<T>::from(std::nan(""));
+        values[2] = Element<T>::from(HUGE_VAL);
+      }
+      std::vector<std::uint8_t> want(lomem::packed_bytes(n, bits));
+      std::vector<std::uint8_t> want_band(lomem::packed_bytes(n, 1));
+      lomem::visit_bits(bits, [&](auto width) {
+        lomem::step_search_encode<decltype(width)::value>(values.data(), n, rounded.data(), want.data());
+      });
+      lomem::band_encode(values.data(), n, C(-1.5), C(2), want_band.data());
+      for (int misaligned = -1; misaligned < 2; ++misaligned) {
+        DeviceBuffer<T> x(n, misaligned == 0 ? 1 : 0);
+        x.assign(values);
+        DeviceBuffer<std::uint8_t> codes(want.size(), misaligned == 1 ? 1 : 0);
+        DeviceBuffer<std::uint8_t> band(want_band.size(), misaligned == 1 ? 1 : 0);
+        on_all_streams(
+            [&](cudaStream_t stream) {
+              const cudaError_t error =
+                  step_encode(Element<T>::dtype, x.data(), n, boundaries.data(), bits, codes.data(), stream);
+              return error != cudaSuccess ? error
+                                          : band_encode(Element<T>::dtype, x.data(), n, -1.5, 2, band.data(), stream);
+            },
+            [&] {
+              codes.poison();
+              band.poison();
+            },
+            [&] {
+              EXPECT_EQ(codes.values(), want) << bits << " bits, " << n;
+              EXPECT_EQ(band.values(), want_band) << n;
+            });
+      }
+    }
+  }
+}
+
+TEST_F(EveryDevice, StepEncode) {
+  on_every_device([] {
+    check_encode<double>();
+    check_encode<float>();
+    check_encode<lomem::bfloat16>();
+    check_encode<lomem::float16>();
   });
 }
 
