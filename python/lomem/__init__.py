@@ -29,7 +29,7 @@ if _torch.version.cuda is not None and _C.cuda_archs():
 
 from . import functional, memory, nn, reference
 from .conversion import convert, restore
-from .mapping import convert_linear, map_module
+from .mapping import convert_activation, convert_linear, map_module
 from .steps import StepFunction
 
 
@@ -50,6 +50,7 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "convert",
+    "convert_activation",
     "convert_linear",
     "functional",
     "map_module",

@@ -5,6 +5,7 @@ Imported by :mod:`lomem.nn`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -59,9 +60,9 @@ class FewBitActivation(nn.Module):
     _function: ClassVar[Callable[..., Tensor]]
     _arguments: ClassVar[tuple[str, ...]] = ()
 
-    bits: int
     criterion: str
-    steps: StepFunction | None
+    _bits: int
+    _steps: StepFunction | None
 
     def __init__(
         self,
@@ -72,16 +73,52 @@ class FewBitActivation(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        name = f"lomem.nn.{type(self).__name__}"
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-            raise ValueError(f"{name}: bits is {bits!r}, expected 1 to 8")
+        self._steps = None
+        self.bits = bits
         if criterion not in ("primitive", "derivative"):
-            raise ValueError(f"{name}: criterion is {criterion!r}, expected 'primitive' or 'derivative'")
-        if steps is not None and not isinstance(steps, StepFunction):
-            raise ValueError(f"{name}: steps is a {type(steps).__name__}, expected a lomem.StepFunction")
-        self.bits = bits if steps is None else steps.bits
+            raise ValueError(
+                f"lomem.nn.{type(self).__name__}: criterion is {criterion!r}, expected 'primitive' or 'derivative'"
+            )
         self.criterion = criterion
         self.steps = steps
+
+    @property
+    def bits(self) -> int:
+        """Kept for the backward pass of each element. Setting it drops ``steps`` of another number of bits."""
+        return self._bits
+
+    @bits.setter
+    def bits(self, bits: int) -> None:
+        try:
+            width = -1 if isinstance(bits, bool) else operator.index(bits)
+        except TypeError:
+            width = -1
+        if not 1 <= width <= 8:
+            raise ValueError(f"lomem.nn.{type(self).__name__}: bits is {bits!r}, expected 1 to 8")
+        self._bits = width
+        if self._steps is not None and self._steps.bits != width:
+            self._steps = None
+
+    @property
+    def steps(self) -> StepFunction | None:
+        """In place of the library's. Setting another parameter of the function drops them."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: StepFunction | None) -> None:
+        steps = getattr(steps, "step", steps)  # of what lomem.fit.fit returns
+        if steps is not None and not isinstance(steps, StepFunction):
+            raise ValueError(
+                f"lomem.nn.{type(self).__name__}: steps is a {type(steps).__name__}, expected a lomem.StepFunction"
+            )
+        self._steps = steps
+        if steps is not None:
+            self._bits = steps.bits
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("criterion", *self._arguments) and name != "inplace" and self.__dict__.get("_steps") is not None:
+            self._steps = None  # they were for what the function was
+        super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns what torch's module returns."""

@@ -48,9 +48,18 @@ _step_codes = torch.ops.lomem.step_codes.default
 _step_activation_backward = torch.ops.lomem.step_activation_backward.default
 
 
+def _check_numbers(function: str, parameters: Sequence[Any]) -> None:
+    for value in parameters:
+        if isinstance(value, Tensor):
+            raise TypeError(
+                f"lomem.functional.{function}: got a tensor as parameter, expected a number: it would get no gradient"
+            )
+
+
 def _few_bit(
     function: str, input: Tensor, parameters: Sequence[float], bits: int, criterion: str, steps: StepFunction | None
 ) -> Tensor:
+    _check_numbers(function, parameters)
     if steps is None:
         return _step_activation(input, function, parameters, bits, criterion=criterion)
     return _step_activation(
@@ -65,6 +74,7 @@ def _few_bit(
 
 
 def _exact(function: str, input: Tensor, parameters: Sequence[float] = (), inplace: bool = False) -> Tensor:
+    _check_numbers(function, parameters)
     output = _hard_activation(input, function, parameters)
     return input.copy_(output) if inplace else output
 
@@ -307,6 +317,8 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """``F.hardtanh``, forward and gradient, whose backward pass keeps 1 bit an element; see :func:`relu6`."""
+    if min_val > max_val:
+        raise ValueError(f"lomem.functional.hardtanh: min_val is {min_val}, expected at most max_val, {max_val}")
     return _exact("hardtanh", input, (min_val, max_val), inplace)
 
 
@@ -345,6 +357,23 @@ def step_function(
     return StepFunction(tuple(boundaries), tuple(levels))
 
 
+def _checked(fn: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    """``fn(input)``, of which nothing is expected but that it works element by element and returns a tensor."""
+    version = None if is_compiling() or input.is_inference() else input._version
+    output = fn(input)
+    name = "lomem.functional.step_activation"
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        kind = str(output.dtype) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"{name}: fn returns {kind}, expected a tensor of floating-point numbers")
+    if output.shape != input.shape:
+        raise ValueError(
+            f"{name}: fn returns shape {tuple(output.shape)}, expected that of its argument, {tuple(input.shape)}"
+        )
+    if version is not None and input._version != version:
+        raise ValueError(f"{name}: fn writes to its argument, expected that it leaves it alone")
+    return output
+
+
 class _WithSteps(torch.autograd.Function):
     """A function of the caller's, with the derivative of a step function."""
 
@@ -352,7 +381,7 @@ class _WithSteps(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, fn: Callable[[Tensor], Tensor], steps: StepFunction) -> Tensor:
         ctx.steps = steps
         ctx.save_for_backward(_step_codes(input, steps.boundaries, steps.bits))
-        output = fn(input.detach())
+        output = _checked(fn, input.detach())
         # What shares memory with the input would be taken for it. (Compilers see to that themselves.)
         if not is_compiling() and output.untyped_storage().data_ptr() == input.untyped_storage().data_ptr():
             return output.clone()
@@ -385,12 +414,19 @@ def step_activation(
         ``fn(input)``. Saved for backward: ``ceil(bits * numel / 8)`` bytes.
     """
     steps = StepFunction(tuple(boundaries), tuple(levels))
-    if not (torch.is_grad_enabled() and input.requires_grad):
-        return fn(input)
-    output = _WithSteps.apply(input, fn, steps)
-    if output.shape != input.shape:
+    if isinstance(fn, torch.nn.Module) and any(p.requires_grad for p in fn.parameters()):
         raise ValueError(
-            f"lomem.functional.step_activation: fn returns shape {tuple(output.shape)}, expected that of its argument, "
-            f"{tuple(input.shape)}"
+            f"lomem.functional.step_activation: fn, a {type(fn).__name__}, has parameters that require gradients, "
+            "expected none: they would get no gradient"
         )
-    return output
+    if not is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    ):
+        raise NotImplementedError(
+            "lomem.functional.step_activation: called under torch.func or forward-mode differentiation, expected "
+            "neither: they are not supported"
+        )
+    if torch.is_grad_enabled() and input.requires_grad:
+        return _WithSteps.apply(input, fn, steps)
+    with torch.no_grad():
+        return _checked(fn, input)

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["convert_linear", "map_module"]
+from . import _activation_modules
+
+__all__ = ["convert_activation", "convert_linear", "map_module"]
 
 
 def map_module(
@@ -61,8 +63,8 @@ def convert_linear(module: nn.Module, cls: Callable[..., nn.Linear], **kwargs: A
     """Makes another kind of linear layer of an :class:`torch.nn.Linear`.
 
     The new layer has the same parameters (the tensors themselves, so that optimizers and ties go on), the same training
-    mode and the same hooks. Everything else is returned as it is: modules that are not linear layers; subclasses of
-    :class:`torch.nn.Linear`, which compute or keep something of their own (quantized layers, the output projection of
+    mode and the same hooks, which the two share, so that their handles go on. Everything else is returned as it is:
+    modules that are not linear layers; subclasses of :class:`torch.nn.Linear`, which compute or keep something of their own (quantized layers, the output projection of
     :class:`torch.nn.MultiheadAttention`, layers that are converted already); and linear layers whose ``forward`` was
     replaced, since that would be lost.
 
@@ -78,7 +80,45 @@ def convert_linear(module: nn.Module, cls: Callable[..., nn.Linear], **kwargs: A
         return module
     # Made without memory and without random numbers; what it holds is replaced.
     result = cls(module.in_features, module.out_features, module.bias is not None, device="meta", **kwargs)
+    return _taking_over(result, module)
+
+
+def convert_activation(module: nn.Module, **kwargs: Any) -> nn.Module:
+    """Makes the activation of :mod:`lomem.nn` of the same name of one of :mod:`torch.nn`.
+
+    The new module has the same arguments, training mode and hooks. Everything else is returned as it is, subclasses of
+    torch's activations too.
+
+    Example:
+        >>> model = lomem.map_module(model, lambda m: lomem.convert_activation(m, bits=4))
+
+    Args:
+        module: Any module; not changed.
+        **kwargs: ``bits`` and ``criterion`` of the new module, see :class:`lomem.nn.FewBitActivation`; not used for
+            those of straight pieces, which keep 1 bit.
+
+    Returns:
+        The new module, or ``module``.
+    """
+    kind = type(module)
+    counterpart = getattr(_activation_modules, kind.__name__, None)
+    of_torch = counterpart is not None and getattr(nn, kind.__name__, None) is kind
+    if not of_torch or kind.__name__ not in _activation_modules.__all__ or "forward" in vars(module):
+        return module
+    assert counterpart is not None
+    result = counterpart.__new__(counterpart)
+    nn.Module.__init__(result)
+    _taking_over(result, module)
+    if issubclass(counterpart, _activation_modules.FewBitActivation):
+        made = _activation_modules.QuickGELU(**kwargs)  # of which the attributes are what all of them have
+        vars(result).update({name: vars(made)[name] for name in ("_bits", "_steps", "criterion")})
+    return result
+
+
+def _taking_over(result: nn.Module, module: nn.Module) -> nn.Module:
+    """The result with what a module holds: parameters, hooks, training mode, and what others have noted there."""
     for name, value in vars(module).items():
-        # Parameters, hooks, training mode, and what others have noted there; containers of its own.
-        vars(result)[name] = value.copy() if isinstance(value, (dict, set)) else value
+        # Hooks: the very dictionaries, for the handles that remove them. Else, containers of its own.
+        shared = "hooks" in name or not isinstance(value, (dict, set))
+        vars(result)[name] = value if shared else value.copy()
     return result

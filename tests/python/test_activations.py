@@ -5,6 +5,7 @@ import copy
 import io
 import math
 import pickle
+import re
 from functools import partial
 
 import lomem
@@ -269,6 +270,64 @@ def test_step_activation_that_changes_the_shape():
         LF.step_activation(x, lambda t: t[:2], (0.0,), (0.0, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("fn", "sentence"),
+    [
+        (lambda t: t.sum(), "fn returns shape (), expected that of its argument, (4,)"),
+        (lambda t: (t, t), "fn returns tuple, expected a tensor of floating-point numbers"),
+        (lambda t: t > 0, "fn returns torch.bool, expected a tensor of floating-point numbers"),
+        (lambda t: t.mul_(2), "fn writes to its argument, expected that it leaves it alone"),
+        (nn.PReLU(), "fn, a PReLU, has parameters that require gradients, expected none: they would get no gradient"),
+    ],
+)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_functions_that_are_no_activations(fn, sentence, requires_grad):
+    x = torch.randn(4, requires_grad=requires_grad)
+    with pytest.raises(ValueError, match="^" + re.escape(f"lomem.functional.step_activation: {sentence}")):
+        LF.step_activation(x, fn, (0.0,), (0.0, 1.0))
+
+
+def test_step_activation_and_transforms():
+    def f(t):
+        return LF.step_activation(t, torch.sin, (0.0,), (0.0, 1.0))
+
+    x = torch.randn(3, requires_grad=True)
+    for transform in (torch.func.vmap(f), torch.func.grad(lambda t: f(t).sum())):
+        with pytest.raises(NotImplementedError, match=r"^lomem.functional.step_activation: called under torch.func or"):
+            transform(x)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(f, (x.detach(),), (torch.ones(3),))
+
+
+def test_no_gradient_of_a_closure():
+    weight = torch.ones((), requires_grad=True)
+    for x in (torch.randn(3), torch.randn(3, requires_grad=True)):
+        y = LF.step_activation(x, lambda t: t * weight, (0.0,), (0.5, 1.0))
+        assert y.requires_grad == x.requires_grad
+        if y.requires_grad:
+            y.sum().backward()
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, p: LF.leaky_relu(x, p),
+        lambda x, p: LF.softplus(x, p),
+        lambda x, p: LF.elu(x, p),
+        lambda x, p: lomem.nn.LeakyReLU(p)(x),
+    ],
+)
+def test_parameters_that_are_tensors(call):
+    with pytest.raises(TypeError, match=r"got a tensor as parameter, expected a number: it would get no gradient"):
+        call(torch.randn(3), nn.Parameter(torch.tensor(0.2)))
+
+
+def test_hardtanh_of_no_interval():
+    with pytest.raises(ValueError, match=r"^lomem.functional.hardtanh: min_val is 1.0, expected at most max_val, -2.0"):
+        LF.hardtanh(torch.ones(2), 1.0, -2.0)
+
+
 def test_given_steps(device):
     step = lomem.StepFunction(tuple(torch.linspace(-3, 3, 31).tolist()), tuple(torch.randn(32).tolist()))
     x = some_values(torch.float32, device, step)
@@ -376,6 +435,27 @@ def test_bits_of_modules(bits):
     _, saved = saved_by(module, torch.randn(40, requires_grad=True))
     assert saved[0].nbytes == 5 * bits
     assert f"bits={bits}" in repr(module)
+
+
+def test_steps_that_no_longer_fit_are_dropped():
+    step = LF.step_function("elu", 2, parameters=(1.0,))
+    module = lomem.nn.ELU(steps=step)
+    module.inplace = False
+    assert module.steps == step
+    module.bits = 2
+    assert module.steps == step
+    module.bits = 5
+    assert module.steps is None
+    assert module.step_function() == LF.step_function("elu", 5, parameters=(1.0,))
+    for name, value in (("alpha", 4.0), ("criterion", "primitive")):
+        module.steps = step
+        assert module.bits == 2
+        setattr(module, name, value)
+        assert module.steps is None
+    with pytest.raises(ValueError, match=r"^lomem.nn.ELU: bits is 0, expected 1 to 8"):
+        module.bits = 0
+    with pytest.raises(ValueError, match=r"^lomem.nn.ELU: steps is a list, expected a lomem.StepFunction"):
+        module.steps = []
 
 
 def test_modules_with_steps(device):

@@ -187,6 +187,11 @@ def test_apply():
     pickle.loads(pickle.dumps(result)).apply(loaded)
     assert loaded.gelu.steps == model.gelu.steps
     assert loaded.silu.steps == model.silu.steps
+    swapped = Net()
+    swapped.gelu = lomem.nn.Mish()
+    with pytest.raises(ValueError, match=r"^lomem.fit.Calibration.apply: 'gelu' of model is a Mish, expected a GELU"):
+        result.apply(swapped)
+    assert swapped.silu.steps is None
     other = nn.ModuleDict({"gelu": lomem.nn.GELU()})
     with pytest.raises(ValueError, match=r"^lomem.fit.Calibration.apply: model has no activation .* called 'silu'"):
         result.apply(other)
@@ -230,16 +235,92 @@ def test_bad_input(model, data, options, error, sentence):
     assert str(caught.value).startswith(sentence)
 
 
-def test_too_few_inputs_change_nothing():
+def test_layers_without_data_are_left():
     model = nn.Sequential(lomem.nn.GELU(bits=2), nn.Linear(4, 4), lomem.nn.GELU(bits=3))
     with torch.no_grad():
         model[1].weight.zero_()
-    with pytest.raises(
-        ValueError, match=r"^lomem.fit.calibrate: layer '2' saw 4 different inputs, expected at least 8"
-    ):
-        lomem.fit.calibrate(model, [torch.randn(50, 4)])
-    assert model[0].steps is None
+    result = lomem.fit.calibrate(model, [torch.randn(50, 4)])
+    assert model[0].steps is not None
     assert model[2].steps is None
+    sentence = "saw inputs of 4 different bfloat16 values, expected at least 8 for 3 bits"
+    assert result.skipped == {"2": sentence}
+    assert "not calibrated" in str(result)
+
+    # A frozen part gets no gradient.
+    model = nn.Sequential(nn.Linear(4, 8), lomem.nn.GELU(), nn.Linear(8, 8), lomem.nn.SiLU(), nn.Linear(8, 2))
+    model[0].requires_grad_(False)
+    result = lomem.fit.calibrate(model, [torch.randn(50, 4)], loss=loss)
+    assert result.skipped == {"1": "was not called, or got no gradient"}
+    assert list(result.layers) == ["3"]
+    with pytest.raises(ValueError, match=r"^lomem.fit.calibrate: no layer can be calibrated; '0' saw inputs of 1 diff"):
+        lomem.fit.calibrate(nn.Sequential(lomem.nn.GELU()), [torch.ones(50)])
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(6, 32), lomem.nn.GELU(bits=2), nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.last(self.act(self.first(x)))
+
+
+class Overwrites(Plain):
+    """Changes the input of its activation afterwards, which is allowed: lomem's keep none."""
+
+    def forward(self, x):
+        h = self.first(x)
+        y = self.act(h)
+        h.add_(10)
+        return self.last(y)
+
+
+def test_inputs_that_are_overwritten_and_outputs_that_are_replaced():
+    plain, overwrites = Plain(), Overwrites()
+    overwrites.load_state_dict(plain.state_dict())
+    data = batches()
+    want = lomem.fit.calibrate(copy.deepcopy(plain), data, loss=loss).layers["act"]
+    assert lomem.fit.calibrate(overwrites, data, loss=loss).layers["act"] == want
+    # A hook of somebody else's, that returns another output: the layer's own gradient counts.
+    factor = torch.linspace(0.1, 10, 32)
+    hooked, written_out = copy.deepcopy(plain), copy.deepcopy(plain)
+    hooked.act.register_forward_hook(lambda module, args, output: output * factor)
+    with torch.no_grad():
+        written_out.last.weight.mul_(factor)
+    got = lomem.fit.calibrate(hooked, data, loss=loss).layers["act"].steps
+    same = lomem.fit.calibrate(written_out, data, loss=loss).layers["act"].steps
+    # (The weights are products of other roundings.)
+    assert got.boundaries == pytest.approx(same.boundaries, rel=1e-3, abs=1e-3)
+
+
+def test_inputs_that_require_gradients():
+    model, batch = Net(), torch.randn(64, 6, requires_grad=True)
+    lomem.fit.calibrate(model, [batch], loss=loss)
+    lomem.fit.report(model, [batch], loss=loss)
+    assert batch.grad is None
+    with torch.no_grad():
+        lomem.fit.calibrate(model, [batch], loss=loss)
+
+
+@pytest.mark.parametrize("call", [lomem.fit.calibrate, lomem.fit.report])
+def test_losses_that_are_none(call):
+    for value, got in ((3.0, "float"), (torch.ones(2, requires_grad=True), "shape (2,)"), (torch.ones(()), "shape ()")):
+        with pytest.raises(ValueError, match="loss returned") as caught:
+            call(Net(), batches(1), loss=lambda output, value=value: value)
+        assert f"loss returned {got}, expected a tensor of one element that requires gradients" in str(caught.value)
+
+
+def test_functions_of_the_library_are_fitted_as_what_they_compute():
+    want = lomem.fit.fit("silu", 2).step
+    for module in (lomem.functional.silu, lomem.nn.SiLU(), lomem.nn.StepActivation(F.silu, (0.0,), (0.0, 1.0))):
+        got = lomem.fit.fit(module, 2).step
+        assert got.boundaries == pytest.approx(want.boundaries, abs=1e-6)
+    assert lomem.nn.SiLU(steps=lomem.fit.fit("silu", 4)).bits == 4
+
+
+def test_a_density_of_tensors():
+    x = torch.randn(1000) * 2 + 1
+    assert lomem.fit.fit("gelu", 2, density=(x.mean(), x.std())).error > 0
 
 
 # Fidelity

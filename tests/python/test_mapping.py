@@ -96,7 +96,7 @@ def test_a_converted_layer_keeps_what_the_layer_had(device):
     plain = nn.Linear(6, 4, device=device, dtype=torch.float64).eval()
     plain.weight.requires_grad_(False)
     calls = []
-    plain.register_forward_hook(lambda *args: calls.append("forward"))
+    handle = plain.register_forward_hook(lambda *args: calls.append("forward"))
     plain.register_forward_pre_hook(lambda *args: calls.append("before"))
     plain.note = "kept"
     before = torch.get_rng_state()
@@ -110,10 +110,10 @@ def test_a_converted_layer_keeps_what_the_layer_had(device):
     x = torch.randn(5, 6, device=device, dtype=torch.float64)
     assert torch.equal(layer(x), plain(x))
     assert calls == ["before", "forward"] * 2
-    # Containers are its own: a hook on the one is none on the other.
-    layer.register_forward_hook(lambda *args: calls.append("new"))
-    plain(x)
-    assert calls[-1] == "forward"
+    # Hooks are shared, for the handles that remove them; what others noted is not.
+    handle.remove()
+    layer(x)
+    assert calls == [*["before", "forward"] * 2, "before"]
     assert torch.equal(copy.deepcopy(layer)(x), plain(x))
     assert lomem.convert_linear(nn.Linear(6, 4, bias=False), Randomized, proj_dim=1).bias is None
 
@@ -167,3 +167,51 @@ def test_the_command_of_the_table(tmp_path):
     rows, kept = 128 * 128, round(128 * 128 * 0.2)
     exact, randomized = rows * (768 + 768 + 3072) * 4, kept * (5 * 768 + 3072) * 4 + 6 * 8
     assert fused["plain"]["saved_bytes"] - fused["randomized linear"]["saved_bytes"] == 12 * (exact - randomized)
+
+
+ACTIVATIONS = [
+    nn.GELU("tanh"),
+    nn.SiLU(),
+    nn.Softplus(2.0, 3.0),
+    nn.ELU(0.5),
+    nn.ReLU(inplace=True),
+    nn.LeakyReLU(0.3),
+    nn.Threshold(0.1, 20.0),
+    nn.Hardtanh(-2.0, 0.5),
+    nn.Softshrink(0.2),
+]
+
+
+@pytest.mark.parametrize("plain", ACTIVATIONS, ids=lambda module: type(module).__name__)
+def test_convert_activation(plain):
+    plain = copy.deepcopy(plain).eval()
+    calls = []
+    handle = plain.register_forward_hook(lambda *args: calls.append(1))
+    result = lomem.convert_activation(plain, bits=5, criterion="primitive")
+    assert type(result) is getattr(lomem.nn, type(plain).__name__)
+    assert not result.training
+    x = torch.randn(50)
+    assert torch.equal(result(x.clone()), plain(x.clone()))
+    assert len(calls) == 2
+    handle.remove()
+    result(x.clone())
+    assert len(calls) == 2
+    if isinstance(result, lomem.nn.FewBitActivation):
+        assert (result.bits, result.criterion, result.steps) == (5, "primitive", None)
+    copy.deepcopy(result)(x.clone().requires_grad_() * 1).sum().backward()
+
+
+def test_convert_activation_leaves_others():
+    class Own(nn.GELU):
+        pass
+
+    replaced = nn.GELU()
+    replaced.forward = torch.sin
+    for module in (nn.Linear(2, 2), nn.PReLU(), Own(), lomem.nn.GELU(), replaced, nn.MultiheadAttention(4, 2)):
+        assert lomem.convert_activation(module, bits=4) is module
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Sequential(nn.ReLU()))
+    lomem.map_module(model, lambda m: lomem.convert_activation(m, bits=4))
+    assert isinstance(model[1], lomem.nn.GELU)
+    assert isinstance(model[2][0], lomem.nn.ReLU)
+    with pytest.raises(ValueError, match=r"bits is 9, expected 1 to 8"):
+        lomem.convert_activation(nn.GELU(), bits=9)

@@ -51,7 +51,7 @@ class LayerCalibration:
     """What calibration did to a layer.
 
     Attributes:
-        function: What the layer is, as it prints.
+        function: The layer's class.
         bits: Kept for an element.
         elements: Seen in calibration.
         error_before: Root of the expected squared error of the derivative under what was seen, relative to the
@@ -74,20 +74,25 @@ class Calibration(Report):
 
     Attributes:
         layers: By their names in the model.
+        skipped: Layers that kept the steps that they had, and why.
         batches: How many were seen.
     """
 
     layers: dict[str, LayerCalibration]
+    skipped: dict[str, str]
     batches: int
 
     def sections(self) -> list[Section]:
-        """One table, a row a layer."""
+        """A table with a row a layer, and one of those that were left."""
         rows = [
             (name, layer.function, str(layer.bits), f"{layer.error_before:.4f}", f"{layer.error_after:.4f}")
             for name, layer in self.layers.items()
         ]
         title = f"relative error of the derivative, {self.batches} batches"
-        return [Section(title, ("layer", "activation", "bits", "before", "after"), rows)]
+        tables = [Section(title, ("layer", "activation", "bits", "before", "after"), rows)]
+        if self.skipped:
+            tables.append(Section("not calibrated", ("layer", "which"), list(self.skipped.items())))
+        return tables
 
     def categories(self) -> dict[str, int]:
         """None: there are no bytes to draw."""
@@ -97,7 +102,7 @@ class Calibration(Report):
         """Sets the same steps in another model with layers of these names, such as one that was loaded.
 
         Raises:
-            ValueError: A layer is missing; then nothing is set.
+            ValueError: A layer is missing or another activation; then nothing is set.
         """
         layers = activation_layers("lomem.fit.Calibration.apply", model)
         missing = [name for name in self.layers if name not in layers]
@@ -106,6 +111,11 @@ class Calibration(Report):
                 f"lomem.fit.Calibration.apply: model has no activation of lomem.nn called {missing[0]!r}, expected "
                 "those of the model that was calibrated"
             )
+        for name, calibrated in self.layers.items():
+            if (kind := type(layers[name]).__name__) != calibrated.function:
+                raise ValueError(
+                    f"lomem.fit.Calibration.apply: {name!r} of model is a {kind}, expected a {calibrated.function}"
+                )
         for name, calibrated in self.layers.items():
             _set(layers[name], calibrated.steps)
 
@@ -118,8 +128,9 @@ def _set(layer: Layer, steps: StepFunction) -> None:
 
 def _relative_error(layer: Layer, steps: StepFunction, values: Tensor, weights: Tensor) -> float:
     exact = derivative(layer, values)
-    wrong = (steps.derivative(values) - exact).square()
-    return float((wrong * weights).sum().sqrt() / (exact.square() * weights).sum().sqrt())
+    wrong = ((steps.derivative(values) - exact).square() * weights).sum()
+    energy = (exact.square() * weights).sum()
+    return float((wrong / energy).sqrt()) if energy > 0 else float("inf") if wrong > 0 else 0.0
 
 
 def calibrate(
@@ -144,12 +155,13 @@ def calibrate(
             back to it, which is what the error of the gradient is multiplied with; without, all inputs count alike.
 
     Returns:
-        The errors before and after, layer by layer, and the steps. The layers' steps are no part of the ``state_dict``;
+        The errors before and after, layer by layer, and the steps; and layers that are left, because they were not
+        called or saw too few different inputs, with the reason. The layers' steps are no part of the ``state_dict``;
         :meth:`Calibration.apply` sets them again.
 
     Raises:
-        ValueError: No such layer, no batch, or a layer that saw fewer than ``2**bits`` different inputs. Then no layer
-            is changed.
+        ValueError: No such layer, no batch, or none of the layers saw as many different inputs as it has levels. Then
+            none is changed.
     """
     function = "lomem.fit.calibrate"
     if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8):
@@ -161,24 +173,34 @@ def calibrate(
         histograms[name].add(x, None if grad is None else grad.to(torch.float64).square())
 
     count = watch(function, model, layers, batches, loss, seen)
-    results = {}
+    results, skipped = {}, {}
     for name, layer in layers.items():
         width = layer.step_function().bits if bits is None else bits
         values, weights = histograms[name].points()
         if len(values) < 2**width:
-            raise ValueError(
-                f"{function}: layer {name!r} saw {len(values)} different inputs, expected at least {2**width} for "
-                f"{width} bits"
-            )
+            skipped[name] = _why(histograms[name], len(values), width, loss is not None)
+            continue
         found = fit(layer.exact, width, criterion="derivative", density=(values, weights)).step
         results[name] = LayerCalibration(
-            repr(layer).partition("(")[0],
+            type(layer).__name__,
             width,
             histograms[name].count,
             _relative_error(layer, layer.step_function(), values, weights),
             _relative_error(layer, found, values, weights),
             found,
         )
+    if not results:
+        name, reason = next(iter(skipped.items()))
+        raise ValueError(f"{function}: no layer can be calibrated; {name!r} {reason}")
     for name, result in results.items():
         _set(layers[name], result.steps)
-    return Calibration(results, count)
+    return Calibration(results, skipped, count)
+
+
+def _why(histogram: Histogram, distinct: int, bits: int, with_loss: bool) -> str:
+    """Why a layer is left."""
+    if histogram.count == 0:
+        return "was not called" + (", or got no gradient" if with_loss else "")
+    if distinct == 0:
+        return "got no gradient but 0" if with_loss else "saw no finite input"
+    return f"saw inputs of {distinct} different bfloat16 values, expected at least {2**bits} for {bits} bits"

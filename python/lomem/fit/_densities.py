@@ -70,6 +70,8 @@ def array(name: str, values: Any) -> Array:
 
 
 def _is_number(value: Any) -> bool:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.ndim == 0
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from ..functional import gelu
+from ..nn import FewBitActivation, StepActivation
 from ..steps import StepFunction
 from ._callables import from_callable
 from ._densities import array, below, fail, measure_of
@@ -110,6 +112,10 @@ class Fit:
 
 
 def _function(fn: Any, domain: tuple[float, float] | None) -> Function:
+    if isinstance(fn, (FewBitActivation, StepActivation)):
+        fn = fn.exact  # the derivative of its own is the steps
+    elif getattr(fn, "__module__", None) == gelu.__module__ and fn.__name__ in FUNCTIONS:
+        fn = fn.__name__
     if isinstance(fn, str) and fn in FUNCTIONS:
         return FUNCTIONS[fn]()
     if callable(fn):
@@ -128,7 +134,7 @@ def fit(
     fn: str | Callable[[Tensor], Tensor],
     bits: int,
     *,
-    criterion: Criterion = "primitive",
+    criterion: Criterion = "derivative",
     density: Any = "uniform",
     domain: tuple[float, float] | None = None,
 ) -> Fit:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .._state import preserved
 from ..memory._run import arguments, check_model, tensors_in
@@ -45,27 +46,35 @@ def watch(
     count = 0
     with preserved(model), _hooked(layers, loss is not None, seen):
         for batch in batches:
-            args, kwargs = arguments(function, batch)
+            args, kwargs = tree_map_only(Tensor, Tensor.detach, arguments(function, batch))
             count += 1
             with torch.set_grad_enabled(loss is not None):
                 output = model(*args, **kwargs)
-            if loss is not None:
-                loss(output).backward()
-                model.zero_grad(set_to_none=True)
+                if loss is not None:
+                    scalar(function, loss(output)).backward()
+                    model.zero_grad(set_to_none=True)
     if count == 0:
         raise ValueError(f"{function}: batches is empty, expected at least one batch")
     return count
 
 
+def scalar(function: str, value: Any) -> Tensor:
+    """What a loss returned, checked."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{function}: loss returned {got}, expected a tensor of one element that requires gradients")
+    return value
+
+
 @contextlib.contextmanager
 def _hooked(layers: dict[str, Layer], with_gradient: bool, seen: Seen) -> Iterator[None]:
     def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        # (Two: an in-place layer overwrites its input.)
         inputs: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = tensors_in((args, kwargs))[0].detach()
-            inputs.append(x.clone() if getattr(module, "inplace", False) else x)
+            # The model may overwrite it before it is looked at: lomem's layers do not keep it.
+            inputs.append(x.clone())
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             x = inputs.pop()
@@ -81,7 +90,8 @@ def _hooked(layers: dict[str, Layer], with_gradient: bool, seen: Seen) -> Iterat
         for name, layer in layers.items():
             before, after = hooks(name)
             handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(layer.register_forward_hook(after, with_kwargs=True))
+            # (Before hooks of others, which may return something else.)
+            handles.append(layer.register_forward_hook(after, prepend=True, with_kwargs=True))
         yield
     finally:
         for handle in handles:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .._state import module_state, preserved, restore_module
 from ..memory._report import Report, Section
@@ -18,7 +19,7 @@ from ..memory._run import arguments
 from ..steps import StepFunction
 from ._fit import CRITERIA, fit, measured
 from ._functions import Function
-from ._layers import Loss, activation_layers, derivative, watch
+from ._layers import Loss, activation_layers, derivative, scalar, watch
 
 __all__ = ["Fidelity", "FidelityReport", "report"]
 
@@ -241,11 +242,11 @@ def _of_model(model: nn.Module, batches: Any, loss: Loss | None) -> FidelityRepo
 
 
 def _of_parameters(name: str, model: nn.Module, layers: Any, batches: list[Any], loss: Loss) -> Fidelity:
-    def gradients() -> list[Tensor]:
+    def gradients() -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
         for batch in batches:
             _add_gradients(name, model, batch, loss, total)
-        return list(total.values())
+        return total
 
     approximate = gradients()
     with contextlib.ExitStack() as exact_layers:
@@ -254,17 +255,17 @@ def _of_parameters(name: str, model: nn.Module, layers: Any, batches: list[Any],
             layer.forward = layer.exact
         exact = gradients()
     sums = _Sums()
-    for a, e in zip(approximate, exact, strict=True):
-        sums.add(a, e)
+    for parameter, e in exact.items():
+        sums.add(approximate.get(parameter, torch.zeros_like(e)), e)
     return sums.fidelity()
 
 
 def _add_gradients(name: str, model: nn.Module, batch: Any, loss: Loss, total: dict[str, Tensor]) -> None:
     """Adds the parameters' gradients on a batch, in float64, and leaves the model as it was."""
-    args, kwargs = arguments(name, batch)
-    with preserved(model):
+    args, kwargs = tree_map_only(Tensor, Tensor.detach, arguments(name, batch))
+    with preserved(model), torch.enable_grad():
         torch.manual_seed(0)  # the same dropout for both
-        loss(model(*args, **kwargs)).backward()
+        scalar(name, loss(model(*args, **kwargs))).backward()
         for parameter, value in model.named_parameters():
             if value.grad is not None:
                 so_far = total.get(parameter)
