@@ -64,9 +64,9 @@ def convert_linear(module: nn.Module, cls: Callable[..., nn.Linear], **kwargs: A
 
     The new layer has the same parameters (the tensors themselves, so that optimizers and ties go on), the same training
     mode and the same hooks, which the two share, so that their handles go on. Everything else is returned as it is:
-    modules that are not linear layers; subclasses of :class:`torch.nn.Linear`, which compute or keep something of their own (quantized layers, the output projection of
-    :class:`torch.nn.MultiheadAttention`, layers that are converted already); and linear layers whose ``forward`` was
-    replaced, since that would be lost.
+    modules that are not linear layers; subclasses of :class:`torch.nn.Linear`, which compute or keep something of their
+    own (quantized layers, the output projection of :class:`torch.nn.MultiheadAttention`, layers that are converted
+    already); and linear layers whose ``forward`` was replaced, since that would be lost.
 
     Args:
         module: Any module; not changed.
