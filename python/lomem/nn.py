@@ -14,6 +14,10 @@ from ._activation_modules import *  # noqa: F403
 
 __all__ = [*_activation_modules.__all__, "MSLayerNorm", "MSRMSNorm", "RandomizedLinear", "ReGELU2", "ReSiLU2"]
 
+for _name in _activation_modules.__all__:
+    # Where they are pickled from, and what they print as.
+    getattr(_activation_modules, _name).__module__ = __name__
+
 
 class ReGELU2(nn.Module):
     """GELU whose backward pass keeps 2 bits an element, in place of :class:`torch.nn.GELU`.
