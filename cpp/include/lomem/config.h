@@ -19,7 +19,8 @@
 #endif
 
 /// Before a loop of device code whose body indexes arrays: unrolled for certain, else these lie in memory.
-#if defined(__CUDACC__)
+/// (The compiler of nvcc's host pass does not know the pragma.)
+#if defined(__CUDA_ARCH__)
 #define LOMEM_UNROLL _Pragma("unroll")
 #else
 #define LOMEM_UNROLL
