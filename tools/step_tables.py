@@ -25,7 +25,7 @@ from lomem.fit import fit
 
 SOURCE = Path(__file__).resolve().parents[1] / "cpp/src/step_tables.cpp"
 
-FUNCTIONS = ("elu", "exp", "gelu", "gelu_tanh", "hardswish", "mish", "sigmoid", "silu", "softplus", "softsign")
+FUNCTIONS = ("elu", "exp", "gelu", "gelu_tanh", "hardswish", "mish", "selu", "sigmoid", "silu", "softplus", "softsign")
 CRITERIA = ("derivative", "primitive")
 BITS = range(1, 9)
 # Their asymptotes are parallel: no step function of one bit has both their slopes and is not 0 throughout.
@@ -39,7 +39,7 @@ HEAD = """\
 // Uniform density on the line, but for one bit of sigmoid and softsign: their asymptotes are parallel, so both levels
 // would be 0. These tables are best under the standard normal density, their outer levels free.
 //
-// `exp` is e^x - 1 below 0 and x above. Its last boundary is 0: its levels below, times alpha, are those of an ELU.
+// `exp` is e^x - 1 below 0 and x above. Its last boundary is 0: its levels below, times alpha, suit an ELU.
 // (With one bit and `primitive`, h~ is its asymptotes, which do not meet there.)
 
 // clang-format off

@@ -31,7 +31,7 @@
 #include <string>
 
 #include "checks.h"
-#include "step_tables.h"
+#include "step_refits.h"
 
 namespace lomem::detail {
 namespace {
@@ -40,10 +40,6 @@ using Parameters = at::ArrayRef<double>;
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr double quick_gelu_scale = 1.702;
-
-// torch's, as in ATen/native/Activation.h.
-constexpr double selu_alpha = 1.6732632423543772848170429916717;
-constexpr double selu_scale = 1.0507009873554804934193349852946;
 
 // What torch computes ---------------------------------------------------------------------------------
 
@@ -59,6 +55,7 @@ const Activation activations[] = {
     {"softplus", "beta threshold", [](const at::Tensor& x, Parameters p) { return at::softplus(x, p[0], p[1]); },
      [](const char* op, Parameters p) {
        TORCH_CHECK_VALUE(p[0] > 0 && std::isfinite(p[0]), op, ": beta is ", p[0], ", expected a positive number");
+       TORCH_CHECK_VALUE(p[1] > -infinity, op, ": threshold is ", p[1], ", expected a number");
      }},
     {"softsign", "", [](const at::Tensor& x, Parameters) { return x / (at::abs(x) + 1); }, nullptr},
     {"logsigmoid", "", [](const at::Tensor& x, Parameters) { return at::log_sigmoid(x); }, nullptr},
@@ -76,17 +73,6 @@ const Activation activations[] = {
 
 // Step functions --------------------------------------------------------------------------------------
 
-StepFunction shipped(std::string_view function, std::string_view criterion, int64_t bits) {
-  for (int i = 0; i < step_table_count; ++i) {
-    const StepTable& table = step_tables[i];
-    if (table.bits == bits && table.function == function && table.criterion == criterion) {
-      const std::ptrdiff_t levels = std::ptrdiff_t{1} << bits;
-      return {{table.boundaries, table.boundaries + levels - 1}, {table.levels, table.levels + levels}};
-    }
-  }
-  TORCH_INTERNAL_ASSERT(false, "no step function of ", bits, " bits for ", function);
-}
-
 /// That of a h(x / width) where `steps` is that of h: the levels scale with a / width.
 StepFunction scaled(StepFunction steps, double width, double level_scale) {
   for (double& boundary : steps.boundaries) {
@@ -98,56 +84,33 @@ StepFunction scaled(StepFunction steps, double width, double level_scale) {
   return steps;
 }
 
-/// alpha * (exp(x) - 1) for x <= 0, x above, times `scale`.
-StepFunction elu_steps(double alpha, double scale, std::string_view criterion, int64_t bits) {
-  if (alpha == 1 && scale == 1) {
-    return shipped("elu", criterion, bits);
-  }
-  // The derivative jumps at 0: there is the table with a boundary, whose levels below scale with alpha.
-  StepFunction steps = scaled(shipped("exp", criterion, bits), 1, alpha * scale);
-  for (size_t i = 0; i < steps.boundaries.size(); ++i) {
-    if (steps.boundaries[i] >= 0) {
-      steps.levels[i + 1] = scale;
-    }
-  }
-  return steps;
-}
-
 StepFunction steps_of(std::string_view name, Parameters p, std::string_view criterion, int64_t bits) {
   if (name == "quick_gelu") {  // silu(1.702 x) / 1.702
-    return scaled(shipped("silu", criterion, bits), 1 / quick_gelu_scale, 1);
+    return scaled(shipped_steps("silu", criterion, bits), 1 / quick_gelu_scale, 1);
   }
   if (name == "tanh" || name == "tanhshrink") {  // tanh(x) = 2 sigmoid(2 x) - 1
-    StepFunction steps = scaled(shipped("sigmoid", criterion, bits), 0.5, 4);
+    StepFunction steps = scaled(shipped_steps("sigmoid", criterion, bits), 0.5, 4);
     if (name == "tanhshrink") {
       std::transform(steps.levels.begin(), steps.levels.end(), steps.levels.begin(), [](double l) { return 1 - l; });
     }
     return steps;
   }
-  if (name == "softplus") {
-    // log(1 + exp(beta x)) / beta; x where beta x > threshold: there its derivative jumps to 1.
-    StepFunction steps = scaled(shipped("softplus", criterion, bits), 1 / p[0], 1);
-    for (double& boundary : steps.boundaries) {
-      boundary = std::min(boundary, p[1] / p[0]);
-    }
-    return steps;
+  if (name == "softplus") {  // log(1 + exp(beta x)) / beta; x where beta x > threshold
+    return scaled(softplus_steps(p[1], criterion, bits), 1 / p[0], 1);
   }
   if (name == "logsigmoid") {  // -softplus(-x)
-    StepFunction steps = scaled(shipped("softplus", criterion, bits), -1, 1);
+    StepFunction steps = scaled(shipped_steps("softplus", criterion, bits), -1, 1);
     std::reverse(steps.boundaries.begin(), steps.boundaries.end());
     std::reverse(steps.levels.begin(), steps.levels.end());
     return steps;
   }
   if (name == "elu") {
-    return elu_steps(p[0], 1, criterion, bits);
+    return elu_steps(p[0], criterion, bits);
   }
   if (name == "celu") {  // alpha elu(x / alpha)
-    return scaled(shipped("elu", criterion, bits), p[0], 1);
+    return scaled(shipped_steps("elu", criterion, bits), p[0], 1);
   }
-  if (name == "selu") {
-    return elu_steps(selu_alpha, selu_scale, criterion, bits);
-  }
-  return shipped(name, criterion, bits);
+  return shipped_steps(name, criterion, bits);
 }
 
 void check_criterion(const char* op, std::string_view criterion) {

@@ -369,13 +369,19 @@ def test_more_bits_are_nearer(name):
     assert errors[7] < errors[2] / 16
 
 
-def test_boundaries_above_the_threshold_of_softplus():
+def test_steps_do_not_pass_the_threshold_of_softplus():
     step = LF.step_function("softplus", 4, parameters=(2.0, 1.0))
     assert max(step.boundaries) == 0.5
     assert step.derivative(torch.tensor([0.51])) == 1
-    base = LF.step_function("softplus", 4, parameters=(1.0, 20.0))
-    below = sum(c / 2 < 0.5 for c in base.boundaries)
-    assert step.boundaries[:below] == pytest.approx([c / 2 for c in base.boundaries[:below]])
+    smooth = LF.step_function("softplus", 4, criterion="primitive", parameters=(2.0, 1.0))
+    base = LF.step_function("softplus", 4, criterion="primitive", parameters=(1.0, 20.0))
+    assert smooth.boundaries == pytest.approx([c / 2 for c in base.boundaries])
+
+
+@pytest.mark.parametrize("threshold", [math.nan, -math.inf])
+def test_thresholds_that_are_none(threshold):
+    with pytest.raises(ValueError, match=r"lomem::.*: threshold is (nan|-inf), expected a number"):
+        LF.softplus(torch.ones(2, requires_grad=True), threshold=threshold)
 
 
 # Modules

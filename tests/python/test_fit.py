@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lomem
 import numpy as np
 import pytest
 import torch
@@ -86,7 +87,7 @@ def parts(name, criterion, step):
 
 
 # h at -infinity, where h~ is 0.
-OFFSET = {"softsign": -1.0, "elu": -1.0, "exp": -1.0}
+OFFSET = {"softsign": -1.0, "elu": -1.0, "exp": -1.0, "selu": -1.0507009873554805 * 1.6732632423543772}
 
 
 def measured(name, criterion, step, low=-60.0, high=60.0, density=None):
@@ -132,7 +133,8 @@ def test_fewbits_step_function():
 
 
 def test_the_tables_are_complete():
-    functions = {"gelu", "gelu_tanh", "silu", "mish", "sigmoid", "softplus", "softsign", "elu", "exp", "hardswish"}
+    functions = {"gelu", "gelu_tanh", "silu", "mish", "sigmoid", "softplus", "softsign", "elu", "exp", "selu"}
+    functions.add("hardswish")
     assert set(TABLES) == set(itertools.product(functions, CRITERIA, range(1, 9)))
     assert list(TABLES) == sorted(TABLES)
     for (_, _, bits), table in TABLES.items():
@@ -172,6 +174,7 @@ SAMPLE = [
     ("softsign", "derivative", 1),
     ("exp", "primitive", 6),
     ("silu", "primitive", 7),
+    ("selu", "derivative", 2),
 ]
 
 
@@ -191,6 +194,51 @@ def test_a_bit_more(name):
         assert 3.7 < a / b < 5.1
     for a, b in itertools.pairwise(errors["derivative"]):
         assert 1.85 < a / b < 2.25
+
+
+# --- Parameters that do more than stretch a function ------------------------------------------------------------------
+
+REFITTED = [
+    *((("elu", (alpha,)), criterion) for alpha in (0.3, 0.97, 1.1, 4.0) for criterion in CRITERIA),
+    *((("softplus", (1.0, threshold)), "derivative") for threshold in (-40.0, -2.0, 1.0, 5.0)),
+]
+
+
+@pytest.mark.parametrize(("activation", "criterion"), REFITTED)
+def test_refits_are_what_fit_finds(activation, criterion):
+    name, parameters = activation
+    for bits in (1, 2, 5):
+        step = lomem.functional.step_function(name, bits, criterion=criterion, parameters=parameters)
+        found = fit(lambda x: getattr(F, name)(x, *parameters), bits, criterion=criterion)
+        # 1e-9: as of the tables.
+        np.testing.assert_allclose(step.boundaries, found.boundaries, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(step.levels, found.levels, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_refits_of_eight_bits(criterion):
+    # 1e-6: 255 boundaries, each found from the one before it.
+    found = fit(lambda x: F.elu(x, 1.7), 8, criterion=criterion)
+    step = lomem.functional.step_function("elu", 8, criterion=criterion, parameters=(1.7,))
+    np.testing.assert_allclose(step.boundaries, found.boundaries, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(step.levels, found.levels, rtol=0, atol=1e-6)
+    if criterion == "derivative":
+        found = fit(lambda x: F.softplus(x, 2.0, 3.0), 8)
+        step = lomem.functional.step_function("softplus", 8, parameters=(2.0, 3.0))
+        assert step.boundaries[-1] == 1.5
+        np.testing.assert_allclose(step.boundaries, found.boundaries, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_refits_of_any_parameter(bits):
+    for alpha in (-1e30, -2.0, -1e-30, 0.0, 1e-300, 1e-30, 0.999999, 1.000001, 1e30, 1e300):
+        for criterion in CRITERIA:
+            step = lomem.functional.step_function("elu", bits, criterion=criterion, parameters=(alpha,))
+            assert (step.levels[0], step.levels[-1]) == (0, 1)  # the slopes of the asymptotes
+    for threshold in (-1e30, -800.0, -37.5, -36.5, 0.0, 19.9, 20.0, 1e30, math.inf):
+        step = lomem.functional.step_function("softplus", bits, parameters=(1.0, threshold))
+        assert (step.levels[0], step.levels[-1]) == (0, 1)
+        assert step.boundaries[-1] <= threshold
 
 
 # --- Optimality -------------------------------------------------------------------------------------------------------
@@ -438,17 +486,16 @@ def test_scaled_functions(name, criterion):
         )
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_exp_is_elu_of_any_alpha(criterion):
-    for bits in (1, 3, 6):
-        exp, selu = fit("exp", bits, criterion=criterion), fit("selu", bits, criterion=criterion)
-        assert exp.boundaries[-1] == 0
-        assert exp.levels[-1] == 1
-        scale, alpha = 1.0507009873554805, 1.6732632423543772
-        np.testing.assert_allclose(selu.boundaries, exp.boundaries, rtol=0, atol=1e-8)
-        expected = np.append(np.array(exp.levels[:-1]) * alpha, 1.0) * scale
-        np.testing.assert_allclose(selu.levels, expected, rtol=0, atol=1e-9)
-        assert selu.error == pytest.approx(exp.error * scale * alpha, rel=1e-9)
+@pytest.mark.parametrize("bits", [1, 3, 6])
+def test_exp_is_elu_of_any_alpha(bits):
+    exp = fit("exp", bits)
+    assert exp.boundaries[-1] == 0
+    assert exp.levels[-1] == 1
+    # 0.1 is so far from 1 that the best step function has a boundary at 0.
+    elu = fit(lambda x: F.elu(x, 0.1), bits)
+    np.testing.assert_allclose(elu.boundaries, exp.boundaries, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(elu.levels, [*(0.1 * np.array(exp.levels[:-1])), 1.0], rtol=0, atol=1e-9)
+    assert elu.error == pytest.approx(0.1 * exp.error, rel=1e-9)
 
 
 # --- StepFunction -----------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ struct LOMEM_API StepFunction {
 /// "hardswish"; `parameters`: all of them, in this order.
 /// `criterion`: "primitive" for the one whose primitive is nearest to the activation (arXiv:2406.16282; GELU
 /// and SiLU of 2 bits are ReGELU2 and ReSiLU2 to 1e-3), "derivative" for the one that is itself nearest to
-/// its derivative (arXiv:2202.00441): both in the mean square over the line. bits = 1..8.
+/// its derivative (arXiv:2202.00441): both in the mean square over the line. bits = 1..8. Where parameters do more
+/// than stretch a function (alpha of ELU, a low threshold of softplus), it is fitted when first asked for.
 LOMEM_API StepFunction step_function(
     std::string_view function, int64_t bits, std::string_view criterion = "derivative",
     const std::vector<double>& parameters = {});

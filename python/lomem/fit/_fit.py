@@ -165,11 +165,11 @@ def fit(
 
     Args:
         fn: Name of an activation, with torch's default arguments: ``"celu"``, ``"elu"``, ``"exp"`` (e^x - 1 below 0, x
-            above, with a boundary at 0: its levels below 0, scaled by alpha, are those of an ELU), ``"gelu"``,
+            above, with a boundary at 0: its levels below 0, scaled by alpha, suit an ELU), ``"gelu"``,
             ``"gelu_tanh"``, ``"hardswish"``, ``"logsigmoid"``, ``"mish"``, ``"quick_gelu"`` (x sigmoid(1.702 x)),
-            ``"selu"`` (also with a boundary at 0), ``"sigmoid"``, ``"silu"``, ``"softplus"``, ``"softsign"``,
-            ``"tanh"``, ``"tanhshrink"``. Or an elementwise function of a float64 tensor that autograd can
-            differentiate; on the line it has to keep to its asymptotes from 512 and -512 on.
+            ``"selu"``, ``"sigmoid"``, ``"silu"``, ``"softplus"``, ``"softsign"``, ``"tanh"``, ``"tanhshrink"``. Or an
+            elementwise function of a float64 tensor that autograd can differentiate; on the line it has to keep to its
+            asymptotes from 512 and -512 on.
         bits: Of a code, 1 to 8.
         criterion: ``"primitive"`` or ``"derivative"``.
         density: Where errors count: ``"uniform"``; ``"gaussian"``, the standard normal one; a tuple (mean, standard

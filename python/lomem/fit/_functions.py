@@ -217,7 +217,7 @@ def _affine(f: Function, slope: float, factor: float) -> Function:
 SELU_SCALE, SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
 
 #: By name, as torch has them with their default arguments. `exp` is e^x - 1 below 0 and the identity above, and its
-#: last boundary is 0: scaled below it, its levels are those of ELU with any alpha.
+#: last boundary is 0: scaled below it, its levels suit ELU with any alpha.
 FUNCTIONS: dict[str, Callable[[], Function]] = {
     "celu": lambda: _exponential(1.0, 1.0, None),
     "elu": lambda: _exponential(1.0, 1.0, None),
@@ -228,7 +228,7 @@ FUNCTIONS: dict[str, Callable[[], Function]] = {
     "logsigmoid": lambda: _affine(_softplus(), 1.0, -1.0),  # -softplus(-x) = x - softplus(x)
     "mish": _mish,
     "quick_gelu": lambda: _linear(1.702),
-    "selu": lambda: _exponential(SELU_SCALE * SELU_ALPHA, SELU_SCALE, 0.0),
+    "selu": lambda: _exponential(SELU_SCALE * SELU_ALPHA, SELU_SCALE, None),
     "sigmoid": lambda: _sigmoid(1.0, 1.0, 0.0),
     "silu": lambda: _linear(1.0),
     "softplus": _softplus,
