@@ -70,8 +70,8 @@ Tail tail_of_exp(size_t pieces) {
     const double unit = std::exp(tail.knots.back());
     const double value = tail.values.back() / unit;
     // (The line to a short piece begins at about 1 - length^2 / 12.)
-    const double length =
-        root([&](double l) { return line_to_exp(l).left - value; }, std::sqrt(1 - value), 4 * std::sqrt(12 * (1 - value)));
+    const double length = root(
+        [&](double l) { return line_to_exp(l).left - value; }, std::sqrt(1 - value), 4 * std::sqrt(12 * (1 - value)));
     tail.knots.push_back(tail.knots.back() + length);
     tail.values.push_back(unit * line_to_exp(length).right);
   }
@@ -82,8 +82,8 @@ Tail tail_of_exp(size_t pieces) {
 double elu_error(double alpha, const StepFunction& steps, bool primitive) {
   // Gauss and Legendre's
   constexpr double at[] = {-0.9061798459386640, -0.5384693101056831, 0, 0.5384693101056831, 0.9061798459386640};
-  constexpr double weight[] = {0.2369268850561891, 0.4786286704993665, 0.5688888888888889, 0.4786286704993665,
-                               0.2369268850561891};
+  constexpr double weight[] = {
+      0.2369268850561891, 0.4786286704993665, 0.5688888888888889, 0.4786286704993665, 0.2369268850561891};
   double low = steps.boundaries.front();
   double error = alpha * alpha * std::exp(2 * low) / 2;
   double value = -alpha;
@@ -234,7 +234,8 @@ double softplus_error(double threshold, const StepFunction& steps) {
 }
 
 /// The best one for "derivative" with its last boundary at the threshold: a level is the mean of the derivative between
-/// its boundaries, a boundary is where the derivative is the mean of two levels; so the first one determines all others.
+/// its boundaries, a boundary is where the derivative is the mean of two levels; so the first one determines all
+/// others.
 StepFunction ending_at(double threshold, size_t boundaries) {
   /// Nothing where the last one would lie above the threshold.
   const auto from = [&](double first) -> std::optional<StepFunction> {

@@ -486,6 +486,20 @@ def test_scaled_functions(name, criterion):
         )
 
 
+def test_a_function_of_positive_numbers():
+    result = fit(torch.sqrt, 2, domain=(1.0, 4.0))
+    assert result.certificate.optimal
+    assert result.check()
+    primitive = fit(torch.sqrt, 2, criterion="primitive", domain=(0.0, 4.0))  # h' is infinite at 0
+    assert primitive.check()
+
+
+@pytest.mark.parametrize(("fn", "domain", "at"), [(torch.log, (-1.0, 1.0), "-"), (torch.exp, (-1.0, 400.0), "3[5-9]")])
+def test_functions_that_are_not_finite(fn, domain, at):
+    with pytest.raises(ValueError, match=rf"^lomem.fit.fit: fn or a derivative .* is not finite, or .*, at {at}"):
+        fit(fn, 2, domain=domain)
+
+
 @pytest.mark.parametrize("bits", [1, 3, 6])
 def test_exp_is_elu_of_any_alpha(bits):
     exp = fit("exp", bits)

@@ -193,7 +193,8 @@ def fit(
     line = isinstance(density, str) and density == "uniform" and domain is None
     if line and not f.asymptotic:
         raise fail("fn has no asymptotes that it keeps to from |x| = 512 on, expected a domain or another density")
-    measure = measure_of(f, density, domain, isinstance(fn, str))
+    with np.errstate(all="ignore"):  # (see below)
+        measure = measure_of(f, density, domain, isinstance(fn, str))
     degree = 1 if criterion == "primitive" else 0
     last = f.last if f.last is not None and measure.low < f.last < measure.high else None
     if last is not None:
@@ -209,6 +210,11 @@ def fit(
     if isinstance(measure, Points) and len(measure.x) < 2**bits:
         where = "" if last is None else f" below {last:g}"
         raise fail(f"density has {len(measure.x)} distinct values{where}, expected at least {2**bits} for {bits} bits")
+    x = measure.nodes(measure.mesh)[0]
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(f.rest(x) ** 2 + f.slope(x) ** 2 + f.bend(x) ** 2)
+    if not np.all(finite):
+        raise fail(f"fn or a derivative of it is not finite, or its square overflows, at {x[np.argmin(finite)]:g}")
     sides = [(k, f.slope(np.nextafter(k, [-np.inf, np.inf]))) for k in f.kinks]
     jumps = tuple(k for k, (left, right) in sides if abs(left - right) > 1e-9)
 

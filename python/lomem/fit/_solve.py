@@ -475,6 +475,8 @@ def _settle(problem: Problem, boundaries: Array) -> Solution | None:
 def _mirrored(problem: Problem, best: Solution) -> Solution:
     """One of equally good mirror images, always the same; the symmetric one of solutions that differ by rounding."""
     c = best.state.boundaries
+    if -c[0] > problem.measure.high or -c[-1] < problem.measure.low:
+        return best  # there fn need not be defined
     other = _settle(problem, -c[::-1])
     if other is None or other.error > best.error * (1 + 1e-9):
         return best
