@@ -6,7 +6,7 @@
 
 For each seed: fine-tunes the plain model, and models of few bits, shipped and calibrated, on the same batches; then
 compares the gradients of step functions with the exact ones in the plain model, on reviews that were not trained on.
-Takes about 15 minutes on two idle cores. Licences: see finetune_minilm.py.
+Takes about 35 minutes on two idle cores. Licences: see finetune_minilm.py.
 """
 
 from __future__ import annotations
