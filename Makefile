@@ -5,11 +5,12 @@
 #                               for that GPU, runs every test and the benchmarks
 #
 # Variables: PYTHON (3.10 or newer), TORCH (what pip installs as torch), PIP_ARGS (further arguments for that,
-# such as --pre or an index), VENV (without spaces), JOBS.
+# such as --pre or an index), BUILD_ARGS (pip's, for the build of lomem), VENV (without spaces), JOBS.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
+BUILD_ARGS ?=
 VENV ?= .venv
 JOBS ?= 2
 
@@ -53,7 +54,7 @@ $(VENV)/.tools: $(VENV)/.torch pyproject.toml
 
 # Always: pip cannot tell whether the sources changed. The build folder under build/ makes it quick.
 install: $(VENV)/.tools
-	$(PIP) install --quiet --no-build-isolation '.[bench,demo]'
+	$(PIP) install --quiet --no-build-isolation $(BUILD_ARGS) '.[bench,demo]'
 
 # GoogleTest: the installed one, else Debian's package where apt and root allow it, else CMake downloads it.
 gtest:
