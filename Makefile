@@ -21,6 +21,9 @@ export PATH := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin:$(PATH)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PRE_COMMIT_HOME ?= $(CURDIR)/build/pre-commit
 
+# Tests run side by side: a thread that spins while it waits takes the time of another test's.
+ctest pytest pytest-capabilities pytest-on-host asan dev asan-pytest: export OMP_WAIT_POLICY := passive
+
 # The oldest CMake that lomem says it works with: consumer projects are tested with it.
 OLDEST_CMAKE := 3.22
 
