@@ -285,7 +285,7 @@ StepFunction find_softplus(double threshold, int64_t bits) {
 
 // Remembered ------------------------------------------------------------------------------------------
 
-/// What was found before: some take milliseconds, and an op asks at every call.
+/// What was found before: some take a third of a second, and an op asks at every call.
 template <class Find>
 StepFunction remembered(
     const char* function, double parameter, std::string_view criterion, int64_t bits, const Find& find) {
