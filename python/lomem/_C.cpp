@@ -15,6 +15,12 @@
 #include <utility>
 #include <vector>
 
+namespace lomem::detail {
+
+void bind_reused_memory(pybind11::module_& m);  // _reused_memory.cpp
+
+}  // namespace lomem::detail
+
 namespace {
 
 std::vector<std::string> cuda_archs() {
@@ -91,4 +97,5 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "resilu2", &resilu2,
       "torch.ops.lomem.resilu2, past __torch_function__; NotImplemented for arguments of other types.");
+  lomem::detail::bind_reused_memory(m);
 }

@@ -283,20 +283,15 @@ def make_calls(contender: Contender, inputs: list[tuple[Tensor, ...]], gradients
 # Time and page faults.
 
 
-def keep_freed_memory() -> None:
-    """Makes glibc give freed blocks to the next allocation, not to the system.
+def reuse_memory() -> None:
+    """Makes results take the place of those that were freed last, as in a training loop that keeps its memory.
 
-    By default a big block is mapped when it is allocated and unmapped when it is freed. Each call of an op would then
-    get fresh pages for its result, and the system would zero them one page fault at a time, which takes longer than
-    the ops measured here. Training has the same cost in torch and in lomem; it is not what is compared.
+    The C library gives big blocks back to the system when they are freed. Each call of an op would then get fresh
+    pages for its result, and the system would zero them one page fault at a time, which takes longer than the ops
+    measured here. Told to keep them, glibc hands out the block that was freed first: results wander through the heap,
+    and out of the caches. Training pays that in torch and in lomem; it is not what is compared.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(m_mmap_max, 0)  # never a mapping of its own
-    mallopt(m_trim_threshold, -1)  # never shrink the heap: -1 is the largest size
-    mallopt(m_top_pad, 2**28)  # grow it in big steps
+    _C.reuse_memory()
 
 
 class Disturbances(NamedTuple):
@@ -333,14 +328,6 @@ class Timer:
     def __call__(self, call: Call, repeats: int) -> Timing:
         """Calls `repeats` times."""
         return Timing(self._on_gpu(call, repeats)) if self.cuda else self._on_cpu(call, repeats)
-
-    def undisturbed(self, call: Call, repeats: int) -> Timing:
-        """The same, again where the heap grew meanwhile: small blocks take the places of big ones now and then."""
-        for _ in range(3):
-            timing = self(call, repeats)
-            if timing.disturbances.page_faults <= 1:
-                break
-        return timing
 
     @staticmethod
     def _on_cpu(call: Call, repeats: int) -> Timing:
@@ -502,7 +489,7 @@ def measure(case: Case, plan: Plan, copies: Copies, memory: Copy) -> list[Record
             names = list(group)
             first = round_ % len(names)
             for name in names[first:] + names[:first]:
-                timings[pass_, name].append(timer.undisturbed(group[name], repeats[pass_, name]))
+                timings[pass_, name].append(timer(group[name], repeats[pass_, name]))
     return list(make_records(case, plan, copies, memory, timings))
 
 
@@ -574,6 +561,7 @@ def run(plan: Plan) -> Iterator[list[Record]]:
                     torch._dynamo.reset()  # each case compiles for its own shape
                 with device_of(plan), without_garbage_collection():
                     records += measure(case, plan, copies, memory)
+                _C.release_reused_memory()  # the next case's blocks have other sizes
             progress("")
             yield records
 
@@ -710,7 +698,7 @@ def replay(arguments: argparse.Namespace) -> Results:
 def measure_and_print(arguments: argparse.Namespace) -> Results:
     """Prints while it measures, and keeps what it has so far."""
     plan = make_plan(arguments)
-    keep_freed_memory()
+    reuse_memory()
     console = make_console()
     results = Results(plan.command(), machine(plan), [])
     bench_report.print_header(results, console)

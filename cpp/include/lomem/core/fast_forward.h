@@ -22,7 +22,10 @@ namespace lomem::fast {
 //       static Floats max(Floats a, Floats b);          // a > b ? a : b
 //       static Floats min_magnitude(Floats a, Floats b);  // |a| < b ? |a| : b
 //       static Words bits(Floats a);
-//       static Floats lookup(const float (&table)[32], Words row);  // table[row % 32]
+//       struct Table {
+//         explicit Table(const float (&entries)[32]);   // which outlive it
+//         Floats at(Words row) const;                   // entries[row % 32]
+//       };
 //     };
 
 /// One float.
@@ -44,60 +47,93 @@ struct ScalarLanes {
     std::memcpy(&result, &a, sizeof(result));
     return result;
   }
-  LOMEM_HOST_DEVICE static float lookup(const float (&table)[32], std::uint32_t row) {
-    return table[row % 32];
-  }
+
+  class Table {
+   public:
+    LOMEM_HOST_DEVICE explicit Table(const float (&entries)[32]) : entries_(entries) {}
+
+    LOMEM_HOST_DEVICE float at(std::uint32_t row) const {
+      return entries_[row % 32];
+    }
+
+   private:
+    const float* entries_;
+  };
 };
 
 /// max(x, 0) - W(|x|). NaN gives NaN, and -0 gives -0.
 template <class Lanes>
-LOMEM_HOST_DEVICE inline typename Lanes::Floats by_table(
-    typename Lanes::Floats x, float clamp, float rows_a_unit, const float (&tail)[6][32]) {
+class ByTable {
+ public:
   using Floats = typename Lanes::Floats;
-  const Floats zero{};
-  const Floats scale = zero + rows_a_unit;
-  const Floats a = Lanes::min_magnitude(x, zero + clamp);
-  // Adding this number leaves the row in the last bits of the sum.
-  const Floats shifted = Lanes::fma(a, scale, zero + tail_magic);
-  const auto row = Lanes::bits(shifted);
-  const Floats t = Lanes::fma(a, scale, tail_magic - shifted);
-  Floats w = Lanes::lookup(tail[5], row);
-  w = Lanes::fma(w, t, Lanes::lookup(tail[4], row));
-  w = Lanes::fma(w, t, Lanes::lookup(tail[3], row));
-  w = Lanes::fma(w, t, Lanes::lookup(tail[2], row));
-  w = Lanes::fma(w, t, Lanes::lookup(tail[1], row));
-  w = Lanes::fma(w, t, Lanes::lookup(tail[0], row));
-  return Lanes::max(zero, x) - w;
-}
+
+  LOMEM_HOST_DEVICE ByTable(float clamp, float rows_a_unit, const float (&tail)[6][32])
+      : clamp_(Floats{} + clamp),
+        scale_(Floats{} + rows_a_unit),
+        c0_(tail[0]),
+        c1_(tail[1]),
+        c2_(tail[2]),
+        c3_(tail[3]),
+        c4_(tail[4]),
+        c5_(tail[5]) {}
+
+  LOMEM_HOST_DEVICE Floats operator()(Floats x) const {
+    const Floats zero{};
+    const Floats a = Lanes::min_magnitude(x, clamp_);
+    // Adding this number leaves the row in the last bits of the sum.
+    const Floats shifted = Lanes::fma(a, scale_, zero + tail_magic);
+    const auto row = Lanes::bits(shifted);
+    const Floats t = Lanes::fma(a, scale_, tail_magic - shifted);
+    Floats w = c5_.at(row);
+    w = Lanes::fma(w, t, c4_.at(row));
+    w = Lanes::fma(w, t, c3_.at(row));
+    w = Lanes::fma(w, t, c2_.at(row));
+    w = Lanes::fma(w, t, c1_.at(row));
+    w = Lanes::fma(w, t, c0_.at(row));
+    return Lanes::max(zero, x) - w;
+  }
+
+ private:
+  Floats clamp_;
+  Floats scale_;
+  typename Lanes::Table c0_;
+  typename Lanes::Table c1_;
+  typename Lanes::Table c2_;
+  typename Lanes::Table c3_;
+  typename Lanes::Table c4_;
+  typename Lanes::Table c5_;
+};
+
+// Each has what evaluates it: make that once, outside of a loop.
 
 /// x * Phi(x).
 struct GELU {
   template <class Lanes>
-  LOMEM_HOST_DEVICE static typename Lanes::Floats value(typename Lanes::Floats x) {
-    return by_table<Lanes>(x, gelu_clamp, gelu_rows_a_unit, gelu_tail);
+  LOMEM_HOST_DEVICE static ByTable<Lanes> on() {
+    return {gelu_clamp, gelu_rows_a_unit, gelu_tail};
   }
 };
 
 /// GELU with a tanh in place of erf.
 struct GELUTanh {
   template <class Lanes>
-  LOMEM_HOST_DEVICE static typename Lanes::Floats value(typename Lanes::Floats x) {
-    return by_table<Lanes>(x, gelu_tanh_clamp, gelu_tanh_rows_a_unit, gelu_tanh_tail);
+  LOMEM_HOST_DEVICE static ByTable<Lanes> on() {
+    return {gelu_tanh_clamp, gelu_tanh_rows_a_unit, gelu_tanh_tail};
   }
 };
 
 /// x * sigmoid(x).
 struct SiLU {
   template <class Lanes>
-  LOMEM_HOST_DEVICE static typename Lanes::Floats value(typename Lanes::Floats x) {
-    return by_table<Lanes>(x, silu_clamp, silu_rows_a_unit, silu_tail);
+  LOMEM_HOST_DEVICE static ByTable<Lanes> on() {
+    return {silu_clamp, silu_rows_a_unit, silu_tail};
   }
 };
 
 /// Function's value of one float.
 template <class Function>
 LOMEM_HOST_DEVICE inline float value(float x) {
-  return Function::template value<ScalarLanes>(x);
+  return Function::template on<ScalarLanes>()(x);
 }
 
 }  // namespace lomem::fast

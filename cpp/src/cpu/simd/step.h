@@ -158,6 +158,7 @@ void step_encode_elements(const T* x, std::int64_t n, std::uint8_t* packed) {
 #endif
   if constexpr (vectors) {
     for (; i + 32 <= n; i += 32) {
+      prefetch_ahead(x + i, 32 * sizeof(T));
       const std::uint64_t codes = encode_32<Step>(x + i);
       std::memcpy(packed + i / 4, &codes, sizeof(codes));
     }
@@ -376,10 +377,22 @@ struct VectorLanes {
   static Floats max(const Floats& a, const Floats& b) {
     return bits_of<Floats>(_mm512_max_ps(bits_of<__m512>(a), bits_of<__m512>(b)));
   }
-  static Floats lookup(const float (&table)[32], const Words& row) {
-    return bits_of<Floats>(
-        _mm512_permutex2var_ps(_mm512_loadu_ps(table), bits_of<__m512i>(row), _mm512_loadu_ps(table + 16)));
-  }
+
+  class Table {
+   public:
+    /// (The compiler is not to know that these are constants: it would load them again at every use.)
+    explicit Table(const float (&entries)[32]) : low_(_mm512_loadu_ps(entries)), high_(_mm512_loadu_ps(entries + 16)) {
+      asm("" : "+v"(low_), "+v"(high_));
+    }
+
+    Floats at(const Words& row) const {
+      return bits_of<Floats>(_mm512_permutex2var_ps(low_, bits_of<__m512i>(row), high_));
+    }
+
+   private:
+    __m512 low_;
+    __m512 high_;
+  };
 #else
   static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
     return bits_of<Floats>(_mm256_fmadd_ps(bits_of<__m256>(a), bits_of<__m256>(b), bits_of<__m256>(c)));
@@ -391,16 +404,27 @@ struct VectorLanes {
   static Floats max(const Floats& a, const Floats& b) {
     return bits_of<Floats>(_mm256_max_ps(bits_of<__m256>(a), bits_of<__m256>(b)));
   }
-  static Floats lookup(const float (&table)[32], const Words& row) {
-    // (A gather takes twice as long.)
-    const __m256i index = bits_of<__m256i>(row);
-    const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-    const __m256 bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 27));
-    const auto among_8 = [&](int from) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + from), index); };
-    const __m256 low = _mm256_blendv_ps(among_8(0), among_8(8), bit3);
-    const __m256 high = _mm256_blendv_ps(among_8(16), among_8(24), bit3);
-    return bits_of<Floats>(_mm256_blendv_ps(low, high, bit4));
-  }
+
+  class Table {
+   public:
+    explicit Table(const float (&entries)[32]) : entries_(entries) {}
+
+    Floats at(const Words& row) const {
+      // (A gather takes twice as long.)
+      const __m256i index = bits_of<__m256i>(row);
+      const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+      const __m256 bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 27));
+      const auto among_8 = [&](int from) {
+        return _mm256_permutevar8x32_ps(_mm256_loadu_ps(entries_ + from), index);
+      };
+      const __m256 low = _mm256_blendv_ps(among_8(0), among_8(8), bit3);
+      const __m256 high = _mm256_blendv_ps(among_8(16), among_8(24), bit3);
+      return bits_of<Floats>(_mm256_blendv_ps(low, high, bit4));
+    }
+
+   private:
+    const float* entries_;
+  };
 #endif
   static Words bits(const Floats& a) {
     return bits_of<Words>(a);
@@ -411,6 +435,7 @@ struct VectorLanes {
 template <class Function, class Step, bool codes, class T>
 void fast_forward_elements(const T* x, std::int64_t n, T* y, std::uint8_t* packed, bool stream) {
   const bool streams = stream && is_aligned(y, lanes * sizeof(T));
+  const auto function = Function::template on<VectorLanes>();
   constexpr std::int64_t tile = 2048;
   for (std::int64_t begin = 0; begin < n; begin += tile) {
     const std::int64_t end = n - begin < tile ? n : begin + tile;
@@ -418,8 +443,7 @@ void fast_forward_elements(const T* x, std::int64_t n, T* y, std::uint8_t* packe
     for (; i + 2 * lanes <= end; i += 2 * lanes) {
       const Floats low = load_as<float>(x + i);
       const Floats high = load_as<float>(x + i + lanes);
-      store_two(
-          Function::template value<VectorLanes>(low), Function::template value<VectorLanes>(high), y + i, streams);
+      store_two(function(low), function(high), y + i, streams);
 #if defined(__AVX512F__)
       if constexpr (codes) {
         const std::uint64_t word = encode_32<Step>(bits_of<__m512>(low), bits_of<__m512>(high));
@@ -434,7 +458,7 @@ void fast_forward_elements(const T* x, std::int64_t n, T* y, std::uint8_t* packe
 #endif
     for (; i < end; i += lanes) {
       const Partial part{end - i < lanes ? static_cast<int>(end - i) : lanes};
-      store_as<float>(Function::template value<VectorLanes>(load_as<float>(x + i, part)), y + i, false, part);
+      store_as<float>(function(load_as<float>(x + i, part)), y + i, false, part);
     }
     if constexpr (codes) {
       step_encode_elements<Step>(x + encoded, end - encoded, packed + encoded / 4);

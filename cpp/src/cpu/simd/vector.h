@@ -195,6 +195,16 @@ inline void store(const V& v, void* target, bool stream) {
   std::memcpy(target, &v, sizeof(V));
 }
 
+/// Asks for the lines 2 KiB behind those at [from, from + bytes). The hardware looks ahead too, but not beyond a page:
+/// where there is little to compute and the last cache answers, half of the time went there.
+inline void prefetch_ahead(const void* from, std::int64_t bytes) {
+  // (As a number, for it may lie beyond the array. Nothing is fetched then.)
+  const auto ahead = reinterpret_cast<std::uintptr_t>(from) + 2048;
+  for (std::int64_t line = 0; line < bytes; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead + line));
+  }
+}
+
 inline void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
