@@ -27,40 +27,46 @@ namespace {
 //     its own end over.
 // Said of x86, where the tests look at them.
 
-// A call of oneDNN costs what some 30,000 elements cost, so tiles are large, and small inputs, which
-// stay in the last cache, are left whole.
+struct Tiling {
+  bool with_threads;     // else with one thread only
+  int64_t largest_tile;  // in elements
+  int64_t least_input;   // smaller ones, which stay in the last cache, are faster whole
+};
 
 constexpr int64_t smallest_tile = int64_t{1} << 16;
-constexpr int64_t largest_tile = int64_t{1} << 19;
 
-int64_t tile_elements(int64_t n) {
-  const int64_t several_a_thread = n / (4 * at::get_num_threads());
-  return std::clamp(several_a_thread, smallest_tile, largest_tile) / cache_line_elements * cache_line_elements;
+/// Tiles that the cache of a core holds.
+constexpr Tiling by_vectors(bool with_threads) {
+  return {with_threads, int64_t{1} << 17, int64_t{1} << 19};
 }
 
-enum class Splits { anywhere, with_one_thread };
+/// Large ones: a call of oneDNN costs what some 30,000 elements cost.
+constexpr Tiling by_onednn{true, int64_t{1} << 19, int64_t{1} << 23};
 
-Splits splits(const ReGELU2Op& /*op*/, at::ScalarType dtype, std::string_view approximate, bool /*fast*/) {
-  const bool by_onednn = approximate == "none" && (dtype == at::kFloat || dtype == at::kBFloat16) && at::hasMKLDNN() &&
-                         at::globalContext().userEnabledMkldnn();
-  return by_onednn ? Splits::anywhere : Splits::with_one_thread;
+Tiling tiling(const ReGELU2Op& /*op*/, at::ScalarType dtype, std::string_view approximate, bool /*fast*/) {
+  const bool onednn = approximate == "none" && (dtype == at::kFloat || dtype == at::kBFloat16) && at::hasMKLDNN() &&
+                      at::globalContext().userEnabledMkldnn();
+  return onednn ? by_onednn : by_vectors(false);
 }
 
-Splits splits(const ReSiLU2Op& /*op*/, at::ScalarType dtype, bool /*fast*/) {
-  return dtype == at::kBFloat16 || dtype == at::kHalf ? Splits::anywhere : Splits::with_one_thread;
+Tiling tiling(const ReSiLU2Op& /*op*/, at::ScalarType dtype, bool /*fast*/) {
+  return by_vectors(dtype == at::kBFloat16 || dtype == at::kHalf);
 }
 
-template <class Op, class... Args>
-bool may_tile(const at::Tensor& input, Args... args) {
+bool may_tile([[maybe_unused]] const at::Tensor& input, [[maybe_unused]] const Tiling& tiling) {
 #if defined(LOMEM_X86_KERNELS)
-  if (!input.is_contiguous() || input.numel() < 4 * largest_tile) {
+  if (!input.is_contiguous() || input.numel() < tiling.least_input) {
     return false;
   }
-  const bool one_thread = at::get_num_threads() == 1 || at::in_parallel_region();
-  return one_thread || splits(Op{}, input.scalar_type(), args...) == Splits::anywhere;
+  return tiling.with_threads || at::get_num_threads() == 1 || at::in_parallel_region();
 #else
   return false;
 #endif
+}
+
+int64_t tile_elements(int64_t n, const Tiling& tiling) {
+  const int64_t several_a_thread = n / (4 * at::get_num_threads());
+  return std::clamp(several_a_thread, smallest_tile, tiling.largest_tile) / cache_line_elements * cache_line_elements;
 }
 
 void activation_out(
@@ -95,7 +101,7 @@ at::Tensor view_of(void* data, int64_t count, const at::Tensor& like) {
 }
 
 template <class Op, class... Args>
-std::tuple<at::Tensor, at::Tensor> step_forward_in_tiles(const at::Tensor& input, Args... args) {
+std::tuple<at::Tensor, at::Tensor> step_forward_in_tiles(const at::Tensor& input, const Tiling& tiling, Args... args) {
   using Step = typename Op::Step;
   const int64_t n = input.numel();
   const int64_t size = input.element_size();
@@ -107,7 +113,7 @@ std::tuple<at::Tensor, at::Tensor> step_forward_in_tiles(const at::Tensor& input
   auto* packed = codes.mutable_data_ptr<uint8_t>();
 
   // The last tile takes what is left, so that none is short.
-  const int64_t tile_size = tile_elements(n);
+  const int64_t tile_size = tile_elements(n, tiling);
   const int64_t tiles = n / tile_size;
   at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
     for (int64_t tile = first; tile < last; ++tile) {
@@ -190,8 +196,8 @@ std::tuple<at::Tensor, at::Tensor> step_forward_cpu(const at::Tensor& input, Arg
       return {output, codes};
     }
   }
-  if (may_tile<Op>(input, args...)) {
-    return step_forward_in_tiles<Op>(input, args...);
+  if (const Tiling tiles = tiling(Op{}, input.scalar_type(), args...); may_tile(input, tiles)) {
+    return step_forward_in_tiles<Op>(input, tiles, args...);
   }
 
   // The torch op on the very tensor that came in: torch picks its kernel by strides, and kernels

@@ -414,9 +414,7 @@ struct VectorLanes {
       const __m256i index = bits_of<__m256i>(row);
       const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
       const __m256 bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 27));
-      const auto among_8 = [&](int from) {
-        return _mm256_permutevar8x32_ps(_mm256_loadu_ps(entries_ + from), index);
-      };
+      const auto among_8 = [&](int from) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(entries_ + from), index); };
       const __m256 low = _mm256_blendv_ps(among_8(0), among_8(8), bit3);
       const __m256 high = _mm256_blendv_ps(among_8(16), among_8(24), bit3);
       return bits_of<Floats>(_mm256_blendv_ps(low, high, bit4));
