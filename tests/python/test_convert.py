@@ -3,8 +3,10 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import lomem
+import lomem.functional as LF
 import pytest
 import torch
 import torch.distributed as dist
@@ -489,6 +491,70 @@ def test_every_norm_has_a_verdict():
         assert torch.equal(value, before[name]), name  # running statistics too, after runs in training mode
 
 
+class Spelled(nn.Module):
+    """An activation that is no single op of torch's."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.scale * x)
+
+
+class Called(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.linear(x))
+
+
+FEW_BIT = {
+    "GELU": (nn.GELU, LF.gelu),
+    "GELU tanh": (lambda: nn.GELU("tanh"), partial(LF.gelu, approximate="tanh")),
+    "SiLU": (nn.SiLU, LF.silu),
+    "SiLU in place": (lambda: nn.Sequential(nn.Linear(D, D), nn.SiLU(inplace=True)), LF.silu),
+    "QuickGELU": (partial(Spelled, 1.702), LF.quick_gelu),
+    "mirrored": (partial(Spelled, -1.0), lambda x, bits: -LF.silu(-x, bits=bits)),
+    "called GELU": (partial(Called, F.gelu), LF.gelu),
+    "called SiLU": (partial(Called, F.silu), LF.silu),
+}
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+@pytest.mark.parametrize("name", FEW_BIT)
+def test_activations_of_more_and_fewer_bits(name, bits, device):
+    make_module, few_bit = FEW_BIT[name]
+    model, x = nn.Sequential(nn.Linear(D, D), make_module()).to(device), batch().to(device)
+    y = model(x)
+    report = lomem.convert(model, x, activations=f"{bits}bit")
+    converted = [d for d in report.decisions if d.kind != "norm"]
+    assert [d.action for d in converted] == [f"{bits}bit"]
+    tensors = 2 if isinstance(model[1], Spelled) else 1  # x and the sigmoid
+    assert [d.saved_bytes for d in converted] == [4 * tensors * y.numel() - y.numel() * bits // 8]
+    assert report.saved_before - report.saved_after == converted[0].saved_bytes
+    z = model(x)
+    assert torch.equal(y, z)
+    weight = model[0].weight
+    (gradient,) = torch.autograd.grad(z.square().sum(), weight)
+
+    inner = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    hidden = x
+    for linear in inner:
+        hidden = linear(hidden)
+    (expected,) = torch.autograd.grad(few_bit(hidden, bits=bits).square().sum(), weight)
+    # Products of a GEMM that adds in the same order, of gradients that differ where a boundary was divided by a scale.
+    assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model))) if not name.startswith("mirrored") else model
+    assert torch.equal(torch.autograd.grad(again(x).square().sum(), again[0].weight)[0], gradient)
+    lomem.restore(model)
+    assert not any(k.startswith("lomem") for m in model.modules() for k in vars(m))
+
+
 def test_functional_calls_are_replaced():
     class Functional(nn.Module):
         def __init__(self):
@@ -680,8 +746,8 @@ def test_inputs_come_as_a_tensor_a_tuple_or_a_dict():
         (lambda model, x: lomem.convert(3, x), "model is a int, expected a torch.nn.Module"),
         (lambda model, x: lomem.convert(model, 3), "example_inputs is a int, expected a tensor"),
         (
-            lambda model, x: lomem.convert(model, x, activations="1bit"),
-            "activations is '1bit', expected '2bit' or 'keep'",
+            lambda model, x: lomem.convert(model, x, activations="9bit"),
+            "activations is '9bit', expected '1bit', '2bit', ... '8bit' or 'keep'",
         ),
         (lambda model, x: lomem.convert(model, x, norms=None), "norms is None, expected 'auto' or 'keep'"),
         (lambda model, x: lomem.convert(model, x, norms="keep", activations="keep"), "expected something to convert"),

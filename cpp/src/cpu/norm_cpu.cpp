@@ -66,7 +66,8 @@ struct CpuNorms {
     constexpr int64_t min_block_elements = int64_t{1} << 17;
     constexpr int64_t max_buffer_elements = int64_t{1} << 22;
     const int64_t blocks = std::max<int64_t>(
-        1, std::min({max_blocks, rows, rows * cols / min_block_elements, max_buffer_elements / std::max<int64_t>(1, cols)}));
+        1, std::min(
+               {max_blocks, rows, rows * cols / min_block_elements, max_buffer_elements / std::max<int64_t>(1, cols)}));
     const at::Tensor sums = at::zeros({2, blocks, cols}, like.options().dtype(at::kDouble));
     double* weight_sums = grad_weight.data != nullptr ? sums.mutable_data_ptr<double>() : nullptr;
     double* bias_sums = grad_bias.data != nullptr ? sums.mutable_data_ptr<double>() + blocks * cols : nullptr;

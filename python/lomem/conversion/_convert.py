@@ -38,9 +38,9 @@ def convert(
 ) -> Report:
     """Makes a model keep less for the backward pass, in place.
 
-    Activations that compute GELU (either form), QuickGELU or SiLU, under whatever name, keep 2 bits an element; so do
-    calls of ``F.gelu`` and ``F.silu`` in modules' forwards. Their results stay what they are, bit for bit; their
-    gradient is a step function (:func:`lomem.functional.regelu2`).
+    Activations that compute GELU (either form), QuickGELU or SiLU, under whatever name, keep 2 bits an element, or as
+    many as ``activations`` says; so do calls of ``F.gelu`` and ``F.silu`` in modules' forwards. Their results stay what
+    they are, bit for bit; their gradient is a step function (:func:`lomem.functional.regelu2`).
 
     Norms that compute layer or RMS norm, under whatever name, keep what linear layers behind them keep anyway, where
     the example run shows that these do. Their gradient is exact to rounding. In order of preference:
@@ -59,7 +59,9 @@ def convert(
         model: Changed in place; as it was where this raises.
         example_inputs: A batch of the kind that the model is trained with, small: a tensor, a tuple of arguments or a
             dict of keyword arguments. Without it norms are left, since nothing is known of their consumers.
-        activations: ``"2bit"``, or ``"keep"`` to leave all.
+        activations: ``"1bit"``, ``"2bit"``, ... or ``"8bit"``. 2 bits are those of
+            :func:`lomem.functional.regelu2` and :func:`lomem.functional.resilu2`, others those of
+            :func:`lomem.functional.gelu` and :func:`lomem.functional.silu`. ``"keep"`` leaves all.
         norms: ``"auto"``, or ``"keep"`` to leave all.
         exclude: Names of modules to leave, with wildcards (``["*.layers.0.*"]``), each of which must match one.
         check: Whether to compare the outputs on the example inputs with the original model's, in training and in
@@ -144,12 +146,18 @@ def restore(model: nn.Module) -> int:
     return len(converted)
 
 
+_BITS = {f"{bits}bit": bits for bits in range(1, 9)}
+
+
 def _check_arguments(model: Any, activations: str, norms: str, tolerance: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"lomem.convert: model is a {type(model).__name__}, expected a torch.nn.Module")
-    for argument, value, wanted in (("activations", activations, "2bit"), ("norms", norms, "auto")):
-        if value not in (wanted, "keep"):
-            raise ValueError(f"lomem.convert: {argument} is {value!r}, expected {wanted!r} or 'keep'")
+    if activations not in (*_BITS, "keep"):
+        raise ValueError(
+            f"lomem.convert: activations is {activations!r}, expected '1bit', '2bit', ... '8bit' or 'keep'"
+        )
+    if norms not in ("auto", "keep"):
+        raise ValueError(f"lomem.convert: norms is {norms!r}, expected 'auto' or 'keep'")
     if not (tolerance is None or (isinstance(tolerance, int | float) and tolerance >= 0)):
         raise ValueError(f"lomem.convert: tolerance is {tolerance!r}, expected a number of at least 0")
     if activations == norms == "keep":
@@ -235,7 +243,8 @@ def _candidates(
 
     forms = {name: form for name, m in leaves.items() if (form := once(recognize_activation, m)) is not None}
     finder = Finder(model, flows, forms.keys()) if flows else None
-    found = [_activation_candidate(name, leaves[name], form, finder) for name, form in forms.items()]
+    bits = _BITS.get(activations, 2)
+    found = [_activation_candidate(name, leaves[name], form, finder, bits) for name, form in forms.items()]
     for name in leaves.keys() - forms.keys():
         module = leaves[name]
         named = any(part in type(module).__name__.lower() for part in _NORM_NAMES)
@@ -249,7 +258,7 @@ def _candidates(
             c.leave(norm)
             found.append(c)
     if finder is not None:
-        found += plan_calls(finder, skip=forms.__contains__)
+        found += plan_calls(finder, forms.__contains__, bits)
     for c in found:
         wanted = norms if c.kind == "norm" else activations
         if c.action != "left" and (wanted == "keep" or excluded(c.name)):
@@ -271,13 +280,15 @@ def _leave_callers_of_left(found: list[Candidate]) -> None:
             c.leave(f"{inside[0]} inside it is left")
 
 
-def _activation_candidate(name: str, module: nn.Module, form: ActivationForm, finder: Finder | None) -> Candidate:
+def _activation_candidate(
+    name: str, module: nn.Module, form: ActivationForm, finder: Finder | None, bits: int
+) -> Candidate:
     problem = ways_of_its_own(module)
     if problem is not None:
         c = Candidate(name, "activation", form)
         c.leave(problem)
         return c
-    return plan_activation(finder, name, form)
+    return plan_activation(finder, name, form, bits)
 
 
 def _norm_candidate(name: str, module: nn.Module, form: NormForm, finder: Finder | None) -> Candidate:

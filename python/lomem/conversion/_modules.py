@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import functional as LF
 from ..reference import REGELU2, RESILU2
+from ..steps import StepFunction
 from ._exchange import Converted
 from ._recognize import ActivationForm, LinearForm, NormForm
 
@@ -26,12 +27,29 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _gelu(input: Tensor, approximate: str = "none", *, bits: int) -> Tensor:
+    return LF.regelu2(input, approximate) if bits == 2 else LF.gelu(input, approximate, bits=bits)
+
+
+def _silu(input: Tensor, *, bits: int) -> Tensor:
+    return LF.resilu2(input) if bits == 2 else LF.silu(input, bits=bits)
+
+
+def _steps(form: ActivationForm, bits: int) -> StepFunction:
+    """Of the function that a form is, stretched."""
+    if bits == 2:
+        return REGELU2 if form.kind == "gelu" else RESILU2
+    tanh = form.kind == "gelu" and form.approximate == "tanh"
+    return LF.step_function("gelu_tanh" if tanh else form.kind, bits)
+
+
 class StepActivation(Converted):
-    """An activation whose backward pass keeps 2 bits an element; its forward is the original one, bit for bit."""
+    """An activation whose backward pass keeps few bits an element; its forward is the original one, bit for bit."""
 
     lomem_prefix = "Step"
-    lomem_attributes = ("lomem_activation",)
+    lomem_attributes = ("lomem_activation", "lomem_bits")
     lomem_activation: ActivationForm | None = None
+    lomem_bits: int = 2
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the original."""
@@ -42,24 +60,29 @@ class StepActivation(Converted):
         x = values[0]
         if not form.torch_op:
             # No single op of torch's. (The derivative of silu(s x) / s is silu'(s x).)
-            steps = REGELU2 if form.kind == "gelu" else RESILU2
+            steps = _steps(form, self.lomem_bits)
             order = 1 if form.scale > 0 else -1
             boundaries = [c / form.scale for c in steps.boundaries][::order]
             return LF.step_activation(x, super().forward, boundaries, steps.levels[::order])
-        result = LF.regelu2(x, form.approximate) if form.kind == "gelu" else LF.resilu2(x)
+        bits = self.lomem_bits
+        result = _gelu(x, form.approximate, bits=bits) if form.kind == "gelu" else _silu(x, bits=bits)
         return x.copy_(result) if form.inplace else result
 
 
 class _Redirect(TorchFunctionMode):
     """Calls of F.gelu and F.silu become those of lomem."""
 
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.gelu and _needs_gradient(args[0] if args else kwargs["input"]):
-            return LF.regelu2(*args, **kwargs)
+            return _gelu(*args, **kwargs, bits=self.bits)
         if func is F.silu and not (kwargs.get("inplace") or len(args) > 1):
             x = args[0] if args else kwargs["input"]
-            return LF.resilu2(x) if _needs_gradient(x) else func(x)
+            return _silu(x, bits=self.bits) if _needs_gradient(x) else func(x)
         return func(*args, **kwargs)
 
 
@@ -67,11 +90,13 @@ class StepCalls(Converted):
     """A module whose forward calls F.gelu or F.silu."""
 
     lomem_prefix = "StepCalls"
+    lomem_attributes = ("lomem_bits",)
+    lomem_bits: int = 2
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
         # A mode, and be it one that does nothing, keeps torch from its faster ways in evaluation.
-        with _Redirect() if torch.is_grad_enabled() else contextlib.nullcontext():
+        with _Redirect(self.lomem_bits) if torch.is_grad_enabled() else contextlib.nullcontext():
             return super().forward(*args, **kwargs)
 
 

@@ -334,10 +334,11 @@ def _linears_behind(finder: Finder, name: str) -> list[str]:
     return [n for n in names if finder.linear(n) is not None and finder.ledger.kept_by(n)]
 
 
-def plan_activation(finder: Finder | None, name: str, form: ActivationForm) -> Candidate:
+def plan_activation(finder: Finder | None, name: str, form: ActivationForm, bits: int) -> Candidate:
     """What would become of an activation; without a run, that it is converted."""
-    c = Candidate(name, "activation", form, "2bit", "its backward pass keeps 2 bits an element")
-    c.changes[name] = (StepActivation, {"lomem_activation": form})
+    reason = f"its backward pass keeps {bits} bit{'s' * (bits > 1)} an element"
+    c = Candidate(name, "activation", form, f"{bits}bit", reason)
+    c.changes[name] = (StepActivation, {"lomem_activation": form, "lomem_bits": bits})
     if finder is None:
         return c
     calls = finder.flows[0].calls_of(name)
@@ -349,11 +350,15 @@ def plan_activation(finder: Finder | None, name: str, form: ActivationForm) -> C
         return c
     c.keeps = finder.ledger.kept_by(name)
     # torch's own op keeps its input alone; the parts of a composite may keep its output, which stays where others do.
-    c.added = sum((call.numel + 3) // 4 for call in calls)
+    c.added = sum(_packed_bytes(call.numel, bits) for call in calls)
     return c
 
 
-def plan_calls(finder: Finder, skip: Callable[[str], bool]) -> list[Candidate]:
+def _packed_bytes(numel: int, bits: int) -> int:
+    return (numel * bits + 7) // 8
+
+
+def plan_calls(finder: Finder, skip: Callable[[str], bool], bits: int) -> list[Candidate]:
     """What would become of functional calls, outside of activation modules."""
     found: dict[str, Candidate] = {}
     for op in finder.flows[0].recorder.ops:
@@ -364,13 +369,13 @@ def plan_calls(finder: Finder, skip: Callable[[str], bool]) -> list[Candidate]:
         c = found.get(name)
         if c is None:
             c = found[name] = Candidate(
-                name, "call", function, "2bit", f"{function} is replaced while its forward runs"
+                name, "call", function, f"{bits}bit", f"{function} is replaced while its forward runs"
             )
             c.keeps = finder.ledger.kept_by(name, "call")
-            c.changes[name] = (StepCalls, {})
+            c.changes[name] = (StepCalls, {"lomem_bits": bits})
             problem = ways_of_its_own(finder.modules[name])
             if problem is not None:
                 c.leave(problem)
         if op.outputs:
-            c.added += (op.inputs[0].nbytes // op.inputs[0].dtype.itemsize + 3) // 4
+            c.added += _packed_bytes(op.inputs[0].nbytes // op.inputs[0].dtype.itemsize, bits)
     return list(found.values())

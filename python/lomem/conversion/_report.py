@@ -19,7 +19,7 @@ class Decision:
         kind: ``"norm"``, ``"activation"`` or ``"call"`` (of ``F.gelu`` or ``F.silu`` in the module's forward).
         module: Name of the module's class.
         computes: What it was recognized as.
-        action: ``"2bit"``, ``"inverted"``, ``"two outputs"``, ``"normalized"`` or ``"left"``.
+        action: ``"2bit"`` or so, ``"inverted"``, ``"two outputs"``, ``"normalized"`` or ``"left"``.
         reason: In a few words.
         saved_bytes: By how many bytes of the example run less is kept; 0 where left or where nothing was run.
     """
