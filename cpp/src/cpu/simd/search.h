@@ -64,8 +64,13 @@ struct FloatLanes {
   static Integers choose(Mask upper, Integers low, Integers high) {
     return _mm512_mask_blend_epi32(upper, low, high);
   }
-  static void store_bytes(Integers path, std::uint8_t* target) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm512_cvtepi32_epi8(path));
+  /// The low bytes of paths[0], paths[1], ...
+  static __m512i bytes(const Integers (&paths)[4]) {
+    const auto low = [](Integers path) { return _mm512_cvtepi32_epi8(path); };
+    __m512i result = _mm512_castsi128_si512(low(paths[0]));
+    result = _mm512_inserti32x4(result, low(paths[1]), 1);
+    result = _mm512_inserti32x4(result, low(paths[2]), 2);
+    return _mm512_inserti32x4(result, low(paths[3]), 3);
   }
 };
 
@@ -108,8 +113,9 @@ struct HalfLanes {
   static Integers choose(Mask upper, Integers low, Integers high) {
     return _mm512_mask_blend_epi16(upper, low, high);
   }
-  static void store_bytes(Integers path, std::uint8_t* target) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtepi16_epi8(path));
+  static __m512i bytes(const Integers (&paths)[2]) {
+    return _mm512_inserti64x4(
+        _mm512_castsi256_si512(_mm512_cvtepi16_epi8(paths[0])), _mm512_cvtepi16_epi8(paths[1]), 1);
   }
 };
 
@@ -182,17 +188,23 @@ class SearchTable {
     }
   }
 
+  using Integers = typename Lanes::Integers;
+  using Mask = typename Lanes::Mask;
+
   /// The codes of a register of elements, with their bits reversed.
-  typename Lanes::Integers paths(const Lanes& x) const {
-    typename Lanes::Integers path{};
-    typename Lanes::Mask above[bits];
+  Integers paths(const Lanes& x) const {
+    Mask above[bits];
+    return paths(x, above);
+  }
+
+  /// Results of the comparisons besides.
+  Integers paths(const Lanes& x, Mask (&above)[bits]) const {
+    Integers path{};
     search<0>(x, path, above);
     return path;
   }
 
  private:
-  using Integers = typename Lanes::Integers;
-  using Mask = typename Lanes::Mask;
   static constexpr int count = 1 << Lanes::log_count;
 
   static constexpr int entries(int step) {
@@ -235,25 +247,74 @@ class SearchTable {
   alignas(64) typename Lanes::Boundary table_[first(bits)];
 };
 
+/// The lowest `bits` bits of a byte in reverse order, from its nibbles.
+template <int bits>
+struct ReversedBits {
+  alignas(16) std::uint8_t low[16] = {};
+  alignas(16) std::uint8_t high[16] = {};
+
+  constexpr ReversedBits() {
+    for (int value = 0; value < 16; ++value) {
+      int reversed = 0;
+      for (int b = 0; b < 4; ++b) {
+        reversed |= ((value >> b) & 1) << (7 - b);
+      }
+      low[value] = static_cast<std::uint8_t>(reversed >> (8 - bits));
+      high[value] = static_cast<std::uint8_t>(reversed >> 4 >> (8 - bits));
+    }
+  }
+};
+
+#if defined(__AVX512F__)
+
+/// Codes of 64 elements, one a byte.
+template <int bits, class Lanes, class T>
+inline void search_64(const SearchTable<bits, Lanes>& table, const T* x, std::uint8_t* codes) {
+  constexpr int count = 1 << Lanes::log_count;
+  typename Lanes::Integers paths[64 / count];
+  for (int i = 0; i < 64 / count; ++i) {
+    paths[i] = table.paths(Lanes(x + count * i));
+  }
+  // (All in registers: to load what was stored in parts waits for the stores.)
+  static constexpr ReversedBits<bits> tables;
+  const auto look_up = [](const std::uint8_t* from, __m512i index) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(from))), index);
+  };
+  const __m512i nibble = _mm512_set1_epi8(15);
+  const __m512i bytes = Lanes::bytes(paths);
+  const __m512i low = look_up(tables.low, _mm512_and_si512(bytes, nibble));
+  const __m512i high = look_up(tables.high, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble));
+  _mm512_storeu_si512(codes, _mm512_or_si512(low, high));
+}
+
+/// Stores the codes of as many elements as a mask has bits: comparison s is bit bits-1-s of each.
+template <int bits, class Mask>
+inline void store_codes(const Mask (&above)[bits], std::uint8_t* packed) {
+  constexpr int chunk = 16;  // elements, whose codes a word holds
+  static_assert(chunk * bits <= 64);
+  constexpr std::uint64_t lowest = [] {
+    std::uint64_t result = 0;
+    for (int i = 0; i < chunk; ++i) {
+      result |= std::uint64_t{1} << (i * bits);
+    }
+    return result;
+  }();
+  for (int begin = 0; begin < static_cast<int>(8 * sizeof(Mask)); begin += chunk) {
+    std::uint64_t word = 0;
+    for (int s = 0; s < bits; ++s) {
+      word |= _pdep_u64(static_cast<std::uint64_t>(above[s]) >> begin, lowest << (bits - 1 - s));
+    }
+    std::memcpy(packed + begin / group_size * bits, &word, chunk / group_size * bits);
+  }
+}
+
+#else
+
 /// Reverses the lowest `bits` bits of each of 64 bytes, of which no others are set.
 template <int bits>
 inline void reverse_bits(std::uint8_t* bytes) {
   if constexpr (bits > 1) {
-    struct Tables {
-      alignas(16) std::uint8_t low[16] = {};
-      alignas(16) std::uint8_t high[16] = {};
-      constexpr Tables() {
-        for (int value = 0; value < 16; ++value) {
-          int reversed = 0;
-          for (int b = 0; b < 4; ++b) {
-            reversed |= ((value >> b) & 1) << (7 - b);
-          }
-          low[value] = static_cast<std::uint8_t>(reversed >> (8 - bits));
-          high[value] = static_cast<std::uint8_t>(reversed >> 4 >> (8 - bits));
-        }
-      }
-    };
-    static constexpr Tables tables;
+    static constexpr ReversedBits<bits> tables;
     const auto look_up = [](const std::uint8_t* table, __m256i index) {
       const __m128i half = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
       return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), index);
@@ -281,12 +342,27 @@ inline void search_64(const SearchTable<bits, Lanes>& table, const T* x, std::ui
   reverse_bits<bits>(codes);
 }
 
+#endif
+
 template <int bits, class T>
 void step_search_encode_elements(const T* x, std::int64_t n, const double* boundaries, std::uint8_t* packed) {
-  const SearchTable<bits, SearchLanes<T>> table(Type<T>{}, boundaries);
+  using Lanes = SearchLanes<T>;
+  const SearchTable<bits, Lanes> table(Type<T>{}, boundaries);
+  std::int64_t whole = 0;
+#if defined(__AVX512F__)
+  if constexpr (bits <= 4) {  // beyond, bytes are faster
+    constexpr int count = 1 << Lanes::log_count;
+    for (; whole + count <= n; whole += count) {
+      prefetch_ahead(x + whole, count * sizeof(T));
+      typename Lanes::Mask above[bits];
+      table.paths(Lanes(x + whole), above);
+      store_codes<bits>(above, packed + whole / group_size * bits);
+    }
+  }
+#endif
   constexpr std::int64_t tile = 1024;
   std::uint8_t codes[tile];
-  for (std::int64_t begin = 0; begin < n; begin += tile) {
+  for (std::int64_t begin = whole; begin < n; begin += tile) {
     const std::int64_t count = n - begin < tile ? n - begin : tile;
     std::int64_t i = 0;
     for (; i + 64 <= count; i += 64) {
