@@ -162,9 +162,12 @@ struct FloatLanes {
   static Integers choose(Mask upper, Integers low, Integers high) {
     return _mm256_blendv_epi8(low, high, upper);
   }
-  static void store_bytes(Integers path, std::uint8_t* target) {
-    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(path), _mm256_extracti128_si256(path, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(target), _mm_packus_epi16(halves, halves));
+  /// The low bytes of paths[0], paths[1], ...
+  static __m256i bytes(const Integers (&paths)[4]) {
+    // Packing works within halves of a register: the groups of four come out as 0 2 4 6 1 3 5 7.
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return _mm256_permutevar8x32_epi32(
+        _mm256_packus_epi16(_mm256_packus_epi32(paths[0], paths[1]), _mm256_packus_epi32(paths[2], paths[3])), order);
   }
 };
 
@@ -267,24 +270,21 @@ struct ReversedBits {
 
 #if defined(__AVX512F__)
 
-/// Codes of 64 elements, one a byte.
-template <int bits, class Lanes, class T>
-inline void search_64(const SearchTable<bits, Lanes>& table, const T* x, std::uint8_t* codes) {
-  constexpr int count = 1 << Lanes::log_count;
-  typename Lanes::Integers paths[64 / count];
-  for (int i = 0; i < 64 / count; ++i) {
-    paths[i] = table.paths(Lanes(x + count * i));
-  }
-  // (All in registers: to load what was stored in parts waits for the stores.)
+/// For each byte, the table's entry of its lowest four bits, of which none are set above.
+inline __m512i look_up_nibbles(const std::uint8_t (&table)[16], __m512i index) {
+  const __m128i entries = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), index);
+}
+
+template <int bits>
+inline __m512i reverse_bits(__m512i bytes) {
   static constexpr ReversedBits<bits> tables;
-  const auto look_up = [](const std::uint8_t* from, __m512i index) {
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(from))), index);
-  };
   const __m512i nibble = _mm512_set1_epi8(15);
-  const __m512i bytes = Lanes::bytes(paths);
-  const __m512i low = look_up(tables.low, _mm512_and_si512(bytes, nibble));
-  const __m512i high = look_up(tables.high, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble));
-  _mm512_storeu_si512(codes, _mm512_or_si512(low, high));
+  const __m512i low = look_up_nibbles(tables.low, _mm512_and_si512(bytes, nibble));
+  if constexpr (bits <= 4) {
+    return low;
+  }
+  return _mm512_or_si512(low, look_up_nibbles(tables.high, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble)));
 }
 
 /// Stores the codes of as many elements as a mask has bits: comparison s is bit bits-1-s of each.
@@ -310,39 +310,39 @@ inline void store_codes(const Mask (&above)[bits], std::uint8_t* packed) {
 
 #else
 
-/// Reverses the lowest `bits` bits of each of 64 bytes, of which no others are set.
-template <int bits>
-inline void reverse_bits(std::uint8_t* bytes) {
-  if constexpr (bits > 1) {
-    static constexpr ReversedBits<bits> tables;
-    const auto look_up = [](const std::uint8_t* table, __m256i index) {
-      const __m128i half = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
-      return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), index);
-    };
-    const __m256i nibble = _mm256_set1_epi8(15);
-    for (int i = 0; i < 64; i += 32) {
-      auto* const place = reinterpret_cast<__m256i*>(bytes + i);
-      const __m256i x = _mm256_loadu_si256(place);
-      __m256i result = look_up(tables.low, _mm256_and_si256(x, nibble));
-      if constexpr (bits > 4) {
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
-        result = _mm256_or_si256(result, look_up(tables.high, high));
-      }
-      _mm256_storeu_si256(place, result);
-    }
-  }
+/// For each byte, the table's entry of its lowest four bits, of which none are set above.
+inline __m256i look_up_nibbles(const std::uint8_t (&table)[16], __m256i index) {
+  const __m128i entries = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), index);
 }
 
-/// Codes of 64 elements, one a byte.
-template <int bits, class Lanes, class T>
-inline void search_64(const SearchTable<bits, Lanes>& table, const T* x, std::uint8_t* codes) {
-  for (int i = 0; i < 64; i += 1 << Lanes::log_count) {
-    Lanes::store_bytes(table.paths(Lanes(x + i)), codes + i);
+template <int bits>
+inline __m256i reverse_bits(__m256i bytes) {
+  static constexpr ReversedBits<bits> tables;
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i low = look_up_nibbles(tables.low, _mm256_and_si256(bytes, nibble));
+  if constexpr (bits <= 4) {
+    return low;
   }
-  reverse_bits<bits>(codes);
+  return _mm256_or_si256(low, look_up_nibbles(tables.high, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble)));
 }
 
 #endif
+
+/// Codes of 64 elements, one a byte. (Put together in registers: a load of what was stored in parts waits for them.)
+template <int bits, class Lanes, class T>
+inline void search_64(const SearchTable<bits, Lanes>& table, const T* x, std::uint8_t* codes) {
+  constexpr int count = 1 << Lanes::log_count;
+  constexpr int bytes = sizeof(typename Lanes::Integers);
+  for (int i = 0; i < 64; i += bytes) {
+    typename Lanes::Integers paths[bytes / count];
+    for (int part = 0; part < bytes / count; ++part) {
+      paths[part] = table.paths(Lanes(x + i + part * count));
+    }
+    const auto result = reverse_bits<bits>(Lanes::bytes(paths));
+    std::memcpy(codes + i, &result, bytes);
+  }
+}
 
 template <int bits, class T>
 void step_search_encode_elements(const T* x, std::int64_t n, const double* boundaries, std::uint8_t* packed) {

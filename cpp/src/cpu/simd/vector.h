@@ -196,7 +196,7 @@ inline void store(const V& v, void* target, bool stream) {
 }
 
 /// Asks for the lines 2 KiB behind those at [from, from + bytes). The hardware looks ahead too, but not beyond a page:
-/// where there is little to compute and the last cache answers, half of the time went there.
+/// where there is little to compute and the last cache answers, a quarter of the time went there.
 inline void prefetch_ahead(const void* from, std::int64_t bytes) {
   // (As a number, for it may lie beyond the array. Nothing is fetched then.)
   const auto ahead = reinterpret_cast<std::uintptr_t>(from) + 2048;
