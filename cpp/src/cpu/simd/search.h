@@ -268,24 +268,30 @@ struct ReversedBits {
   }
 };
 
-#if defined(__AVX512F__)
-
 /// For each byte, the table's entry of its lowest four bits, of which none are set above.
-inline __m512i look_up_nibbles(const std::uint8_t (&table)[16], __m512i index) {
+inline Words look_up_nibbles(const std::uint8_t (&table)[16], const Words& index) {
   const __m128i entries = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
-  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), index);
+#if defined(__AVX512F__)
+  return bits_of<Words>(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), bits_of<__m512i>(index)));
+#else
+  return bits_of<Words>(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), bits_of<__m256i>(index)));
+#endif
 }
 
+/// Reverses the lowest `bits` bits of each byte, of which no others are set.
 template <int bits>
-inline __m512i reverse_bits(__m512i bytes) {
+inline Words reverse_bits(const Words& bytes) {
   static constexpr ReversedBits<bits> tables;
-  const __m512i nibble = _mm512_set1_epi8(15);
-  const __m512i low = look_up_nibbles(tables.low, _mm512_and_si512(bytes, nibble));
+  constexpr std::uint32_t nibbles = 0x0f0f0f0fu;
+  const Words low = look_up_nibbles(tables.low, bytes & nibbles);
   if constexpr (bits <= 4) {
     return low;
+  } else {
+    return low | look_up_nibbles(tables.high, (bytes >> 4) & nibbles);
   }
-  return _mm512_or_si512(low, look_up_nibbles(tables.high, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble)));
 }
+
+#if defined(__AVX512F__)
 
 /// Stores the codes of as many elements as a mask has bits: comparison s is bit bits-1-s of each.
 template <int bits, class Mask>
@@ -308,25 +314,6 @@ inline void store_codes(const Mask (&above)[bits], std::uint8_t* packed) {
   }
 }
 
-#else
-
-/// For each byte, the table's entry of its lowest four bits, of which none are set above.
-inline __m256i look_up_nibbles(const std::uint8_t (&table)[16], __m256i index) {
-  const __m128i entries = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
-  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), index);
-}
-
-template <int bits>
-inline __m256i reverse_bits(__m256i bytes) {
-  static constexpr ReversedBits<bits> tables;
-  const __m256i nibble = _mm256_set1_epi8(15);
-  const __m256i low = look_up_nibbles(tables.low, _mm256_and_si256(bytes, nibble));
-  if constexpr (bits <= 4) {
-    return low;
-  }
-  return _mm256_or_si256(low, look_up_nibbles(tables.high, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble)));
-}
-
 #endif
 
 /// Codes of 64 elements, one a byte. (Put together in registers: a load of what was stored in parts waits for them.)
@@ -339,7 +326,7 @@ inline void search_64(const SearchTable<bits, Lanes>& table, const T* x, std::ui
     for (int part = 0; part < bytes / count; ++part) {
       paths[part] = table.paths(Lanes(x + i + part * count));
     }
-    const auto result = reverse_bits<bits>(Lanes::bytes(paths));
+    const Words result = reverse_bits<bits>(bits_of<Words>(Lanes::bytes(paths)));
     std::memcpy(codes + i, &result, bytes);
   }
 }
