@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <mutex>
+#include <new>
 #include <unordered_map>
 #include <vector>
 
