@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from ._exchange import exchange, give_back, is_converted, wrapped_since
+from ._exchange import exchange, give_back, is_converted, original_class, wrapped_since
 from ._flow import Flow, Inputs, as_inputs, trace, untouched
 from ._plan import Candidate, Finder, Ledger, plan_activation, plan_calls, plan_norm, settle, ways_of_its_own
 from ._recognize import ActivationForm, NormForm, recognize_activation, recognize_norm, signature
@@ -184,7 +184,7 @@ def _is_fake(model: nn.Module) -> bool:
 
 
 def _decision(model: nn.Module, c: Candidate) -> Decision:
-    module = type(model.get_submodule(c.name)).__name__
+    module = original_class(model.get_submodule(c.name)).__name__
     return Decision(c.name, c.kind, module, str(c.form), c.action, c.reason, c.gain if c.action != "left" else 0)
 
 
@@ -288,7 +288,7 @@ def _activation_candidate(
         c = Candidate(name, "activation", form)
         c.leave(problem)
         return c
-    return plan_activation(finder, name, form, bits)
+    return plan_activation(finder, name, module, form, bits)
 
 
 def _norm_candidate(name: str, module: nn.Module, form: NormForm, finder: Finder | None) -> Candidate:

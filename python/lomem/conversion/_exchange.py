@@ -1,29 +1,40 @@
 """Changing what one module does, and nothing else about it.
 
 A converted module keeps its identity: the object, its parameters, buffers, hooks, attributes and place in the model.
-Only its class becomes a subclass of its own, with another ``forward``. So isinstance checks, state_dict keys,
-optimizers and whoever else holds the module notice nothing, and undoing it is to give the class back.
+Only its class becomes a subclass of its own, with another ``forward`` and everything else that tools look at: name,
+module, signature, docstring. So isinstance checks, state_dict keys, optimizers and whoever else holds the module notice
+nothing, and undoing it is to give the class back.
 """
 
 from __future__ import annotations
 
 import copyreg
+import functools
+import weakref
 from typing import Any, ClassVar
 
 from torch import nn
 
-__all__ = ["Converted", "exchange", "give_back", "is_converted", "wrapped_since"]
+__all__ = ["Converted", "exchange", "give_back", "is_converted", "original_class", "unexchangeable", "wrapped_since"]
 
 
 class Converted(nn.Module):
     """Base of what :func:`exchange` puts before a module's class."""
 
-    #: Before the name of the class.
+    #: Before the name of the class, in the module's repr.
     lomem_prefix: ClassVar[str] = ""
     #: Names of the attributes that hold the mixin's own data.
     lomem_attributes: ClassVar[tuple[str, ...]] = ()
     lomem_mixin: ClassVar[type[Converted]]
     lomem_original: ClassVar[type[nn.Module]]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        # What a class does with its subclasses (registering them, asking for arguments) is meant for those of its users.
+        if "lomem_original" not in vars(cls):
+            super().__init_subclass__(**options)
+
+    def _get_name(self) -> str:
+        return self.lomem_prefix + super()._get_name()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class has no name in any module, so pickle and deepcopy are told how to make it.
@@ -43,22 +54,57 @@ def _new(mixin: type[Converted], original: type[nn.Module], *arguments: Any) -> 
     return cls.__new__(cls, *arguments)
 
 
-_classes: dict[tuple[type, type], type[nn.Module]] = {}
+class _ConvertedType(type):
+    """Of converted classes: every instance of the original class counts as one.
+
+    Tools look a class up by its name in a model (FSDP's wrapping does), and then for its instances. They find either
+    class, and are to find all modules.
+    """
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        original = vars(cls).get("lomem_original")
+        return type.__instancecheck__(cls, instance) or (original is not None and isinstance(instance, original))
+
+
+def _metaclass(original: type[nn.Module]) -> type:
+    own = type(original)
+    if own is type:
+        return _ConvertedType
+    return type(own.__name__, (_ConvertedType, own), {"__module__": own.__module__})
+
+
+#: The converted classes that are in use.
+_classes: weakref.WeakValueDictionary[tuple[type, type], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
 def _class(mixin: type[Converted], original: type[nn.Module]) -> type[nn.Module]:
     # One for each pair, so that modules of one class stay modules of one class.
-    if (mixin, original) in _classes:
-        return _classes[mixin, original]
+    known = _classes.get((mixin, original))
+    if known is not None:
+        return known
     names = {
         "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "lomem_mixin": mixin,
         "lomem_original": original,
+        "forward": _forward(mixin, original),
     }
-    return _classes.setdefault(
-        (mixin, original), type(f"{mixin.lomem_prefix}{original.__name__}", (mixin, original), names)
-    )
+    made = _metaclass(original)(original.__name__, (mixin, original), names)
+    return _classes.setdefault((mixin, original), made)
+
+
+def _forward(mixin: type[Converted], original: type[nn.Module]) -> Any:
+    converted = mixin.forward
+
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if getattr(type(self), "lomem_mixin", None) is not mixin:
+            # A bound method that somebody stored before the module was restored.
+            return type(self).forward(self, *args, **kwargs)
+        return converted(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    return forward
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -66,23 +112,39 @@ def is_converted(module: nn.Module) -> bool:
     return isinstance(module, Converted)
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has, or had before its conversion."""
+    return module.lomem_original if isinstance(module, Converted) else type(module)
+
+
+def unexchangeable(module: nn.Module, mixin: type[Converted]) -> str | None:
+    """Why a module's class cannot be exchanged, or None."""
+    original = type(module)
+    try:
+        module.__class__ = _class(mixin, original)
+        module.__class__ = original  # type: ignore[assignment]
+    except Exception as error:
+        return f"its class takes no subclass: {type(error).__name__}: {error}"
+    return None
+
+
 def exchange(module: nn.Module, mixin: type[Converted], **attributes: Any) -> None:
     """Puts a mixin before a module's class, and sets the mixin's attributes."""
     assert not is_converted(module)
     assert set(attributes) == set(mixin.lomem_attributes)
-    module.__dict__.update(attributes)
     module.__class__ = _class(mixin, type(module))
+    module.__dict__.update(attributes)
 
 
 def wrapped_since(module: nn.Module) -> bool:
     """Whether somebody else has exchanged a converted module's class since, as fully_shard does."""
     assert isinstance(module, Converted)
-    return type(module) is not _class(module.lomem_mixin, module.lomem_original)
+    return "lomem_original" not in vars(type(module))
 
 
 def give_back(module: nn.Module) -> None:
     """Undoes :func:`exchange`."""
     assert isinstance(module, Converted)
     for name in module.lomem_attributes:
-        del module.__dict__[name]
+        module.__dict__.pop(name, None)
     module.__class__ = module.lomem_original  # type: ignore[assignment]

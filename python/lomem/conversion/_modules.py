@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
@@ -16,6 +17,8 @@ from .. import functional as LF
 from ..reference import REGELU2, RESILU2
 from ..steps import StepFunction
 from ._exchange import Converted
+from .._handover import itself, linear_of_offered, offer, take
+from ._live import Fixed, fixed, holds
 from ._recognize import ActivationForm, LinearForm, NormForm
 
 __all__ = ["MSNorm", "NormPlan", "SharedInput", "StepActivation", "StepCalls"]
@@ -25,6 +28,18 @@ _lomem = torch.ops.lomem
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Of autocast, None where it is off or unknown to the kind of device (meta)."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _in_a_graph() -> bool:
+    """Whether this is seen by a compiler or tracer, where nothing is handed over."""
+    return is_compiling() or torch.jit.is_tracing()
 
 
 def _gelu(input: Tensor, approximate: str = "none", *, bits: int) -> Tensor:
@@ -47,26 +62,44 @@ class StepActivation(Converted):
     """An activation whose backward pass keeps few bits an element; its forward is the original one, bit for bit."""
 
     lomem_prefix = "Step"
-    lomem_attributes = ("lomem_activation", "lomem_bits")
+    lomem_attributes = ("lomem_activation", "lomem_bits", "lomem_fixed")
     lomem_activation: ActivationForm | None = None
     lomem_bits: int = 2
+    lomem_fixed: Fixed = ()
+
+    @staticmethod
+    def attributes(module: nn.Module, form: ActivationForm, bits: int) -> dict[str, Any]:
+        """Of a module that becomes one."""
+        live = (form.scale_name, form.approximate_name, form.inplace_name)
+        return {"lomem_activation": form, "lomem_bits": bits, "lomem_fixed": fixed(module, live)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the original."""
         values = (*args, *kwargs.values())
         form = self.lomem_activation
-        if form is None or len(values) != 1 or not isinstance(values[0], Tensor) or not _needs_gradient(values[0]):
+        if (
+            form is None
+            or len(values) != 1
+            or not isinstance(values[0], Tensor)
+            or not _needs_gradient(values[0])
+            or not holds(self, self.lomem_fixed)
+        ):
             return super().forward(*args, **kwargs)
         x = values[0]
         if not form.torch_op:
+            scale = form.scale if form.scale_name is None else getattr(self, form.scale_name)
+            if not (isinstance(scale, int | float) and math.isfinite(scale) and scale != 0):
+                return super().forward(*args, **kwargs)  # no silu, stretched
             # No single op of torch's. (The derivative of silu(s x) / s is silu'(s x).)
             steps = _steps(form, self.lomem_bits)
-            order = 1 if form.scale > 0 else -1
-            boundaries = [c / form.scale for c in steps.boundaries][::order]
+            order = 1 if scale > 0 else -1
+            boundaries = [c / scale for c in steps.boundaries][::order]
             return LF.step_activation(x, super().forward, boundaries, steps.levels[::order])
+        approximate = form.approximate if form.approximate_name is None else getattr(self, form.approximate_name)
+        inplace = form.inplace if form.inplace_name is None else getattr(self, form.inplace_name)
         bits = self.lomem_bits
-        result = _gelu(x, form.approximate, bits=bits) if form.kind == "gelu" else _silu(x, bits=bits)
-        return x.copy_(result) if form.inplace else result
+        result = _gelu(x, approximate, bits=bits) if form.kind == "gelu" else _silu(x, bits=bits)
+        return x.copy_(result) if inplace else result
 
 
 class _Redirect(TorchFunctionMode):
@@ -111,16 +144,18 @@ class NormPlan:
         low_precision: Whether all consumers compute in the autocast dtype, so that it can be emitted there.
         shared: Whether there are linear layers that take what is kept, beside the result: under autocast where not
             all consumers are of low precision, and where the norm is not inverted.
+        takers: How many linear layers were called with one result, at most.
     """
 
     form: NormForm
     inverted: bool
     low_precision: bool
     shared: bool
+    takers: int = 0
 
     def dtype(self, input: Tensor, weight: Tensor | None) -> torch.dtype | None:
         """Of the result; None for the op's own choice, which is the autocast dtype under autocast."""
-        autocast = torch.is_autocast_enabled(input.device.type)
+        autocast = autocast_dtype(input.device.type) is not None
         if autocast and self.low_precision and input.dtype != torch.float64:
             return None
         rule = self.form.autocast_dtype if autocast else self.form.dtype
@@ -134,24 +169,24 @@ class NormPlan:
 
     def kept_dtype(self, device: str, dtype: torch.dtype) -> torch.dtype:
         """Of what is kept, where that is not the result itself, of which the dtype is given."""
-        if torch.is_autocast_enabled(device):
-            low = torch.get_autocast_dtype(device)
-            return low if low.itemsize < dtype.itemsize and dtype != torch.float64 else dtype
-        return dtype
+        low = autocast_dtype(device)
+        return dtype if low is None or low.itemsize >= dtype.itemsize or dtype == torch.float64 else low
 
-    def public(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    def public(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, dtype: torch.dtype | None
+    ) -> Tensor:
         """The norm."""
         if self.form.centred:
-            return LF.ms_layer_norm(x, self.form.shape, weight, bias, self.form.eps or 0.0, dtype=dtype)
-        return LF.ms_rms_norm(x, self.form.shape, weight, self.form.eps, dtype=dtype)
+            return LF.ms_layer_norm(x, self.form.shape, weight, bias, eps or 0.0, dtype=dtype)
+        return LF.ms_rms_norm(x, self.form.shape, weight, eps, dtype=dtype)
 
     def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype | None
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
         """The norm and its rstd, without a graph; weights are those that can be divided by."""
         if self.form.centred:
-            return _lomem.ms_layer_norm_forward(x, self.form.shape, weight, bias, self.form.eps or 0.0, dtype=dtype)
-        return _lomem.ms_rms_norm_forward(x, self.form.shape, weight, self.form.eps, dtype=dtype)
+            return _lomem.ms_layer_norm_forward(x, self.form.shape, weight, bias, eps or 0.0, dtype=dtype)
+        return _lomem.ms_rms_norm_forward(x, self.form.shape, weight, eps, dtype=dtype)
 
     def backward(
         self,
@@ -169,17 +204,19 @@ class NormPlan:
         return (*_lomem.ms_rms_norm_backward(grad, output, rstd, self.form.shape, weight, dtype, needs[:2]), None)
 
 
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
+
+
 def _sum(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     return tensor.sum(dims) if dims else tensor
 
 
-class _Shared(NamedTuple):
-    """What a norm keeps beside its result, and an attribute of that."""
-
-    kept: Tensor
-    version: int  # of the result: changed in place since, it is another tensor
-    weight: Tensor | None  # result = kept * weight + bias
-    bias: Tensor | None
+def _affine(kept: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """A norm's output, of the normalized input."""
+    output = kept if weight is None else kept * weight
+    return output if bias is None else output + bias
 
 
 class _NormOfTwoOutputs(torch.autograd.Function):
@@ -195,16 +232,17 @@ class _NormOfTwoOutputs(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         plan: NormPlan,
+        eps: float | None,
         dtype: torch.dtype,
         kept_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         if plan.inverted:
-            result, rstd = plan.forward(x, weight, bias, dtype)
+            result, rstd = plan.forward(x, weight, bias, eps, dtype)
             kept = result.to(kept_dtype)
         else:
             # Both from the input, so that each is rounded once.
-            result = plan.public(x, weight, bias, dtype)
-            kept, rstd = plan.forward(x, None, None, kept_dtype)
+            result = plan.public(x, weight, bias, eps, dtype)
+            kept, rstd = plan.forward(x, None, None, eps, kept_dtype)
         ctx.save_for_backward(kept, rstd, weight, bias)
         ctx.plan, ctx.dtype = plan, x.dtype
         ctx.mark_non_differentiable(kept)
@@ -228,29 +266,34 @@ class _NormOfTwoOutputs(torch.autograd.Function):
                 wide = wide * weight
             grad_input, *_ = plan.backward(wide, kept, rstd, None, None, ctx.dtype, [needs[0], False, False])
             grads = grad_input, grad_weight, grad_bias
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 class MSNorm(Converted):
     """A norm that keeps its output for the backward pass, which its consumers keep anyway."""
 
     lomem_prefix = "MS"
-    lomem_attributes = ("lomem_norm",)
+    lomem_attributes = ("lomem_norm", "lomem_fixed")
     lomem_norm: NormPlan | None = None
+    lomem_fixed: Fixed = ()
+
+    @staticmethod
+    def attributes(module: nn.Module, plan: NormPlan) -> dict[str, Any]:
+        """Of a module that becomes one."""
+        return {"lomem_norm": plan, "lomem_fixed": fixed(module, (plan.form.eps_name,))}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the original, to rounding."""
         values = (*args, *kwargs.values())
         plan = self.lomem_norm
-        if plan is None or len(values) != 1 or not isinstance(values[0], Tensor):
+        if plan is None or len(values) != 1 or not isinstance(values[0], Tensor) or not holds(self, self.lomem_fixed):
             return super().forward(*args, **kwargs)
-        x = values[0]
-        if not x.is_floating_point() or x.dim() not in plan.form.ranks:
+        x, form = values[0], plan.form
+        eps = form.eps if form.eps_name is None else getattr(self, form.eps_name)
+        if not x.is_floating_point() or x.dim() not in form.ranks or not (eps is None or 0 <= eps < math.inf):
             return super().forward(*args, **kwargs)  # nothing is known of those
-        if is_compiling() and not plan.inverted:
-            # Compilers know of no attributes of tensors, by which linear layers get what is kept.
+        if not plan.inverted and _in_a_graph():
             return super().forward(*args, **kwargs)
-        form = plan.form
         weight = getattr(self, form.gamma) if form.gamma is not None else None
         bias = getattr(self, form.beta) if form.beta is not None else None
         dtype = plan.dtype(x, weight)
@@ -259,89 +302,66 @@ class MSNorm(Converted):
             weight = 1 + (weight if weight.dtype == torch.float64 else weight.float())
         if form.axis == 1:
             x = x.movedim(1, -1)
-        result = self._normalize(plan, x, weight, bias, dtype)
+        result = self._normalize(plan, x, weight, bias, eps, dtype)
         return result if form.axis == -1 else result.movedim(-1, 1)
 
     def _normalize(
-        self, plan: NormPlan, x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype | None
+        self,
+        plan: NormPlan,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float | None,
+        dtype: torch.dtype | None,
     ) -> Tensor:
         device = x.device.type
-        if plan.shared and _needs_gradient(x, weight, bias) and not is_compiling():
-            full = dtype or (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+        if plan.shared and _needs_gradient(x, weight, bias) and not _in_a_graph():
+            full = dtype or autocast_dtype(device) or x.dtype
             kept_dtype = plan.kept_dtype(device, full)
             if not plan.inverted or kept_dtype != full:
-                with torch.autocast(device, enabled=False):
-                    result, kept = _NormOfTwoOutputs.apply(x, weight, bias, plan, full, kept_dtype)
-                # An attribute, and not another result: whoever does not know of it computes as ever.
-                affine = (None, None) if plan.inverted else (weight, bias)
-                result.lomem_shared = _Shared(kept, result._version, *affine)
-                return result
-        return plan.public(x, weight, bias, dtype)
-
-
-class _LinearOfShared(torch.autograd.Function):
-    """A linear layer that keeps what the norm before it keeps, in place of its input.
-
-    The result is that of the layer, bit for bit. The weight's gradient is computed of the input, made again of what is
-    kept: as ``y * gamma + beta``, rounded as the input was, whatever gamma and beta are.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, shared: _Shared, dtype: torch.dtype
-    ) -> Tensor:
-        ctx.save_for_backward(weight, shared.kept, shared.weight, shared.bias)
-        ctx.input_dtype, ctx.dtype = input.dtype, dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        if shared.weight is None and shared.bias is None and shared.kept.dtype == dtype:
-            cast = shared.kept  # what the input would be cast to
-        else:
-            cast = input.to(dtype)
-        return F.linear(cast, weight.to(dtype), None if bias is None else bias.to(dtype))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        weight, kept, gamma, beta = ctx.saved_tensors
-        grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_input = (grad @ weight.to(ctx.dtype)).to(ctx.input_dtype)
-        rows = grad.flatten(0, -2)
-        if ctx.needs_input_grad[1]:
-            z = kept if gamma is None else kept * gamma
-            z = z if beta is None else z + beta
-            grad_weight = (rows.T @ z.to(ctx.dtype).flatten(0, -2)).to(weight.dtype)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0).to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, None, None
+                with _no_autocast(device):
+                    result, kept = _NormOfTwoOutputs.apply(x, weight, bias, plan, eps, full, kept_dtype)
+                if plan.inverted:
+                    offer(result, (kept,), itself, plan.takers)
+                else:
+                    offer(result, (kept, weight, bias), _affine, plan.takers)
+                return result  # type: ignore[no-any-return]
+        return plan.public(x, weight, bias, eps, dtype)
 
 
 class SharedInput(Converted):
     """A linear layer behind a norm that keeps something else than its result."""
 
     lomem_prefix = "SharedInput"
-    lomem_attributes = ("lomem_linear",)
+    lomem_attributes = ("lomem_linear", "lomem_fixed")
     lomem_linear: LinearForm | None = None
+    lomem_fixed: Fixed = ()
+
+    @staticmethod
+    def attributes(module: nn.Module, form: LinearForm) -> dict[str, Any]:
+        """Of a module that becomes one."""
+        return {"lomem_linear": form, "lomem_fixed": fixed(module)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
         form, values = self.lomem_linear, (*args, *kwargs.values())
-        if form is None or len(values) != 1 or not isinstance(values[0], Tensor) or is_compiling():
+        if form is None or len(values) != 1 or not isinstance(values[0], Tensor) or _in_a_graph():
             return super().forward(*args, **kwargs)
         x = values[0]
-        shared: _Shared | None = getattr(x, "lomem_shared", None)
-        if shared is None or shared.version != x._version or x.dim() < 2:
+        taken = take(x)  # also where nothing comes of it: the norm waits for its takers
+        if taken is None or x.dim() < 2 or not holds(self, self.lomem_fixed):
             return super().forward(*args, **kwargs)
         weight = getattr(self, form.weight)
         bias = getattr(self, form.bias) if form.bias is not None else None
+        kept, rebuild = taken
         device = x.device.type
-        autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        low = None if x.dtype == torch.float64 else autocast_dtype(device)
+        dtype = low or x.dtype
         # Nor where this layer computes with more digits than are kept.
-        few = torch.finfo(shared.kept.dtype).eps > torch.finfo(dtype).eps
-        if few or not _needs_gradient(weight) or (not autocast and weight.dtype != x.dtype):
+        few = torch.finfo(kept[0].dtype).eps > torch.finfo(dtype).eps  # type: ignore[union-attr]
+        if few or not _needs_gradient(weight) or (low is None and weight.dtype != x.dtype):
             return super().forward(*args, **kwargs)
         if not form.transposed:
             weight = weight.T
-        with torch.autocast(device, enabled=False):
-            return _LinearOfShared.apply(x, weight, bias, shared, dtype)
+        with _no_autocast(device):
+            return linear_of_offered(x, weight, bias, dtype, kept, rebuild)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._record import Op, Storage
-from ._exchange import Converted
+from ._exchange import Converted, unexchangeable
 from ._flow import PRODUCTS, Call, Flow
 from ._modules import MSNorm, NormPlan, SharedInput, StepActivation, StepCalls
 from ._recognize import ActivationForm, LinearForm, NormForm, recognize_linear
@@ -196,7 +196,7 @@ def ways_of_its_own(module: nn.Module) -> str | None:
         return "it is a TorchScript module"
     if type(module).__reduce_ex__ is not object.__reduce_ex__ or type(module).__reduce__ is not object.__reduce__:
         return "it is pickled in a way of its own"
-    return None
+    return unexchangeable(module, SharedInput)
 
 
 def _takes_low_precision(op: Op, alias: Storage) -> bool:
@@ -285,10 +285,13 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
     kept = output.results | output.casts
     if not any(finder.ledger.kept_by_others(storage, name) for storage in kept):
         c.reason = f"{_UNSHARED}{_who(finder, output.uses)}"
-    plan = NormPlan(form, inverted=problem is None, low_precision=output.low_precision, shared=shared)
-    c.changes[name] = (MSNorm, {"lomem_norm": plan})
-    if shared:
-        c.changes.update((linear, (SharedInput, {"lomem_linear": finder.linear(linear)})) for linear in linears)
+    takers = _takers(finder, name, linears) if shared else 0
+    plan = NormPlan(form, problem is None, output.low_precision, shared, takers)
+    c.changes[name] = (MSNorm, MSNorm.attributes(finder.modules[name], plan))
+    for linear in linears if shared else ():
+        linear_form = finder.linear(linear)
+        assert linear_form is not None
+        c.changes[linear] = (SharedInput, SharedInput.attributes(finder.modules[linear], linear_form))
     c.keeps = finder.ledger.kept_by(name)
     # One float a row less, the mean, is no reason.
     c.least = sum(s.nbytes for s in c.keeps) // 4
@@ -334,11 +337,20 @@ def _linears_behind(finder: Finder, name: str) -> list[str]:
     return [n for n in names if finder.linear(n) is not None and finder.ledger.kept_by(n)]
 
 
-def plan_activation(finder: Finder | None, name: str, form: ActivationForm, bits: int) -> Candidate:
+def _takers(finder: Finder, name: str, linears: list[str]) -> int:
+    """How many calls of linear layers one result of a norm goes to, at most."""
+    flow = finder.flows[0]
+    ids = [call.result_id for call in flow.calls_of(name)]
+    return max(sum(call.input_id == i and call.name in linears for call in flow.calls) for i in ids)
+
+
+def plan_activation(
+    finder: Finder | None, name: str, module: nn.Module, form: ActivationForm, bits: int
+) -> Candidate:
     """What would become of an activation; without a run, that it is converted."""
     reason = f"its backward pass keeps {bits} bit{'s' * (bits > 1)} an element"
     c = Candidate(name, "activation", form, f"{bits}bit", reason)
-    c.changes[name] = (StepActivation, {"lomem_activation": form, "lomem_bits": bits})
+    c.changes[name] = (StepActivation, StepActivation.attributes(module, form, bits))
     if finder is None:
         return c
     calls = finder.flows[0].calls_of(name)

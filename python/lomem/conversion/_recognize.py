@@ -42,6 +42,7 @@ class NormForm:
         ranks: Numbers of dimensions of inputs of which all this is known.
         dtype: Of the result: "input", "weight" or "promote" (of both).
         autocast_dtype: The same under autocast, or "float32" or "autocast".
+        eps_name: Name of the attribute that eps is read from, None where it is a constant.
     """
 
     centred: bool
@@ -54,6 +55,7 @@ class NormForm:
     ranks: tuple[int, ...]
     dtype: str
     autocast_dtype: str
+    eps_name: str | None = None
 
     def __str__(self) -> str:
         kind = "layer norm" if self.centred else "RMS norm"
@@ -72,6 +74,9 @@ class ActivationForm:
         scale: Of a SiLU: 1, or 1.702 for QuickGELU.
         torch_op: Whether the result is torch's own op's, bit for bit. Else the module's own forward has to run.
         inplace: Whether the result is written to the input.
+        scale_name: Name of the attribute that the scale is read from, None where it is a constant.
+        approximate_name: The same of ``approximate``.
+        inplace_name: The same of ``inplace``.
     """
 
     kind: str
@@ -79,6 +84,9 @@ class ActivationForm:
     scale: float = 1.0
     torch_op: bool = True
     inplace: bool = False
+    scale_name: str | None = None
+    approximate_name: str | None = None
+    inplace_name: str | None = None
 
     def __str__(self) -> str:
         if self.kind == "gelu":

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from .._handover import offered
 from .._record import Op, Recorder, Storage
 from ..nn import MSLayerNorm, MSRMSNorm
 from ._report import dtype_name
@@ -70,8 +71,7 @@ class NormCalls:
 
                 def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
                     # A converted norm may keep, and share, something else than its result.
-                    shared = getattr(output, "lomem_shared", None)
-                    for tensor in tensors_in(output if shared is None else shared.kept):
+                    for tensor in offered(output)[:1] or tensors_in(output):
                         for storage in self._recorder.records(tensor):
                             self._calls.append((name, module, storage, len(self._recorder.ops)))
 
