@@ -173,7 +173,8 @@ class _LinearOfOffered(torch.autograd.Function):
         ctx.rebuild, ctx.input_dtype, ctx.dtype = rebuild, input.dtype, dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         # What the producer keeps in the layer's own dtype may be what the input would be cast to.
-        cast = kept[0] if rebuild is itself and kept[0].dtype == dtype else input.to(dtype)  # type: ignore[union-attr]
+        copy = kept[0] if rebuild is itself else None
+        cast = copy if copy is not None and copy.dtype == dtype else input.to(dtype)
         result = F.linear(cast, weight.to(dtype), None if bias is None else bias.to(dtype))
         # F.linear returns a view of a matrix product of rows. A view made here could not be changed in place later; this
         # tensor is the only one left of the storage.

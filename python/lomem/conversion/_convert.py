@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from ._exchange import exchange, give_back, is_converted, original_class, wrapped_since
 from ._flow import Flow, Inputs, as_inputs, trace, untouched
+from ._modules import autocast_dtype
 from ._plan import Candidate, Finder, Ledger, plan_activation, plan_calls, plan_norm, settle, ways_of_its_own
 from ._recognize import ActivationForm, NormForm, recognize_activation, recognize_norm, signature
 from ._report import Decision, Report
@@ -94,12 +96,10 @@ def convert(
         raise NothingToConvertError(
             f"lomem.convert: found nothing to convert in {type(model).__name__}: {reasons or 'no norm, no activation'}"
         )
-    changes = {name: change for c in chosen for name, change in c.changes.items()}
     before = _Outputs(model, inputs) if check and inputs is not None and not _is_fake(model) else None
     modules = dict(model.named_modules())
     try:
-        for name, (mixin, attributes) in changes.items():
-            exchange(modules[name], mixin, **attributes)
+        _exchange_all(modules, chosen)
         if inputs is None:
             return report
         after = Ledger(trace(model, inputs, (), training=True, grad=True)).nbytes
@@ -111,14 +111,54 @@ def convert(
         report = dataclasses.replace(report, saved_after=after)
         if before is None:
             return report
+        if not before.repeatable:
+            note = "not checked: the original model's outputs are not the same each time"
+            return dataclasses.replace(report, notes=(*report.notes, note))
         exact = all(c.kind != "norm" for c in chosen)
-        difference, note = before.compare(0.0 if exact and tolerance is None else tolerance)
-        return dataclasses.replace(report, difference=difference, notes=report.notes + ((note,) if note else ()))
+        allowed = 0.0 if exact and tolerance is None else tolerance
+        difference = before.compare(allowed)
+        if difference.excessive:
+            raise RuntimeError(_different(difference, _at_fault(modules, chosen, before, allowed)))
+        return dataclasses.replace(report, difference=difference.largest)
     except BaseException:
-        for name in changes:
-            if is_converted(modules[name]):
-                give_back(modules[name])
+        _give_all_back(modules)
         raise
+
+
+def _exchange_all(modules: dict[str, nn.Module], chosen: list[Candidate]) -> None:
+    changes = {name: change for c in chosen for name, change in c.changes.items()}
+    for name, (mixin, attributes) in changes.items():
+        exchange(modules[name], mixin, **attributes)
+
+
+def _give_all_back(modules: dict[str, nn.Module]) -> None:
+    for module in modules.values():
+        if is_converted(module):
+            give_back(module)
+
+
+def _at_fault(
+    modules: dict[str, nn.Module], chosen: list[Candidate], outputs: _Outputs, tolerance: float | None
+) -> Candidate:
+    """The conversion with which, after all before it, the outputs differ by too much."""
+    passing, failing = 0, len(chosen)
+    while failing - passing > 1:
+        middle = (passing + failing) // 2
+        _give_all_back(modules)
+        _exchange_all(modules, chosen[:middle])
+        if outputs.compare(tolerance).excessive:
+            failing = middle
+        else:
+            passing = middle
+    return chosen[failing - 1]
+
+
+def _different(difference: _Difference, c: Candidate) -> str:
+    return (
+        f"lomem.convert: an output of the converted model differs by {difference.largest:.2g} (relative), expected at "
+        f"most {difference.allowed:.2g}, once {c.name or 'the model'} ({c.form}) is converted: exclude={[c.name]} leaves "
+        "it; the model is as it was"
+    )
 
 
 def restore(model: nn.Module) -> int:
@@ -215,6 +255,28 @@ def _run(model: nn.Module, inputs: Inputs, watched: Iterable[str], training: boo
         ) from error
 
 
+def _flows(model: nn.Module, inputs: Inputs, watched: list[str]) -> list[Flow]:
+    # With gradients for what is kept; without for what escapes in objects that hide tensors; evaluation mode for the ways
+    # that training does not go.
+    _initialize(model, inputs)
+    flows = [_run(model, inputs, watched, training=True, grad=True)]
+    for training in _modes(model):
+        try:
+            flows.append(_run(model, inputs, watched, training, grad=False))
+        except RuntimeError:
+            if not training:
+                raise
+            flows[0].hide_nothing()  # it needs gradients in training (`retain_grad`)
+    return flows
+
+
+def _initialize(model: nn.Module, inputs: Inputs) -> None:
+    # Lazy modules get their parameters from a first run, by whomever. It cannot be undone.
+    if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        with torch.no_grad():
+            inputs.call(model)
+
+
 def _candidates(
     model: nn.Module, inputs: Inputs | None, activations: str, norms: str, patterns: list[str]
 ) -> tuple[list[Candidate], Flow | None]:
@@ -225,10 +287,7 @@ def _candidates(
     watched = [n for n, m in leaves.items() if not isinstance(m, nn.Embedding)]
     flows = []
     if inputs is not None:
-        # With gradients for what is kept; without for what escapes in objects that hide tensors; evaluation mode for
-        # the ways that training does not go.
-        modes = [(True, True), *((training, False) for training in _modes(model))]
-        flows = [_run(model, inputs, watched, training, grad) for training, grad in modes]
+        flows = _flows(model, inputs, watched)
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for call in (call for flow in flows for call in flow.calls if call.shapes):
         shapes.setdefault(call.name, []).append(call.shapes[0])
@@ -259,6 +318,9 @@ def _candidates(
             found.append(c)
     if finder is not None:
         found += plan_calls(finder, forms.__contains__, bits)
+    if flows and flows[0].differentiates:
+        for c in found:
+            c.leave("the model takes gradients in its forward pass, and they are part of its result")
     for c in found:
         wanted = norms if c.kind == "norm" else activations
         if c.action != "left" and (wanted == "keep" or excluded(c.name)):
@@ -310,7 +372,9 @@ class _Outputs:
         self._model, self._inputs = model, inputs
         self._dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         self._first = self._run()
-        self._again = self._run()
+        again = self._run()
+        #: Whether the model computes the same each time.
+        self.repeatable = all(_same(a, b) for a, b in zip(self._first, again, strict=True))
 
     def _run(self) -> list[Tensor]:
         outputs = []
@@ -322,34 +386,40 @@ class _Outputs:
             outputs += [t.detach().clone() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
         return outputs
 
-    def compare(self, tolerance: float | None) -> tuple[float | None, str]:
-        """The largest relative difference, and a note; raises where it is over the tolerance."""
-        if not all(_same(a, b) for a, b in zip(self._first, self._again, strict=True)):
-            return None, "not checked: the original model's outputs are not the same each time"
-        largest = 0.0
+    def compare(self, tolerance: float | None) -> _Difference:
+        """How much the outputs differ now."""
+        worst = _Difference(0.0, 0.0 if tolerance is None else tolerance)
         for before, after in zip(self._first, self._run(), strict=True):
             if _same(before, after):
                 continue
-            dtype, device = before.dtype, before.device.type
-            finite = before.isfinite() & after.isfinite()
-            same = torch.equal(before[~finite], after[~finite]) or bool((before.isnan() == after.isnan()).all())
-            before, after = before[finite].double(), after[finite].double()
-            norm = before.norm().item()
-            difference = (after - before).norm().item() / norm if norm and same else float("inf")
             # Modules that compute in float32 whatever they are given have no more digits than that; an output has no
             # more than the weights and autocast's dtype, whatever its own.
-            dtypes = [dtype, torch.float32, *self._dtypes]
-            if torch.is_autocast_enabled(device):
-                dtypes.append(torch.get_autocast_dtype(device))
-            digits = max(torch.finfo(dtype).eps for dtype in dtypes)
-            allowed = digits**0.5 if tolerance is None else tolerance
-            if not difference <= allowed:
-                raise RuntimeError(
-                    f"lomem.convert: an output of the converted model differs by {difference:.2g} (relative), expected "
-                    f"at most {allowed:.2g}; the model is as it was"
-                )
-            largest = max(largest, difference)
-        return largest, ""
+            low = autocast_dtype(before.device.type) or torch.float32
+            dtypes = {before.dtype, torch.float32, *self._dtypes, low}
+            allowed = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5 if tolerance is None else tolerance
+            difference = _Difference(_relative(before, after), allowed)
+            # The first that is too large, else the largest.
+            if not worst.excessive and (difference.excessive or difference.largest > worst.largest):
+                worst = difference
+        return worst
+
+
+@dataclasses.dataclass(frozen=True)
+class _Difference:
+    largest: float
+    allowed: float
+
+    @property
+    def excessive(self) -> bool:
+        return not self.largest <= self.allowed
+
+
+def _relative(before: Tensor, after: Tensor) -> float:
+    finite = before.isfinite() & after.isfinite()
+    same = torch.equal(before[~finite], after[~finite]) or bool((before.isnan() == after.isnan()).all())
+    before, after = before[finite].double(), after[finite].double()
+    norm = before.norm().item()
+    return (after - before).norm().item() / norm if norm and same else float("inf")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -95,14 +95,12 @@ def _class(mixin: type[Converted], original: type[nn.Module]) -> type[nn.Module]
 
 
 def _forward(mixin: type[Converted], original: type[nn.Module]) -> Any:
-    converted = mixin.forward
-
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if getattr(type(self), "lomem_mixin", None) is not mixin:
             # A bound method that somebody stored before the module was restored.
             return type(self).forward(self, *args, **kwargs)
-        return converted(self, *args, **kwargs)  # type: ignore[arg-type]
+        return mixin.forward(self, *args, **kwargs)
 
     return forward
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from .._record import Op, Recorder, Storage
@@ -119,6 +120,15 @@ class Flow:
     calls: list[Call] = field(default_factory=list)
     escaped: set[Storage] = field(default_factory=set)
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether a backward pass is part of it."""
+        return any(op.node is not None for op in self.recorder.ops)
+
+    def hide_nothing(self) -> None:
+        """Takes all results for escaped, where it is not known which do."""
+        self.escaped.update(call.result for call in self.calls if call.result is not None)
+
     def calls_of(self, name: str) -> list[Call]:
         """Of one module."""
         return [call for call in self.calls if call.name == name]
@@ -156,19 +166,25 @@ class _Plain:
 
 
 @contextlib.contextmanager
-def _no_checkpointing() -> Iterator[None]:
+def _nothing_between() -> Iterator[None]:
     # What a checkpointed region keeps when it is computed again is not to be seen, and is what it keeps without
-    # checkpointing. torch has no switch for it; these are what its function calls around the region, in either variant.
-    module = torch.utils.checkpoint
-    replaced = {"_checkpoint_without_reentrant_generator": _one_step, "CheckpointFunction": _Plain}
-    before = {name: getattr(module, name) for name in replaced if hasattr(module, name)}
+    # checkpointing; saved-tensor hooks of the model's own (offloading) would hide what they pack. torch has no switch for
+    # either; these are what its function calls around the region, in either variant, and what hooks are entered by.
+    checkpoint, hooks = torch.utils.checkpoint, torch.autograd.graph.saved_tensors_hooks
+    replaced = [
+        (checkpoint, "_checkpoint_without_reentrant_generator", _one_step),
+        (checkpoint, "CheckpointFunction", _Plain),
+        (hooks, "__enter__", lambda self: None),
+        (hooks, "__exit__", lambda self, *error: None),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced if hasattr(owner, name)]
     try:
-        for name in before:
-            setattr(module, name, replaced[name])
+        for owner, name, value in replaced:
+            setattr(owner, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(module, name, value)
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 @contextlib.contextmanager
@@ -238,12 +254,15 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
     modules = dict(model.named_modules())
     try:
         for name in watched:
+            if isinstance(modules[name], torch.jit.ScriptModule):
+                continue  # it takes no hooks
             before = functools.partial(enter, name)
             handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True))
             # Before the user's hooks, which may change the result, or return another.
             handles.append(modules[name].register_forward_hook(leave, with_kwargs=True, prepend=True))
-        with untouched(model, training, inputs), _no_checkpointing(), torch.set_grad_enabled(grad), recorder:
-            recorder.label((*model.parameters(), *model.buffers()), "parameter")
+        with untouched(model, training, inputs), torch.set_grad_enabled(grad), recorder, _nothing_between():
+            tensors = (*model.parameters(), *model.buffers())
+            recorder.label((t for t in tensors if not is_lazy(t)), "parameter")
             recorder.label(inputs.tensors(), "input")
             output = inputs.call(model)
     finally:

@@ -21,7 +21,7 @@ from .._handover import itself, linear_of_offered, offer, take
 from ._live import Fixed, fixed, holds
 from ._recognize import ActivationForm, LinearForm, NormForm
 
-__all__ = ["MSNorm", "NormPlan", "SharedInput", "StepActivation", "StepCalls"]
+__all__ = ["MSNorm", "NormPlan", "SharedInput", "StepActivation", "StepCalls", "autocast_dtype"]
 
 _lomem = torch.ops.lomem
 
@@ -82,6 +82,7 @@ class StepActivation(Converted):
             or len(values) != 1
             or not isinstance(values[0], Tensor)
             or not _needs_gradient(values[0])
+            or torch.jit.is_tracing()
             or not holds(self, self.lomem_fixed)
         ):
             return super().forward(*args, **kwargs)
@@ -129,7 +130,8 @@ class StepCalls(Converted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
         # A mode, and be it one that does nothing, keeps torch from its faster ways in evaluation.
-        with _Redirect(self.lomem_bits) if torch.is_grad_enabled() else contextlib.nullcontext():
+        redirected = torch.is_grad_enabled() and not torch.jit.is_tracing()
+        with _Redirect(self.lomem_bits) if redirected else contextlib.nullcontext():
             return super().forward(*args, **kwargs)
 
 
@@ -292,7 +294,8 @@ class MSNorm(Converted):
         eps = form.eps if form.eps_name is None else getattr(self, form.eps_name)
         if not x.is_floating_point() or x.dim() not in form.ranks or not (eps is None or 0 <= eps < math.inf):
             return super().forward(*args, **kwargs)  # nothing is known of those
-        if not plan.inverted and _in_a_graph():
+        # A traced graph has what was there before: it is traced again without gradients, and compared.
+        if torch.jit.is_tracing() or (is_compiling() and not plan.inverted):
             return super().forward(*args, **kwargs)
         weight = getattr(self, form.gamma) if form.gamma is not None else None
         bias = getattr(self, form.beta) if form.beta is not None else None
@@ -315,7 +318,7 @@ class MSNorm(Converted):
         dtype: torch.dtype | None,
     ) -> Tensor:
         device = x.device.type
-        if plan.shared and _needs_gradient(x, weight, bias) and not _in_a_graph():
+        if plan.shared and _needs_gradient(x, weight, bias) and not is_compiling():
             full = dtype or autocast_dtype(device) or x.dtype
             kept_dtype = plan.kept_dtype(device, full)
             if not plan.inverted or kept_dtype != full:

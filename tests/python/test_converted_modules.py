@@ -1,0 +1,508 @@
+"""A converted module is what it was, to everybody who looks, calls, changes and restores it."""
+
+import abc
+import copy
+import gc
+import inspect
+import pickle
+import weakref
+
+import lomem
+import pytest
+import torch
+import torch.nn.functional as F
+from lomem.conversion import _exchange
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+D = 16
+
+
+class Block(nn.Module):
+    """A block with a docstring."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.act = nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.GELU()
+        self.gate, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, hidden_states, scale: float = 1.0, *, labels=None) -> torch.Tensor:
+        """Runs it."""
+        h = self.norm(hidden_states)
+        return hidden_states + self.down(self.act(self.up(h)) + F.silu(self.gate(h))) * scale
+
+
+def converted(ill=False):
+    """Blocks in which a call, a norm, linear layers and an activation are converted."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block())
+    if ill:
+        with torch.no_grad():
+            for block in model:
+                block.norm.weight[0] = 0
+    plain = copy.deepcopy(model)
+    lomem.convert(model, torch.randn(2, 3, D))
+    return model, plain
+
+
+def test_classes_are_looked_at():
+    model, plain = converted(ill=True)
+    kinds = set()
+    for (name, module), before in zip(model.named_modules(), plain.modules(), strict=True):
+        kind, original = type(module), type(before)
+        if kind is original:
+            continue
+        kinds.add(original)
+        assert (kind.__name__, kind.__qualname__, kind.__module__) == (
+            original.__name__,
+            original.__qualname__,
+            original.__module__,
+        )
+        assert kind.__doc__ == original.__doc__, name
+        assert isinstance(module, original)
+        assert issubclass(kind, original)
+        assert inspect.signature(module.forward) == inspect.signature(before.forward)
+        assert inspect.signature(kind.forward) == inspect.signature(original.forward)
+        assert module.forward.__doc__ == before.forward.__doc__
+        assert module.forward.__name__ == "forward"
+        assert repr(module) != repr(before)  # the one place that tells
+    assert kinds == {Block, nn.LayerNorm, nn.Linear, nn.GELU}
+
+
+def test_modules_are_found_by_the_name_of_their_class():
+    # As FSDP's wrapping by class names does it: the class of the first module of that name, then all instances of that.
+    for exclude in ("0", "1"):
+        torch.manual_seed(0)
+        model = nn.Sequential(Block(), Block())
+        lomem.convert(model, torch.randn(2, 3, D), exclude=[exclude])
+        assert type(model[0]) is not type(model[1])
+        for name in ("Block", "LayerNorm", "GELU", "Linear"):
+            kind = next(type(m) for m in model.modules() if type(m).__name__ == name)
+            of_name = [m for m in model.modules() if type(m).__name__ == name]
+            assert all(isinstance(m, kind) for m in of_name)
+            assert not any(isinstance(m, kind) for m in model.modules() if m not in of_name)
+
+
+def test_a_trainer_sees_the_arguments(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm, self.a = nn.Embedding(9, D), nn.LayerNorm(D), nn.Linear(D, D)
+            self.b = nn.Linear(D, 3)
+
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            logits = self.b(F.gelu(self.a(self.norm(self.embed(input_ids)))).mean(1))
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    model = Net()
+    lomem.convert(model, {"input_ids": torch.randint(0, 9, (2, 5)), "labels": torch.tensor([0, 1])})
+    options = transformers.TrainingArguments(tmp_path, use_cpu=True, report_to=[], save_strategy="no")
+    trainer = transformers.Trainer(model, options)
+    trainer._set_signature_columns_if_needed()
+    assert {"input_ids", "attention_mask", "labels"} <= set(trainer._signature_columns)
+    assert trainer.label_names == ["labels"]
+
+
+def test_a_saved_configuration_names_the_architecture(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    class Config(transformers.PretrainedConfig):
+        model_type = "lomem_test"
+
+    class Net(transformers.PreTrainedModel):
+        config_class = Config
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.a, self.b = nn.Linear(D, D), nn.Linear(D, D)
+            self.post_init()
+
+        def forward(self, x):
+            return self.b(F.gelu(self.a(x)))
+
+    model = Net(Config())
+    lomem.convert(model, torch.randn(2, D))
+    model.save_pretrained(tmp_path)
+    assert Config.from_pretrained(tmp_path).architectures == ["Net"]
+    x = torch.randn(2, D)
+    assert torch.equal(Net.from_pretrained(tmp_path)(x), model(x))
+
+
+def _add(y):
+    y += 1.0
+    return y
+
+
+def _multiply(y):
+    y *= 0.5
+    return y
+
+
+def _assign(y):
+    y[..., 0] = 0
+    return y
+
+
+#: What a model does in place to the result of a linear layer.
+IN_PLACE = {
+    "relu": nn.ReLU(inplace=True),
+    "silu": nn.SiLU(inplace=True),
+    "hardswish": nn.Hardswish(inplace=True),
+    "dropout": nn.Dropout(0.1, inplace=True),
+    "add": _add,
+    "multiply": _multiply,
+    "assign": _assign,
+    "view": lambda y: y.view(-1).relu_().view_as(y),
+}
+
+
+class InPlace(nn.Module):
+    def __init__(self, change, bias):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(D), nn.Linear(D, 2 * D, bias=bias), nn.Linear(2 * D, D)
+        self.change = [change]  # no module of the model
+
+    def forward(self, x):
+        h = self.norm(x + 1)
+        return x + h + self.b(self.change[0](self.a(h)))
+
+
+def run(model, x, autocast=False):
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model(x)
+    y.float().square().mean().backward()
+    return y.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def distance(grads, expected):
+    a, b = (torch.cat([g.double().flatten() for g in gs.values()]) for gs in (grads, expected))
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(D,), (4, D), (4, 5, D), (2, 4, 5, D), (2, 1, 3, 2, D)], ids=lambda s: f"{len(s)}-D")
+@pytest.mark.parametrize("action", ["inverted", "normalized", "two outputs"])
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_in_place_behind_a_linear_layer(change, action, shape, bias):
+    torch.manual_seed(0)
+    model, x = InPlace(IN_PLACE[change], bias), torch.randn(shape)
+    if action == "normalized":
+        model.norm.weight.data[0] = 0
+    plain, autocast = copy.deepcopy(model), action == "two outputs"
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        # Seen in the example run, and later in one that it was not seen in.
+        report = lomem.convert(model, x, activations="keep")
+        other = InPlace(torch.tanh, bias)
+        other.load_state_dict(model.state_dict())
+        lomem.convert(other, x, activations="keep")
+        other.change = [IN_PLACE[change]]
+    assert [d.action for d in report.converted] == [action]
+    y, expected = run(plain, x, autocast)
+    for m in (model, other):
+        z, grads = run(m, x, autocast)
+        # Roundings of float32; of bfloat16 under autocast.
+        assert (z - y).norm() <= (1e-2 if autocast else 1e-6) * y.norm()
+        assert distance(grads, expected) < (2e-2 if autocast else 1e-5)
+
+
+class Swish(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.beta = 1.3
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.beta * x)
+
+
+def _set(name, value):
+    return lambda m: setattr(m, name, value() if callable(value) else value)
+
+
+def _all(*changes):
+    def change(m):
+        for c in changes:
+            c(m)
+
+    return change
+
+
+#: What becomes of a module after its conversion.
+CHANGES = {
+    "eps": (lambda: nn.LayerNorm(D), _set("eps", 1.0)),
+    "eps 0": (lambda: nn.LayerNorm(D), _set("eps", 0.0)),
+    "eps of rms norm": (lambda: nn.RMSNorm(D), _set("eps", 0.5)),
+    "eps becomes None": (lambda: nn.RMSNorm(D, eps=0.5), _set("eps", None)),
+    "approximate": (nn.GELU, _set("approximate", "tanh")),
+    "inplace": (nn.SiLU, _set("inplace", True)),
+    "beta": (Swish, _set("beta", 2.6)),
+    "beta 0": (Swish, _set("beta", 0.0)),
+    "beta negative": (Swish, _set("beta", -1.0)),
+    "another weight": (lambda: nn.LayerNorm(D), _set("weight", lambda: nn.Parameter(torch.randn(D)))),
+    "no weight": (lambda: nn.LayerNorm(D), _set("weight", None)),
+    "no bias": (lambda: nn.LayerNorm(D), _set("bias", None)),
+    "a bias": (lambda: nn.LayerNorm(D, bias=False), _set("bias", lambda: nn.Parameter(torch.randn(D)))),
+    "a weight": (
+        lambda: nn.LayerNorm(D, elementwise_affine=False),
+        _set("weight", lambda: nn.Parameter(torch.randn(D))),
+    ),
+    "normalized_shape": (
+        lambda: nn.LayerNorm(D),
+        _all(
+            _set("weight", lambda: nn.Parameter(torch.randn(5, D))), _set("bias", None), _set("normalized_shape", (5, D))
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_after_the_conversion_is_seen(change):
+    make, edit = CHANGES[change]
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(D, D), make(), nn.Linear(D, D)), torch.randn(4, 5, D)
+    report = lomem.convert(model, x, activations="8bit")
+    assert len(report.converted) == 1
+    torch.manual_seed(2)
+    edit(model[1])
+    plain = copy.deepcopy(model)
+    lomem.restore(plain)
+    y, expected = run(plain, x)
+    z, grads = run(model, x)
+    if report.converted[0].kind == "activation":
+        assert torch.equal(z, y)
+        # The largest error of 8-bit steps; what was not seen would be off by 0.1 and more.
+        assert distance(grads, expected) < 0.02
+    else:
+        # Roundings of float32.
+        assert (z - y).norm() <= 1e-6 * y.norm()
+        assert distance(grads, expected) < 1e-5
+
+
+def test_a_stored_forward_works_after_restoring():
+    # As accelerate's hooks and monkeypatches store it, on the object or elsewhere.
+    model, plain = converted(ill=True)
+    x = torch.randn(2, 3, D)
+    y = plain(x)
+    stored = {name: module.forward for name, module in model.named_modules()}
+    for module in model.modules():
+        module._old_forward = module.forward
+
+        def forward(*args, module=module, **kwargs):
+            return module._old_forward(*args, **kwargs)
+
+        module.forward = forward
+    assert lomem.restore(model) == 10
+    for module, before in zip(model.modules(), plain.modules(), strict=True):
+        assert type(module) is type(before)
+    z, grads = run(model, x)
+    torch.testing.assert_close(z, y, rtol=0, atol=0)
+    _, expected = run(plain, x)
+    assert distance(grads, expected) == 0
+    for module in model.modules():
+        del module.forward
+    assert torch.equal(stored["0"](x), plain[0](x))
+    # And after another conversion it is that one's.
+    lomem.convert(model, x)
+    assert torch.equal(stored["0"](x), model[0](x))
+
+
+def test_a_stored_forward_is_found_by_convert():
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block())
+    model[0].norm.forward = model[0].norm.forward
+    report = lomem.convert(model, torch.randn(2, 3, D))
+    actions = {d.name: (d.action, d.reason) for d in report.decisions}
+    assert actions["0.norm"] == ("left", "its forward is replaced on the object")
+    assert actions["1.norm"][0] == "inverted"
+
+
+class Registering(nn.LayerNorm):
+    subclasses: list[type] = []  # noqa: RUF012
+
+    def __init_subclass__(cls, *, tag="none", **kwargs):
+        super().__init_subclass__(**kwargs)
+        Registering.subclasses.append(cls)
+
+
+class Demanding(nn.LayerNorm):
+    def __init_subclass__(cls, *, tag, **kwargs):
+        super().__init_subclass__(**kwargs)
+
+
+class Meta(type):
+    def __new__(mcs, name, bases, names, **kwargs):
+        return super().__new__(mcs, name, bases, names)
+
+
+class WithMeta(nn.LayerNorm, metaclass=Meta):
+    pass
+
+
+class Abstract(nn.LayerNorm, abc.ABC):
+    pass
+
+
+class FinalMeta(type):
+    def __new__(mcs, name, bases, names):
+        if any(isinstance(base, FinalMeta) for base in bases):
+            raise TypeError("no subclasses, please")
+        return super().__new__(mcs, name, bases, names)
+
+
+class Final(nn.LayerNorm, metaclass=FinalMeta):
+    pass
+
+
+class Slots(nn.LayerNorm):
+    __slots__ = ("extra",)
+
+
+@pytest.mark.parametrize("kind", [Registering, Demanding, WithMeta, Abstract, Final, Slots])
+def test_peculiar_classes(kind):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(D, D), kind(D), nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, D)), torch.randn(4, D)
+    plain = copy.deepcopy(model)
+    y, expected = run(plain, x)
+    report = lomem.convert(model, x)
+    verdicts = {d.name: d for d in report.decisions}
+    assert verdicts["3"].action == "inverted"
+    if kind is Final:
+        assert verdicts["1"].action == "left"
+        assert verdicts["1"].reason == "its class takes no subclass: TypeError: no subclasses, please"
+    else:
+        assert verdicts["1"].action == "inverted"
+    assert Registering.subclasses == []
+    z, grads = run(model, x)
+    assert (z - y).norm() <= 1e-6 * y.norm()
+    assert distance(grads, expected) < 1e-5
+    again = copy.deepcopy(model)
+    assert torch.equal(again(x), z)
+    if kind in (Registering, Abstract):
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), z)
+    lomem.restore(model)
+    assert type(model[1]) is kind
+
+
+def test_converted_classes_end_with_their_modules():
+    class Own(nn.LayerNorm):
+        pass
+
+    def once():
+        model = nn.Sequential(nn.Linear(D, D), Own(D), nn.Linear(D, D))
+        lomem.convert(model, torch.randn(2, D))
+        kind = weakref.ref(type(model[1]))
+        assert kind() is not Own
+        return kind
+
+    kind = once()
+    gc.collect()
+    assert kind() is None
+    assert not any(Own in key for key in _exchange._classes)
+
+
+class RetainsGradient(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(D), nn.Linear(D, D)
+
+    def forward(self, x):
+        h = self.norm(x)
+        if self.training:
+            h.retain_grad()
+        return self.linear(h)
+
+
+class Maps(RetainsGradient):
+    def forward(self, x):
+        weights = torch.vmap(lambda z: z.sum() * torch.ones(D))(x.flatten(0, -2)).view_as(x)
+        return self.linear(self.norm(x)) * weights
+
+
+class Scripted(RetainsGradient):
+    def __init__(self):
+        super().__init__()
+        self.relu = torch.jit.script(nn.ReLU())
+
+    def forward(self, x):
+        return self.relu(self.linear(self.norm(x)))
+
+
+class Lazy(RetainsGradient):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.unused = nn.LazyLinear(D), nn.LazyLinear(D)
+
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("kind", [RetainsGradient, Maps, Scripted, Lazy])
+def test_what_a_model_holds_or_does_does_not_stop_the_rest(kind):
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(2, 3, D)
+    report = lomem.convert(model, x)
+    assert {d.name: d.action for d in report.decisions} == {"norm": "inverted"}
+    plain = copy.deepcopy(model) if kind is not Scripted else None
+    if plain is not None:
+        lomem.restore(plain)
+        y = plain(x)
+        assert (model(x) - y).norm() <= 1e-6 * y.norm()
+
+
+class Forces(nn.Module):
+    """Energies, and the forces that are their gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, 1)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.b(self.act(self.norm(self.a(x)))).sum()
+            (forces,) = torch.autograd.grad(energy, x, create_graph=True)
+        return energy, forces
+
+
+def test_a_model_that_differentiates_itself_is_left():
+    with pytest.raises(lomem.NothingToConvertError, match="the model takes gradients in its forward pass"):
+        lomem.convert(Forces(), torch.randn(2, D))
+    report = lomem.convert(Forces(), torch.randn(2, D), dry_run=True)
+    assert {d.name: d.action for d in report.decisions} == {"norm": "left", "act": "left"}
+
+
+@pytest.mark.parametrize("place", [1, 2, 4, 6])
+def test_the_check_names_the_module_at_fault(place, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(m for _ in range(7) for m in (nn.LayerNorm(D), nn.Linear(D, D))))
+    before = copy.deepcopy(model)
+    wrong = f"{2 * place}"
+    honest = lomem.conversion._modules.MSNorm.forward
+
+    def forward(self, x):
+        result = honest(self, x)
+        if self is model.get_submodule(wrong):
+            result.data[..., 0] += 1
+        return result
+
+    monkeypatch.setattr(lomem.conversion._modules.MSNorm, "forward", forward)
+    with pytest.raises(RuntimeError, match=rf"once {wrong} \(layer norm .*exclude=\['{wrong}'\] leaves it; the model is"):
+        lomem.convert(model, torch.randn(4, D))
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+
+
+@pytest.mark.parametrize("ill", [False, True], ids=["well", "ill"])
+def test_meta_and_tracing(ill):
+    model, plain = converted(ill)
+    x = torch.randn(2, 3, D, device="meta")
+    assert copy.deepcopy(model).to("meta")(x).shape == plain.to("meta")(x).shape
+    x = torch.randn(2, 3, D)
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(x), model(x))
