@@ -1,24 +1,30 @@
 """What a producer hands to the linear layers behind it, so that they need not keep their input.
 
-A linear layer keeps its input for its weight's gradient. Where that input is a cheap function of what its producer keeps
-anyway (a norm's copy in another dtype or its normalized input, an activation's input, gate and up of a gated unit), the
-layer keeps those instead and makes its input of them again. The producer *offers* them, the linear layer *takes* them.
+A linear layer keeps its input for its weight's gradient. Where that input is a cheap function of what its producer
+keeps anyway (a norm's copy in another dtype or its normalized input, an activation's input, gate and up of a gated
+unit), the layer keeps those instead and makes its input of them again. The producer *offers* them, the linear layer
+*takes* them.
 
-An offer belongs to the producer's result, the tensor: a weak table finds it, in a compiler's hands an attribute (it
-follows those within a graph; as the result of eager code a tensor stays free of attributes, which pickling would meet).
-A tensor and its Python object live and end together, whoever else holds the tensor. Other carriers fail: an autograd node
-outlives every checkpointed region, and a compiler cannot look at it; one op for producer and layer together would have to
-know the layer when the producer runs, and there may be several, or none; a tensor subclass is seen by everybody.
+An offer belongs to the producer's result, the tensor, and is found in a weak table: a tensor and its Python object live
+and end together, whoever else holds the tensor, and a tensor without attributes is pickled as any other. Other carriers
+fail: an autograd node outlives every checkpointed region, and a compiler cannot look at it; one op for producer and
+layer together would have to know the layer when the producer runs, and there may be several, or none; a tensor subclass
+is seen by everybody.
 
 Three rules keep it right:
 
-- **Boundaries.** Saved-tensor hooks decide where kept tensors go: to the CPU, or, under checkpointing, nowhere. What was
-  offered under one pair of hooks is not taken under another. Each checkpointed region has hooks of its own, in the first
-  pass as when it is computed again, so both passes take, and save, the same.
-- **Lifetimes.** Without hooks autograd keeps the producer's tensors themselves, and an offer refers to them weakly. With
-  hooks it may keep something else, or nothing; then an offer holds them itself, until the last of the linear layers that
-  the example run has seen took them, or until something converted runs under other hooks: the region is over.
+- **Boundaries.** Saved-tensor hooks decide where saved tensors go: to the CPU, or, under checkpointing, nowhere. What
+  was offered under one pair of hooks is not taken under another. Each checkpointed region has hooks of its own, in the
+  first pass as when it is computed again, so both passes take, and save, the same.
+- **Lifetimes.** Without hooks autograd keeps the producer's tensors themselves, and an offer refers to them weakly.
+  With hooks it may keep something else, or nothing; then an offer holds them itself, until the last of the linear
+  layers that the example run has seen took them, or until something converted runs under other hooks: the region is
+  over.
 - **Versions.** A result that was changed in place since is not what was offered.
+
+Under a compiler nothing is offered yet. It follows attributes of tensors within a graph, and the rebuilding stays in
+the backward graph if the producer is an op of its own (tests/python/test_handover.py does both); but it cannot read a
+tensor's version, so that a change in place would go unseen.
 """
 
 from __future__ import annotations
@@ -50,9 +56,7 @@ class Offer:
         takers: Linear layers still to come; only counted under hooks.
     """
 
-    def __init__(
-        self, kept: Sequence[Tensor | None], rebuild: Rebuild, version: int, hooks: Any, takers: int
-    ) -> None:
+    def __init__(self, kept: Sequence[Tensor | None], rebuild: Rebuild, version: int, hooks: Any, takers: int) -> None:
         self.rebuild, self.version, self.hooks, self.takers = rebuild, version, hooks, takers
         self._weak = hooks is None
         self._kept: tuple[Any, ...] | None
@@ -176,8 +180,8 @@ class _LinearOfOffered(torch.autograd.Function):
         copy = kept[0] if rebuild is itself else None
         cast = copy if copy is not None and copy.dtype == dtype else input.to(dtype)
         result = F.linear(cast, weight.to(dtype), None if bias is None else bias.to(dtype))
-        # F.linear returns a view of a matrix product of rows. A view made here could not be changed in place later; this
-        # tensor is the only one left of the storage.
+        # F.linear returns a view of a matrix product of rows, and views that are made here cannot be changed in place
+        # later. This tensor is no view, and the only one left of the storage.
         return result.data
 
     @staticmethod

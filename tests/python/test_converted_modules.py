@@ -253,7 +253,9 @@ CHANGES = {
     "normalized_shape": (
         lambda: nn.LayerNorm(D),
         _all(
-            _set("weight", lambda: nn.Parameter(torch.randn(5, D))), _set("bias", None), _set("normalized_shape", (5, D))
+            _set("weight", lambda: nn.Parameter(torch.randn(5, D))),
+            _set("bias", None),
+            _set("normalized_shape", (5, D)),
         ),
     ),
 }
@@ -364,7 +366,10 @@ class Slots(nn.LayerNorm):
 @pytest.mark.parametrize("kind", [Registering, Demanding, WithMeta, Abstract, Final, Slots])
 def test_peculiar_classes(kind):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(D, D), kind(D), nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, D)), torch.randn(4, D)
+    model, x = (
+        nn.Sequential(nn.Linear(D, D), kind(D), nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, D)),
+        torch.randn(4, D),
+    )
     plain = copy.deepcopy(model)
     y, expected = run(plain, x)
     report = lomem.convert(model, x)
@@ -493,7 +498,9 @@ def test_the_check_names_the_module_at_fault(place, monkeypatch):
         return result
 
     monkeypatch.setattr(lomem.conversion._modules.MSNorm, "forward", forward)
-    with pytest.raises(RuntimeError, match=rf"once {wrong} \(layer norm .*exclude=\['{wrong}'\] leaves it; the model is"):
+    with pytest.raises(
+        RuntimeError, match=rf"once {wrong} \(layer norm .*exclude=\['{wrong}'\] leaves it; the model is"
+    ):
         lomem.convert(model, torch.randn(4, D))
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
 
@@ -506,3 +513,30 @@ def test_meta_and_tracing(ill):
     x = torch.randn(2, 3, D)
     traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("ill", [False, True], ids=["well", "ill"])
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_parametrization_that_counts_its_uses(place, ill):
+    # Spectral norm goes a step of its iteration each time that the weight is asked for.
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, D)), torch.randn(4, D)
+    model[1].weight.data[0] = 0 if ill else 1
+    plain = copy.deepcopy(model)
+    lomem.convert(model, x)
+    uses = []
+
+    class Counts(nn.Module):
+        def forward(self, weight):
+            uses.append(None)
+            return weight * 2
+
+    counted = []
+    for m in (plain, model):
+        nn.utils.parametrize.register_parametrization(m[place], "weight", Counts())
+        uses.clear()
+        y, grads = run(m, x)
+        counted.append((len(uses), y, grads))
+    assert counted[0][0] == counted[1][0]
+    assert (counted[1][1] - counted[0][1]).norm() <= 1e-6 * counted[0][1].norm()
+    assert distance(counted[1][2], counted[0][2]) < 1e-5

@@ -1,6 +1,5 @@
 """What a producer hands to the linear layers behind it, through everything that autograd does."""
 
-import contextlib
 import copy
 import functools
 import gc
@@ -287,8 +286,8 @@ def test_nothing_is_taken_of_a_result_that_was_changed():
 # the linear layer behind them keeps the same, and makes its input of it again.
 
 
-# As lomem's ops, each is one op: of a formula in ATen's ops a compiler would see that the rebuilding computes the same, and
-# keep the result.
+# As lomem's ops, each is one op: of a formula in ATen's ops a compiler would see that the rebuilding computes the same,
+# and keep the result.
 
 
 @torch.library.custom_op("lomem_test::gelu", mutates_args=())
@@ -432,8 +431,8 @@ def test_a_compiler_carries_an_attribute(gated, checkpointed):
         return saved.nbytes, {name: p.grad.clone() for name, p in pair.named_parameters()}
 
     _, expected = gradients(pair)
-    # An attribute is a side effect, which a checkpointed region in a graph may have only if told that it can be left out
-    # of the recomputation.
+    # An attribute is a side effect, which a checkpointed region in a graph may have only if told that it can be left
+    # out of the recomputation.
     with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
         nbytes, grads = gradients(torch.compile(run, backend="aot_eager_decomp_partition", fullgraph=True))
     torch.compiler.reset()

@@ -156,8 +156,8 @@ def _at_fault(
 def _different(difference: _Difference, c: Candidate) -> str:
     return (
         f"lomem.convert: an output of the converted model differs by {difference.largest:.2g} (relative), expected at "
-        f"most {difference.allowed:.2g}, once {c.name or 'the model'} ({c.form}) is converted: exclude={[c.name]} leaves "
-        "it; the model is as it was"
+        f"most {difference.allowed:.2g}, once {c.name or 'the model'} ({c.form}) is converted: exclude={[c.name]} "
+        "leaves it; the model is as it was"
     )
 
 
@@ -256,8 +256,8 @@ def _run(model: nn.Module, inputs: Inputs, watched: Iterable[str], training: boo
 
 
 def _flows(model: nn.Module, inputs: Inputs, watched: list[str]) -> list[Flow]:
-    # With gradients for what is kept; without for what escapes in objects that hide tensors; evaluation mode for the ways
-    # that training does not go.
+    # With gradients for what is kept; without for what escapes in objects that hide tensors; evaluation mode for the
+    # ways that training does not go.
     _initialize(model, inputs)
     flows = [_run(model, inputs, watched, training=True, grad=True)]
     for training in _modes(model):

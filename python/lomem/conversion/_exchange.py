@@ -29,7 +29,7 @@ class Converted(nn.Module):
     lomem_original: ClassVar[type[nn.Module]]
 
     def __init_subclass__(cls, **options: Any) -> None:
-        # What a class does with its subclasses (registering them, asking for arguments) is meant for those of its users.
+        # What a class does with its subclasses (register them, ask for arguments) is meant for those of its users.
         if "lomem_original" not in vars(cls):
             super().__init_subclass__(**options)
 

@@ -168,8 +168,8 @@ class _Plain:
 @contextlib.contextmanager
 def _nothing_between() -> Iterator[None]:
     # What a checkpointed region keeps when it is computed again is not to be seen, and is what it keeps without
-    # checkpointing; saved-tensor hooks of the model's own (offloading) would hide what they pack. torch has no switch for
-    # either; these are what its function calls around the region, in either variant, and what hooks are entered by.
+    # checkpointing; saved-tensor hooks of the model's own (offloading) would hide what they pack. torch has no switch
+    # for either; these are what its function calls around the region, in either variant, and what hooks are entered by.
     checkpoint, hooks = torch.utils.checkpoint, torch.autograd.graph.saved_tensors_hooks
     replaced = [
         (checkpoint, "_checkpoint_without_reentrant_generator", _one_step),

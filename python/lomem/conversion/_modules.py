@@ -14,10 +14,10 @@ from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
 from .. import functional as LF
+from .._handover import itself, linear_of_offered, offer, take
 from ..reference import REGELU2, RESILU2
 from ..steps import StepFunction
 from ._exchange import Converted
-from .._handover import itself, linear_of_offered, offer, take
 from ._live import Fixed, fixed, holds
 from ._recognize import ActivationForm, LinearForm, NormForm
 

@@ -344,9 +344,7 @@ def _takers(finder: Finder, name: str, linears: list[str]) -> int:
     return max(sum(call.input_id == i and call.name in linears for call in flow.calls) for i in ids)
 
 
-def plan_activation(
-    finder: Finder | None, name: str, module: nn.Module, form: ActivationForm, bits: int
-) -> Candidate:
+def plan_activation(finder: Finder | None, name: str, module: nn.Module, form: ActivationForm, bits: int) -> Candidate:
     """What would become of an activation; without a run, that it is converted."""
     reason = f"its backward pass keeps {bits} bit{'s' * (bits > 1)} an element"
     c = Candidate(name, "activation", form, f"{bits}bit", reason)
