@@ -163,6 +163,8 @@ def _check_gradient(module: nn.Module, form: ActivationForm, base: torch.dtype) 
             ordinary = (x.abs() > 1e-3) & (x.abs() < 30)
             if not known[ordinary].all():
                 raise Refused(f"its gradient is not that of {form.what}")
+            if gradients(module, {}, x, torch.full_like(weights, math.nan), training)[0].isfinite().any():
+                raise Refused("its gradient hides NaN")
 
 
 def _is_torch_op(form: ActivationForm, runs: dict[torch.dtype, list[Run]]) -> bool:

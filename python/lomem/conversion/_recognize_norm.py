@@ -29,6 +29,7 @@ from ._witness import (
 
 __all__ = ["recognize_norm"]
 
+_CPU = torch.device("cpu")
 _F64, _F32, _BF16, _F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 #: Of a norm computed in float32, against float64: a few roundings, and sums of thousands of elements.
@@ -168,15 +169,27 @@ class _Probe:
 
     def scaled(self, scale: float) -> Tensor:
         """An ordinary input."""
-        return self.input(torch.full((1 if self.single else 3,), scale, dtype=_F64))
+        return self.input(torch.full((1 if self.single or self.large else 3,), scale, dtype=_F64))
 
-    def run(self, values: Mapping[str, Tensor], x: Tensor, setting: _Setting | None = None, **options: Any) -> Run:
+    @property
+    def large(self) -> bool:
+        """Whether a few samples take long."""
+        return math.prod(self.shape) > 2**14
+
+    def run(
+        self,
+        values: Mapping[str, Tensor],
+        x: Tensor,
+        setting: _Setting | None = None,
+        device: torch.device = _CPU,
+        **options: Any,
+    ) -> Run:
         """The module's run, in the dtypes of a setting."""
         setting = setting or self.setting
-        values = {name: value.to(setting.weight) for name, value in values.items()}
-        with torch.autocast("cpu", _BF16, enabled=setting.autocast, cache_enabled=False):
+        values = {name: value.to(device, setting.weight) for name, value in values.items()}
+        with torch.autocast(device.type, _BF16, enabled=setting.autocast, cache_enabled=False):
             # No cache: it would keep what the probe's own weights were cast to.
-            result = run(self.module, values, x.to(setting.input), **options)
+            result = run(self.module, values, x.to(device, setting.input), **options)
         if result.value.shape != x.shape:
             raise Refused("its result has another shape than its input")
         return result
@@ -245,12 +258,15 @@ def _check_attributes(probe: _Probe, form: NormForm) -> None:
 
 def _first_runs(probe: _Probe, form: NormForm) -> dict[_Setting, torch.dtype]:
     """The dtypes of results, where every run in every setting and mode is made of what norms are made of."""
-    dtypes = {}
+    # On the module's own device: autocast's rules are others on each.
+    tensors = own_tensors(probe.module).values()
+    device = next((t.device for t in tensors if t.is_cuda and torch.cuda.is_available()), _CPU)
+    dtypes: dict[_Setting, torch.dtype] = {}
     for setting in _SETTINGS:
         values, x = probe.signed(), probe.scaled(1.0)
         for training, grad in MODES:
             try:
-                result = probe.run(values, x, setting, training=training, grad=grad)
+                result = probe.run(values, x, setting, device, training=training, grad=grad)
             except Refused:
                 if setting in dtypes:
                     raise
@@ -333,28 +349,30 @@ def _is_eps(probe: _Probe, form: NormForm, name: str) -> bool:
 
 
 def _with_eps(probe: _Probe, form: NormForm, seen: Mapping[_Setting, torch.dtype]) -> NormForm:
-    problem = Refused("it treats small inputs as no layer norm or RMS norm does")
+    problem: Refused | None = None
     for candidate in _candidates_of_eps(probe, form):
-        scales = (1.0, 30.0, math.sqrt(candidate.eps) if candidate.eps else 1e-3, 1e-3)
-        values = probe.signed()
+        scales = (30.0, 1.0, math.sqrt(candidate.eps) if candidate.eps else 1e-3, 1e-3)
+        values = probe.ordinary()
         for scale in scales:
             x = probe.scaled(scale).to(probe.setting.input).double()
             result = probe.run(values, x).value
             expected = probe.expected(candidate, values, x, probe.setting.eps(candidate))
             if not _close(result, expected, 3 * probe.setting.relative(result.dtype)):
+                size = "small" if scale < 1 else "large"
+                problem = problem or Refused(f"it treats {size} inputs as no layer norm or RMS norm does")
                 break
         else:
             refused = _sweep(probe, candidate, seen)
             if refused is None:
                 return candidate
             problem = refused
-    raise problem
+    raise problem or Refused("")
 
 
 def _rows(probe: _Probe, form: NormForm, dtype: torch.dtype, offset: int) -> Tensor:
     """Samples over all that a dtype holds: scales, constants, zeros, infinities and NaN."""
     # Of large norms, some of them each time.
-    room = max(6, 2**17 // math.prod(probe.shape))
+    room = max(6, 2**15 // math.prod(probe.shape))
     scales = [10.0**exponent for exponent in _SCALES[dtype]]
     if probe.single:
         return probe.input(torch.tensor([scales[offset % len(scales)]], dtype=_F64))
@@ -379,14 +397,19 @@ def _rows(probe: _Probe, form: NormForm, dtype: torch.dtype, offset: int) -> Ten
 def _sweep(probe: _Probe, form: NormForm, seen: Mapping[_Setting, torch.dtype]) -> Refused | None:
     """Compares with the form over all inputs and over all weights, in every setting."""
     for index, setting in enumerate(seen):
-        for turn, (training, grad) in enumerate(MODES):
-            wide = turn < 2
+        for turn, (training, grad) in enumerate(MODES[:2] if probe.large else MODES):
+            wide = turn % 2 == 1
             values = probe.signed() if wide else probe.extreme(setting)
             x = _rows(probe, form, setting.input, index + turn) if wide else probe.scaled(1.0)
             values = {name: value.to(setting.weight).double() for name, value in values.items()}
             x = x.to(setting.input).double()
             options: dict[str, Any] = {"training": training, "grad": grad}
-            result = probe.run(values, x, setting, **options)
+            try:
+                result = probe.run(values, x, setting, **options)
+            except Refused:
+                if setting == probe.setting:
+                    raise
+                break  # a mix of dtypes that the module's own device takes, and the CPU does not
             wrong = _wrong(probe, form, setting, values, x, result.value)
             if not wrong.any():
                 continue
@@ -395,19 +418,19 @@ def _sweep(probe: _Probe, form: NormForm, seen: Mapping[_Setting, torch.dtype]) 
                 wrong &= ~_lost(again.results, x)
                 if not wrong.any():
                     continue
-            return Refused(_where(form, values, x, wrong, wide))
+            return Refused(_where(form, x, wrong, wide))
     return None
 
 
-def _where(form: NormForm, values: Mapping[str, Tensor], x: Tensor, wrong: Tensor, wide: bool) -> str:
-    dtype = "weights" if not wide else "inputs"
-    if wide:
-        rows = x.flatten(1)[wrong.flatten(1).any(1)] if x.dim() > 1 else x[None]
-        if not rows.isfinite().all():
-            return f"it treats infinities or NaN as {form.what} does not"
-        size = rows.abs().amax().item()
-        return f"of {dtype} of the size {size:.0e} it computes something else than {form.what}"
-    return f"of {dtype} that are negative, 0, tiny or huge it computes something else than {form.what}"
+def _where(form: NormForm, x: Tensor, wrong: Tensor, wide: bool) -> str:
+    """Of what it is something else, in words."""
+    if not wide:
+        return f"of weights that are negative, 0, tiny or huge it computes something else than {form.what}"
+    rows = x.flatten(1)[wrong.flatten(1).any(1)] if x.dim() > 1 else x[None]
+    finite = rows[rows.isfinite().all(1)]
+    if not len(finite):
+        return f"it treats infinities or NaN as {form.what} does not"
+    return f"of inputs of the size {finite[0].abs().amax().item():.0e} it computes something else than {form.what}"
 
 
 def _wrong(
@@ -490,6 +513,9 @@ def _check_gradient(probe: _Probe, form: NormForm) -> None:
         rest = list(zip(grads[1:], expected[1:], strict=True))
         if not all(_close(g, e, relative) for g, e in first + rest):
             raise Refused("its gradient is not that of a norm")
+        weights[0] = math.nan
+        if gradients(probe.module, given, x.to(probe.setting.input), weights, training)[0][0].isfinite().any():
+            raise Refused("its gradient hides NaN")
 
 
 _RULES = {
@@ -569,7 +595,7 @@ def _shape(module: nn.Module, input_shapes: Sequence[Sequence[int]]) -> tuple[in
     if not shapes:
         if isinstance(named, Sequence) and not isinstance(named, str):
             return tuple(named)
-        if input_shapes and len(input_shapes[0]) > 0:
+        if input_shapes and len(input_shapes[0]) > 0 and input_shapes[0][-1] > 1:
             return (input_shapes[0][-1],)
         return "nothing says over how many elements it normalizes"
     shape = max(shapes, key=math.prod)
@@ -641,8 +667,8 @@ def _recognize(
             return NotRecognized(reason, near=True, kind="norm")
         return replace(forms[0], ranks=tuple(form.ranks[0] for form in forms))
     rank = max(ranks)
-    if 1 in axes or (rank > 2 and not own_tensors(module)):
-        width = shape if 1 in axes else (3,)
+    if 1 in axes or (input_shapes and len(input_shapes[0]) > 2 and not own_tensors(module)):
+        width = shape if 1 in axes else (input_shapes[0][1],)
         if _normalizes_samples(_Probe(module, width, 1, max(rank, 3), generator)):
             return replace(refused, reason="it normalizes channels and positions together", near=True)
     return refused

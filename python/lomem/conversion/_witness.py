@@ -78,19 +78,22 @@ LINEAR_OPS = _MOVES | frozenset("mm addmm bmm baddbmm mv addmv linear matmul add
 _SPOKEN = {"_local_scalar_dense": "item", "native_dropout": "dropout", "native_batch_norm": "batch_norm"}
 
 
-def _name(func: torch._ops.OpOverload) -> str:
+def _name(func: torch._ops.OpOverload, args: tuple[Any, ...], result: Any) -> str:
     namespace, _, name = func._schema.name.partition("::")
     # Written in place or not, an op computes the same; rounding is another matter.
     name = name.rstrip("_") if not name.endswith("__") else name
     if func._overloadname.endswith("_mode"):
         name = f"{name} with a rounding mode"
+    if isinstance(result, Tensor) and isinstance(args[0] if args else None, Tensor):
+        # A cast to integers is flat.
+        if args[0].is_floating_point() and not result.is_floating_point() and name in _MOVES:
+            name = f"a cast to {str(result.dtype)[6:]}"
     return name if namespace == "aten" else f"{namespace}::{name}"
 
 
-def unexplained(ops: Iterable[torch._ops.OpOverload], explained: frozenset[str]) -> str | None:
+def unexplained(ops: Iterable[str], explained: frozenset[str]) -> str | None:
     """The first op that is none of those which explain the module, or None."""
-    for func in ops:
-        name = _name(func)
+    for name in ops:
         if name not in explained and not name.startswith("prim::"):
             return _SPOKEN.get(name, name)
     return None
@@ -106,7 +109,7 @@ class _Ops(TorchDispatchMode):
 
     def __init__(self, keep: bool, grad: bool) -> None:
         super().__init__()
-        self.ops: list[torch._ops.OpOverload] = []
+        self.ops: list[str] = []
         self.results: list[Tensor] = []
         self.foreign = False
         self._keep, self._grad = keep, grad
@@ -119,11 +122,11 @@ class _Ops(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        self.ops.append(func)
         if not self._grad:
             # Whatever requires grad comes from elsewhere.
             self.foreign |= any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *kwargs.values()))
         result = func(*args, **kwargs)
+        self.ops.append(_name(func, args, result))
         if self._keep:
             self.results += [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
         return result
@@ -135,14 +138,14 @@ class Run:
 
     Attributes:
         value: The result.
-        ops: That it was made of.
+        ops: Names of those that it was made of.
         written: Whether the module wrote to its input.
         foreign: Whether it computed with a tensor that requires grad and is none of its own.
         results: Of its ops, where they were to be kept.
     """
 
     value: Tensor
-    ops: list[torch._ops.OpOverload]
+    ops: list[str]
     written: bool
     foreign: bool
     results: list[Tensor]
