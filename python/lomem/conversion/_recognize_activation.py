@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,22 +47,22 @@ def _function(form: ActivationForm) -> Callable[[Tensor], Tensor]:
 
 
 def _ordinary(dtype: torch.dtype) -> Tensor:
-    return torch.linspace(-40, 40, 8009, dtype=_F64).to(dtype).reshape(-1, 1)
+    return torch.linspace(-40, 40, 8008, dtype=_F64).to(dtype).reshape(-1, 8)
 
 
 def _everything(dtype: torch.dtype) -> Tensor:
     """All numbers of 16 bits, or numbers of all sizes."""
     if dtype.itemsize == 2:
-        return torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(-1, 1)
+        return torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(-1, 8)
     info = torch.finfo(dtype)
     low, high = math.log2(info.tiny * info.eps), math.log2(info.max) - 1e-9
     sizes = torch.cat([torch.linspace(low, high, 800, dtype=_F64).exp2(), torch.tensor([info.max], dtype=_F64)])
     special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan], dtype=_F64)
     middle = torch.linspace(-40, 40, 2001, dtype=_F64)
-    return torch.cat([sizes, -sizes, special, middle]).to(dtype).reshape(-1, 1)
+    return torch.cat([sizes, -sizes, special, middle]).to(dtype).reshape(-1, 8)
 
 
-def _run(module: nn.Module, x: Tensor, **options: bool) -> Run:
+def _run(module: nn.Module, x: Tensor, **options: Any) -> Run:
     result = run(module, {}, x, **options)
     if result.value.shape != x.shape:
         raise Refused("its result has another shape than its input")
@@ -150,7 +151,7 @@ def _check_gradient(module: nn.Module, form: ActivationForm, base: torch.dtype) 
     for dtype in dict.fromkeys((base, _F32)):
         x = _everything(dtype)
         # The gradient is linear in what it is multiplied by.
-        weights = torch.tensor([1.0, -1e6, 1e-6, 3.0], dtype=_F64).repeat(len(x) // 4 + 1)[: len(x), None]
+        weights = torch.tensor([1.0, -1e6, 1e-6, 3.0], dtype=_F64).repeat(x.numel() // 4).view_as(x)
         for training in (False, True):
             (gradient,) = gradients(module, {}, x, weights, training)
             with torch.enable_grad():

@@ -251,9 +251,9 @@ def _check_attributes(probe: _Probe, form: NormForm) -> None:
     for name in own_tensors(probe.module):
         if name not in (form.gamma, form.beta):
             raise Refused(f"its tensor {name} is no weight or bias of a norm")
-    name = tensor_attribute(probe.module)
-    if name is not None:
-        raise Refused(f"its attribute {name} is a tensor, and neither parameter nor buffer")
+    attribute = tensor_attribute(probe.module)
+    if attribute is not None:
+        raise Refused(f"its attribute {attribute} is a tensor, and neither parameter nor buffer")
 
 
 def _first_runs(probe: _Probe, form: NormForm) -> dict[_Setting, torch.dtype]:
@@ -329,8 +329,7 @@ def _candidates_of_eps(probe: _Probe, form: NormForm) -> Iterator[NormForm]:
         yield replace(form, eps=float(numbers[name]), eps_name=name if name in live else None)
     if not form.centred and math.isclose(eps, torch.finfo(probe.setting.input).eps, rel_tol=1e-2):
         absent = [name for name, value in attributes(probe.module).items() if value is None]
-        name = next((name for name in absent if _is_eps(probe, form, name)), None)
-        yield replace(form, eps=None, eps_name=name)
+        yield replace(form, eps=None, eps_name=next((name for name in absent if _is_eps(probe, form, name)), None))
     for dtype in (_F32, _BF16, _F16, _F64):
         if math.isclose(eps, torch.finfo(dtype).eps, rel_tol=1e-2):
             yield replace(form, eps=torch.finfo(dtype).eps)
@@ -398,7 +397,8 @@ def _sweep(probe: _Probe, form: NormForm, seen: Mapping[_Setting, torch.dtype]) 
     """Compares with the form over all inputs and over all weights, in every setting."""
     for index, setting in enumerate(seen):
         for turn, (training, grad) in enumerate(MODES[:2] if probe.large else MODES):
-            wide = turn % 2 == 1
+            # So that each is tried in each mode, in some of the settings.
+            wide = (turn + index) % 2 == 1
             values = probe.signed() if wide else probe.extreme(setting)
             x = _rows(probe, form, setting.input, index + turn) if wide else probe.scaled(1.0)
             values = {name: value.to(setting.weight).double() for name, value in values.items()}

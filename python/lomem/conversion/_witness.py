@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,28 +51,33 @@ class Refused(Exception):  # noqa: N818
 #: Training and evaluation mode, each without gradients and with them.
 MODES = ((False, False), (True, True), (True, False), (False, True))
 
-_MOVES = frozenset(
-    """view _unsafe_view _reshape_alias permute transpose t unsqueeze squeeze expand alias slice select detach clone copy
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_MOVES = _names(
+    """
+    view _unsafe_view _reshape_alias permute transpose t unsqueeze squeeze expand alias slice select detach clone copy
     _to_copy to contiguous lift lift_fresh lift_fresh_copy empty empty_like empty_strided new_empty new_empty_strided
     zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full scalar_tensor fill zero is_same_size
-    sym_size sym_stride sym_numel sym_storage_offset""".split()
+    sym_size sym_stride sym_numel sym_storage_offset
+    """
 )
-_ARITHMETIC = frozenset("add sub rsub mul div neg reciprocal addcmul addcdiv pow square sqrt rsqrt".split())
+_ARITHMETIC = _names("add sub rsub mul div neg reciprocal addcmul addcdiv pow square sqrt rsqrt")
 #: Ops that a layer or RMS norm may be made of. None of them is flat or has a kink anywhere, but for roots of squares,
 #: which negative weights show: so values of few inputs tell of all.
 NORM_OPS = (
     _MOVES
     | _ARITHMETIC
-    | frozenset("mean sum var var_mean std std_mean linalg_vector_norm norm".split())
-    | frozenset("native_layer_norm native_group_norm rms_norm _fused_rms_norm".split())
-    | frozenset(f"lomem::ms_{kind}_norm{part}" for kind in ("layer", "rms") for part in ("", "_forward"))
+    | _names("mean sum var var_mean std std_mean linalg_vector_norm norm")
+    | _names("native_layer_norm native_group_norm rms_norm _fused_rms_norm")
+    | _names("lomem::ms_layer_norm lomem::ms_layer_norm_forward lomem::ms_rms_norm lomem::ms_rms_norm_forward")
 )
 #: Of GELU and SiLU.
-ACTIVATION_OPS = (
-    _MOVES | _ARITHMETIC | frozenset("erf erfc special_ndtr tanh sigmoid exp expm1 gelu silu".split())
-)
+ACTIVATION_OPS = _MOVES | _ARITHMETIC | _names("erf erfc special_ndtr tanh sigmoid exp expm1 gelu silu")
 #: Of a linear layer. Products with a number are no part of it: what the number is now need not last.
-LINEAR_OPS = _MOVES | frozenset("mm addmm bmm baddbmm mv addmv linear matmul add _addmm_activation".split()) - {"select"}
+LINEAR_OPS = _MOVES | _names("mm addmm bmm baddbmm mv addmv linear matmul add _addmm_activation")
 
 #: As those call it who write the module.
 _SPOKEN = {"_local_scalar_dense": "item", "native_dropout": "dropout", "native_batch_norm": "batch_norm"}
@@ -84,10 +89,10 @@ def _name(func: torch._ops.OpOverload, args: tuple[Any, ...], result: Any) -> st
     name = name.rstrip("_") if not name.endswith("__") else name
     if func._overloadname.endswith("_mode"):
         name = f"{name} with a rounding mode"
-    if isinstance(result, Tensor) and isinstance(args[0] if args else None, Tensor):
+    if name in _MOVES and args and isinstance(args[0], Tensor) and isinstance(result, Tensor):
+        integers = args[0].is_floating_point() and not result.is_floating_point()
         # A cast to integers is flat.
-        if args[0].is_floating_point() and not result.is_floating_point() and name in _MOVES:
-            name = f"a cast to {str(result.dtype)[6:]}"
+        name = f"a cast to {str(result.dtype)[6:]}" if integers else name
     return name if namespace == "aten" else f"{namespace}::{name}"
 
 
@@ -214,7 +219,7 @@ def with_values(module: nn.Module, values: Mapping[str, Tensor], changed: Mappin
 
 def uninitialized(module: nn.Module) -> bool:
     """Whether a module is lazy, and has not run yet."""
-    return any(isinstance(t, UninitializedTensorMixin) for t in own_tensors(module).values())
+    return any(is_lazy(t) for t in own_tensors(module).values())
 
 
 def _bits(tensor: Tensor) -> Tensor:
