@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -283,8 +284,13 @@ def test_modules_of_one_signature_are_alike():
         nn.SiLU(inplace=True),
     ]
     assert len({signature(module) for module in different}) == len(different)
-    # A function says nothing of itself.
-    assert signature(Function(F.gelu)) != signature(Function(F.gelu))
+    # A function says nothing of itself, but that it is the same.
+    assert signature(Function(F.gelu)) == signature(Function(F.gelu))
+    assert signature(Function(lambda x: x)) != signature(Function(lambda x: x))
+    tanh = [Function(partial(F.gelu, approximate=kind)) for kind in ("tanh", "tanh", "none")]
+    assert signature(tanh[0]) == signature(tanh[1]) != signature(tanh[2])
+    # 1 and True and 1.0 are equal, and not the same.
+    assert len({signature(Function(value)) for value in (1, True, 1.0)}) == 3
 
 
 def test_a_module_that_counts_its_calls_is_as_it_was():

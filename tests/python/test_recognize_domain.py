@@ -691,3 +691,10 @@ def test_recognition_does_not_depend_on_what_is_set_around_it():
         assert found() == expected
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_compiled_functions_inside_are_run_as_they_are_written():
+    compiled = torch.compile(lambda x: F.gelu(x), backend=lambda graph, inputs: pytest.fail("it is compiled"))
+    assert isinstance(recognize_activation(Function(lambda m, x: compiled(x))), ActivationForm)
+    clamped = torch.compile(lambda x: F.gelu(x).clamp(max=99), backend=lambda graph, inputs: pytest.fail("so is it"))
+    assert "clamp" in recognize_activation(Function(lambda m, x: clamped(x))).reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable
 
@@ -41,17 +42,24 @@ __all__ = [
 def signature(module: nn.Module) -> Hashable:
     """What modules without submodules have in common that compute the same of the same tensors; unique where unknown.
 
-    The class, and all attributes, where these are plain values.
+    The class, and all attributes. Valid while the modules live.
     """
     if uninitialized(module):
         return id(module)
-    own = attributes(module)
-    plain = (int, float, str, torch.dtype, torch.device, type(None))
-    for value in own.values():
-        if not isinstance(value, plain) and not (isinstance(value, tuple) and all(isinstance(v, int) for v in value)):
-            return id(module)
     tensors = [(n, t.shape, t.dtype, t.device) for n, t in own_tensors(module).items()]
-    return type(module), tuple(own.items()), tuple(tensors)
+    return type(module), tuple((n, _key(value)) for n, value in attributes(module).items()), tuple(tensors)
+
+
+def _key(value: object) -> Hashable:
+    """Plain values are alike where they are equal; others, as functions are, where they are the same object."""
+    plain = (int, float, str, torch.dtype, torch.device, type(None))
+    if isinstance(value, plain):
+        return type(value), value
+    if isinstance(value, tuple) and all(isinstance(v, int) for v in value):
+        return value
+    if type(value) is functools.partial:
+        return id(value.func), tuple(map(_key, value.args)), tuple((n, _key(v)) for n, v in value.keywords.items())
+    return object, id(value)
 
 
 def recognize_linear(module: nn.Module) -> LinearForm | None:

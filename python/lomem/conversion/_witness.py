@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -156,6 +157,13 @@ class Run:
     results: list[Tensor]
 
 
+def _eagerly() -> contextlib.AbstractContextManager[Any]:
+    # Compiled functions take seconds, and say nothing of their ops. Whoever has some has imported this.
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def quietly() -> Iterator[torch.Generator]:
     """Real tensors also where the model is fake, no graph, no autocast, and the global generators left alone."""
@@ -167,6 +175,7 @@ def quietly() -> Iterator[torch.Generator]:
         torch.random.fork_rng(devices=[]),
         torch.autocast("cpu", enabled=False),
         torch.device("cpu"),
+        _eagerly(),
     ):
         warnings.simplefilter("ignore")  # of mixes of dtypes, which are tried on purpose
         yield torch.Generator().manual_seed(0)
@@ -261,7 +270,7 @@ def run(
                 with ops:
                     result = module.forward(argument)
         except Exception as error:
-            raise Refused("it does not run on a tensor alone") from error
+            raise Refused("it does not run on a made-up tensor alone") from error
     if not isinstance(result, Tensor) or not result.is_floating_point():
         raise Refused("its result is no tensor")
     written = argument._version != version or not torch.equal(_bits(argument), _bits(x))
