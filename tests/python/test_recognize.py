@@ -2,6 +2,8 @@
 
 import math
 import re
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.utils.prune as prune
 from lomem.conversion._recognize import (
     ActivationForm,
     NormForm,
+    NotRecognized,
     recognize_activation,
     recognize_linear,
     recognize_norm,
@@ -155,9 +158,10 @@ class _NotANorm(nn.Module):
     ids=lambda m: type(m).__name__,
 )
 def test_what_is_no_norm_is_none(module):
-    reason = recognize_norm(module, [(5, D)])
-    assert isinstance(reason, str)
-    assert reason
+    found = recognize_norm(module, [(5, D)])
+    assert isinstance(found, NotRecognized)
+    assert found.kind == "norm"
+    assert found.reason
 
 
 class WithNeutralParts(nn.LayerNorm):
@@ -191,10 +195,10 @@ class Scaled(nn.RMSNorm):
 
 NEUTRAL = {
     "gain": (WithNeutralParts(lambda m, y, x: y * m.gain, gain=torch.ones(())), "gain is no weight or bias"),
-    "gate": (WithNeutralParts(lambda m, y, x: y + m.alpha * x, alpha=torch.zeros(())), "are not those|alpha is no"),
+    "gate": (WithNeutralParts(lambda m, y, x: y + m.alpha * x, alpha=torch.zeros(())), "alpha is no weight or bias"),
     "dropout": (
         WithNeutralParts(lambda m, y, x: F.dropout(y, 0.5, m.training)).eval(),
-        "not in training and evaluation",
+        "also computes (dropout|bernoulli)",
     ),
     "detached": (Detached(D, eps=1e-6), "its gradient is not that of a norm"),
     "scale": (Scaled(), "its attribute scale is not known"),
@@ -204,19 +208,20 @@ NEUTRAL = {
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_a_norm_with_a_part_that_has_no_effect_now_is_none(name):
     module, match = NEUTRAL[name]
-    reason = recognize_norm(module, [(5, D)])
-    assert isinstance(reason, str)
-    assert re.search(match, reason) or "are not those of a norm" in reason
+    found = recognize_norm(module, [(5, D)])
+    assert isinstance(found, NotRecognized)
+    assert found.near  # it deserves a verdict
+    assert re.search(match, found.reason)
 
 
 def test_a_norm_is_what_it_is_for_the_inputs_that_it_gets():
     # Over everything but the batch: of a matrix that is over the last dimension.
     assert recognize_norm(nn.GroupNorm(1, D), [(5, D)]).ranks == (2,)
-    assert isinstance(recognize_norm(nn.GroupNorm(1, D), [(5, D, 3, 3)]), str)
-    assert isinstance(recognize_norm(nn.GroupNorm(1, D), [(5, D, D, D)]), str)
-    assert isinstance(recognize_norm(nn.GroupNorm(1, D), [(5, D), (5, D, 3)]), str)
+    assert isinstance(recognize_norm(nn.GroupNorm(1, D), [(5, D, 3, 3)]), NotRecognized)
+    assert isinstance(recognize_norm(nn.GroupNorm(1, D), [(5, D, D, D)]), NotRecognized)
+    assert isinstance(recognize_norm(nn.GroupNorm(1, D), [(5, D), (5, D, 3)]), NotRecognized)
     assert recognize_norm(nn.LayerNorm(D), [(D,), (5, D), (2, 3, 4, D)]).ranks == (1, 2, 4)
-    assert isinstance(recognize_norm(nn.LayerNorm(D), [(5, 2 * D)]), str)
+    assert isinstance(recognize_norm(nn.LayerNorm(D), [(5, 2 * D)]), NotRecognized)
 
 
 def test_an_activation_with_another_gradient_is_none():
@@ -229,8 +234,8 @@ def test_an_activation_with_another_gradient_is_none():
         def backward(ctx, grad):
             return grad
 
-    assert recognize_activation(Function(Straight.apply)) is None
-    assert recognize_activation(Function(lambda x: F.gelu(x.detach()))) is None
+    assert isinstance(recognize_activation(Function(Straight.apply)), NotRecognized)
+    assert isinstance(recognize_activation(Function(lambda x: F.gelu(x.detach()))), NotRecognized)
 
 
 def test_an_activation_with_dropout_in_training_is_none():
@@ -238,7 +243,7 @@ def test_an_activation_with_dropout_in_training_is_none():
         def forward(self, x):
             return F.dropout(F.gelu(x), 0.5, self.training)
 
-    assert recognize_activation(Dropped().eval()) is None
+    assert isinstance(recognize_activation(Dropped().eval()), NotRecognized)
 
 
 def test_a_linear_layer_whose_weight_is_made_of_others_is_none():
@@ -260,7 +265,7 @@ def test_a_linear_layer_whose_weight_is_made_of_others_is_none():
 
     assert recognize_linear(Masked()) is None
     assert recognize_linear(DropConnect(6, 6).eval()) is None
-    assert isinstance(recognize_norm(prune.identity(nn.RMSNorm(D), "weight"), [(5, D)]), str)
+    assert isinstance(recognize_norm(prune.identity(nn.RMSNorm(D), "weight"), [(5, D)]), NotRecognized)
 
 
 def test_modules_of_one_signature_are_alike():
@@ -279,8 +284,13 @@ def test_modules_of_one_signature_are_alike():
         nn.SiLU(inplace=True),
     ]
     assert len({signature(module) for module in different}) == len(different)
-    # A function says nothing of itself.
-    assert signature(Function(F.gelu)) != signature(Function(F.gelu))
+    # A function says nothing of itself, but that it is the same.
+    assert signature(Function(F.gelu)) == signature(Function(F.gelu))
+    assert signature(Function(lambda x: x)) != signature(Function(lambda x: x))
+    tanh = [Function(partial(F.gelu, approximate=kind)) for kind in ("tanh", "tanh", "none")]
+    assert signature(tanh[0]) == signature(tanh[1]) != signature(tanh[2])
+    # 1 and True and 1.0 are equal, and not the same.
+    assert len({signature(Function(value)) for value in (1, True, 1.0)}) == 3
 
 
 def test_a_module_that_counts_its_calls_is_as_it_was():
@@ -328,10 +338,10 @@ class Function(nn.Module):
 
 ROOT = math.sqrt(2 / math.pi)
 SPELLINGS = {
-    "nn.GELU": (nn.GELU(), ActivationForm("gelu")),
-    "nn.GELU tanh": (nn.GELU("tanh"), ActivationForm("gelu", "tanh")),
-    "nn.SiLU": (nn.SiLU(), ActivationForm("silu")),
-    "nn.SiLU inplace": (nn.SiLU(inplace=True), ActivationForm("silu", inplace=True)),
+    "nn.GELU": (nn.GELU(), ActivationForm("gelu", approximate_name="approximate")),
+    "nn.GELU tanh": (nn.GELU("tanh"), ActivationForm("gelu", "tanh", approximate_name="approximate")),
+    "nn.SiLU": (nn.SiLU(), ActivationForm("silu", inplace_name="inplace")),
+    "nn.SiLU inplace": (nn.SiLU(inplace=True), ActivationForm("silu", inplace=True, inplace_name="inplace")),
     "F.silu inplace": (Function(lambda x: F.silu(x, inplace=True)), ActivationForm("silu", inplace=True)),
     "erf": (
         Function(lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))),
@@ -359,7 +369,7 @@ def test_activations_are_recognized_in_every_spelling(name):
     module, form = SPELLINGS[name]
     found = recognize_activation(module)
     if name == "swish":  # bit for bit torch's or not, that depends on torch's vectorization
-        found = ActivationForm(**{**found.__dict__, "torch_op": False})
+        found = replace(found, torch_op=False)
     assert found == form
 
 
@@ -378,6 +388,7 @@ def test_activations_are_recognized_in_every_spelling(name):
         nn.Linear(1, 1),
         nn.PReLU(),
         Function(lambda x: F.gelu(x).clamp(-10, 10)),
+        Function(lambda x: x * 0.5),
         Function(lambda x: F.gelu(x) + 1e-3),
         Function(lambda x: F.silu(x)[..., :1]),
         Function(lambda x: (x, x)),
@@ -385,7 +396,7 @@ def test_activations_are_recognized_in_every_spelling(name):
     ids=lambda m: type(m).__name__,
 )
 def test_what_is_no_such_activation_is_none(module):
-    assert recognize_activation(module) is None
+    assert isinstance(recognize_activation(module), NotRecognized)
 
 
 def test_linear_layers_are_recognized():

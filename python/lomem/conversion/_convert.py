@@ -17,7 +17,14 @@ from ._exchange import exchange, give_back, is_converted, original_class, wrappe
 from ._flow import Flow, Inputs, as_inputs, trace, untouched
 from ._modules import autocast_dtype
 from ._plan import Candidate, Finder, Ledger, plan_activation, plan_calls, plan_norm, settle, ways_of_its_own
-from ._recognize import ActivationForm, NormForm, recognize_activation, recognize_norm, signature
+from ._recognize import (
+    ActivationForm,
+    NormForm,
+    NotRecognized,
+    recognize_activation,
+    recognize_norm,
+    signature,
+)
 from ._report import Decision, Report
 
 __all__ = ["NothingToConvertError", "convert", "restore"]
@@ -292,7 +299,7 @@ def _candidates(
     for call in (call for flow in flows for call in flow.calls if call.shapes):
         shapes.setdefault(call.name, []).append(call.shapes[0])
     # Models have many modules of a kind.
-    known: dict[Hashable, ActivationForm | NormForm | str | None] = {}
+    known: dict[Hashable, ActivationForm | NormForm | NotRecognized] = {}
 
     def once(recognize: Callable[..., Any], module: nn.Module, *arguments: Any) -> Any:
         key = recognize, signature(module), arguments
@@ -300,7 +307,8 @@ def _candidates(
             known[key] = recognize(module, *arguments)
         return known[key]
 
-    forms = {name: form for name, m in leaves.items() if (form := once(recognize_activation, m)) is not None}
+    tried = {name: once(recognize_activation, m) for name, m in leaves.items()}
+    forms = {name: form for name, form in tried.items() if isinstance(form, ActivationForm)}
     finder = Finder(model, flows, forms.keys()) if flows else None
     bits = _BITS.get(activations, 2)
     found = [_activation_candidate(name, leaves[name], form, finder, bits) for name, form in forms.items()]
@@ -312,9 +320,9 @@ def _candidates(
         norm = once(recognize_norm, module, tuple(sorted(set(shapes.get(name, ())))))
         if isinstance(norm, NormForm):
             found.append(_norm_candidate(name, module, norm, finder))
-        elif isinstance(norm, str) and named:
+        elif named or norm.near:
             c = Candidate(name, "norm", "another norm")
-            c.leave(norm)
+            c.leave(norm.reason)
             found.append(c)
     if finder is not None:
         found += plan_calls(finder, forms.__contains__, bits)
