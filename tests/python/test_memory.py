@@ -819,6 +819,11 @@ class LooksAtFloats(nn.Linear):
 
 
 BAD = {
+    "excluded": (
+        lambda: memory.saved_for_backward([3]),
+        TypeError,
+        "lomem.memory.saved_for_backward: exclude has a int, expected tensors alone",
+    ),
     "model": (
         lambda: memory.profile(torch.zeros(1)),
         TypeError,
