@@ -14,7 +14,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .._record import Op, Recorder, Storage
+from .._record import Op, Recorder, Storage, hook_after, hook_before
 from .._state import preserved
 
 __all__ = ["Call", "Flow", "Inputs", "as_inputs", "trace", "untouched"]
@@ -230,7 +230,8 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
         call.end = len(recorder.ops)
         if isinstance(result, Tensor) and result.layout == torch.strided and not result.is_nested:
             kept.append(result)
-            (call.result,) = recorder.records(result)
+            records = recorder.records(result)
+            call.result = records[0] if len(records) == 1 else None  # several, of a wrapper
             call.dtype, call.numel, call.requires_grad = result.dtype, result.numel(), result.requires_grad
             call.result_id = id(result)
 
@@ -239,9 +240,9 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
     try:
         for name in watched:
             before = functools.partial(enter, name)
-            handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(hook_before(modules[name], before, with_kwargs=True))
             # Before the user's hooks, which may change the result, or return another.
-            handles.append(modules[name].register_forward_hook(leave, with_kwargs=True, prepend=True))
+            handles.append(hook_after(modules[name], leave, with_kwargs=True, prepend=True))
         with untouched(model, training, inputs), _no_checkpointing(), torch.set_grad_enabled(grad), recorder:
             recorder.label((*model.parameters(), *model.buffers()), "parameter")
             recorder.label(inputs.tensors(), "input")
