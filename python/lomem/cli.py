@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import _C, __version__
+from . import _C, __version__, _terminal
 
 
 def _positive(text: str) -> int:
@@ -283,9 +283,22 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parsed = parser().parse_args(arguments)
+    command = "lomem"
     try:
-        return parsed.run(parsed)
+        with _terminal.readable(sys.stdout):
+            parsed = parser().parse_args(arguments)
+            command = f"lomem {parsed.command}"
+            status = parsed.run(parsed)
+            sys.stdout.flush()  # here, where what it raises is caught
+            return status
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return _terminal.INTERRUPTED
+    except BrokenPipeError:
+        _terminal.stop_writing(sys.stdout)
+        return _terminal.PIPE_CLOSED
     except (ImportError, ValueError, OSError) as error:
-        print(f"lomem {parsed.command}: {error}", file=sys.stderr)
+        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _terminal.stop_writing(sys.stdout)
         return 1

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from . import memory
 from . import nn as lnn
+from ._terminal import plus_minus
 from .plotting import check_plot
 
 BATCH = 64
@@ -200,14 +201,16 @@ def figures(results: dict[str, list[Result]]) -> list[Figures]:
     return [
         Figures("saved for backward, MiB", ".2f", saved, f"{smaller:+.1f} %"),
         Figures("step time, ms (median)", ".1f", step, f"{100 * (ratio - 1):+.1f} %"),
-        Figures("test accuracy, %", ".2f", accuracy, f"{gain:+.2f}" + (f" ± {error:.2f}" if error else "")),
+        Figures(
+            "test accuracy, %", ".2f", accuracy, f"{gain:+.2f}" + (f" {plus_minus()} {error:.2f}" if error else "")
+        ),
     ]
 
 
 def table(results: dict[str, list[Result]]) -> Table:
     """The comparison, with standard errors where there are several seeds."""
     runs = len(results["torch"])
-    seeds = f", mean of {runs} seeds ± standard error" if runs > 1 else ""
+    seeds = f", mean of {runs} seeds {plus_minus()} standard error" if runs > 1 else ""
     rows = Table("", title=f"Vision Transformer on digits, batch {BATCH}{seeds}")
     for heading in (*METHODS, "difference"):
         rows.add_column(heading, justify="right")
@@ -215,7 +218,7 @@ def table(results: dict[str, list[Result]]) -> Table:
         cells = []
         for method in METHODS:
             mean, error = _mean_and_error(row.values[method])
-            cells.append(format(mean, row.form) + (f" ± {error:{row.form}}" if error else ""))
+            cells.append(format(mean, row.form) + (f" {plus_minus()} {error:{row.form}}" if error else ""))
         rows.add_row(row.name, *cells, row.difference)
     return rows
 
