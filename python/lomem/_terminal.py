@@ -10,9 +10,22 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-__all__ = ["INTERRUPTED", "PIPE_CLOSED", "encodes", "plus_minus", "quiet", "readable", "sentence", "stop_writing"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "INTERRUPTED",
+    "PIPE_CLOSED",
+    "console",
+    "encodes",
+    "plus_minus",
+    "quiet",
+    "readable",
+    "sentence",
+    "stop_writing",
+]
 
 #: Exit status of a command that Ctrl-C ended, and of one that nobody reads any more: 128 and the number of the signal.
 INTERRUPTED, PIPE_CLOSED = 130, 141
@@ -107,6 +120,18 @@ def quiet() -> Iterator[None]:
             stack.callback(setattr, muted, "silent", False)
             stack.enter_context(redirect(muted))
         yield
+
+
+def console() -> Console:
+    """rich's, for the standard output; a closed pipe is an exception, and the command line's affair."""
+    from rich.console import Console
+
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    # The stream by name: what is silent for other libraries is not so for progress and tables.
+    return Terminal(file=sys.stdout)
 
 
 def stop_writing(stream: Any) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -281,16 +282,23 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+@contextlib.contextmanager
+def _flushed() -> Iterator[None]:
+    # Where what it raises is caught, and not by the interpreter at its end.
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     command = "lomem"
     try:
-        with _terminal.readable(sys.stdout):
+        with _terminal.readable(sys.stdout), _flushed():
             parsed = parser().parse_args(arguments)
             command = f"lomem {parsed.command}"
-            status = parsed.run(parsed)
-            sys.stdout.flush()  # here, where what it raises is caught
-            return status
+            return parsed.run(parsed)
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         return _terminal.INTERRUPTED

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import memory
 from . import nn as lnn
-from ._terminal import plus_minus
+from ._terminal import console, plus_minus
 from .plotting import check_plot
 
 BATCH = 64
@@ -147,14 +147,14 @@ class Run:
         return (predicted == self.data.test_labels).double().mean().item()
 
 
-def compare(seeds: int, epochs: int, console: Console) -> dict[str, list[Result]]:
+def compare(seeds: int, epochs: int, terminal: Console) -> dict[str, list[Result]]:
     """Trains both models from each seed, on the same batches, step by step in turns."""
     data = load_data()
     n = len(data.train_labels)
     steps = epochs * (n // BATCH)
     results: dict[str, list[Result]] = {name: [] for name in METHODS}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=terminal) as progress:
         task = progress.add_task("training", total=seeds * steps)
         for seed in range(seeds):
             progress.update(task, description=f"training both, seed {seed}")
@@ -243,10 +243,10 @@ def main(seeds: int = 1, epochs: int | None = None, plot_path: str | None = None
     """Trains, prints the table, and draws it where a path is given."""
     if plot_path is not None:
         check_plot(plot_path, "demo")  # before the training, not after it
-    console = Console()
-    results = compare(seeds, epochs or EPOCHS, console)
-    console.print(table(results))
+    terminal = console()
+    results = compare(seeds, epochs or EPOCHS, terminal)
+    terminal.print(table(results))
     if plot_path is not None:
         plot(results, plot_path)
-        console.print(f"drawn to {plot_path}")
+        terminal.print(f"drawn to {plot_path}")
     return 0

@@ -21,30 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, conversion, memory, presets
-from ._terminal import quiet, sentence
+from ._terminal import console, quiet, sentence
 from ._units import size
 from .memory import StepPeak
 from .plotting import check_folder, check_plot
 
 try:
-    from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
 except ImportError as error:
     raise ImportError(f"this command needs the package {error.name}: pip install 'lomem[models]'") from error
 
 __all__ = ["METHODS", "main_convert", "main_memory", "parse_lora"]
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # the command line ends as all its commands do
-
-
-def _console() -> Console:
-    # The stream by name: what is silent for other libraries (`quiet`) is not so for progress and tables.
-    return _Console(file=sys.stdout)
-
 
 #: What can be done to a model, and how the tables call it.
 METHODS = {
@@ -286,7 +274,7 @@ def main_memory(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         memory.plot({METHODS[method]: report for method, report in reports.items()}, arguments.plot)
     # Last: whoever reads it may stop.
-    _console().print(
+    console().print(
         _table(subject.name, reports), "Not in it: workspaces inside ops and the allocator's rounding.", sep="\n"
     )
     return 0
@@ -303,7 +291,7 @@ def main_convert(arguments: argparse.Namespace) -> int:
         torch.autocast("cpu", subject.autocast, enabled=subject.autocast is not None),
     ):
         report = conversion.convert(model, subject.example(), dry_run=True)
-    _console().print(report.table(every=arguments.every))
+    console().print(report.table(every=arguments.every))
     return 0
 
 
@@ -329,9 +317,9 @@ def _paper(arguments: argparse.Namespace) -> int:
     if not settings:
         known = ", ".join(dict.fromkeys(s.preset for s in presets.SETTINGS))
         raise ValueError(f"--only is {','.join(arguments.only)}, expected some of {known}")
-    console = _console()
+    terminal = console()
     results: list[dict[str, StepPeak]] = []
-    with Progress(console=console) as progress:
+    with Progress(console=terminal) as progress:
         task = progress.add_task("estimating", total=sum(len(list(_paper_methods(s))) for s in settings))
         for setting in settings:
             results.append({})
@@ -354,7 +342,7 @@ def _paper(arguments: argparse.Namespace) -> int:
         Path(arguments.table).write_text(_markdown(names, results, list(_PAPER_METHODS)), encoding="utf-8")
     if arguments.plot is not None:
         _plot_paper(names, results, arguments.plot)
-    console.print(_paper_table(names, results))
+    terminal.print(_paper_table(names, results))
     return 0
 
 

@@ -17,7 +17,7 @@ from lomem import memory
 from torch import nn
 
 SOAK = "LOMEM_SOAK" in os.environ
-ROUNDS = 2000 if SOAK else 12
+ROUNDS = 2000 if SOAK else 10
 STEPS = 20000 if SOAK else 200
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,11 +79,16 @@ OFTEN = {
 }
 
 
-def objects():
-    """How many objects of each type live."""
+def living():
+    """How many objects of each type live, Python's blocks of memory, and the process's KiB."""
     gc.collect()
+    # Blocks hold also what the garbage collector does not know: numbers, strings.
+    blocks = sys.getallocatedblocks()
     counts = collections.Counter(type(o).__qualname__ for o in gc.get_objects())
     counts["finalizers"] = len(weakref.finalize._registry)
+    counts["blocks"] = blocks
+    if SOAK:
+        counts["KiB"] = resident_kib()
     return counts
 
 
@@ -92,30 +97,28 @@ def resident_kib():
     return pages * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
-def growth(act, rounds):
-    """What acting so often leaves behind: types of objects by number, Python's blocks of memory, the process's KiB."""
-    before = objects()
-    before = objects()  # again: the first one leaves what the second finds
-    blocks, resident = sys.getallocatedblocks(), resident_kib()
-    for _ in range(rounds):
-        act()
-    gc.collect()
-    # Blocks hold also what the garbage collector does not know: numbers, strings.
-    grown = {"blocks": sys.getallocatedblocks() - blocks} | {kind: n - before[kind] for kind, n in objects().items()}
-    if SOAK:
-        # An arena of the allocator is a MiB, and comes or goes by itself.
-        grown["KiB"] = max(resident_kib() - resident - 1024, 0)
-    # What stays each time is there as many times; half of that is more than what comes and goes by itself.
-    return {kind: number for kind, number in grown.items() if number > rounds / 2}
-
-
 def assert_flat(act, rounds):
     """Caches fill, of lomem's, torch's and Python's: then nothing grows. What stays behind each time grows for ever."""
     act()
-    grown = [growth(act, rounds)]
-    while grown[-1] and len(grown) < 6:
-        grown.append(growth(act, rounds))
-    assert not grown[-1], grown
+    before = living()
+    for _ in range(6):
+        for _ in range(rounds):
+            act()
+        now = living()
+        # What stays each time is there as many times; half of that is more than what comes and goes by itself. An arena
+        # of the allocator is a MiB, and comes or goes by itself too.
+        bound = collections.defaultdict(lambda: rounds / 2, KiB=rounds / 2 + 1024)
+        grown = {kind: number - before[kind] for kind, number in now.items() if number - before[kind] > bound[kind]}
+        if not grown:
+            return
+        before = now
+    pytest.fail(f"{rounds} times leave {grown}")
+
+
+def test_what_stays_is_seen():
+    kept = []
+    with pytest.raises(pytest.fail.Exception, match=f"{STEPS} times leave .*'blocks'"):
+        assert_flat(lambda: kept.append(str(len(kept)) + "x" * 10), STEPS)
 
 
 @pytest.mark.parametrize("name", OFTEN)
