@@ -27,13 +27,15 @@ ctest pytest pytest-capabilities pytest-on-host asan dev asan-pytest: export OMP
 # The oldest CMake that lomem says it works with: consumer projects are tested with it.
 OLDEST_CMAKE := 3.22
 
-.PHONY: help demo test install ctest pytest pytest-capabilities pytest-on-host types asan asan-pytest arm-check cuda-check \
+.PHONY: help demo test install ctest pytest pytest-capabilities pytest-on-host soak types asan asan-pytest arm-check cuda-check \
   bench paper fewbit-table gpu-build gpu-test gpu-bench gpu-sanitize dev lint format gtest clean FORCE
 
 help:
 	@sed -n '1,8p' Makefile
 
-demo: install
+# What the demo needs and no more.
+demo: $(VENV)/.build
+	$(PIP) install --quiet --no-build-isolation $(BUILD_ARGS) '.[demo]'
 	$(BIN)/lomem demo
 
 test: ctest pytest
@@ -51,8 +53,13 @@ $(VENV)/.torch: $(VENV)/.torch-requirement
 	$(PIP) install --quiet $(PIP_ARGS) '$(TORCH)'
 	touch $@
 
-$(VENV)/.tools: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --group build --group test --group lint
+$(VENV)/.build: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet --group build
+	touch $@
+
+# The tests' and the linters'.
+$(VENV)/.tools: $(VENV)/.build
+	$(PIP) install --quiet --group test --group lint
 	touch $@
 
 # Always: pip cannot tell whether the sources changed. The build folder under build/ makes it quick.
@@ -84,6 +91,10 @@ WITHOUT_COMPILER := -k 'not compile and not export'
 
 pytest: install
 	$(BIN)/python -m pytest -q -n $(JOBS)
+
+# What is done again and again leaves nothing behind: in full, for about an hour.
+soak: install
+	LOMEM_SOAK=1 $(BIN)/python -m pytest -q tests/python/test_nothing_accumulates.py
 
 # The figures, the table of ratios and the picture go to $(RESULTS), named after the CPU or GPU. About ten minutes on two
 # cores with AVX-512. The machine must have nothing else to do: figures of several threads are worthless otherwise.

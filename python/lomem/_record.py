@@ -14,30 +14,91 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch._C._functorch as functorch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["ModulePath", "Op", "Recorder", "Saved", "Storage", "storages_of"]
+__all__ = [
+    "ModulePath",
+    "Op",
+    "Recorder",
+    "Saved",
+    "Storage",
+    "hook_after",
+    "hook_before",
+    "inner_tensors",
+    "storages_of",
+]
 
 
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """The storages of a tensor: one of a strided tensor, several of a sparse one, none of an opaque one."""
-    if tensor.layout == torch.strided:
-        parts = [tensor]
-    elif tensor.layout == torch.sparse_coo:
-        parts = [tensor._indices(), tensor._values()]
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    """The storages that hold a tensor's data.
+
+    One of a strided tensor, several of a sparse one, those of what is inside a wrapper (vmap's, jagged tensors), none
+    of an opaque one or of a parameter that has no shape yet.
+    """
+    return [part.untyped_storage() for part in _parts(tensor)]
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors that have the storages."""
+    if functorch.is_functorch_wrapped_tensor(tensor):
+        return _parts(functorch.get_unwrapped(tensor))
+    if type(tensor) in _PLAIN:
+        inside = []
+    elif is_lazy(tensor):
+        return []
     else:
-        parts = []
-    return [part.untyped_storage() for part in parts]
+        inside = inner_tensors(tensor)
+    if inside:
+        return [part for t in inside for part in _parts(t)]
+    if tensor.layout == torch.strided:
+        return [tensor]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []
+
+
+#: What most tensors are, which wraps no other.
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+
+
+def inner_tensors(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a wrapper of tensors is made of; none of a tensor with data of its own."""
+    if is_traceable_wrapper_subclass(tensor):
+        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    if isinstance(tensor, FakeTensor) or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return []
+    try:
+        tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # of a storage of wrappers, which says its size but has no data
+        # One that torch.compile could not take: what it wraps is in its attributes.
+        return [value for value in vars(tensor).values() if isinstance(value, Tensor)]
+    return []
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return () if tensor.is_nested else tuple(tensor.shape)
+    return () if tensor.is_nested or is_lazy(tensor) else tuple(tensor.shape)
+
+
+# A ScriptModule refuses these methods by name, since hooks are no part of what is compiled. Those around the call of a
+# whole one are Python's, and run.
+def hook_before(module: nn.Module, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+    """``module.register_forward_pre_hook``, of ScriptModules too."""
+    return nn.Module.register_forward_pre_hook(module, hook, **options)
+
+
+def hook_after(module: nn.Module, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+    """``module.register_forward_hook``, of ScriptModules too."""
+    return nn.Module.register_forward_hook(module, hook, **options)
 
 
 class ModulePath:
@@ -62,9 +123,9 @@ class ModulePath:
             def leave(module: nn.Module, args: Any, output: Any) -> None:
                 self._stack.pop()
 
-            self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            self._handles.append(hook_before(module, enter, prepend=True))
             # Also where the module raises: checkpointing leaves a recomputed forward by an exception.
-            self._handles.append(module.register_forward_hook(leave, always_call=True))
+            self._handles.append(hook_after(module, leave, always_call=True))
         return self
 
     def __exit__(
@@ -72,6 +133,7 @@ class ModulePath:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         self._stack.clear()
 
 
@@ -193,7 +255,8 @@ class _Live:
     # Of a living storage: its record, and a weak reference that notes its end. The address of a storage is another's
     # soon after, so the end must be known.
     record: Storage
-    end: weakref.finalize = field(repr=False)
+    # No weakref.finalize: a parameter's outlives the recorder, and would stay registered as long as the parameter.
+    end: weakref.ref[torch.UntypedStorage] = field(repr=False)
 
 
 class Recorder(TorchDispatchMode):
@@ -218,11 +281,11 @@ class Recorder(TorchDispatchMode):
         self.saved: list[Saved] = []
         self._live: dict[int, _Live] = {}
         self._path = ModulePath(model) if model is not None else None
-        self._block = SavedTensorsBlock(self._save)
 
     def __enter__(self) -> Recorder:
         if self._path is not None:
             self._path.__enter__()
+        self._block = SavedTensorsBlock(self._save)
         self._block.__enter__()
         super().__enter__()
         return self
@@ -232,6 +295,7 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         super().__exit__(kind, error, traceback)
         self._block.__exit__(kind, error, traceback)
+        del self._block  # it refers to this object: a cycle would wait for the garbage collector
         if self._path is not None:
             self._path.__exit__(kind, error, traceback)
 
@@ -262,13 +326,11 @@ class Recorder(TorchDispatchMode):
             return live.record
         record = Storage(storage.nbytes(), born, tensor.dtype, _shape(tensor))
         self.storages.append(record)
-        end = weakref.finalize(storage, self._forget, weakref.ref(self), key)
-        end.atexit = False
-        self._live[key] = _Live(record, end)
+        self._live[key] = _Live(record, weakref.ref(storage, functools.partial(self._forget, weakref.ref(self), key)))
         return record
 
     @staticmethod
-    def _forget(recorder: weakref.ref[Recorder], key: int) -> None:
+    def _forget(recorder: weakref.ref[Recorder], key: int, storage: weakref.ref[torch.UntypedStorage]) -> None:
         self = recorder()
         if self is not None:
             self._live.pop(key).record.died = len(self.ops)

@@ -58,10 +58,13 @@ def _random_numbers(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    # On the meta device there is nothing to copy.
+    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 
 def _set(tensor: Tensor, value: Tensor) -> None:
+    if tensor.is_meta:
+        return
     with torch.no_grad():
         tensor.data.copy_(value)
 
@@ -78,17 +81,31 @@ def _written_back(tensor: Tensor, value: Tensor, version: int | None) -> None:
 
 def module_state(module: nn.Module) -> tuple[dict[str, Any], ...]:
     """Attributes, parameters and buffers of a module, for :func:`restore_module`."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return (dict(vars(module)), script_attributes(module))
     return dict(vars(module)), dict(module._parameters), dict(module._buffers)
 
 
-def restore_module(
-    module: nn.Module, attributes: dict[str, Any], parameters: dict[str, Any], buffers: dict[str, Any]
-) -> None:
+def restore_module(module: nn.Module, attributes: dict[str, Any], *tensors: dict[str, Any]) -> None:
     """Sets back what a module has."""
-    for now, before in ((vars(module), attributes), (module._parameters, parameters), (module._buffers, buffers)):
+    if isinstance(module, torch.jit.ScriptModule):
+        for name, value in tensors[0].items():
+            module._c.setattr(name, value)
+        held = [(vars(module), attributes)]
+    else:
+        parameters, buffers = tensors
+        held = [(vars(module), attributes), (module._parameters, parameters), (module._buffers, buffers)]
+    for now, before in held:
         for name in [name for name in now if name not in before]:
             del now[name]
         now.update(before)
+
+
+def script_attributes(module: torch.jit.ScriptModule) -> dict[str, Any]:
+    """What TorchScript holds of a module, parameters and buffers among it, in no dictionary of Python's."""
+    # Not in the stubs.
+    kind: Any = torch._C.ConcreteModuleType.from_jit_type(module._c._type())
+    return {name: module._c.getattr(name) for name in kind.get_attributes()}
 
 
 def _optimizer_state(optimizer: Optimizer) -> tuple[dict[Tensor, Any], list[tuple[Tensor, Tensor]], list[Any]]:

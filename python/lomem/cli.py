@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from . import _C, __version__
+from . import _C, __version__, _terminal
 
 
 def _positive(text: str) -> int:
@@ -281,11 +282,31 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+@contextlib.contextmanager
+def _flushed() -> Iterator[None]:
+    # Where what it raises is caught, and not by the interpreter at its end.
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parsed = parser().parse_args(arguments)
+    command = "lomem"
     try:
-        return parsed.run(parsed)
+        with _terminal.readable(sys.stdout), _flushed():
+            parsed = parser().parse_args(arguments)
+            command = f"lomem {parsed.command}"
+            return parsed.run(parsed)
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return _terminal.INTERRUPTED
+    except BrokenPipeError:
+        _terminal.stop_writing(sys.stdout)
+        return _terminal.PIPE_CLOSED
     except (ImportError, ValueError, OSError) as error:
-        print(f"lomem {parsed.command}: {error}", file=sys.stderr)
+        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _terminal.stop_writing(sys.stdout)
         return 1

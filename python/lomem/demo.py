@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from . import memory
 from . import nn as lnn
+from ._terminal import console, plus_minus
 from .plotting import check_plot
 
 BATCH = 64
@@ -146,14 +147,14 @@ class Run:
         return (predicted == self.data.test_labels).double().mean().item()
 
 
-def compare(seeds: int, epochs: int, console: Console) -> dict[str, list[Result]]:
+def compare(seeds: int, epochs: int, terminal: Console) -> dict[str, list[Result]]:
     """Trains both models from each seed, on the same batches, step by step in turns."""
     data = load_data()
     n = len(data.train_labels)
     steps = epochs * (n // BATCH)
     results: dict[str, list[Result]] = {name: [] for name in METHODS}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=terminal) as progress:
         task = progress.add_task("training", total=seeds * steps)
         for seed in range(seeds):
             progress.update(task, description=f"training both, seed {seed}")
@@ -200,14 +201,16 @@ def figures(results: dict[str, list[Result]]) -> list[Figures]:
     return [
         Figures("saved for backward, MiB", ".2f", saved, f"{smaller:+.1f} %"),
         Figures("step time, ms (median)", ".1f", step, f"{100 * (ratio - 1):+.1f} %"),
-        Figures("test accuracy, %", ".2f", accuracy, f"{gain:+.2f}" + (f" ± {error:.2f}" if error else "")),
+        Figures(
+            "test accuracy, %", ".2f", accuracy, f"{gain:+.2f}" + (f" {plus_minus()} {error:.2f}" if error else "")
+        ),
     ]
 
 
 def table(results: dict[str, list[Result]]) -> Table:
     """The comparison, with standard errors where there are several seeds."""
     runs = len(results["torch"])
-    seeds = f", mean of {runs} seeds ± standard error" if runs > 1 else ""
+    seeds = f", mean of {runs} seeds {plus_minus()} standard error" if runs > 1 else ""
     rows = Table("", title=f"Vision Transformer on digits, batch {BATCH}{seeds}")
     for heading in (*METHODS, "difference"):
         rows.add_column(heading, justify="right")
@@ -215,7 +218,7 @@ def table(results: dict[str, list[Result]]) -> Table:
         cells = []
         for method in METHODS:
             mean, error = _mean_and_error(row.values[method])
-            cells.append(format(mean, row.form) + (f" ± {error:{row.form}}" if error else ""))
+            cells.append(format(mean, row.form) + (f" {plus_minus()} {error:{row.form}}" if error else ""))
         rows.add_row(row.name, *cells, row.difference)
     return rows
 
@@ -240,10 +243,10 @@ def main(seeds: int = 1, epochs: int | None = None, plot_path: str | None = None
     """Trains, prints the table, and draws it where a path is given."""
     if plot_path is not None:
         check_plot(plot_path, "demo")  # before the training, not after it
-    console = Console()
-    results = compare(seeds, epochs or EPOCHS, console)
-    console.print(table(results))
+    terminal = console()
+    results = compare(seeds, epochs or EPOCHS, terminal)
+    terminal.print(table(results))
     if plot_path is not None:
         plot(results, plot_path)
-        console.print(f"drawn to {plot_path}")
+        terminal.print(f"drawn to {plot_path}")
     return 0

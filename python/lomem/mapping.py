@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import _activation_modules
@@ -35,7 +36,11 @@ def map_module(
     Returns:
         The root, or what ``fn`` made of it.
     """
-    found = re.compile("" if pattern is None else pattern).search
+    if not isinstance(root, nn.Module):
+        raise TypeError(f"lomem.map_module: root is of type {type(root).__name__}, expected a torch.nn.Module")
+    if not callable(fn):
+        raise TypeError(f"lomem.map_module: fn is of type {type(fn).__name__}, expected a function of a module")
+    found = _pattern(pattern).search
     chosen = {id(module) for name, module in root.named_modules(remove_duplicate=False) if found(name)}
     # The modules themselves are the keys, and so alive: an address may be another module's soon after.
     replaced: dict[nn.Module, nn.Module] = {}
@@ -44,11 +49,27 @@ def map_module(
         if module not in replaced:
             for name, child in list(module._modules.items()):
                 if child is not None and (new := visit(child)) is not child:
-                    setattr(module, name, new)
+                    _replace(module, name, new)
             replaced[module] = _checked(fn(module), module) if id(module) in chosen else module
         return replaced[module]
 
     return visit(root)
+
+
+def _pattern(pattern: Any) -> re.Pattern[str]:
+    try:
+        return re.compile("" if pattern is None else pattern)
+    except (TypeError, re.error) as error:
+        raise ValueError(f"lomem.map_module: pattern is {pattern!r}, expected a regular expression: {error}") from error
+
+
+def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"lomem.map_module: fn returned a {type(new).__name__} for module {name!r} of a ScriptModule, whose "
+            "modules cannot be replaced, expected the module itself"
+        )
+    setattr(module, name, new)
 
 
 def _checked(result: object, module: nn.Module) -> nn.Module:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, conversion, memory, presets
+from ._terminal import console, quiet, sentence
+from ._units import size
 from .memory import StepPeak
 from .plotting import check_folder, check_plot
 
 try:
-    from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
 except ImportError as error:
@@ -186,7 +187,7 @@ def _estimate(
     optimizer: str,
     device: str,
 ) -> StepPeak:
-    with _of_a_model(subject):
+    with quiet(), _of_a_model(subject):
         return memory.estimate(
             subject.build,
             lambda: subject.batch(batch_size, seq_len),
@@ -202,8 +203,10 @@ def _of_a_model(subject: Subject) -> Iterator[None]:
     # Configs say anything, and models answer with any error.
     try:
         yield
-    except (RuntimeError, AttributeError, TypeError, KeyError, IndexError) as error:
-        raise ValueError(f"{subject.name} does not run: {type(error).__name__}: {error}") from error
+    except (ValueError, ImportError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{subject.name} does not run: {sentence(error)}") from error
 
 
 def _mib(nbytes: int) -> str:
@@ -215,14 +218,14 @@ def _percent(value: int, plain: int) -> str:
 
 
 def _table(title: str, reports: dict[str, StepPeak]) -> Table:
-    table = Table("", title=f"{title}: estimated MiB", title_justify="left")
+    table = Table("", title=f"{title}: estimated", title_justify="left")
     for method in reports:
         table.add_column(METHODS[method], justify="right")
     first = next(iter(reports.values()))
     for category in first.peak.categories:
         cells = [report.peak.categories.get(category, 0) for report in reports.values()]
         if any(cells):
-            table.add_row(category, *map(_mib, cells))
+            table.add_row(category, *map(size, cells))
     table.add_section()
     rows: dict[str, Callable[[StepPeak], int]] = {
         "peak of a step": lambda report: report.peak.nbytes,
@@ -231,7 +234,7 @@ def _table(title: str, reports: dict[str, StepPeak]) -> Table:
     }
     for name, value in rows.items():
         cells = [value(report) for report in reports.values()]
-        table.add_row(name, *map(_mib, cells))
+        table.add_row(name, *map(size, cells))
         if len(cells) > 1:
             table.add_row("", *("" if i == 0 else _percent(cell, cells[0]) for i, cell in enumerate(cells)))
     return table
@@ -251,7 +254,8 @@ def main_memory(arguments: argparse.Namespace) -> int:
             check_folder(option, path)
     if arguments.paper:
         return _paper(arguments)
-    subject = _subject(arguments)
+    with quiet():
+        subject = _subject(arguments)
     methods = arguments.method or ["plain", "lomem", "checkpoint"]
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
@@ -261,32 +265,33 @@ def main_memory(arguments: argparse.Namespace) -> int:
         reports[method] = _estimate(
             subject, method, arguments.batch, arguments.seq, arguments.optimizer, arguments.device
         )
-    console = Console()
-    console.print(
-        _table(subject.name, reports), "Not in it: workspaces inside ops and the allocator's rounding.", sep="\n"
-    )
     if arguments.json is not None:
         values = {"command": _command(), "lomem": __version__, "torch": torch.__version__, "model": subject.name}
         figures = {"estimates": {method: _kept(report) for method, report in reports.items()}}
-        Path(arguments.json).write_text(json.dumps(values | figures, indent=1) + "\n")
+        Path(arguments.json).write_text(json.dumps(values | figures, indent=1) + "\n", encoding="utf-8")
     if arguments.table is not None:
-        Path(arguments.table).write_text(_markdown([subject.name], [reports], list(methods)))
+        Path(arguments.table).write_text(_markdown([subject.name], [reports], list(methods)), encoding="utf-8")
     if arguments.plot is not None:
         memory.plot({METHODS[method]: report for method, report in reports.items()}, arguments.plot)
+    # Last: whoever reads it may stop.
+    console().print(
+        _table(subject.name, reports), "Not in it: workspaces inside ops and the allocator's rounding.", sep="\n"
+    )
     return 0
 
 
 def main_convert(arguments: argparse.Namespace) -> int:
     """``lomem convert``."""
-    subject = _subject(arguments)
+    with quiet():
+        subject = _subject(arguments)
     with (
+        quiet(),
         _of_a_model(subject),
         memory.fake(subject.build) as model,
         torch.autocast("cpu", subject.autocast, enabled=subject.autocast is not None),
     ):
         report = conversion.convert(model, subject.example(), dry_run=True)
-    console = Console()
-    console.print(report.table(every=arguments.every))
+    console().print(report.table(every=arguments.every))
     return 0
 
 
@@ -312,9 +317,9 @@ def _paper(arguments: argparse.Namespace) -> int:
     if not settings:
         known = ", ".join(dict.fromkeys(s.preset for s in presets.SETTINGS))
         raise ValueError(f"--only is {','.join(arguments.only)}, expected some of {known}")
-    console = Console()
+    terminal = console()
     results: list[dict[str, StepPeak]] = []
-    with Progress(console=console) as progress:
+    with Progress(console=terminal) as progress:
         task = progress.add_task("estimating", total=sum(len(list(_paper_methods(s))) for s in settings))
         for setting in settings:
             results.append({})
@@ -326,18 +331,18 @@ def _paper(arguments: argparse.Namespace) -> int:
                 results[-1][method] = _estimate(subject, done, None, None, arguments.optimizer, arguments.device)
                 progress.advance(task)
     names = [str(setting) for setting in settings]
-    console.print(_paper_table(names, results))
     if arguments.json is not None:
         rows = [
             {"setting": name, "estimates": {m: _kept(report) for m, report in reports.items()}}
             for name, reports in zip(names, results, strict=True)
         ]
         values = {"command": _command(), "lomem": __version__, "torch": torch.__version__, "settings": rows}
-        Path(arguments.json).write_text(json.dumps(values, indent=1) + "\n")
+        Path(arguments.json).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     if arguments.table is not None:
-        Path(arguments.table).write_text(_markdown(names, results, list(_PAPER_METHODS)))
+        Path(arguments.table).write_text(_markdown(names, results, list(_PAPER_METHODS)), encoding="utf-8")
     if arguments.plot is not None:
         _plot_paper(names, results, arguments.plot)
+    terminal.print(_paper_table(names, results))
     return 0
 
 

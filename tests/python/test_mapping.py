@@ -147,6 +147,30 @@ def test_errors_of_options():
         lomem.convert_linear(nn.Linear(4, 4), Randomized, proj_dim_ratio=2.0)
 
 
+SCRIPTED = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.GELU()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ((3, lambda m: m), TypeError, "root is of type int, expected a torch.nn.Module"),
+        ((nn.GELU(), 3), TypeError, "fn is of type int, expected a function of a module"),
+        ((nn.GELU(), lambda m: None), TypeError, "fn returned NoneType for a GELU, expected a module"),
+        ((nn.GELU(), lambda m: m, 3), ValueError, "pattern is 3, expected a regular expression: "),
+        ((nn.GELU(), lambda m: m, "("), ValueError, r"pattern is '\(', expected a regular expression: "),
+        (
+            (nn.Sequential(SCRIPTED), lambda m: m if isinstance(m, nn.Sequential) else nn.Identity()),
+            ValueError,
+            "fn returned a Identity for module '0' of a ScriptModule, whose modules cannot be replaced",
+        ),
+    ],
+)
+def test_errors_are_one_sentence(arguments, kind, message):
+    with pytest.raises(kind, match=rf"^lomem.map_module: {message}") as error:
+        lomem.map_module(*arguments)
+    assert "\n" not in str(error.value)
+
+
 def test_the_command_of_the_table(tmp_path):
     pytest.importorskip("transformers")
     files = [tmp_path / "table.json", tmp_path / "table.md"]

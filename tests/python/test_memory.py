@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import random
+import re
 from functools import partial
 
 import lomem
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from helpers import same_bits
 from lomem import memory
+from lomem._units import size
 from lomem.memory import _measured
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -759,6 +761,33 @@ def reports():
     return [memory.profile(model, x), memory.step_peak(model, x, torch.optim.AdamW(model.parameters()))]
 
 
+SIZES = [0, 1, 7, 1000, 1023, 1024, 1025, 2000, 10**4, 10**5, 1048512, 2**20 - 1, 2**20, 2**20 + 1, 10**7, 10**8, 10**9]
+SIZES += [2**30 - 1, 2**30, 10**10, 10**12, 2**40, 10**15]
+
+
+@pytest.mark.parametrize("nbytes", SIZES)
+def test_sizes_show_something(nbytes):
+    units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    for sign in (1, -1):
+        text, unit = size(sign * nbytes).split(" ")
+        value = float(text.replace(",", ""))
+        # Three digits at least: half a unit of the last is 0.5 % of the smallest.
+        assert abs(value * units[unit] - sign * nbytes) <= 0.005 * nbytes
+        assert unit == "B" or abs(value) >= 1
+        assert unit == "GiB" or abs(value) < 1024
+        assert len(text.replace("-", "")) <= 7 or unit == "GiB"
+
+
+def test_reports_of_small_models_show_their_bytes():
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+    x = torch.randn(2, 4)
+    # GELU's input and its output.
+    assert "64 B" in str(memory.profile(model, x))
+    assert re.search(r"saved for backward +64 B, 0 B of it weight copies", str(memory.step_peak(model, x)))
+    # Two bits an element in place of 32.
+    assert "saved for backward: 64 B -> 34 B (-46.9 %)" in str(lomem.convert(model, x))
+
+
 def test_reports_as_json():
     for report in reports():
         contents = json.loads(report.to_json())
@@ -819,6 +848,11 @@ class LooksAtFloats(nn.Linear):
 
 
 BAD = {
+    "excluded": (
+        lambda: memory.saved_for_backward([3]),
+        TypeError,
+        "lomem.memory.saved_for_backward: exclude has a int, expected tensors alone",
+    ),
     "model": (
         lambda: memory.profile(torch.zeros(1)),
         TypeError,

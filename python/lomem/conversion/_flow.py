@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from .._record import Op, Recorder, Storage
+from .._record import Op, Recorder, Storage, hook_after, hook_before
 from .._state import preserved
 
 __all__ = ["Call", "Flow", "Inputs", "as_inputs", "trace", "untouched"]
@@ -246,7 +245,8 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
         call.end = len(recorder.ops)
         if isinstance(result, Tensor) and result.layout == torch.strided and not result.is_nested:
             kept.append(result)
-            (call.result,) = recorder.records(result)
+            records = recorder.records(result)
+            call.result = records[0] if len(records) == 1 else None  # several, of a wrapper
             call.dtype, call.numel, call.requires_grad = result.dtype, result.numel(), result.requires_grad
             call.result_id = id(result)
 
@@ -254,15 +254,12 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
     modules = dict(model.named_modules())
     try:
         for name in watched:
-            if isinstance(modules[name], torch.jit.ScriptModule):
-                continue  # it takes no hooks
             before = functools.partial(enter, name)
-            handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(hook_before(modules[name], before, with_kwargs=True))
             # Before the user's hooks, which may change the result, or return another.
-            handles.append(modules[name].register_forward_hook(leave, with_kwargs=True, prepend=True))
+            handles.append(hook_after(modules[name], leave, with_kwargs=True, prepend=True))
         with untouched(model, training, inputs), torch.set_grad_enabled(grad), recorder, _nothing_between():
-            tensors = (*model.parameters(), *model.buffers())
-            recorder.label((t for t in tensors if not is_lazy(t)), "parameter")
+            recorder.label((*model.parameters(), *model.buffers()), "parameter")
             recorder.label(inputs.tensors(), "input")
             output = inputs.call(model)
     finally:

@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
 from .. import functional as LF
+from .._autocast import autocast_dtype, autocast_to
 from .._handover import itself, linear_of_offered, offer, take
 from ..reference import REGELU2, RESILU2
 from ..steps import StepFunction
@@ -21,20 +22,13 @@ from ._exchange import Converted
 from ._live import Fixed, fixed, holds
 from ._recognize import ActivationForm, LinearForm, NormForm
 
-__all__ = ["MSNorm", "NormPlan", "SharedInput", "StepActivation", "StepCalls", "autocast_dtype"]
+__all__ = ["MSNorm", "NormPlan", "SharedInput", "StepActivation", "StepCalls"]
 
 _lomem = torch.ops.lomem
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """Of autocast, None where it is off or unknown to the kind of device (meta)."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _in_a_graph() -> bool:
@@ -206,11 +200,6 @@ class NormPlan:
         return (*_lomem.ms_rms_norm_backward(grad, output, rstd, self.form.shape, weight, dtype, needs[:2]), None)
 
 
-def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    known = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
-
-
 def _sum(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     return tensor.sum(dims) if dims else tensor
 
@@ -322,7 +311,7 @@ class MSNorm(Converted):
             full = dtype or autocast_dtype(device) or x.dtype
             kept_dtype = plan.kept_dtype(device, full)
             if not plan.inverted or kept_dtype != full:
-                with _no_autocast(device):
+                with autocast_to(device, None):
                     result, kept = _NormOfTwoOutputs.apply(x, weight, bias, plan, eps, full, kept_dtype)
                 if plan.inverted:
                     offer(result, (kept,), itself, plan.takers)
@@ -366,5 +355,5 @@ class SharedInput(Converted):
             return super().forward(*args, **kwargs)
         if not form.transposed:
             weight = weight.T
-        with _no_autocast(device):
+        with autocast_to(device, None):
             return linear_of_offered(x, weight, bias, dtype, kept, rebuild)

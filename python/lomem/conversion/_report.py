@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .._units import size
+
 __all__ = ["Decision", "Report"]
 
 
@@ -74,14 +76,14 @@ class Report:
     def groups(self) -> list[tuple[Decision, int, int]]:
         """Decisions that are alike but for the name: the first one, how many there are, and their bytes."""
         alike: Counter[tuple[str, ...]] = Counter()
-        size: Counter[tuple[str, ...]] = Counter()
+        nbytes: Counter[tuple[str, ...]] = Counter()
         first: dict[tuple[str, ...], Decision] = {}
         for d in self.decisions:
             key = (d.kind, d.module, d.computes, d.action, d.reason)
             first.setdefault(key, d)
             alike[key] += 1
-            size[key] += d.saved_bytes
-        return [(d, alike[key], size[key]) for key, d in first.items()]
+            nbytes[key] += d.saved_bytes
+        return [(d, alike[key], nbytes[key]) for key, d in first.items()]
 
     def table(self, *, every: bool = False) -> Any:
         """A table for rich's console.
@@ -95,19 +97,19 @@ class Report:
             raise ImportError("Report.table needs the package rich: pip install rich") from error
         rows = [(d, 1, d.saved_bytes) for d in self.decisions] if every else self.groups()
         result = Table(title="lomem.convert", caption="\n".join(self._summary()), caption_justify="left")
-        for heading in ("module", "number", "class", "computes", "action", "MiB", "reason"):
-            result.add_column(heading, justify="right" if heading in ("number", "MiB") else "left", overflow="fold")
-        for d, number, size in rows:
-            saved = f"{-size * 2**-20:.2f}" if size else ""
+        for heading in ("module", "number", "class", "computes", "action", "size", "reason"):
+            result.add_column(heading, justify="right" if heading in ("number", "size") else "left", overflow="fold")
+        for d, number, nbytes in rows:
+            saved = size(-nbytes) if nbytes else ""
             result.add_row(d.name or "(the model)", str(number), d.module, d.computes, d.action, saved, d.reason)
         return result
 
     def _summary(self) -> list[str]:
         lines = [f"{len(self.converted)} converted, {len(self.left)} left"]
         if self.saved_before is not None and self.saved_after is not None:
-            before, after = self.saved_before * 2**-20, self.saved_after * 2**-20
+            before, after = self.saved_before, self.saved_after
             percent = f" ({100 * (after / before - 1):+.1f} %)" if before else ""
-            lines.append(f"saved for backward: {before:.2f} -> {after:.2f} MiB{percent}")
+            lines.append(f"saved for backward: {size(before)} -> {size(after)}{percent}")
         if self.difference is not None:
             lines.append(f"largest relative difference of an output: {self.difference:.2g}")
         return [*lines, *self.notes]

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
-from .._record import storages_of
+from .._record import inner_tensors, storages_of
+from .._state import script_attributes
 from ._devices import CudaLike, FakeDevice, is_looked_at
 from ._peak import StepPeak, measure_step
-from ._run import Loss, check_model, translated
+from ._run import Loss, check_model, first_sentence, translated
 
 __all__ = ["estimate", "fake"]
 
@@ -49,19 +50,35 @@ def _fake(function: str, build_fn: Callable[[], nn.Module], device: str) -> Iter
     # Tensors of the caller's, such as the targets in his loss function, may be real.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
-            model = build_fn()
+        model = _built(function, build_fn)
         check_model(function, model)
-        with mode, FakeDevice(mode, device), _faked(model) as faker:
+        with mode, FakeDevice(mode, device), _faked(function, model) as faker:
             yield model, faker
 
 
+def _built(function: str, build_fn: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return build_fn()
+    except RuntimeError as error:  # of an op that has no meta kernel, or takes no tensors of two devices
+        raise RuntimeError(
+            f'{function}: build_fn does not run under torch.device("meta") ({first_sentence(error)}): measure a small '
+            "real model with lomem.memory.step_peak"
+        ) from error
+
+
 @contextlib.contextmanager
-def _faked(model: nn.Module) -> Iterator[_Faker]:
+def _faked(function: str, model: nn.Module) -> Iterator[_Faker]:
     """Puts fake tensors in place of a model's, for the block: build_fn may have returned a model that is there."""
-    faker = _Faker()
+    faker = _Faker(function)
     with contextlib.ExitStack() as stack:
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                for name, value in script_attributes(module).items():
+                    if isinstance(value, Tensor):
+                        stack.callback(module._c.setattr, name, value)
+                        module._c.setattr(name, faker(value))
+                continue
             # Not only parameters and buffers: some keep a tensor as a plain attribute.
             tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
             for tensors in tables:
@@ -75,7 +92,8 @@ def _faked(model: nn.Module) -> Iterator[_Faker]:
 class _Faker:
     """Makes fake tensors on the CPU of others, under a fake mode: one of one, and one storage of one storage."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: str) -> None:
+        self._function = function
         # The keys are kept: an address is another tensor's soon after.
         self._tensors: dict[Tensor, Tensor] = {}
         self._storages: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
@@ -91,8 +109,16 @@ class _Faker:
         return self._tensors[tensor]
 
     def _make(self, tensor: Tensor) -> Tensor:
-        if tensor.layout != torch.strided:
-            raise ValueError(f"lomem.memory: a tensor has the layout {tensor.layout}, expected torch.strided")
+        if is_traceable_wrapper_subclass(tensor) and not tensor.is_nested:
+            names, context = tensor.__tensor_flatten__()
+            inside = {name: self(getattr(tensor, name)) for name in names}
+            return type(tensor).__tensor_unflatten__(inside, context, tensor.size(), tensor.stride())
+        if tensor.layout != torch.strided or tensor.is_nested or inner_tensors(tensor):
+            kind = "nested" if tensor.is_nested else str(tensor.layout)
+            raise ValueError(
+                f"{self._function}: a {type(tensor).__name__} of layout {kind} cannot be made fake, expected torch's "
+                "own strided tensors: measure a small real model with lomem.memory.step_peak"
+            )
         (storage,) = storages_of(tensor)
         if storage._cdata not in self._storages:
             self._storages[storage._cdata] = storage, self._bytes(tensor, storage)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .._handover import offered
-from .._record import Op, Recorder, Storage
+from .._record import Op, Recorder, Storage, hook_after
 from ..nn import MSLayerNorm, MSRMSNorm
 from ._report import dtype_name
 from ._run import tensors_in
@@ -75,7 +75,7 @@ class NormCalls:
                         for storage in self._recorder.records(tensor):
                             self._calls.append((name, module, storage, len(self._recorder.ops)))
 
-                self._handles.append(module.register_forward_hook(note))
+                self._handles.append(hook_after(module, note))
         return self
 
     def __exit__(
@@ -83,6 +83,7 @@ class NormCalls:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
 
     def outputs(self) -> list[NormOutput]:
         """What became of the outputs, once the forward pass is over."""

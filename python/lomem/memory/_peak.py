@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._record import Op, Recorder, Storage
 from .._state import preserved
+from .._units import size
 from ._norms import module_name
 from ._profile import is_weight_copy, was_there
-from ._report import Report, Section, dtype_name, mib
+from ._report import Report, Section, dtype_name
 from ._run import BUFFER, PARAMETER, Loss, Run, arguments, tensors_in, translated
 
 __all__ = ["CATEGORIES", "Peak", "StepPeak", "measure_step", "step_peak"]
@@ -64,7 +65,7 @@ class Peak:
     def __str__(self) -> str:
         where = [f"in `{self.module}`"] if self.module else []
         where += [f"of {self.node}"] if self.node else []
-        return " ".join([f"{mib(self.nbytes)} MiB at {self.op}", *where, f"({self.phase})"])
+        return " ".join([f"{size(self.nbytes)} at {self.op}", *where, f"({self.phase})"])
 
 
 @dataclass
@@ -102,16 +103,16 @@ class StepPeak(Report):
         under = f", autocast to {dtype_name(self.autocast)}" if self.autocast is not None else ""
         peaks = (self.peak, self.forward_backward)
         rows = [
-            (name, *(mib(peak.categories[name]) for peak in peaks))
+            (name, *(size(peak.categories[name]) for peak in peaks))
             for name in CATEGORIES
             if any(peak.categories[name] for peak in peaks)
         ]
-        rows.append(("peak", *(mib(peak.nbytes) for peak in peaks)))
-        columns = ("", "step MiB", "forward and backward MiB")
+        rows.append(("peak", *(size(peak.nbytes) for peak in peaks)))
+        columns = ("", "step", "forward and backward")
         facts = [
             ("peak of the step", str(self.peak)),
             ("of forward and backward", str(self.forward_backward)),
-            ("saved for backward", f"{mib(self.saved_bytes)} MiB, {mib(self.weight_copy_bytes)} of it weight copies"),
+            ("saved for backward", f"{size(self.saved_bytes)}, {size(self.weight_copy_bytes)} of it weight copies"),
         ]
         title = f"A training step, {self.source} for {self.device}{under}"
         return [Section(title, columns, rows), Section("Where", ("", ""), facts)]

@@ -13,8 +13,9 @@ from torch import nn
 
 from .._record import Recorder, Storage
 from .._state import preserved
+from .._units import size
 from ._norms import NormCalls, NormOutput, module_name, origin_of
-from ._report import Report, Section, dtype_name, mib, top
+from ._report import Report, Section, dtype_name, top
 from ._run import BUFFER, INPUT, PARAMETER, Loss, Run
 
 __all__ = ["ModuleBytes", "Profile", "Shared", "Unaccounted", "profile"]
@@ -118,36 +119,34 @@ class Profile(Report):
         """The tables."""
         under = f", autocast to {dtype_name(self.autocast)}" if self.autocast is not None else ""
         totals = [
-            ("activations", mib(self.activation_bytes)),
-            ("weight copies", mib(self.weight_copy_bytes)),
-            ("saved", mib(self.saved_bytes)),
-            ("inputs, there anyway", mib(self.input_bytes)),
-            ("alive and not saved (unaccounted)", mib(self.unaccounted_bytes)),
+            ("activations", size(self.activation_bytes)),
+            ("weight copies", size(self.weight_copy_bytes)),
+            ("saved", size(self.saved_bytes)),
+            ("inputs, there anyway", size(self.input_bytes)),
+            ("alive and not saved (unaccounted)", size(self.unaccounted_bytes)),
         ]
-        modules = [(m.own, (name, m.kind, mib(m.own), mib(m.subtree))) for name, m in self.modules.items() if m.own]
+        modules = [(m.own, (name, m.kind, size(m.own), size(m.subtree))) for name, m in self.modules.items() if m.own]
         sections = [
-            Section(f"Saved for backward on {self.device}{under}", ("", "MiB"), totals),
-            Section("By module", ("module", "class", "own MiB", "with submodules MiB"), top(modules)),
-            Section("By class", ("class", "MiB"), top((n, (name, mib(n))) for name, n in self.classes.items())),
-            Section("By dtype", ("dtype", "MiB"), top((n, (dtype_name(d), mib(n))) for d, n in self.dtypes.items())),
+            Section(f"Saved for backward on {self.device}{under}", ("", "size"), totals),
+            Section("By module", ("module", "class", "own", "with submodules"), top(modules)),
+            Section("By class", ("class", "size"), top((n, (name, size(n))) for name, n in self.classes.items())),
+            Section("By dtype", ("dtype", "size"), top((n, (dtype_name(d), size(n))) for d, n in self.dtypes.items())),
         ]
         if self.shared:
             rows = top((s.nbytes, (", ".join(s.modules), *_what(s))) for s in self.shared)
-            sections.append(Section("Shared: counted once", ("modules", "tensor", "MiB"), rows))
+            sections.append(Section("Shared: counted once", ("modules", "tensor", "size"), rows))
         if self.norms:
             sections.append(
-                Section(
-                    "Norms", ("norm", "class", "output MiB", "output kept by, and if not why"), _norm_rows(self.norms)
-                )
+                Section("Norms", ("norm", "class", "output", "output kept by, and if not why"), _norm_rows(self.norms))
             )
         if self.unaccounted:
             rows = top((u.nbytes, (f"{u.op} in {u.module}", *_what(u))) for u in self.unaccounted)
-            sections.append(Section("Alive and not saved", ("made by", "tensor", "MiB"), rows))
+            sections.append(Section("Alive and not saved", ("made by", "tensor", "size"), rows))
         return sections
 
 
 def _what(storage: Shared | Unaccounted) -> tuple[str, str]:
-    return f"{dtype_name(storage.dtype)} {list(storage.shape)}", mib(storage.nbytes)
+    return f"{dtype_name(storage.dtype)} {list(storage.shape)}", size(storage.nbytes)
 
 
 def _norm_rows(norms: Iterable[NormOutput]) -> list[Sequence[str]]:
@@ -155,7 +154,7 @@ def _norm_rows(norms: Iterable[NormOutput]) -> list[Sequence[str]]:
     for norm in norms:
         keepers = [*(["itself"] if norm.kept_by_norm else []), *norm.shared_with]
         text = "; ".join([*([", ".join(keepers)] if keepers else []), *norm.reasons])
-        rows.append((norm.module, norm.kind, mib(norm.nbytes), text))
+        rows.append((norm.module, norm.kind, size(norm.nbytes), text))
     return rows
 
 

@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from .._terminal import encodes
+from .._units import size, unit_of
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Report", "Section", "dtype_name", "mib", "plot", "top"]
+__all__ = ["Report", "Section", "dtype_name", "plot", "top"]
 
 
-def mib(nbytes: int) -> str:
-    """Bytes in MiB, of 2^20: ``1,234.5``; small ones with the digits that they need."""
-    value = nbytes / 2**20
-    return f"{value:,.1f}" if value >= 10 or nbytes == 0 else f"{value:.3f}" if value >= 0.0005 else f"{value:.1e}"
+#: Columns that hold sizes, which are aligned to the right.
+_SIZES = ("size", "own", "with submodules", "output", "step", "forward and backward")
 
 
 class Section(NamedTuple):
-    """One table of a report: columns whose name ends in MiB are aligned to the right."""
+    """One table of a report."""
 
     title: str
     columns: Sequence[str]
@@ -44,7 +45,7 @@ def top(rows: Iterable[tuple[int, Sequence[str]]], count: int = 15) -> list[Sequ
 
 
 def _right(column: str) -> bool:
-    return column.endswith("MiB")
+    return column in _SIZES
 
 
 class Report:
@@ -91,7 +92,7 @@ class Report:
             from rich.console import Console
         except ImportError:
             return self._plain_text()
-        file = io.StringIO()
+        file = _Page()
         Console(file=file, width=120).print(self.table())
         return file.getvalue().rstrip()
 
@@ -111,6 +112,13 @@ class Report:
     def plot(self, path: str | Path) -> None:
         """Draws the categories as a stacked bar, see :func:`lomem.memory.plot`."""
         plot({getattr(self, "source", "saved"): self}, path)
+
+
+class _Page(io.StringIO):
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        # Of where the text will be printed, probably: rich draws lines of ASCII where there are no others.
+        return "utf-8" if encodes("─") else "ascii"
 
 
 def _plain(value: Any) -> Any:
@@ -143,7 +151,7 @@ _COLORS = {
 
 
 def plot(reports: Mapping[str, Report], path: str | Path) -> None:
-    """Draws reports beside each other: a stacked bar each, in MiB, a colour a category.
+    """Draws reports beside each other: a stacked bar each, a colour a category.
 
     Example:
         >>> lomem.memory.plot({"plain": before, "converted": after}, "memory.png")
@@ -176,13 +184,14 @@ def plot(reports: Mapping[str, Report], path: str | Path) -> None:
     bars = [report.categories() for report in reports.values()]
     used = [name for name in _COLORS if any(bar.get(name) for bar in bars)]
     bottom = [0.0] * len(bars)
+    unit, factor = unit_of(max(sum(bar.values()) for bar in bars))
     for name in used:
-        heights = [bar.get(name, 0) / 2**20 for bar in bars]
+        heights = [bar.get(name, 0) / factor for bar in bars]
         axes.bar(list(reports), heights, bottom=bottom, label=name, color=_COLORS[name], width=0.6)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     for x, bar in enumerate(bars):
         axes.annotate(
-            mib(sum(bar.values())),
+            size(sum(bar.values())),
             (x, bottom[x]),
             xytext=(0, 3),
             textcoords="offset points",
@@ -190,7 +199,7 @@ def plot(reports: Mapping[str, Report], path: str | Path) -> None:
             fontsize=9,
         )
     axes.margins(y=0.1)
-    axes.set_ylabel("MiB")
+    axes.set_ylabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=9)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .._autocast import autocast_dtype, autocast_to
 from .._record import Recorder
 
 #: What makes a scalar of a model's output.
@@ -93,7 +94,9 @@ class Run:
         first = next(iter([*model.parameters(), *self.inputs]), None)
         self.device = torch.device("cpu") if first is None else first.device
         kind = self.device.type
-        ambient = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        ambient = autocast_dtype(kind)
+        if autocast is not None and not torch.amp.is_autocast_available(kind):
+            raise ValueError(f"{function}: autocast is {autocast}, but the device {kind} has none, expected None")
         self.autocast = ambient if autocast is None else autocast
 
     def forward(self) -> Tensor:
@@ -101,8 +104,9 @@ class Run:
         # The cache of weight copies ends with the outermost block, which may be the caller's, long after the forward
         # pass; and a copy made before would not be seen here.
         torch.clear_autocast_cache()
+        fake = self.fake_mode() is not None
         try:
-            with self._autocast(self.autocast), translated(self.function):
+            with self._autocast(self.autocast), translated(self.function, fake):
                 output = self.model(*self._args, **self._kwargs)
                 loss = self._default_loss(output) if self._loss is None else self._loss(output)
         finally:
@@ -122,7 +126,7 @@ class Run:
 
     def backward(self, loss: Tensor) -> None:
         """The backward pass, without autocast also where there is one around."""
-        with self._autocast(None), translated(self.function):
+        with self._autocast(None), translated(self.function, self.fake_mode() is not None):
             loss.backward()
 
     def label(self, recorder: Recorder) -> None:
@@ -136,9 +140,8 @@ class Run:
         tensors = [*self.model.parameters(), *self.model.buffers(), *self.inputs]
         return next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
 
-    def _autocast(self, dtype: torch.dtype | None) -> torch.autocast:
-        kind = self.device.type
-        return torch.autocast(kind, dtype=dtype) if dtype is not None else torch.autocast(kind, enabled=False)
+    def _autocast(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+        return autocast_to(self.device.type, dtype)
 
     def _default_loss(self, output: Any) -> Tensor:
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -146,7 +149,7 @@ class Run:
             return loss
         if isinstance(output, Mapping):
             output = dict(output)
-        sums = [t.sum() for t in tensors_in(output) if t.is_floating_point() and t.requires_grad]
+        sums = [_sum(t) for t in tensors_in(output) if t.is_floating_point() and t.requires_grad]
         if not sums:
             raise ValueError(
                 f"{self.function}: the output, of type {type(output).__name__}, has no floating-point tensor that "
@@ -155,22 +158,70 @@ class Run:
         return torch.stack([s.to(sums[0]) for s in sums]).sum() if len(sums) > 1 else sums[0]
 
 
+def _sum(tensor: Tensor) -> Tensor:
+    # torch has no sum of strided nested tensors, nor of opaque ones.
+    if tensor.is_nested and tensor.layout == torch.strided:
+        return torch.stack([t.sum() for t in tensor.unbind()]).sum()
+    return (tensor.to_dense() if tensor.is_mkldnn else tensor).sum()
+
+
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
+_INSTEAD = "measure a small real model with lomem.memory.step_peak"
+
+
 @contextlib.contextmanager
-def translated(function: str) -> Iterator[None]:
-    """Says in one sentence that a fake model was asked for values."""
+def translated(function: str, fake: bool = True) -> Iterator[None]:
+    """Says in one sentence what torch cannot run under a measurement.
+
+    Args:
+        function: The public function.
+        fake: Whether the model may be a fake one.
+    """
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise RuntimeError(
             f"{function}: the model calls {error.func}, which depends on the values of a tensor, and a fake one has "
-            "a shape alone: measure a small real model with lomem.memory.step_peak"
+            f"a shape alone: {_INSTEAD}"
         ) from error
     except UnsupportedOperatorException as error:
         raise RuntimeError(
-            f"{function}: the model calls {error.func}, which has no kernel for fake tensors: measure a small real "
-            "model with lomem.memory.step_peak"
+            f"{function}: the model calls {error.func}, which has no kernel for fake tensors: {_INSTEAD}"
         ) from error
+    except RuntimeError as error:
+        if refuses_hooks(error):
+            raise RuntimeError(no_hooks(function)) from error
+        if fake and isinstance(error, NotImplementedError):
+            raise RuntimeError(
+                f"{function}: the model does not run with fake tensors ({first_sentence(error)}): {_INSTEAD}"
+            ) from error
+        raise
+    except AssertionError as error:
+        # Of a jagged tensor that is made of fake ones.
+        if fake and "shape_env" in str(error):
+            raise RuntimeError(
+                f"{function}: the model makes tensors of sizes that a fake one does not know: {_INSTEAD}"
+            ) from error
+        raise
+
+
+def refuses_hooks(error: BaseException | None) -> bool:
+    """Whether an error is torch's of a function transform that meets the hooks that see what is saved."""
+    return isinstance(error, RuntimeError) and "don't yet support saved tensor hooks" in str(error)
+
+
+def no_hooks(function: str) -> str:
+    """The sentence of a model in which torch refuses to say what is saved."""
+    return (
+        f"{function}: the model calls torch.func.grad, vjp, jacrev or hessian, inside which torch does not tell what "
+        "is saved, expected a model without them"
+    )
+
+
+def first_sentence(error: BaseException) -> str:
+    """Of the message of torch, which may have many lines."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0].rstrip(".")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .._record import SavedTensorsBlock, storages_of
+from ._run import no_hooks, refuses_hooks
 
 __all__ = ["SavedForBackward", "saved_for_backward"]
 
@@ -19,7 +22,8 @@ class SavedForBackward:
     Two tensors that share a storage count once: that is what the memory-sharing norms are about.
     While it lives it keeps the storages alive. Blocks may be nested; each counts what is saved inside
     it. Other saved-tensor hooks around the block are not called inside it (torch calls the innermost
-    alone). Tensors of opaque layouts (mkldnn) are not counted.
+    alone). Of a tensor subclass that wraps tensors those are counted; tensors of opaque layouts (mkldnn)
+    are not.
 
     Args:
         exclude: Tensors that are there anyway (parameters, buffers, inputs); storages of theirs are
@@ -31,11 +35,30 @@ class SavedForBackward:
 
     def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
         # The address of the storage object, not of its data: that is 0 for fake and meta tensors.
-        self._excluded = {s._cdata: s for t in exclude for s in storages_of(t)}
+        self._excluded: dict[int, torch.UntypedStorage] = {}
+        self._lazy = self._checked(exclude)
+        self._exclude()
         self._storages: dict[int, torch.UntypedStorage] = {}
         self.tensors = 0
 
+    @staticmethod
+    def _checked(exclude: Any) -> list[Tensor]:
+        tensors = [exclude] if isinstance(exclude, Tensor) or not isinstance(exclude, Iterable) else list(exclude)
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"lomem.memory.saved_for_backward: exclude has a {type(tensor).__name__}, expected tensors alone"
+                )
+        return tensors
+
+    def _exclude(self) -> None:
+        # A parameter without a shape gets its storage when the model first runs.
+        self._excluded |= {s._cdata: s for t in self._lazy for s in storages_of(t)}
+        self._lazy = [t for t in self._lazy if is_lazy(t)]
+
     def _record(self, tensor: Tensor) -> None:
+        if self._lazy:
+            self._exclude()
         counted = [s for s in storages_of(tensor) if s._cdata not in self._excluded]
         self._storages.update((s._cdata, s) for s in counted)
         self.tensors += bool(counted)
@@ -63,6 +86,8 @@ class SavedForBackward:
     ) -> None:
         self._block.__exit__(kind, error, traceback)
         del self._block  # it refers to this object: a cycle would keep the storages alive
+        if refuses_hooks(error):
+            raise RuntimeError(no_hooks("lomem.memory.saved_for_backward")) from error
 
 
 def saved_for_backward(exclude: Iterable[Tensor] = ()) -> SavedForBackward:

@@ -1,0 +1,24 @@
+"""Autocast of any kind of device, also of those that have none (meta)."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+__all__ = ["autocast_dtype", "autocast_to"]
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of autocast on a kind of device, None where it is off."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def autocast_to(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to a dtype on a kind of device; none for None."""
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, dtype=dtype) if dtype is not None else torch.autocast(device, enabled=False)

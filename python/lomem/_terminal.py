@@ -1,0 +1,153 @@
+"""What the commands are to the terminal that they are called from."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "INTERRUPTED",
+    "PIPE_CLOSED",
+    "console",
+    "encodes",
+    "plus_minus",
+    "quiet",
+    "readable",
+    "sentence",
+    "stop_writing",
+]
+
+#: Exit status of a command that Ctrl-C ended, and of one that nobody reads any more: 128 and the number of the signal.
+INTERRUPTED, PIPE_CLOSED = 130, 141
+
+#: What stands for what an ASCII terminal does not have.
+_SPELLED = {"±": "+/-", "→": "->", "…": "..."}
+_HANDLER = "lomem.spelled"
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_SPELLED.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(_HANDLER, _spell)
+
+
+def encodes(text: str, stream: Any = None) -> bool:
+    """Whether a stream, by default the standard output, takes a text."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def plus_minus() -> str:
+    """The sign before an error, as the standard output can show it."""
+    return "±" if encodes("±") else "+/-"
+
+
+@contextlib.contextmanager
+def readable(stream: Any) -> Iterator[None]:
+    """Lets a stream print what it cannot encode in other letters, instead of raising."""
+    if not isinstance(stream, io.TextIOWrapper) or encodes("±─", stream):
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors=_HANDLER)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError, OSError):  # of a stream that was closed
+            stream.reconfigure(errors=before)
+
+
+class _Muted(io.TextIOBase):
+    """A stream that is silent for a while. Whoever keeps it, as handlers of loggers do, has the stream afterwards."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.silent = True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        return len(text) if self.silent else self._stream.write(text)
+
+    def flush(self) -> None:
+        if not self.silent:
+            self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps to itself what other libraries warn, log or print, also while they are imported.
+
+    Python's option -W, and PYTHONWARNINGS, have their way.
+    """
+    shown = bool(sys.warnoptions)
+    disabled = logging.root.manager.disable
+    with contextlib.ExitStack() as stack:
+        if not shown:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        stack.callback(logging.disable, disabled)
+        logging.disable(max(disabled, logging.ERROR))
+        redirects: tuple[Any, ...] = (contextlib.redirect_stdout, contextlib.redirect_stderr)
+        for redirect, stream in zip(redirects, (sys.stdout, sys.stderr), strict=True):
+            muted = _Muted(stream)
+            muted.silent = not (shown and stream is sys.stderr)
+            stack.callback(setattr, muted, "silent", False)
+            stack.enter_context(redirect(muted))
+        yield
+
+
+def console() -> Console:
+    """rich's, for the standard output; a closed pipe is an exception, and the command line's affair."""
+    from rich.console import Console
+
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    # The stream by name: what is silent for other libraries is not so for progress and tables.
+    return Terminal(file=sys.stdout)
+
+
+def stop_writing(stream: Any) -> None:
+    """Lets what is still to be written go nowhere: the interpreter would try it again at its end, and complain."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def sentence(error: BaseException) -> str:
+    """What an error of somebody else's says, on one line, after the public name of its class."""
+    kind = next(c for c in type(error).__mro__ if not c.__name__.startswith("_"))
+    text = " ".join(str(error).split())
+    if len(text) > 400:
+        text = text[:400].rsplit(" ", 1)[0] + " ..."
+    if kind.__module__.startswith("lomem") or text.startswith("lomem"):
+        return text
+    return f"{kind.__name__}: {text}" if text else kind.__name__

@@ -1,0 +1,156 @@
+"""What is done again and again leaves no more behind than what is done once: counted in objects, not in time.
+
+`make soak` does each a hundred times as often, and looks at the memory of the process as well.
+"""
+
+import collections
+import gc
+import os
+import sys
+import weakref
+from pathlib import Path
+
+import lomem
+import pytest
+import torch
+from lomem import memory
+from torch import nn
+
+SOAK = "LOMEM_SOAK" in os.environ
+ROUNDS = 2000 if SOAK else 10
+STEPS = 20000 if SOAK else 200
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def build(zero=False):
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        model[1].weight[0] = 0.0 if zero else 1.0
+    return model
+
+
+MODEL, ZERO, SCRIPTED = build(), build(zero=True), nn.Sequential(nn.Linear(16, 16), torch.jit.script(nn.Linear(16, 4)))
+X = torch.randn(2, 16)
+OPTIMIZER = torch.optim.AdamW(MODEL.parameters())
+
+
+def convert_and_restore(model):
+    lomem.convert(model, X)
+    lomem.restore(model)
+
+
+def convert_wrongly():
+    with pytest.raises(RuntimeError):
+        lomem.convert(MODEL, X[:, :3])
+
+
+def save():
+    with memory.saved_for_backward(MODEL.parameters()):
+        MODEL(X)
+
+
+def fake():
+    with memory.fake(build):
+        pass
+
+
+def keep_a_graph():
+    # Recorders end while what they saw lives on.
+    recorder = lomem._record.Recorder(MODEL)
+    with recorder:
+        MODEL(X)
+
+
+OFTEN = {
+    "convert and restore": lambda: convert_and_restore(MODEL),
+    "convert and restore, normalized": lambda: convert_and_restore(ZERO),
+    "convert, dry": lambda: lomem.convert(MODEL, X, dry_run=True),
+    "convert that raises": convert_wrongly,
+    "profile": lambda: memory.profile(MODEL, X),
+    "profile of a ScriptModule": lambda: memory.profile(SCRIPTED, X),
+    "step_peak": lambda: memory.step_peak(MODEL, X, OPTIMIZER),
+    "estimate": lambda: memory.estimate(build, X, torch.optim.AdamW),
+    "estimate, converted": lambda: memory.estimate(build, X, transform=lambda m: lomem.convert(m, X) and None),
+    "fake": fake,
+    "saved_for_backward": save,
+    "Recorder": keep_a_graph,
+    "map_module": lambda: lomem.map_module(build(), lomem.convert_activation),
+}
+
+
+def living():
+    """How many objects of each type live, Python's blocks of memory, and the process's KiB."""
+    gc.collect()
+    # Blocks hold also what the garbage collector does not know: numbers, strings.
+    blocks = sys.getallocatedblocks()
+    counts = collections.Counter(type(o).__qualname__ for o in gc.get_objects())
+    counts["finalizers"] = len(weakref.finalize._registry)
+    counts["blocks"] = blocks
+    if SOAK:
+        counts["KiB"] = resident_kib()
+    return counts
+
+
+def resident_kib():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+def assert_flat(act, rounds):
+    """Caches fill, of lomem's, torch's and Python's: then nothing grows. What stays behind each time grows for ever."""
+    act()
+    before = living()
+    for _ in range(6):
+        for _ in range(rounds):
+            act()
+        now = living()
+        # What stays each time is there as many times; half of that is more than what comes and goes by itself. An arena
+        # of the allocator is a MiB, and comes or goes by itself too.
+        bound = collections.defaultdict(lambda: rounds / 2, KiB=rounds / 2 + 1024)
+        grown = {kind: number - before[kind] for kind, number in now.items() if number - before[kind] > bound[kind]}
+        if not grown:
+            return
+        before = now
+    pytest.fail(f"{rounds} times leave {grown}")
+
+
+def test_what_stays_is_seen():
+    kept = []
+    with pytest.raises(pytest.fail.Exception, match=f"{STEPS} times leave .*'blocks'"):
+        assert_flat(lambda: kept.append(str(len(kept)) + "x" * 10), STEPS)
+
+
+@pytest.mark.parametrize("name", OFTEN)
+def test_nothing_accumulates(name):
+    assert_flat(OFTEN[name], ROUNDS)
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["inverted", "normalized"])
+@pytest.mark.parametrize("activations", ["2bit", "4bit"])
+def test_training_accumulates_nothing(zero, activations):
+    model = build(zero)
+    optimizer = torch.optim.AdamW(model.parameters())
+    lomem.convert(model, X, activations=activations)
+
+    def step():
+        optimizer.zero_grad()
+        model(X).sum().backward()
+        optimizer.step()
+
+    assert_flat(step, STEPS)
+
+
+def test_a_recorder_ends_with_its_last_reference():
+    """Without the garbage collector: a cycle would keep what it recorded until then."""
+    gc.disable()
+    try:
+        recorder = lomem._record.Recorder(MODEL)
+        with recorder:
+            MODEL(X).sum().backward()
+        end = weakref.ref(recorder)
+        del recorder
+        assert end() is None
+    finally:
+        gc.enable()
+        MODEL.zero_grad()
