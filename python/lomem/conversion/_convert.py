@@ -242,7 +242,7 @@ def _candidates(
         return known[key]
 
     forms = {name: form for name, m in leaves.items() if (form := once(recognize_activation, m)) is not None}
-    finder = Finder(model, flows, forms.keys()) if flows else None
+    finder = Finder(model, flows) if flows else None
     bits = _BITS.get(activations, 2)
     found = [_activation_candidate(name, leaves[name], form, finder, bits) for name, form in forms.items()]
     for name in leaves.keys() - forms.keys():
@@ -264,20 +264,9 @@ def _candidates(
         if c.action != "left" and (wanted == "keep" or excluded(c.name)):
             c.leave(f"{c.kind}s are kept" if wanted == "keep" else "it is excluded")
     if finder is not None:
-        settle([c for c in found if c.action != "left"], finder.ledger)
-        _leave_callers_of_left(found)
-        settle([c for c in found if c.action != "left"], finder.ledger)
+        settle(found, finder, excluded)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(found, key=lambda c: order[c.name]), flows[0] if flows else None
-
-
-def _leave_callers_of_left(found: list[Candidate]) -> None:
-    # While a module's functional calls are replaced, so are those of the modules inside it.
-    for c in found:
-        prefix = f"{c.name}." if c.name else ""
-        inside = [d.name for d in found if d.kind != "norm" and d.action == "left" and d.name.startswith(prefix)]
-        if c.kind == "call" and c.action != "left" and any(name != c.name for name in inside):
-            c.leave(f"{inside[0]} inside it is left")
 
 
 def _activation_candidate(

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .._record import Op, Recorder, Storage
 from .._state import preserved
+from ._modules import as_activation
 
-__all__ = ["Call", "Flow", "Inputs", "as_inputs", "trace", "untouched"]
+__all__ = ["ActivationCall", "Call", "Flow", "Inputs", "as_inputs", "trace", "untouched"]
 
 _aten = torch.ops.aten
 
@@ -90,6 +92,7 @@ class Call:
         dtype: Of the result.
         numel: Of the result.
         requires_grad: Of the result.
+        saved: Positions of what autograd saved meanwhile, in the recorder's list; hooks of the module left out.
     """
 
     name: str
@@ -103,6 +106,43 @@ class Call:
     dtype: torch.dtype | None = None
     numel: int = 0
     requires_grad: bool = False
+    saved: range = range(0)
+
+
+@dataclass(eq=False)
+class ActivationCall:
+    """One call of GELU or SiLU that a converted module would replace.
+
+    Attributes:
+        module: Name of the innermost module that runs, None outside of all.
+        numel: Of the argument.
+        ops: Positions of its ops.
+        saved: Positions of what autograd saved meanwhile.
+    """
+
+    module: str | None
+    numel: int
+    ops: range
+    saved: range
+
+
+class _ActivationCalls(TorchFunctionMode):
+    """Notes them, as converted modules see them."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.found: list[ActivationCall] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        call = as_activation(func, args, kwargs)
+        module, op, saved = self.recorder.module, len(self.recorder.ops), len(self.recorder.saved)
+        result = func(*args, **kwargs)
+        if call is not None:
+            ranges = range(op, len(self.recorder.ops)), range(saved, len(self.recorder.saved))
+            self.found.append(ActivationCall(module, call.input.numel(), *ranges))
+        return result
 
 
 @dataclass
@@ -112,11 +152,13 @@ class Flow:
     Attributes:
         recorder: Its ops, storages and saved tensors.
         calls: Of the modules that were watched.
+        activations: Calls of GELU and SiLU that a converted module would replace; none of runs without gradients.
         escaped: Storages that outlive the run: in its output, or stashed somewhere.
     """
 
     recorder: Recorder
     calls: list[Call] = field(default_factory=list)
+    activations: list[ActivationCall] = field(default_factory=list)
     escaped: set[Storage] = field(default_factory=set)
 
     def calls_of(self, name: str) -> list[Call]:
@@ -222,12 +264,14 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
             len(tensors) == len(values) == 1,
         )
         call.input_id = id(values[0]) if values else 0
+        call.saved = range(len(recorder.saved), len(recorder.saved))
         open_calls.append(call)
         flow.calls.append(call)
 
     def leave(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         call = open_calls.pop()
         call.end = len(recorder.ops)
+        call.saved = range(call.saved.start, len(recorder.saved))
         if isinstance(result, Tensor) and result.layout == torch.strided and not result.is_nested:
             kept.append(result)
             (call.result,) = recorder.records(result)
@@ -242,13 +286,16 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
             handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True))
             # Before the user's hooks, which may change the result, or return another.
             handles.append(modules[name].register_forward_hook(leave, with_kwargs=True, prepend=True))
-        with untouched(model, training, inputs), _no_checkpointing(), torch.set_grad_enabled(grad), recorder:
+        spelled = _ActivationCalls(recorder) if grad else contextlib.nullcontext()
+        with untouched(model, training, inputs), _no_checkpointing(), torch.set_grad_enabled(grad), recorder, spelled:
             recorder.label((*model.parameters(), *model.buffers()), "parameter")
             recorder.label(inputs.tensors(), "input")
             output = inputs.call(model)
     finally:
         for handle in handles:
             handle.remove()
+    if isinstance(spelled, _ActivationCalls):
+        flow.activations = spelled.found
     results = {call.result for call in flow.calls if call.result is not None}
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):
