@@ -188,8 +188,8 @@ class _Problem:
         found = []
         for start in (everything, 0, self.greedy()):
             chosen = self.improve(start, lambda _: True)
-            while (i := self.weakest(chosen)) is not None:
-                chosen = self.without(chosen, i)
+            while (weakest := self.weakest(chosen)) is not None:
+                chosen = self.without(chosen, weakest)
             found.append(self.improve(chosen, self.allowed))
         return max(found, key=lambda chosen: (self.value(chosen), self.order(chosen)))
 

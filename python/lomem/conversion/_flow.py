@@ -126,22 +126,28 @@ class ActivationCall:
     saved: range
 
 
-class _ActivationCalls(TorchFunctionMode):
-    """Notes them, as converted modules see them."""
+_CASTS = (Tensor.to, Tensor.type, Tensor.type_as, Tensor.double, Tensor.float, Tensor.bfloat16, Tensor.half)
 
-    def __init__(self, recorder: Recorder) -> None:
+
+class _Calls(TorchFunctionMode):
+    """Notes calls of functions that cannot be told from ops."""
+
+    def __init__(self, flow: Flow) -> None:
         super().__init__()
-        self.recorder = recorder
-        self.found: list[ActivationCall] = []
+        self.flow = flow
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, recorder = kwargs or {}, self.flow.recorder
         call = as_activation(func, args, kwargs)
-        module, op, saved = self.recorder.module, len(self.recorder.ops), len(self.recorder.saved)
+        module, op, saved = recorder.module, len(recorder.ops), len(recorder.saved)
         result = func(*args, **kwargs)
         if call is not None:
-            ranges = range(op, len(self.recorder.ops)), range(saved, len(self.recorder.saved))
-            self.found.append(ActivationCall(module, call.input.numel(), *ranges))
+            ranges = range(op, len(recorder.ops)), range(saved, len(recorder.saved))
+            self.flow.activations.append(ActivationCall(module, call.input.numel(), *ranges))
+        elif func in _CASTS and result is args[0]:
+            values = (*args[1:], *kwargs.values())
+            if func is not Tensor.to or any(isinstance(value, torch.dtype | Tensor) for value in values):
+                self.flow.cast_to_itself.update((storage, module) for storage in recorder.records(result))
         return result
 
 
@@ -153,12 +159,14 @@ class Flow:
         recorder: Its ops, storages and saved tensors.
         calls: Of the modules that were watched.
         activations: Calls of GELU and SiLU that a converted module would replace; none of runs without gradients.
+        cast_to_itself: Storages that a module asked for in the dtype which they have; none of runs without gradients.
         escaped: Storages that outlive the run: in its output, or stashed somewhere.
     """
 
     recorder: Recorder
     calls: list[Call] = field(default_factory=list)
     activations: list[ActivationCall] = field(default_factory=list)
+    cast_to_itself: set[tuple[Storage, str | None]] = field(default_factory=set)
     escaped: set[Storage] = field(default_factory=set)
 
     def calls_of(self, name: str) -> list[Call]:
@@ -286,16 +294,14 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
             handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True))
             # Before the user's hooks, which may change the result, or return another.
             handles.append(modules[name].register_forward_hook(leave, with_kwargs=True, prepend=True))
-        spelled = _ActivationCalls(recorder) if grad else contextlib.nullcontext()
-        with untouched(model, training, inputs), _no_checkpointing(), torch.set_grad_enabled(grad), recorder, spelled:
+        calls = _Calls(flow) if grad else contextlib.nullcontext()
+        with untouched(model, training, inputs), _no_checkpointing(), torch.set_grad_enabled(grad), recorder, calls:
             recorder.label((*model.parameters(), *model.buffers()), "parameter")
             recorder.label(inputs.tensors(), "input")
             output = inputs.call(model)
     finally:
         for handle in handles:
             handle.remove()
-    if isinstance(spelled, _ActivationCalls):
-        flow.activations = spelled.found
     results = {call.result for call in flow.calls if call.result is not None}
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):

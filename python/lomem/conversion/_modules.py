@@ -73,7 +73,7 @@ _aten = torch.ops.aten
 _nn = torch._C._nn
 #: Every spelling of them that torch shows to modes.
 _GELU = (F.gelu, _aten.gelu, _aten.gelu.default)
-_GELU_IN_PLACE = (_nn.gelu_, _aten.gelu_, _aten.gelu_.default)
+_GELU_IN_PLACE = (_nn.gelu_, _aten.gelu_, _aten.gelu_.default)  # type: ignore[attr-defined]
 _SILU = (F.silu, _nn.silu, _aten.silu, _aten.silu.default)
 _SILU_IN_PLACE = (_nn.silu_, _aten.silu_, _aten.silu_.default)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -341,13 +341,15 @@ class _Output:
                 low = all(
                     _takes_low_precision(op, alias) and (not narrower or alias.dtype == autocast) for op, alias in uses
                 )
-                self.low_precision &= low and bool(uses) and call.result not in flow.escaped
+                # Who asks for a dtype would make a copy, of which another cast would be kept.
+                asked = narrower and any(s is call.result and n != name for s, n in flow.cast_to_itself)
+                self.low_precision &= low and bool(uses) and call.result not in flow.escaped and not asked
         casts = {s for call in self.calls for s in first.casts(_result(call), call.end) if s.dtype == autocast}
         self.casts = {s for s in casts if s in finder.ledger.positions}
         self.results = {_result(call) for call in self.calls}
 
     def added(self, form: NormForm, weight: Tensor | None) -> int:
-        """Bytes that the norm keeps once it is converted: per call what it keeps of its output, rstd, and 1 + weight."""
+        """Bytes that the norm keeps once it is converted: its output or what takes the place, rstd, and 1 + weight."""
         numel = sum(call.numel for call in self.calls if call.requires_grad)
         calls = sum(call.requires_grad for call in self.calls)
         rstd = 8 if self.dtype == torch.float64 else 4
@@ -426,7 +428,7 @@ def _who(finder: Finder, uses: list[tuple[Op, Storage]]) -> str:
 def _linears_behind(finder: Finder, name: str, output: _Output) -> dict[str, set[int]]:
     """Linear layers that are called with the very tensor that a norm returned, in the first run, and what they save.
 
-    Of it or a copy in another dtype, that is, and only if what the norm keeps has all the digits that they compute with.
+    Of it or a copy in another dtype, that is, and only where the norm keeps all the digits that they compute with.
     """
     ids = {call.result_id for call in output.calls}
     kept, eps = output.results | output.casts, torch.finfo(output.kept_dtype).eps
