@@ -126,15 +126,33 @@ class ActivationCall:
     saved: range
 
 
+_DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _CASTS = (Tensor.to, Tensor.type, Tensor.type_as, Tensor.double, Tensor.float, Tensor.bfloat16, Tensor.half)
 
 
+def _names_dtype(func: Any, args: Any, kwargs: Any) -> bool:
+    values = (*args[1:], *kwargs.values())
+    return func is not Tensor.to or any(isinstance(value, torch.dtype | Tensor) for value in values)
+
+
+def _address(tensor: Tensor) -> int | None:
+    # Of the storage object, as the recorder has it.
+    if tensor.layout != torch.strided or tensor.is_nested or torch._C._are_functorch_transforms_active():
+        return None
+    return tensor.untyped_storage()._cdata
+
+
 class _Calls(TorchFunctionMode):
-    """Notes calls of functions that cannot be told from ops."""
+    """Notes calls of functions that cannot be told from ops.
+
+    Attributes:
+        results: Of the modules that are watched, by the addresses of their storages.
+    """
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
+        self.results: dict[int | None, Storage] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, recorder = kwargs or {}, self.flow.recorder
@@ -144,10 +162,12 @@ class _Calls(TorchFunctionMode):
         if call is not None:
             ranges = range(op, len(recorder.ops)), range(saved, len(recorder.saved))
             self.flow.activations.append(ActivationCall(module, call.input.numel(), *ranges))
-        elif func in _CASTS and result is args[0]:
-            values = (*args[1:], *kwargs.values())
-            if func is not Tensor.to or any(isinstance(value, torch.dtype | Tensor) for value in values):
-                self.flow.cast_to_itself.update((storage, module) for storage in recorder.records(result))
+        elif func == _DTYPE or (func in _CASTS and result is args[0] and _names_dtype(func, args, kwargs)):
+            # Not the recorder's own way to a storage: it asks for dtypes itself.
+            address = _address(args[0])
+            storage = None if address is None else self.results.get(address)
+            if storage is not None:
+                self.flow.asked.add((storage, module))
         return result
 
 
@@ -159,14 +179,14 @@ class Flow:
         recorder: Its ops, storages and saved tensors.
         calls: Of the modules that were watched.
         activations: Calls of GELU and SiLU that a converted module would replace; none of runs without gradients.
-        cast_to_itself: Storages that a module asked for in the dtype which they have; none of runs without gradients.
+        asked: Storages of which a module asked the dtype, or cast them to their own; none of runs without gradients.
         escaped: Storages that outlive the run: in its output, or stashed somewhere.
     """
 
     recorder: Recorder
     calls: list[Call] = field(default_factory=list)
     activations: list[ActivationCall] = field(default_factory=list)
-    cast_to_itself: set[tuple[Storage, str | None]] = field(default_factory=set)
+    asked: set[tuple[Storage, str | None]] = field(default_factory=set)
     escaped: set[Storage] = field(default_factory=set)
 
     def calls_of(self, name: str) -> list[Call]:
@@ -257,6 +277,7 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
     """
     recorder = Recorder(model)
     flow = Flow(recorder)
+    calls = _Calls(flow)
     # Alive until the run is over: an address, or a storage, belongs to one tensor only.
     kept: list[Any] = []
     open_calls: list[Call] = []
@@ -285,6 +306,7 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
             (call.result,) = recorder.records(result)
             call.dtype, call.numel, call.requires_grad = result.dtype, result.numel(), result.requires_grad
             call.result_id = id(result)
+            calls.results[_address(result)] = call.result
 
     handles: list[Any] = []
     modules = dict(model.named_modules())
@@ -294,8 +316,8 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
             handles.append(modules[name].register_forward_pre_hook(before, with_kwargs=True))
             # Before the user's hooks, which may change the result, or return another.
             handles.append(modules[name].register_forward_hook(leave, with_kwargs=True, prepend=True))
-        calls = _Calls(flow) if grad else contextlib.nullcontext()
-        with untouched(model, training, inputs), _no_checkpointing(), torch.set_grad_enabled(grad), recorder, calls:
+        seen = calls if grad else contextlib.nullcontext()
+        with untouched(model, training, inputs), _no_checkpointing(), torch.set_grad_enabled(grad), recorder, seen:
             recorder.label((*model.parameters(), *model.buffers()), "parameter")
             recorder.label(inputs.tensors(), "input")
             output = inputs.call(model)

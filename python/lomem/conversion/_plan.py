@@ -38,7 +38,8 @@ class Candidate:
         reason: For that.
         changes: Mixins and their attributes, by the module's name.
         own: What it saves, as positions in the ledger.
-        others: What others save, and save no more once it is converted: what it keeps takes the place.
+        others: What others save, and save no more once it is converted.
+        sharing: Of these, what they save is then what it keeps.
         takers: That nobody else keeps what it would keep, and why, in a few words.
         added: Bytes that it keeps once it is converted.
         gain: Bytes that the model keeps less; of what several let go together, a part.
@@ -53,6 +54,7 @@ class Candidate:
     changes: dict[str, tuple[type[Converted], dict[str, Any]]] = field(default_factory=dict)
     own: set[int] = field(default_factory=set)
     others: set[int] = field(default_factory=set)
+    sharing: set[int] = field(default_factory=set)
     takers: str = ""
     added: int = 0
     gain: int = 0
@@ -173,7 +175,7 @@ def _alone(c: Candidate, chosen: list[Candidate]) -> str | None:
     """Why nobody else keeps what a norm keeps, the others being converted; None where somebody does."""
     if c.kind != "norm":
         return None
-    who = {i: [d.name for d in chosen if d is not c and d.drops(i)] for i in c.others}
+    who = {i: [d.name for d in chosen if d is not c and d.drops(i)] for i in c.sharing}
     if not all(who.values()):
         return None
     names = {name for converted in who.values() for name in converted}
@@ -195,7 +197,7 @@ def _no_gain(c: Candidate, chosen: list[Candidate], finder: Finder) -> str:
             others.add(ledger.saved[i].module or "")
     for d in chosen:
         # What such a norm keeps is the same tensor.
-        if d.kind == "norm" and (mine := c.own & d.others):
+        if d.kind == "norm" and (mine := c.own & d.sharing):
             kept |= ledger.storages(mine)
             others.add(d.name)
     if not others:
@@ -341,19 +343,23 @@ class _Output:
                 low = all(
                     _takes_low_precision(op, alias) and (not narrower or alias.dtype == autocast) for op, alias in uses
                 )
-                # Who asks for a dtype would make a copy, of which another cast would be kept.
-                asked = narrower and any(s is call.result and n != name for s, n in flow.cast_to_itself)
+                # Who asks for the dtype may cast a narrower one back, and keep a cast of that.
+                asked = narrower and any(s is call.result and n != name for s, n in flow.asked)
                 self.low_precision &= low and bool(uses) and call.result not in flow.escaped and not asked
         casts = {s for call in self.calls for s in first.casts(_result(call), call.end) if s.dtype == autocast}
         self.casts = {s for s in casts if s in finder.ledger.positions}
         self.results = {_result(call) for call in self.calls}
 
+    @property
+    def numel(self) -> int:
+        """Of the calls that have a gradient."""
+        return sum(call.numel for call in self.calls if call.requires_grad)
+
     def added(self, form: NormForm, weight: Tensor | None) -> int:
         """Bytes that the norm keeps once it is converted: its output or what takes the place, rstd, and 1 + weight."""
-        numel = sum(call.numel for call in self.calls if call.requires_grad)
         calls = sum(call.requires_grad for call in self.calls)
         rstd = 8 if self.dtype == torch.float64 else 4
-        size = numel * self.kept_dtype.itemsize + numel // torch.Size(form.shape).numel() * rstd
+        size = self.numel * self.kept_dtype.itemsize + self.numel // torch.Size(form.shape).numel() * rstd
         if weight is not None and form.one_plus:
             size += calls * weight.numel() * (8 if weight.dtype == torch.float64 else 4)
         return size
@@ -381,22 +387,38 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
         c.reason = f"linear layers keep a {str(output.kept_dtype)[6:]} copy, others take the full precision"
     else:
         c.action, c.reason = "inverted", "its consumers keep its output"
-    ledger = finder.ledger
+    _account(c, finder, output, linears if shared else None)
     plan = NormPlan(form, inverted=problem is None, low_precision=output.low_precision, shared=shared)
     c.changes[name] = (MSNorm, {"lomem_norm": plan})
-    c.own = ledger.within(call.saved for call in output.calls)
     if shared:
         c.changes.update((linear, (SharedInput, {"lomem_linear": finder.linear(linear)})) for linear in linears)
-        # Whoever is no linear layer, or called with something made of the output, keeps what it kept.
-        c.others = {i for positions in linears.values() for i in positions}
-    else:
-        c.others = ledger.of(output.results | output.casts) - c.own
-    who = "linear layer" if shared and ledger.of(output.results) - c.own else "consumer"
-    c.takers = f"no {who} keeps its output{_who(finder, output.uses)}"
+    return c
+
+
+def _account(c: Candidate, finder: Finder, output: _Output, linears: dict[str, set[int]] | None) -> None:
+    """What a norm keeps, now and then, and others no more; linear layers, where these have to be told what it keeps."""
+    assert isinstance(c.form, NormForm)
+    ledger, module = finder.ledger, finder.modules[c.name]
+    c.own = ledger.within(call.saved for call in output.calls)
     # One float a row less, the mean, is no reason.
     c.least = sum(s.nbytes for s in ledger.storages(c.own)) // 4
-    c.added = output.added(form, None if form.gamma is None else getattr(finder.modules[name], form.gamma))
-    return c
+    c.added = output.added(c.form, None if c.form.gamma is None else getattr(module, c.form.gamma))
+    kept = ledger.of(output.results | output.casts) - c.own
+    others = "consumer"
+    if linears is None:
+        c.others = c.sharing = kept
+    else:
+        c.others = c.sharing = {i for positions in linears.values() for i in positions}
+        # Whoever is no linear layer, or called with something made of the output, keeps what it kept: casts of its own,
+        # or of parts, where the output is not cast as a whole.
+        rest, whole = kept - c.others, output.numel * output.kept_dtype.itemsize
+        if rest:
+            others = "linear layer"
+            output.low_precision &= sum(s.nbytes for s in ledger.storages(rest)) > whole
+        if rest and output.low_precision:
+            c.others = kept
+            c.added += whole
+    c.takers = f"no {others} keeps its output{_who(finder, output.uses)}"
 
 
 def _autocast_dtype() -> torch.dtype | None:
