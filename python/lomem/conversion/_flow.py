@@ -111,21 +111,24 @@ class Call:
 
 @dataclass(eq=False)
 class ActivationCall:
-    """One call of GELU or SiLU that a converted module would replace.
+    """One call of torch's GELU or SiLU.
 
     Attributes:
+        replaced: Whether a converted module would replace it.
         module: Name of the innermost module that runs, None outside of all.
         numel: Of the argument.
         ops: Positions of its ops.
         saved: Positions of what autograd saved meanwhile.
     """
 
+    replaced: bool
     module: str | None
     numel: int
     ops: range
     saved: range
 
 
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _CASTS = (Tensor.to, Tensor.type, Tensor.type_as, Tensor.double, Tensor.float, Tensor.bfloat16, Tensor.half)
 
@@ -156,12 +159,14 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, recorder = kwargs or {}, self.flow.recorder
+        if torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
+            return func(*args, **kwargs)  # below autograd: what a recorder calls, not what the model does
         call = as_activation(func, args, kwargs)
         module, op, saved = recorder.module, len(recorder.ops), len(recorder.saved)
         result = func(*args, **kwargs)
         if call is not None:
             ranges = range(op, len(recorder.ops)), range(saved, len(recorder.saved))
-            self.flow.activations.append(ActivationCall(module, call.input.numel(), *ranges))
+            self.flow.activations.append(ActivationCall(call.replaced, module, call.input.numel(), *ranges))
         elif func == _DTYPE or (func in _CASTS and result is args[0] and _names_dtype(func, args, kwargs)):
             # Not the recorder's own way to a storage: it asks for dtypes itself.
             address = _address(args[0])
@@ -178,7 +183,7 @@ class Flow:
     Attributes:
         recorder: Its ops, storages and saved tensors.
         calls: Of the modules that were watched.
-        activations: Calls of GELU and SiLU that a converted module would replace; none of runs without gradients.
+        activations: Calls of torch's GELU and SiLU that converted modules see; none of runs without gradients.
         asked: Storages of which a module asked the dtype, or cast them to their own; none of runs without gradients.
         escaped: Storages that outlive the run: in its output, or stashed somewhere.
     """

@@ -80,16 +80,17 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Activation(NamedTuple):
-    """A call of torch's GELU or SiLU that has a gradient."""
+    """A call of torch's GELU or SiLU."""
 
     kind: str
     input: Tensor
     approximate: str
     inplace: bool
+    replaced: bool  # by a converted module
 
 
 def as_activation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activation | None:
-    """A call that is seen in a mode, or None where it is another, or one that stays torch's."""
+    """A call that is seen in a mode, or None where it is one of another function, or wrong."""
     gelu, silu = func in _GELU or func in _GELU_IN_PLACE, func in _SILU or func in _SILU_IN_PLACE
     if not (gelu or silu):
         return None
@@ -101,9 +102,10 @@ def as_activation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if len(args) > 1 and func is F.silu:
         inplace = args[1]
     # What is left is `out`, which has no gradient, or an error, which is torch's to raise.
-    if options or len(args) > 1 + (func is F.silu) or not isinstance(x, Tensor) or not _can_be_replaced(x):
+    wrong = options or len(args) > 1 + (func is F.silu) or approximate not in ("none", "tanh")
+    if wrong or not isinstance(x, Tensor):
         return None
-    return Activation("gelu" if gelu else "silu", x, approximate, bool(inplace))
+    return Activation("gelu" if gelu else "silu", x, approximate, bool(inplace), _can_be_replaced(x))
 
 
 def _can_be_replaced(x: Tensor) -> bool:
@@ -125,7 +127,7 @@ class _Redirect(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         call = as_activation(func, args, kwargs)
-        if call is None:
+        if call is None or not call.replaced:
             return func(*args, **kwargs)
         x = call.input
         result = _gelu(x, call.approximate, bits=self.bits) if call.kind == "gelu" else _silu(x, bits=self.bits)

@@ -140,13 +140,15 @@ def settle(found: list[Candidate], finder: Finder, excluded: Callable[[str], boo
     items = [(storage.nbytes, positions) for storage, positions in finder.ledger.positions.items()]
     picked = choose(options, items)
     chosen = [candidates[i] for i in sorted(picked)]
-    for c, option, gain in zip(candidates, options, shares(options, items, picked), strict=True):
+    for i, (c, gain) in enumerate(zip(candidates, shares(options, items, picked), strict=True)):
         c.gain = gain
         if c not in chosen:
-            inside = next((candidates[i].name for i in option.needs if i not in picked), None)
+            inside = next((candidates[j].name for j in sorted(options[i].needs) if j not in picked), None)
             c.leave(_no_gain(c, chosen, finder) if inside is None else f"{inside} inside it is left")
         elif (alone := _alone(c, chosen)) is not None:
             c.reason = f"it keeps less than before, though {alone}"
+        elif gain <= 0 and (around := [d.name for d, o in zip(candidates, options, strict=True) if i in o.needs]):
+            c.reason = f"calls in {_some(around)} are not replaced without those in it"
 
 
 def _left_inside(c: Candidate, found: list[Candidate], finder: Finder, excluded: Callable[[str], bool]) -> str | None:
@@ -268,7 +270,7 @@ class Finder:
         self.modules = dict(model.named_modules())
         self.flows = flows
         self.ledger = Ledger(flows[0])
-        self.reached = {call.module or "" for call in flows[0].activations}
+        self.reached = {call.module or "" for call in flows[0].activations if call.replaced}
         ops = [op for flow in flows for op in flow.recorder.ops if op.module is not None]
         self.callers = {op.module or "" for op in ops if op.func._overloadpacket in CALLS}
         names = {call.name for flow in flows for call in flow.calls} | {op.module or "" for op in ops}
@@ -503,7 +505,7 @@ def _plan_calls(finder: Finder, name: str, functions: str, bits: int) -> Candida
     verb = "are" if " and " in functions else "is"
     c = Candidate(name, "call", functions, f"{bits}bit", f"{functions} {verb} replaced while its forward runs")
     c.changes[name] = (StepCalls, {"lomem_bits": bits})
-    calls = [call for call in finder.flows[0].activations if call.module == name]
+    calls = [call for call in finder.flows[0].activations if call.module == name and call.replaced]
     c.own = finder.ledger.within(call.saved for call in calls)
     c.added = sum(_packed_bytes(call.numel, bits) for call in calls)
     problem = ways_of_its_own(finder.modules[name])
@@ -515,10 +517,13 @@ def _plan_calls(finder: Finder, name: str, functions: str, bits: int) -> Candida
 
 
 def _why_no_calls(finder: Finder, name: str) -> str:
-    # What an op saves of its inputs is saved right before it, the last after others.
     flow = finder.flows[0]
-    last = {saved.op: saved.storage for saved in flow.recorder.saved}
-    for i, op in enumerate(flow.recorder.ops):
-        if op.module == name and op.func._overloadpacket in CALLS and last.get(i) in op.inputs:
-            return "its calls do not go through torch's Python functions, where they could be replaced"
+    seen = [call for call in flow.activations if call.module == name]
+    ops = {i for call in seen for i in call.ops}
+    hidden = any(
+        op.module == name and op.func._overloadpacket in CALLS and i not in ops
+        for i, op in enumerate(flow.recorder.ops)
+    )
+    if hidden or any(call.saved for call in seen):
+        return "its calls are made in a way in which they cannot be replaced"
     return "it needs no gradient: it keeps nothing"
