@@ -520,10 +520,7 @@ def _why_no_calls(finder: Finder, name: str) -> str:
     flow = finder.flows[0]
     seen = [call for call in flow.activations if call.module == name]
     ops = {i for call in seen for i in call.ops}
-    hidden = any(
-        op.module == name and op.func._overloadpacket in CALLS and i not in ops
-        for i, op in enumerate(flow.recorder.ops)
-    )
-    if hidden or any(call.saved for call in seen):
+    mine = {i for i, op in enumerate(flow.recorder.ops) if op.module == name and op.func._overloadpacket in CALLS}
+    if mine - ops or any(call.saved for call in seen):
         return "its calls are made in a way in which they cannot be replaced"
     return "it needs no gradient: it keeps nothing"
