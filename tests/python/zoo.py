@@ -193,6 +193,60 @@ ZOO = {
         4,
         12,
     ),
+    # Convolutions, each with a norm and a GELU behind it: either alone lets something go, and the norms let go more.
+    "wav2vec2": Entry(
+        lambda: tf.Wav2Vec2ForSequenceClassification(
+            tf.Wav2Vec2Config(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=64,
+                conv_dim=[32] * 3,
+                conv_stride=[5, 2, 2],
+                conv_kernel=[10, 3, 3],
+                num_conv_pos_embeddings=16,
+                num_conv_pos_embedding_groups=2,
+                feat_extract_norm="layer",
+                do_stable_layer_norm=True,
+                classifier_proj_size=16,
+                layerdrop=0.0,
+                apply_spec_augment=False,
+            )
+        ),
+        lambda: {"input_values": pictures(400), "labels": torch.tensor([0, 1])},
+        0,
+        0,
+    ),
+    # The mixers have modules that never run, and call F.silu themselves.
+    "mamba": Entry(
+        lambda: tf.MambaForCausalLM(
+            tf.MambaConfig(
+                vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0, use_cache=False
+            )
+        ),
+        language,
+        2,
+        3,
+    ),
+    # Two norms of one input, and a third one.
+    "falcon": Entry(
+        lambda: tf.FalconForCausalLM(
+            tf.FalconConfig(
+                vocab_size=99,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_kv_heads=2,
+                new_decoder_architecture=True,
+                ffn_hidden_size=64,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
+        ),
+        language,
+        2,
+        5,
+    ),
     "convnext": Entry(
         lambda: tf.ConvNextForImageClassification(
             tf.ConvNextConfig(hidden_sizes=[16, 32], depths=[2, 2], num_stages=2, patch_size=4, image_size=32)

@@ -237,6 +237,8 @@ def _decision(model: nn.Module, c: Candidate) -> Decision:
 
 #: Parts of class names of modules that are meant to be norms: those that are none of ours get a verdict too.
 _NORM_NAMES = ("norm", "layer_norm", "ln_")
+#: Those that are called so and are something else.
+_OTHER_NORMS = (nn.modules.batchnorm._NormBase, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -284,6 +286,42 @@ def _initialize(model: nn.Module, inputs: Inputs) -> None:
             inputs.call(model)
 
 
+def _recognize(leaves: dict[str, nn.Module], flows: list[Flow]) -> dict[str, ActivationForm | NormForm | NotRecognized]:
+    """What is an activation, a norm, or near enough to deserve a verdict."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for call in (call for flow in flows for call in flow.calls if call.shapes):
+        shapes.setdefault(call.name, set()).add(call.shapes[0])
+    # Models have many modules of a kind.
+    known: dict[Hashable, Any] = {}
+
+    def once(recognize: Callable[..., Any], module: nn.Module, *arguments: Any) -> Any:
+        key = recognize, signature(module), arguments
+        if key not in known:
+            known[key] = recognize(module, *arguments)
+        return known[key]
+
+    result: dict[str, ActivationForm | NormForm | NotRecognized] = {}
+    for name, module in leaves.items():
+        activation = once(recognize_activation, module)
+        if isinstance(activation, ActivationForm) or activation.near:
+            result[name] = activation
+            continue
+        named = _is_named_norm(module)
+        if not named and next(module.parameters(), next(module.buffers(), None)) is None:
+            continue  # a dropout and the like
+        norm = once(recognize_norm, module, tuple(sorted(shapes.get(name, ()))))
+        if isinstance(norm, NormForm) or norm.near or named:
+            result[name] = norm
+    return result
+
+
+def _is_named_norm(module: nn.Module) -> bool:
+    """Whether its name promises a norm over the last dimensions or channels."""
+    if isinstance(module, _OTHER_NORMS) or type(module).__module__.startswith("torch.nn.utils."):
+        return False
+    return any(part in type(module).__name__.lower() for part in _NORM_NAMES)
+
+
 def _candidates(
     model: nn.Module, inputs: Inputs | None, activations: str, norms: str, patterns: list[str]
 ) -> tuple[list[Candidate], Flow | None]:
@@ -295,37 +333,22 @@ def _candidates(
     flows = []
     if inputs is not None:
         flows = _flows(model, inputs, watched)
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    for call in (call for flow in flows for call in flow.calls if call.shapes):
-        shapes.setdefault(call.name, []).append(call.shapes[0])
-    # Models have many modules of a kind.
-    known: dict[Hashable, ActivationForm | NormForm | NotRecognized] = {}
-
-    def once(recognize: Callable[..., Any], module: nn.Module, *arguments: Any) -> Any:
-        key = recognize, signature(module), arguments
-        if key not in known:
-            known[key] = recognize(module, *arguments)
-        return known[key]
-
-    tried = {name: once(recognize_activation, m) for name, m in leaves.items()}
-    forms = {name: form for name, form in tried.items() if isinstance(form, ActivationForm)}
-    finder = Finder(model, flows, forms.keys()) if flows else None
+    finder = Finder(model, flows) if flows else None
     bits = _BITS.get(activations, 2)
-    found = [_activation_candidate(name, leaves[name], form, finder, bits) for name, form in forms.items()]
-    for name in leaves.keys() - forms.keys():
-        module = leaves[name]
-        named = any(part in type(module).__name__.lower() for part in _NORM_NAMES)
-        if not named and next(module.parameters(), next(module.buffers(), None)) is None:
-            continue  # a dropout and the like
-        norm = once(recognize_norm, module, tuple(sorted(set(shapes.get(name, ())))))
-        if isinstance(norm, NormForm):
-            found.append(_norm_candidate(name, module, norm, finder))
-        elif named or norm.near:
-            c = Candidate(name, "norm", "another norm")
-            c.leave(norm.reason)
+    found = []
+    recognized = _recognize(leaves, flows)
+    for name, what in recognized.items():
+        if isinstance(what, ActivationForm):
+            found.append(_activation_candidate(name, leaves[name], what, finder, bits))
+        elif isinstance(what, NormForm):
+            found.append(_norm_candidate(name, leaves[name], what, finder))
+        else:
+            c = Candidate(name, what.kind, f"another {what.kind}")
+            c.leave(what.reason)
             found.append(c)
     if finder is not None:
-        found += plan_calls(finder, forms.__contains__, bits)
+        activation_modules = {name for name, what in recognized.items() if isinstance(what, ActivationForm)}
+        found += plan_calls(finder, activation_modules.__contains__, bits)
     if flows and flows[0].differentiates:
         for c in found:
             c.leave("the model takes gradients in its forward pass, and they are part of its result")
@@ -334,20 +357,9 @@ def _candidates(
         if c.action != "left" and (wanted == "keep" or excluded(c.name)):
             c.leave(f"{c.kind}s are kept" if wanted == "keep" else "it is excluded")
     if finder is not None:
-        settle([c for c in found if c.action != "left"], finder.ledger)
-        _leave_callers_of_left(found)
-        settle([c for c in found if c.action != "left"], finder.ledger)
+        settle(found, finder, excluded)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(found, key=lambda c: order[c.name]), flows[0] if flows else None
-
-
-def _leave_callers_of_left(found: list[Candidate]) -> None:
-    # While a module's functional calls are replaced, so are those of the modules inside it.
-    for c in found:
-        prefix = f"{c.name}." if c.name else ""
-        inside = [d.name for d in found if d.kind != "norm" and d.action == "left" and d.name.startswith(prefix)]
-        if c.kind == "call" and c.action != "left" and any(name != c.name for name in inside):
-            c.leave(f"{inside[0]} inside it is left")
 
 
 def _activation_candidate(

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .._record import Op, Recorder, Storage, hook_after, hook_before
 from .._state import preserved
+from ._modules import as_activation
 
-__all__ = ["Call", "Flow", "Inputs", "as_inputs", "trace", "untouched"]
+__all__ = ["ActivationCall", "Call", "Flow", "Inputs", "as_inputs", "trace", "untouched"]
 
 _aten = torch.ops.aten
 
@@ -90,6 +92,7 @@ class Call:
         dtype: Of the result.
         numel: Of the result.
         requires_grad: Of the result.
+        saved: Positions of what autograd saved meanwhile, in the recorder's list; hooks of the module left out.
     """
 
     name: str
@@ -103,6 +106,74 @@ class Call:
     dtype: torch.dtype | None = None
     numel: int = 0
     requires_grad: bool = False
+    saved: range = range(0)
+
+
+@dataclass(eq=False)
+class ActivationCall:
+    """One call of torch's GELU or SiLU.
+
+    Attributes:
+        replaced: Whether a converted module would replace it.
+        module: Name of the innermost module that runs, None outside of all.
+        numel: Of the argument.
+        ops: Positions of its ops.
+        saved: Positions of what autograd saved meanwhile.
+    """
+
+    replaced: bool
+    module: str | None
+    numel: int
+    ops: range
+    saved: range
+
+
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+_DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_CASTS = (Tensor.to, Tensor.type, Tensor.type_as, Tensor.double, Tensor.float, Tensor.bfloat16, Tensor.half)
+
+
+def _names_dtype(func: Any, args: Any, kwargs: Any) -> bool:
+    values = (*args[1:], *kwargs.values())
+    return func is not Tensor.to or any(isinstance(value, torch.dtype | Tensor) for value in values)
+
+
+def _address(tensor: Tensor) -> int | None:
+    # Of the storage object, as the recorder has it.
+    if tensor.layout != torch.strided or tensor.is_nested or torch._C._are_functorch_transforms_active():
+        return None
+    return tensor.untyped_storage()._cdata
+
+
+class _Calls(TorchFunctionMode):
+    """Notes calls of functions that cannot be told from ops.
+
+    Attributes:
+        results: Of the modules that are watched, by the addresses of their storages.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+        self.results: dict[int | None, Storage] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, recorder = kwargs or {}, self.flow.recorder
+        if torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
+            return func(*args, **kwargs)  # below autograd: what a recorder calls, not what the model does
+        call = as_activation(func, args, kwargs)
+        module, op, saved = recorder.module, len(recorder.ops), len(recorder.saved)
+        result = func(*args, **kwargs)
+        if call is not None:
+            ranges = range(op, len(recorder.ops)), range(saved, len(recorder.saved))
+            self.flow.activations.append(ActivationCall(call.replaced, module, call.input.numel(), *ranges))
+        elif func == _DTYPE or (func in _CASTS and result is args[0] and _names_dtype(func, args, kwargs)):
+            # Not the recorder's own way to a storage: it asks for dtypes itself.
+            address = _address(args[0])
+            storage = None if address is None else self.results.get(address)
+            if storage is not None:
+                self.flow.asked.add((storage, module))
+        return result
 
 
 @dataclass
@@ -112,11 +183,15 @@ class Flow:
     Attributes:
         recorder: Its ops, storages and saved tensors.
         calls: Of the modules that were watched.
+        activations: Calls of torch's GELU and SiLU that converted modules see; none of runs without gradients.
+        asked: Storages of which a module asked the dtype, or cast them to their own; none of runs without gradients.
         escaped: Storages that outlive the run: in its output, or stashed somewhere.
     """
 
     recorder: Recorder
     calls: list[Call] = field(default_factory=list)
+    activations: list[ActivationCall] = field(default_factory=list)
+    asked: set[tuple[Storage, str | None]] = field(default_factory=set)
     escaped: set[Storage] = field(default_factory=set)
 
     @property
@@ -222,6 +297,7 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
     """
     recorder = Recorder(model)
     flow = Flow(recorder)
+    calls = _Calls(flow)
     # Alive until the run is over: an address, or a storage, belongs to one tensor only.
     kept: list[Any] = []
     open_calls: list[Call] = []
@@ -237,18 +313,22 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
             len(tensors) == len(values) == 1,
         )
         call.input_id = id(values[0]) if values else 0
+        call.saved = range(len(recorder.saved), len(recorder.saved))
         open_calls.append(call)
         flow.calls.append(call)
 
     def leave(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         call = open_calls.pop()
         call.end = len(recorder.ops)
+        call.saved = range(call.saved.start, len(recorder.saved))
         if isinstance(result, Tensor) and result.layout == torch.strided and not result.is_nested:
             kept.append(result)
             records = recorder.records(result)
             call.result = records[0] if len(records) == 1 else None  # several, of a wrapper
             call.dtype, call.numel, call.requires_grad = result.dtype, result.numel(), result.requires_grad
             call.result_id = id(result)
+            if call.result is not None:
+                calls.results[_address(result)] = call.result
 
     handles: list[Any] = []
     modules = dict(model.named_modules())
@@ -258,7 +338,8 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
             handles.append(hook_before(modules[name], before, with_kwargs=True))
             # Before the user's hooks, which may change the result, or return another.
             handles.append(hook_after(modules[name], leave, with_kwargs=True, prepend=True))
-        with untouched(model, training, inputs), torch.set_grad_enabled(grad), recorder, _nothing_between():
+        seen = calls if grad else contextlib.nullcontext()
+        with untouched(model, training, inputs), torch.set_grad_enabled(grad), recorder, _nothing_between(), seen:
             recorder.label((*model.parameters(), *model.buffers()), "parameter")
             recorder.label(inputs.tensors(), "input")
             output = inputs.call(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from ._exchange import Converted
 from ._live import Fixed, fixed, holds
 from ._recognize import ActivationForm, LinearForm, NormForm
 
-__all__ = ["MSNorm", "NormPlan", "SharedInput", "StepActivation", "StepCalls"]
+__all__ = ["MSNorm", "NormPlan", "SharedInput", "StepActivation", "StepCalls", "as_activation"]
 
 _lomem = torch.ops.lomem
 
@@ -97,8 +97,56 @@ class StepActivation(Converted):
         return x.copy_(result) if inplace else result
 
 
+_aten = torch.ops.aten
+_nn = torch._C._nn
+#: Every spelling of them that torch shows to modes.
+_GELU = (F.gelu, _aten.gelu, _aten.gelu.default)
+_GELU_IN_PLACE = (_nn.gelu_, _aten.gelu_, _aten.gelu_.default)  # type: ignore[attr-defined]
+_SILU = (F.silu, _nn.silu, _aten.silu, _aten.silu.default)
+_SILU_IN_PLACE = (_nn.silu_, _aten.silu_, _aten.silu_.default)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Activation(NamedTuple):
+    """A call of torch's GELU or SiLU."""
+
+    kind: str
+    input: Tensor
+    approximate: str
+    inplace: bool
+    replaced: bool  # by a converted module
+
+
+def as_activation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activation | None:
+    """A call that is seen in a mode, or None where it is one of another function, or wrong."""
+    gelu, silu = func in _GELU or func in _GELU_IN_PLACE, func in _SILU or func in _SILU_IN_PLACE
+    if not (gelu or silu):
+        return None
+    options = dict(kwargs)
+    # torch's functions call it input, its ops self.
+    x = args[0] if args else options.pop("input", options.pop("self", None))
+    approximate = options.pop("approximate", "none")
+    inplace = options.pop("inplace", False) or func in _GELU_IN_PLACE or func in _SILU_IN_PLACE
+    if len(args) > 1 and func is F.silu:
+        inplace = args[1]
+    # What is left is `out`, which has no gradient, or an error, which is torch's to raise.
+    wrong = options or len(args) > 1 + (func is F.silu) or approximate not in ("none", "tanh")
+    if wrong or not isinstance(x, Tensor):
+        return None
+    return Activation("gelu" if gelu else "silu", x, approximate, bool(inplace), _can_be_replaced(x))
+
+
+def _can_be_replaced(x: Tensor) -> bool:
+    if not _needs_gradient(x) or x.dtype not in _DTYPES or x.layout != torch.strided or x.is_nested:
+        return False
+    # Which have derivatives of their own.
+    return is_compiling() or not (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 class _Redirect(TorchFunctionMode):
-    """Calls of F.gelu and F.silu become those of lomem."""
+    """Calls of torch's GELU and SiLU become those of lomem."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -106,16 +154,16 @@ class _Redirect(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.gelu and _needs_gradient(args[0] if args else kwargs["input"]):
-            return _gelu(*args, **kwargs, bits=self.bits)
-        if func is F.silu and not (kwargs.get("inplace") or len(args) > 1):
-            x = args[0] if args else kwargs["input"]
-            return _silu(x, bits=self.bits) if _needs_gradient(x) else func(x)
-        return func(*args, **kwargs)
+        call = as_activation(func, args, kwargs)
+        if call is None or not call.replaced:
+            return func(*args, **kwargs)
+        x = call.input
+        result = _gelu(x, call.approximate, bits=self.bits) if call.kind == "gelu" else _silu(x, bits=self.bits)
+        return x.copy_(result) if call.inplace else result
 
 
 class StepCalls(Converted):
-    """A module whose forward calls F.gelu or F.silu."""
+    """A module whose forward calls torch's GELU or SiLU."""
 
     lomem_prefix = "StepCalls"
     lomem_attributes = ("lomem_bits",)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._record import Op, Storage
+from ._choose import Option, choose, shares
 from ._exchange import Converted, unexchangeable
 from ._flow import PRODUCTS, Call, Flow
 from ._modules import MSNorm, NormPlan, SharedInput, StepActivation, StepCalls
@@ -22,8 +23,7 @@ __all__ = ["CONDITIONING", "Candidate", "Finder", "plan_norm"]
 CONDITIONING = 8.0
 
 _aten = torch.ops.aten
-_UNSHARED = "no consumer keeps its output"
-CALLS = {_aten.gelu: "F.gelu", _aten.silu: "F.silu"}
+CALLS = {_aten.gelu: "F.gelu", _aten.gelu_: "F.gelu", _aten.silu: "F.silu", _aten.silu_: "F.silu"}
 
 
 @dataclass(eq=False)
@@ -37,11 +37,13 @@ class Candidate:
         action: What would become of it; "left" where that is decided already.
         reason: For that.
         changes: Mixins and their attributes, by the module's name.
-        keeps: Storages that the original keeps, and another may keep too.
-        replaces: Storages that nobody keeps once it is converted.
-        added: Bytes that it keeps when it is converted.
-        gain: Bytes fewer.
-        least: That it must be more than.
+        own: What it saves, as positions in the ledger.
+        others: What others save, and save no more once it is converted.
+        sharing: Of these, what they save is then what it keeps.
+        takers: That nobody else keeps what it would keep, and why, in a few words.
+        added: Bytes that it keeps once it is converted.
+        gain: Bytes that the model keeps less; of what several let go together, a part.
+        least: That its conversion must bring more than, the others being what they are.
     """
 
     name: str
@@ -50,8 +52,10 @@ class Candidate:
     action: str = "left"
     reason: str = ""
     changes: dict[str, tuple[type[Converted], dict[str, Any]]] = field(default_factory=dict)
-    keeps: set[Storage] = field(default_factory=set)
-    replaces: set[Storage] = field(default_factory=set)
+    own: set[int] = field(default_factory=set)
+    others: set[int] = field(default_factory=set)
+    sharing: set[int] = field(default_factory=set)
+    takers: str = ""
     added: int = 0
     gain: int = 0
     least: int = 0
@@ -59,6 +63,14 @@ class Candidate:
     def leave(self, reason: str) -> None:
         """Decides against it."""
         self.action, self.reason, self.changes, self.gain = "left", reason, {}, 0
+
+    def drops(self, position: int) -> bool:
+        """Whether something is saved no more once it is converted."""
+        return position in self.own or position in self.others
+
+    def contains(self, name: str) -> bool:
+        """Whether a module is inside of it."""
+        return name != self.name and (not self.name or name.startswith(f"{self.name}."))
 
 
 def _is_weight(storage: Storage) -> bool:
@@ -68,66 +80,139 @@ def _is_weight(storage: Storage) -> bool:
 
 
 class Ledger:
-    """Who keeps what, in one run.
+    """What was saved in one run: parameters, inputs and copies of weights left out.
 
     Args:
         flow: The run.
-        activations: Names of modules whose calls of functions are their own affair.
+
+    Attributes:
+        saved: By position in the recorder's list.
+        positions: Of each storage; it is kept as long as it is saved at one of them.
     """
 
-    def __init__(self, flow: Flow, activations: Collection[str] = ()) -> None:
-        self.owners: dict[Storage, set[tuple[str, str]]] = {}
-        ops = [(i, op) for i, op in enumerate(flow.recorder.ops) if op.module not in activations]
-        calls = {(i, op.module): "call" for i, op in ops if op.func._overloadpacket in CALLS}
-        for saved in flow.recorder.saved:
-            if saved.storage.label is None and not _is_weight(saved.storage):
-                # gelu and silu save their input: before the op.
-                owner = (saved.module or "", calls.get((saved.op, saved.module), "module"))
-                self.owners.setdefault(saved.storage, set()).add(owner)
+    def __init__(self, flow: Flow) -> None:
+        everything = enumerate(flow.recorder.saved)
+        self.saved = {i: s for i, s in everything if s.storage.label is None and not _is_weight(s.storage)}
+        self.positions: dict[Storage, list[int]] = {}
+        for i, saved in self.saved.items():
+            self.positions.setdefault(saved.storage, []).append(i)
 
     @property
     def nbytes(self) -> int:
-        """Of all that is kept, parameters, inputs and copies of weights left out."""
-        return sum(storage.nbytes for storage in self.owners)
+        """Of all that is kept."""
+        return sum(storage.nbytes for storage in self.positions)
 
-    def kept_by(self, name: str, kind: str = "module") -> set[Storage]:
-        """The storages that a module keeps, or the functional calls in it."""
-        return {storage for storage, owners in self.owners.items() if (name, kind) in owners}
+    def within(self, ranges: Iterable[range]) -> set[int]:
+        """Positions in some ranges."""
+        return {i for positions in ranges for i in positions if i in self.saved}
 
-    def kept_by_others(self, storage: Storage, name: str) -> bool:
-        """Whether anyone but a module keeps a storage."""
-        return any(owner != name for owner, _ in self.owners.get(storage, ()))
+    def of(self, storages: Iterable[Storage]) -> set[int]:
+        """Positions of some storages."""
+        return {i for storage in storages for i in self.positions.get(storage, ())}
+
+    def storages(self, positions: Iterable[int]) -> set[Storage]:
+        """Storages at some positions."""
+        return {self.saved[i].storage for i in positions}
 
 
-def settle(candidates: list[Candidate], ledger: Ledger) -> None:
-    """Leaves the candidates whose conversion would keep no less, the others being converted.
+#: Of conversions that bring the same, the exact ones are preferred, and of these the simplest.
+_RANKS = {"inverted": 0, "two outputs": 1, "normalized": 2}
 
-    Storages may be shared: of two norms of one input, either alone gains nothing by being converted.
+
+def settle(found: list[Candidate], finder: Finder, excluded: Callable[[str], bool]) -> None:
+    """Chooses the conversions with which the fewest bytes are kept, and leaves the others.
+
+    What one brings depends on the others: of two norms of one input, either alone brings nothing, and an activation
+    behind a norm that keeps its output brings nothing either.
+
+    Args:
+        found: All candidates.
+        finder: The runs.
+        excluded: Whether the user wants a module left.
     """
+    order = {name: i for i, name in enumerate(finder.modules)}
+    for c in found:
+        inside = _left_inside(c, found, finder, excluded) if c.kind == "call" and c.action != "left" else None
+        if inside is not None:
+            c.leave(f"{inside} inside it is left")
+    candidates = sorted((c for c in found if c.action != "left"), key=lambda c: (order[c.name], c.kind))
+    options = [_option(c, candidates, finder) for c in candidates]
+    items = [(storage.nbytes, positions) for storage, positions in finder.ledger.positions.items()]
+    picked = choose(options, items)
+    chosen = [candidates[i] for i in sorted(picked)]
+    for i, (c, gain) in enumerate(zip(candidates, shares(options, items, picked), strict=True)):
+        c.gain = gain
+        if c not in chosen:
+            inside = next((candidates[j].name for j in sorted(options[i].needs) if j not in picked), None)
+            c.leave(_no_gain(c, chosen, finder) if inside is None else f"{inside} inside it is left")
+        elif (alone := _alone(c, chosen)) is not None:
+            c.reason = f"it keeps less than before, though {alone}"
+        elif gain <= 0 and (around := [d.name for d, o in zip(candidates, options, strict=True) if i in o.needs]):
+            c.reason = f"calls in {_some(around)} are not replaced without those in it"
 
-    def owner(c: Candidate) -> tuple[str, str]:
-        return c.name, "call" if c.kind == "call" else "module"
 
-    while True:
-        chosen = [c for c in candidates if c.action != "left"]
-        owners = {owner(c) for c in chosen}
-        for c in chosen:
-            gone = {s for s in c.keeps if ledger.owners[s] <= owners} | {s for s in c.replaces if s in ledger.owners}
-            c.gain = sum(s.nbytes for s in gone) - c.added
-        worst = min(chosen, key=lambda c: c.gain - c.least, default=None)
-        if worst is None or worst.gain > worst.least:
-            break
-        worst.leave(worst.reason if worst.reason.startswith(_UNSHARED) else _no_gain(worst, ledger))
-    for c in chosen:
-        if c.reason.startswith(_UNSHARED):
-            c.reason = f"it keeps less than before, though {c.reason}"
+def _left_inside(c: Candidate, found: list[Candidate], finder: Finder, excluded: Callable[[str], bool]) -> str | None:
+    """A module which is left, and would be converted with the one around it: that has the calls in both replaced."""
+    for d in found:
+        if d.kind != "norm" and d.action == "left" and c.contains(d.name):
+            unknown = d.name in finder.callers or d.name not in finder.ran
+            if d.name in finder.reached or (excluded(d.name) and unknown):
+                return d.name
+    known = {d.name for d in found}
+    for name, module in finder.modules.items():
+        own = next(module.children(), None) is not None or not type(module).__module__.startswith("torch.nn.")
+        if own and c.contains(name) and name not in finder.ran | known and excluded(name):
+            return name
+    return None
 
 
-def _no_gain(c: Candidate, ledger: Ledger) -> str:
-    if not c.keeps:
+def _option(c: Candidate, candidates: list[Candidate], finder: Finder) -> Option:
+    rank = 3 * len(candidates) if c.kind != "norm" else _RANKS[c.action]
+    reached = [i for i, d in enumerate(candidates) if d.kind != "norm" and d.name in finder.reached]
+    needs = frozenset(i for i in reached if c.kind == "call" and c.contains(candidates[i].name))
+    return Option(frozenset(c.own | c.others), c.added, c.least, rank, needs)
+
+
+def _alone(c: Candidate, chosen: list[Candidate]) -> str | None:
+    """Why nobody else keeps what a norm keeps, the others being converted; None where somebody does."""
+    if c.kind != "norm":
+        return None
+    who = {i: [d.name for d in chosen if d is not c and d.drops(i)] for i in c.sharing}
+    if not all(who.values()):
+        return None
+    names = {name for converted in who.values() for name in converted}
+    return f"{_some(names)} {'keep' if len(names) > 1 else 'keeps'} its output no more" if names else c.takers
+
+
+def _no_gain(c: Candidate, chosen: list[Candidate], finder: Finder) -> str:
+    """Why a candidate brings too little, the others being converted."""
+    ledger = finder.ledger
+    if not c.own:
         return "it keeps nothing"
-    others = {name for s in c.keeps for name, _ in ledger.owners[s] if name != c.name}
-    return f"its input is kept by {_some(others)} too" if others else "it would keep hardly less"
+    alone = _alone(c, chosen)
+    if alone is not None:
+        return alone
+    kept, others = set(), set()
+    for i in ledger.of(ledger.storages(c.own)) - c.own:
+        if not any(d.drops(i) for d in chosen):
+            kept.add(ledger.saved[i].storage)
+            others.add(ledger.saved[i].module or "")
+    for d in chosen:
+        # What such a norm keeps is the same tensor.
+        if d.kind == "norm" and (mine := c.own & d.sharing):
+            kept |= ledger.storages(mine)
+            others.add(d.name)
+    if not others:
+        return "it would keep hardly less"
+    return f"{_what(c, kept, finder)} is kept by {_some(others)} too"
+
+
+def _what(c: Candidate, storages: set[Storage], finder: Finder) -> str:
+    calls = finder.flows[0].calls_of(c.name)
+    if storages <= {call.result for call in calls}:
+        return "its output"
+    inside = any(call.start <= storage.born < call.end for call in calls for storage in storages)
+    return "part of what it keeps" if inside else "its input"
 
 
 def _some(names: Iterable[str]) -> str:
@@ -172,13 +257,24 @@ class Finder:
     Args:
         model: The model.
         flows: Its runs, the first of them in training mode with gradients.
-        activations: Names of the modules that are activations.
+
+    Attributes:
+        modules: By name.
+        ledger: Of the first run.
+        reached: Names of modules in which GELU or SiLU is called, in the first run and with a gradient.
+        callers: The same in any run, with or without.
+        ran: Names of modules that ran, or modules in them.
     """
 
-    def __init__(self, model: nn.Module, flows: list[Flow], activations: Collection[str]) -> None:
+    def __init__(self, model: nn.Module, flows: list[Flow]) -> None:
         self.modules = dict(model.named_modules())
         self.flows = flows
-        self.ledger = Ledger(flows[0], activations)
+        self.ledger = Ledger(flows[0])
+        self.reached = {call.module or "" for call in flows[0].activations if call.replaced}
+        ops = [op for flow in flows for op in flow.recorder.ops if op.module is not None]
+        self.callers = {op.module or "" for op in ops if op.func._overloadpacket in CALLS}
+        names = {call.name for flow in flows for call in flow.calls} | {op.module or "" for op in ops}
+        self.ran = {".".join(path.split(".")[:n]) for path in names for n in range(path.count(".") + 2)}
         self._linear: dict[str, LinearForm | None] = {}
 
     def linear(self, name: str) -> LinearForm | None:
@@ -249,15 +345,26 @@ class _Output:
                 low = all(
                     _takes_low_precision(op, alias) and (not narrower or alias.dtype == autocast) for op, alias in uses
                 )
-                self.low_precision &= low and bool(uses) and call.result not in flow.escaped
+                # Who asks for the dtype may cast a narrower one back, and keep a cast of that.
+                asked = narrower and any(s is call.result and n != name for s, n in flow.asked)
+                self.low_precision &= low and bool(uses) and call.result not in flow.escaped and not asked
         casts = {s for call in self.calls for s in first.casts(_result(call), call.end) if s.dtype == autocast}
-        self.casts = {s for s in casts if s in finder.ledger.owners}
+        self.casts = {s for s in casts if s in finder.ledger.positions}
         self.results = {_result(call) for call in self.calls}
 
     @property
     def numel(self) -> int:
-        """Of all calls."""
-        return sum(call.numel for call in self.calls)
+        """Of the calls that have a gradient."""
+        return sum(call.numel for call in self.calls if call.requires_grad)
+
+    def added(self, form: NormForm, weight: Tensor | None) -> int:
+        """Bytes that the norm keeps once it is converted: its output or what takes the place, rstd, and 1 + weight."""
+        calls = sum(call.requires_grad for call in self.calls)
+        rstd = 8 if self.dtype == torch.float64 else 4
+        size = self.numel * self.kept_dtype.itemsize + self.numel // torch.Size(form.shape).numel() * rstd
+        if weight is not None and form.one_plus:
+            size += calls * weight.numel() * (8 if weight.dtype == torch.float64 else 4)
+        return size
 
 
 def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
@@ -269,7 +376,7 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
         return c
     output = _Output(finder, name)
     narrower = output.kept_dtype != output.dtype
-    linears = _linears_behind(finder, name)
+    linears = _linears_behind(finder, name, output)
     problem = badly_conditioned(finder.modules[name], form, output.kept_dtype)
     if problem is not None and (len(form.shape) != 1 or not (linears or narrower)):
         c.leave(f"{problem}, and no linear layer takes its output as it is")
@@ -282,9 +389,7 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
         c.reason = f"linear layers keep a {str(output.kept_dtype)[6:]} copy, others take the full precision"
     else:
         c.action, c.reason = "inverted", "its consumers keep its output"
-    kept = output.results | output.casts
-    if not any(finder.ledger.kept_by_others(storage, name) for storage in kept):
-        c.reason = f"{_UNSHARED}{_who(finder, output.uses)}"
+    _account(c, finder, output, linears if shared else None)
     takers = _takers(finder, name, linears) if shared else 0
     plan = NormPlan(form, problem is None, output.low_precision, shared, takers)
     c.changes[name] = (MSNorm, MSNorm.attributes(finder.modules[name], plan))
@@ -292,15 +397,33 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
         linear_form = finder.linear(linear)
         assert linear_form is not None
         c.changes[linear] = (SharedInput, SharedInput.attributes(finder.modules[linear], linear_form))
-    c.keeps = finder.ledger.kept_by(name)
-    # One float a row less, the mean, is no reason.
-    c.least = sum(s.nbytes for s in c.keeps) // 4
-    rstd = 8 if output.dtype == torch.float64 else 4
-    c.added = output.numel * output.kept_dtype.itemsize + output.numel // torch.Size(form.shape).numel() * rstd
-    # Whoever is no linear layer, or called with something made of the output, keeps what it kept.
-    behind = {s for linear in linears for s in finder.ledger.kept_by(linear)}
-    c.replaces = kept & behind if shared else kept if output.low_precision else output.results
     return c
+
+
+def _account(c: Candidate, finder: Finder, output: _Output, linears: dict[str, set[int]] | None) -> None:
+    """What a norm keeps, now and then, and others no more; linear layers, where these have to be told what it keeps."""
+    assert isinstance(c.form, NormForm)
+    ledger, module = finder.ledger, finder.modules[c.name]
+    c.own = ledger.within(call.saved for call in output.calls)
+    # One float a row less, the mean, is no reason.
+    c.least = sum(s.nbytes for s in ledger.storages(c.own)) // 4
+    c.added = output.added(c.form, None if c.form.gamma is None else getattr(module, c.form.gamma))
+    kept = ledger.of(output.results | output.casts) - c.own
+    others = "consumer"
+    if linears is None:
+        c.others = c.sharing = kept
+    else:
+        c.others = c.sharing = {i for positions in linears.values() for i in positions}
+        # Whoever is no linear layer, or called with something made of the output, keeps what it kept: casts of its own,
+        # or of parts, where the output is not cast as a whole.
+        rest, whole = kept - c.others, output.numel * output.kept_dtype.itemsize
+        if rest:
+            others = "linear layer"
+            output.low_precision &= sum(s.nbytes for s in ledger.storages(rest)) > whole
+        if rest and output.low_precision:
+            c.others = kept
+            c.added += whole
+    c.takers = f"no {others} keeps its output{_who(finder, output.uses)}"
 
 
 def _autocast_dtype() -> torch.dtype | None:
@@ -329,15 +452,25 @@ def _who(finder: Finder, uses: list[tuple[Op, Storage]]) -> str:
     return ""
 
 
-def _linears_behind(finder: Finder, name: str) -> list[str]:
-    """Linear layers that are called with the very tensor that a norm returned, and keep it, in the first run."""
-    flow = finder.flows[0]
-    ids = {call.result_id for call in flow.calls_of(name)}
-    names = dict.fromkeys(call.name for call in flow.calls if call.input_id in ids and call.name != name)
-    return [n for n in names if finder.linear(n) is not None and finder.ledger.kept_by(n)]
+def _linears_behind(finder: Finder, name: str, output: _Output) -> dict[str, set[int]]:
+    """Linear layers that are called with the very tensor that a norm returned, in the first run, and what they save.
+
+    Of it or a copy in another dtype, that is, and only where the norm keeps all the digits that they compute with.
+    """
+    ids = {call.result_id for call in output.calls}
+    kept, eps = output.results | output.casts, torch.finfo(output.kept_dtype).eps
+    found: dict[str, set[int]] = {}
+    for call in finder.flows[0].calls:
+        if call.input_id not in ids or call.name == name or not call.single or len(call.shapes[0]) < 2:
+            continue
+        saved = {i: finder.ledger.saved[i] for i in finder.ledger.within([call.saved])}
+        mine = {i for i, s in saved.items() if s.storage in kept and torch.finfo(s.dtype).eps >= eps}
+        if mine and finder.linear(call.name) is not None:
+            found[call.name] = found.get(call.name, set()) | mine
+    return found
 
 
-def _takers(finder: Finder, name: str, linears: list[str]) -> int:
+def _takers(finder: Finder, name: str, linears: Collection[str]) -> int:
     """How many calls of linear layers one result of a norm goes to, at most."""
     flow = finder.flows[0]
     ids = [call.result_id for call in flow.calls_of(name)]
@@ -351,15 +484,14 @@ def plan_activation(finder: Finder | None, name: str, module: nn.Module, form: A
     c.changes[name] = (StepActivation, StepActivation.attributes(module, form, bits))
     if finder is None:
         return c
-    calls = finder.flows[0].calls_of(name)
-    if not calls:
+    calls = [call for call in finder.flows[0].calls_of(name) if call.requires_grad and call.single]
+    if not finder.flows[0].calls_of(name):
         c.leave("it did not run on the example inputs")
         return c
-    if not any(call.requires_grad for call in calls):
+    if not calls:
         c.leave("it needs no gradient: it keeps nothing")
         return c
-    c.keeps = finder.ledger.kept_by(name)
-    # torch's own op keeps its input alone; the parts of a composite may keep its output, which stays where others do.
+    c.own = finder.ledger.within(call.saved for call in calls)
     c.added = sum(_packed_bytes(call.numel, bits) for call in calls)
     return c
 
@@ -370,22 +502,35 @@ def _packed_bytes(numel: int, bits: int) -> int:
 
 def plan_calls(finder: Finder, skip: Callable[[str], bool], bits: int) -> list[Candidate]:
     """What would become of functional calls, outside of activation modules."""
-    found: dict[str, Candidate] = {}
-    for op in finder.flows[0].recorder.ops:
+    flow = finder.flows[0]
+    functions: dict[str, dict[str, None]] = {}
+    for op in flow.recorder.ops:
         function = CALLS.get(op.func._overloadpacket)
-        name = op.module
-        if function is None or name is None or skip(name):
-            continue
-        c = found.get(name)
-        if c is None:
-            c = found[name] = Candidate(
-                name, "call", function, f"{bits}bit", f"{function} is replaced while its forward runs"
-            )
-            c.keeps = finder.ledger.kept_by(name, "call")
-            c.changes[name] = (StepCalls, {"lomem_bits": bits})
-            problem = ways_of_its_own(finder.modules[name])
-            if problem is not None:
-                c.leave(problem)
-        if op.outputs:
-            c.added += _packed_bytes(op.inputs[0].nbytes // op.inputs[0].dtype.itemsize, bits)
-    return list(found.values())
+        if function is not None and op.module is not None and not skip(op.module):
+            functions.setdefault(op.module, {})[function] = None
+    return [_plan_calls(finder, name, " and ".join(names), bits) for name, names in functions.items()]
+
+
+def _plan_calls(finder: Finder, name: str, functions: str, bits: int) -> Candidate:
+    verb = "are" if " and " in functions else "is"
+    c = Candidate(name, "call", functions, f"{bits}bit", f"{functions} {verb} replaced while its forward runs")
+    c.changes[name] = (StepCalls, {"lomem_bits": bits})
+    calls = [call for call in finder.flows[0].activations if call.module == name and call.replaced]
+    c.own = finder.ledger.within(call.saved for call in calls)
+    c.added = sum(_packed_bytes(call.numel, bits) for call in calls)
+    problem = ways_of_its_own(finder.modules[name])
+    if problem is not None:
+        c.leave(problem)
+    elif not calls:
+        c.leave(_why_no_calls(finder, name))
+    return c
+
+
+def _why_no_calls(finder: Finder, name: str) -> str:
+    flow = finder.flows[0]
+    seen = [call for call in flow.activations if call.module == name]
+    ops = {i for call in seen for i in call.ops}
+    mine = {i for i, op in enumerate(flow.recorder.ops) if op.module == name and op.func._overloadpacket in CALLS}
+    if mine - ops or any(call.saved for call in seen):
+        return "its calls are made in a way in which they cannot be replaced"
+    return "it needs no gradient: it keeps nothing"
