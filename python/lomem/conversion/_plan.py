@@ -209,6 +209,8 @@ def _no_gain(c: Candidate, chosen: list[Candidate], finder: Finder) -> str:
 
 def _what(c: Candidate, storages: set[Storage], finder: Finder) -> str:
     calls = finder.flows[0].calls_of(c.name)
+    if c.kind == "call":
+        return "its input"
     if storages <= {call.result for call in calls}:
         return "its output"
     inside = any(call.start <= storage.born < call.end for call in calls for storage in storages)
