@@ -139,7 +139,7 @@ ZOO = {
         4,
         6,
     ),
-    # Of the text model's last norm, one row a sequence is taken. The vision model's first block has a norm whose input is
+    # Of the text model's last norm, one row a sequence is taken. The vision model's first block begins with a norm of
     # another norm's output, which that one keeps.
     "clip": Entry(
         lambda: tf.CLIPModel(
