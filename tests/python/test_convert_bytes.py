@@ -234,7 +234,7 @@ def test_no_conversion_could_be_left_out(name, dtype):
             convert(other, x)
             module = other.get_submodule(undone)
             lomem.restore(module)
-            assert kept(other, x) > after or not changed
+            assert kept(other, x) > after
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

@@ -131,11 +131,12 @@ def settle(found: list[Candidate], finder: Finder, excluded: Callable[[str], boo
         excluded: Whether the user wants a module left.
     """
     order = {name: i for i, name in enumerate(finder.modules)}
+    found = sorted(found, key=lambda c: (order[c.name], c.kind))
     for c in found:
         inside = _left_inside(c, found, finder, excluded) if c.kind == "call" and c.action != "left" else None
         if inside is not None:
             c.leave(f"{inside} inside it is left")
-    candidates = sorted((c for c in found if c.action != "left"), key=lambda c: (order[c.name], c.kind))
+    candidates = [c for c in found if c.action != "left"]
     options = [_option(c, candidates, finder) for c in candidates]
     items = [(storage.nbytes, positions) for storage, positions in finder.ledger.positions.items()]
     picked = choose(options, items)
