@@ -75,6 +75,10 @@ def norm():
     return nn.LayerNorm(D)
 
 
+def mlp():
+    return linear(), nn.GELU(), linear()
+
+
 def stem():
     return nn.Sequential(
         nn.Conv2d(3, D, 2, 2), ChannelsFirst(D), nn.GELU(), nn.Conv2d(D, D, 2, 2), ChannelsFirst(D), nn.Conv2d(D, 4, 1)
@@ -172,7 +176,8 @@ def kept(model, x):
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in mine and tensor.shape not in weights and tensor.T.shape not in weights:
+        weight = tensor.is_floating_point() and {tensor.shape, tensor.shape[::-1]} & weights
+        if storage.data_ptr() not in mine and not weight:
             storages[storage.data_ptr()] = storage  # alive: its address is nobody else's
         return tensor
 
@@ -183,7 +188,6 @@ def kept(model, x):
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.filterwarnings("ignore:The use of `x.T`")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ill", [False, True], ids=["well", "ill"])
@@ -203,13 +207,13 @@ def test_rows_sum_to_what_the_converted_model_keeps_less(name, dtype, ill):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_other_choice_keeps_fewer_bytes(name, dtype):
-    # Of all that may be excluded; of many candidates, up to two of them.
+    # Of few candidates any are excluded, of many each one.
     model, x, autocast = build(name, dtype)
     with autocast:
         report = convert(model, x)
         after = report.saved_before - sum(d.saved_bytes for d in report.decisions)
         names = [d.name for d in report.decisions]
-        for count in range(1, 1 + (len(names) if len(names) < 5 else 2)):
+        for count in range(1, 1 + (len(names) if len(names) < 5 else 1)):
             for excluded in itertools.combinations(names, count):
                 other, _, _ = build(name, dtype)
                 rest = convert(other, x, exclude=excluded, dry_run=True)
@@ -230,7 +234,7 @@ def test_no_conversion_could_be_left_out(name, dtype):
             convert(other, x)
             module = other.get_submodule(undone)
             lomem.restore(module)
-            assert kept(other, x) > after or not changed
+            assert kept(other, x) > after
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import lomem
 import peft
 import torch
 import transformers as tf
@@ -56,12 +57,14 @@ class Entry(NamedTuple):
         batch: Makes what it is called with.
         activations: How many activations and calls are to be converted, in float32.
         norms: How many norms.
+        behind: How many more activations, where the norms before them are left.
     """
 
     model: Callable[[], nn.Module]
     batch: Callable[[], dict[str, Any]]
     activations: int
     norms: int
+    behind: int = 0
 
 
 ZOO = {
@@ -136,7 +139,8 @@ ZOO = {
         4,
         6,
     ),
-    # Of the text model's last norm, one row a sequence is taken.
+    # Of the text model's last norm, one row a sequence is taken. The vision model's first block begins with a norm of
+    # another norm's output, which that one keeps.
     "clip": Entry(
         lambda: tf.CLIPModel(
             tf.CLIPConfig(
@@ -147,7 +151,7 @@ ZOO = {
         ),
         lambda: {"input_ids": tokens(), "pixel_values": pictures(3, 32, 32), "return_loss": True},
         4,
-        10,
+        9,
     ),
     # The encoder calls F.gelu twice.
     "whisper": Entry(
@@ -214,8 +218,9 @@ ZOO = {
             )
         ),
         lambda: {"input_values": pictures(400), "labels": torch.tensor([0, 1])},
-        0,
-        0,
+        3,
+        9,
+        3,
     ),
     # The mixers have modules that never run, and call F.silu themselves.
     "mamba": Entry(
@@ -272,6 +277,28 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dic
         for key, value in ZOO[name].batch().items()
     }
     return model.to(dtype), batch
+
+
+#: Of weights and inputs; None for float32 under bfloat16 autocast.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": None}
+
+
+def converted(name: str, dtype: str, **options: Any) -> tuple[nn.Module, dict[str, Any], lomem.conversion.Report]:
+    """A model, converted but for what cannot be, its batch, and the report."""
+    model, batch = build(name, DTYPES[dtype] or torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        try:
+            return model, batch, lomem.convert(model, batch, check=False, **options)
+        except lomem.conversion.NothingToConvertError:
+            return model, batch, lomem.convert(model, batch, dry_run=True, **options)
+
+
+def conversion(report: lomem.conversion.Report) -> dict[str, int]:
+    """What tools/zoo_conversions.py writes of a model: bytes, and numbers of decisions."""
+    actions = sorted(f"{d.kind} {d.action}" for d in report.decisions)
+    before = report.saved_before or 0
+    after = before if report.saved_after is None else report.saved_after
+    return {"before": before, "after": after} | {action: actions.count(action) for action in dict.fromkeys(actions)}
 
 
 def outputs(model, batch):

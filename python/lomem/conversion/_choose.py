@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -205,29 +206,34 @@ class _Problem:
 
     def improve(self, chosen: int, allowed: Callable[[int], bool]) -> int:
         """Takes steps as long as one leads to a better set."""
-        while True:
-            for after in self.steps(chosen):
-                more = self.change(chosen, after)
-                if (more > 0 or (more == 0 and self.order(after) > self.order(chosen))) and allowed(after):
-                    chosen = after
-                    break
-            else:
-                return chosen
 
-    def steps(self, chosen: int) -> Iterator[int]:
-        """Sets that are near to a set: less or more an option, one in place of another, all that let an item go."""
-        for i in self.members:
-            yield self.without(chosen, i) if chosen >> i & 1 else self.with_needs(chosen, i)
-        for _, masks in self.groups:
-            everyone = after = 0
-            for mask in masks:
-                everyone |= mask
-            for i in _bits(everyone & ~chosen):
-                after = self.with_needs(after or chosen, i)
-                less = chosen
-                for j in _bits(everyone & chosen):
-                    less = self.without(less, j)
-                    yield self.with_needs(self.without(chosen, j), i)
-                yield self.with_needs(less, i)
-            if after:
-                yield after
+        def better(after: int) -> bool:
+            more = self.change(chosen, after)
+            return (more > 0 or (more == 0 and self.order(after) > self.order(chosen))) and allowed(after)
+
+        places: list[int | _Group] = [*self.members, *self.groups]
+        in_vain = 0
+        for place in itertools.cycle(places):
+            after = next((after for after in self.steps(chosen, place) if better(after)), None)
+            chosen, in_vain = (chosen, in_vain + 1) if after is None else (after, 0)
+            if in_vain == len(places):
+                break
+        return chosen
+
+    def steps(self, chosen: int, place: int | _Group) -> Iterator[int]:
+        """Sets that are near to a set: less or more an option, one in place of others, all that let an item go."""
+        if isinstance(place, int):
+            yield self.without(chosen, place) if chosen >> place & 1 else self.with_needs(chosen, place)
+            return
+        everyone = 0
+        for mask in place[1]:
+            everyone |= mask
+        after = chosen
+        for i in _bits(everyone & ~chosen):
+            after = self.with_needs(after, i)
+            less = chosen
+            for j in _bits(everyone & chosen):
+                less = self.without(less, j)
+                yield self.with_needs(self.without(chosen, j), i)
+            yield self.with_needs(less, i)
+        yield after

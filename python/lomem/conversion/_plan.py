@@ -131,11 +131,12 @@ def settle(found: list[Candidate], finder: Finder, excluded: Callable[[str], boo
         excluded: Whether the user wants a module left.
     """
     order = {name: i for i, name in enumerate(finder.modules)}
+    found = sorted(found, key=lambda c: (order[c.name], c.kind))
     for c in found:
         inside = _left_inside(c, found, finder, excluded) if c.kind == "call" and c.action != "left" else None
         if inside is not None:
             c.leave(f"{inside} inside it is left")
-    candidates = sorted((c for c in found if c.action != "left"), key=lambda c: (order[c.name], c.kind))
+    candidates = [c for c in found if c.action != "left"]
     options = [_option(c, candidates, finder) for c in candidates]
     items = [(storage.nbytes, positions) for storage, positions in finder.ledger.positions.items()]
     picked = choose(options, items)
@@ -209,6 +210,8 @@ def _no_gain(c: Candidate, chosen: list[Candidate], finder: Finder) -> str:
 
 def _what(c: Candidate, storages: set[Storage], finder: Finder) -> str:
     calls = finder.flows[0].calls_of(c.name)
+    if c.kind == "call":
+        return "its input"
     if storages <= {call.result for call in calls}:
         return "its output"
     inside = any(call.start <= storage.born < call.end for call in calls for storage in storages)
