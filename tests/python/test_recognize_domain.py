@@ -698,3 +698,27 @@ def test_compiled_functions_inside_are_run_as_they_are_written():
     assert isinstance(recognize_activation(Function(lambda m, x: compiled(x))), ActivationForm)
     clamped = torch.compile(lambda x: F.gelu(x).clamp(max=99), backend=lambda graph, inputs: pytest.fail("so is it"))
     assert "clamp" in recognize_activation(Function(lambda m, x: clamped(x))).reason
+
+
+WIDTHS = {
+    "layer norm": lambda width: nn.LayerNorm(width),
+    "layer norm, tiny eps": lambda width: nn.LayerNorm(width, eps=1e-12),
+    "layer norm, no eps": lambda width: nn.LayerNorm(width, eps=0.0),
+    "RMS norm": lambda width: nn.RMSNorm(width),
+    "RMS norm, no eps": lambda width: nn.RMSNorm(width, eps=0.0),
+    "casting": lambda width: LayerNormFp32(width),
+    "several dimensions": lambda width: nn.LayerNorm((3, width)),
+}
+
+
+@pytest.mark.parametrize("width", [2, 3, 5, 8, 33, 257, 2000])
+@pytest.mark.parametrize("name", WIDTHS)
+def test_a_norm_of_every_width_is_recognized(name, width):
+    # Of two elements a layer norm leaves signs, and hardly a gradient.
+    module = WIDTHS[name](width)
+    inner = module.normalized_shape
+    for shapes in ([(4, *inner)], [(2, 3, *inner)], [inner, (2, 2, *inner)]):
+        form = recognize_norm(module, shapes)
+        assert isinstance(form, NormForm), form
+        assert form.shape == inner
+        assert form.ranks == tuple(len(shape) for shape in shapes)

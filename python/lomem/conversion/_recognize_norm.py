@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,16 +12,30 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ._forms import NormForm, NotRecognized
+from ._norm_probe import (
+    BF16,
+    CPU,
+    F16,
+    F32,
+    F64,
+    FLOAT32,
+    SETTINGS,
+    Probe,
+    Setting,
+    close,
+    lost_samples,
+    rows_of_all_sizes,
+    statistics,
+    wrong_elements,
+)
 from ._witness import (
     MODES,
     NORM_OPS,
     Refused,
-    Run,
     attributes,
     gradients,
     own_tensors,
     quietly,
-    run,
     tensor_attribute,
     unexplained,
     uninitialized,
@@ -29,190 +43,12 @@ from ._witness import (
 
 __all__ = ["recognize_norm"]
 
-_CPU = torch.device("cpu")
-_F64, _F32, _BF16, _F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-
-#: Of a norm computed in float32, against float64: a few roundings, and sums of thousands of elements.
-_FLOAT32 = 1e-5
-#: Of a norm computed in 16 bits throughout: a handful of roundings of half an eps each.
-_ROUNDINGS = 8
-
 
 class _Far(Refused):
     """A module that is no norm on ordinary inputs either."""
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """What a module is run in.
-
-    Attributes:
-        weight: Dtype of its weights.
-        input: Dtype of its input.
-        autocast: Whether bfloat16 autocast is on.
-    """
-
-    weight: torch.dtype
-    input: torch.dtype
-    autocast: bool = False
-
-    @property
-    def dtypes(self) -> set[torch.dtype]:
-        return {self.weight, self.input, *({_BF16} if self.autocast else ())}
-
-    def relative(self, result: torch.dtype) -> float:
-        """The rounding to allow for."""
-        return max(_FLOAT32, *(_ROUNDINGS * torch.finfo(d).eps for d in {*self.dtypes, result} if d.itemsize == 2), 0)
-
-    def smallest(self, result: torch.dtype) -> float:
-        """What is rounded to 0 somewhere."""
-        return max(torch.finfo(d).tiny * torch.finfo(d).eps for d in {*self.dtypes, result, _F32})
-
-    def eps(self, form: NormForm) -> float:
-        if form.eps is not None:
-            return form.eps
-        return torch.finfo(_F64 if self.input == _F64 else _F32).eps
-
-
-#: Those of which torch's own norms refuse some.
-_SETTINGS = (
-    *(_Setting(dtype, dtype) for dtype in (_F64, _F32, _BF16, _F16)),
-    _Setting(_F32, _BF16),
-    _Setting(_F32, _F16),
-    _Setting(_BF16, _F32),
-    *(_Setting(w, x, autocast=True) for w in (_F32, _BF16) for x in (_F32, _BF16)),
-)
-
-#: Of inputs, as powers of 10. Rounding of the smallest and largest is forgiven where it shows in the module itself.
-_SCALES = {
-    _F64: (-100, -30, -18, -12, -9, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9, 12, 18, 30, 100),
-    _F32: (-30, -18, -12, -9, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9, 12, 15, 18, 30),
-    _F16: (-5, -4, -3, -2, -1, 0, 1, 2, 3, 4),
-}
-_SCALES[_BF16] = _SCALES[_F32]
-
-#: Of weights and biases: signs, zeros, and magnitudes over all that a dtype holds.
-_WEIGHTS = (-2.0, 0.0, -0.0, -0.5, 0.05, 5.0, 100.0, -1.0, -1e4, 1e4, 1e-6, -1e-6, 1e-30, -1e-30, 1e30, -1e30, -3.0)
-
-
-def _statistics(x: Tensor, dims: tuple[int, ...], centred: bool) -> tuple[Tensor, Tensor]:
-    centre = x.mean(dims, keepdim=True) if centred else torch.zeros((), dtype=x.dtype)
-    return x - centre, (x - centre).square().mean(dims, keepdim=True)
-
-
-def _uniform(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
-    return torch.rand(tuple(shape), generator=generator, dtype=_F64)
-
-
-class _Probe:
-    """Runs one module as a norm over some dimensions, with parameters drawn at random.
-
-    Args:
-        module: The module.
-        shape: Of what is normalized.
-        axis: As of :class:`NormForm`.
-        rank: Number of dimensions of inputs.
-        generator: Of random numbers.
-    """
-
-    def __init__(
-        self, module: nn.Module, shape: tuple[int, ...], axis: int, rank: int, generator: torch.Generator
-    ) -> None:
-        self.module, self.shape, self.axis, self.rank, self.generator = module, shape, axis, rank, generator
-        self.dims = tuple(range(-len(shape), 0)) if axis == -1 else (1,)
-        self.scripted = isinstance(module, torch.jit.ScriptModule)
-        self.names = [
-            name
-            for name, tensor in own_tensors(module).items()
-            if tensor.numel() == math.prod(shape) and tensor.is_floating_point()
-        ]
-        self.setting = _SETTINGS[0]
-
-    def ordinary(self) -> dict[str, Tensor]:
-        """Weights away from 0 and from 1, and each another: what becomes of them can be told apart."""
-        tensors = own_tensors(self.module)
-        if self.scripted:
-            return {name: tensors[name].detach().double() for name in self.names}
-        return {name: 1.5 + _uniform(self.generator, tensors[name].shape) for name in self.names}
-
-    def signed(self) -> dict[str, Tensor]:
-        """The same with both signs."""
-        values = self.ordinary()
-        return {name: v * (_uniform(self.generator, v.shape) - 0.5).sign() for name, v in values.items()}
-
-    def extreme(self, setting: _Setting) -> dict[str, Tensor]:
-        """Of everything a channel."""
-        largest = torch.finfo(setting.weight).max
-        choices = torch.tensor([w for w in _WEIGHTS if abs(w) < largest], dtype=_F64)
-        values = {}
-        for name, value in self.ordinary().items():
-            drawn = choices[torch.randint(len(choices), value.shape, generator=self.generator)]
-            values[name] = drawn * (1 - 0.5 * _uniform(self.generator, value.shape))
-        return values
-
-    def input(self, rows: Tensor) -> Tensor:
-        """One sample for each of some scales."""
-        sizes = (2, 3, 2, 3, 2)
-        if self.axis == 1:
-            shape = (len(rows), *self.shape, *sizes[: self.rank - 2])
-        elif self.rank == len(self.shape):
-            shape = self.shape
-        else:
-            shape = (len(rows), *sizes[: self.rank - len(self.shape) - 1], *self.shape)
-        x = torch.randn(shape, generator=self.generator, dtype=_F64) + 0.7
-        return x * (rows.reshape(-1, *[1] * (self.rank - 1)) if self.rank > len(self.shape) else rows)
-
-    @property
-    def single(self) -> bool:
-        """Whether an input is one sample."""
-        return self.axis == -1 and self.rank == len(self.shape)
-
-    def scaled(self, scale: float) -> Tensor:
-        """An ordinary input."""
-        return self.input(torch.full((1 if self.single or self.large else 3,), scale, dtype=_F64))
-
-    @property
-    def large(self) -> bool:
-        """Whether a few samples take long."""
-        return math.prod(self.shape) > 2**14
-
-    def run(
-        self,
-        values: Mapping[str, Tensor],
-        x: Tensor,
-        setting: _Setting | None = None,
-        device: torch.device = _CPU,
-        **options: Any,
-    ) -> Run:
-        """The module's run, in the dtypes of a setting."""
-        setting = setting or self.setting
-        values = {name: value.to(device, setting.weight) for name, value in values.items()}
-        with torch.autocast(device.type, _BF16, enabled=setting.autocast, cache_enabled=False):
-            # No cache: it would keep what the probe's own weights were cast to.
-            result = run(self.module, values, x.to(device, setting.input), **options)
-        if result.value.shape != x.shape:
-            raise Refused("its result has another shape than its input")
-        return result
-
-    def fit(self, values: Tensor) -> Tensor:
-        return values.reshape(self.shape if self.axis == -1 else (*self.shape, *[1] * (self.rank - 2)))
-
-    def affine(self, form: NormForm, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        gamma = torch.ones((), dtype=_F64) if form.gamma is None else self.fit(values[form.gamma]) + form.one_plus
-        beta = torch.zeros((), dtype=_F64) if form.beta is None else self.fit(values[form.beta])
-        return gamma, beta
-
-    def expected(self, form: NormForm, values: Mapping[str, Tensor], x: Tensor, eps: float) -> Tensor:
-        x, square = _statistics(x, self.dims, form.centred)
-        gamma, beta = self.affine(form, values)
-        return x * (square + eps).rsqrt() * gamma + beta
-
-
-def _close(a: Tensor, b: Tensor, relative: float) -> bool:
-    return bool(torch.isfinite(a).all()) and (a.double() - b).norm().item() <= relative * b.norm().item()
-
-
-def _forms(probe: _Probe) -> Iterator[NormForm]:
+def _forms(probe: Probe) -> Iterator[NormForm]:
     names = probe.names
     gammas = [(None, False), *((name, plus) for name in names for plus in (False, True))]
     for centred in (False, True):
@@ -221,10 +57,10 @@ def _forms(probe: _Probe) -> Iterator[NormForm]:
                 yield NormForm(centred, gamma, one_plus, beta, 0.0, probe.shape, probe.axis, (probe.rank,), "", "")
 
 
-def _ordinarily(probe: _Probe) -> NormForm:
+def _ordinarily(probe: Probe) -> NormForm:
     """The form that a module has on ordinary inputs, whatever it does with others; its eps is not felt there."""
-    own = next((t.dtype for t in own_tensors(probe.module).values() if t.is_floating_point()), _F32)
-    settings = [_SETTINGS[0], _SETTINGS[1], _Setting(own, own)]
+    own = next((t.dtype for t in own_tensors(probe.module).values() if t.is_floating_point()), F32)
+    settings = [SETTINGS[0], SETTINGS[1], Setting(own, own)]
     problem: Refused | None = None
     for setting in settings if not probe.scripted else settings[2:]:
         for training in (False, True):
@@ -238,7 +74,7 @@ def _ordinarily(probe: _Probe) -> NormForm:
                     continue
                 relative = setting.relative(result.dtype)
                 for form in _forms(probe):
-                    if _close(result, probe.expected(form, values, x, 0.0), relative):
+                    if close(result, probe.expected(form, values, x, 0.0), relative):
                         return form
                 problem = _Far("its result is no layer norm or RMS norm of its input")
         if isinstance(problem, _Far):
@@ -246,7 +82,7 @@ def _ordinarily(probe: _Probe) -> NormForm:
     raise _Far(problem.reason if problem is not None else "")
 
 
-def _check_attributes(probe: _Probe, form: NormForm) -> None:
+def _check_attributes(probe: Probe, form: NormForm) -> None:
     # What has no effect now may have one later.
     for name in own_tensors(probe.module):
         if name not in (form.gamma, form.beta):
@@ -256,13 +92,13 @@ def _check_attributes(probe: _Probe, form: NormForm) -> None:
         raise Refused(f"its attribute {attribute} is a tensor, and neither parameter nor buffer")
 
 
-def _first_runs(probe: _Probe, form: NormForm) -> dict[_Setting, torch.dtype]:
+def _first_runs(probe: Probe, form: NormForm) -> dict[Setting, torch.dtype]:
     """The dtypes of results, where every run in every setting and mode is made of what norms are made of."""
     # On the module's own device: autocast's rules are others on each.
     tensors = own_tensors(probe.module).values()
-    device = next((t.device for t in tensors if t.is_cuda and torch.cuda.is_available()), _CPU)
-    dtypes: dict[_Setting, torch.dtype] = {}
-    for setting in _SETTINGS:
+    device = next((t.device for t in tensors if t.is_cuda and torch.cuda.is_available()), CPU)
+    dtypes: dict[Setting, torch.dtype] = {}
+    for setting in SETTINGS:
         values, x = probe.signed(), probe.scaled(1.0)
         for training, grad in MODES:
             try:
@@ -283,7 +119,7 @@ def _first_runs(probe: _Probe, form: NormForm) -> dict[_Setting, torch.dtype]:
     return dtypes
 
 
-def _estimated_eps(probe: _Probe, form: NormForm) -> float:
+def _estimated_eps(probe: Probe, form: NormForm) -> float:
     # out = n * sqrt(v / (v + eps)) of inputs so small that eps is felt.
     values = probe.ordinary()
     gamma, beta = probe.affine(form, values)
@@ -292,7 +128,7 @@ def _estimated_eps(probe: _Probe, form: NormForm) -> float:
         if 10.0 ** (-2 * exponent) < 1e3 * low:
             return 0.0
         x = probe.scaled(10.0**-exponent).to(probe.setting.input).double()
-        centred, square = _statistics(x, probe.dims, form.centred)
+        centred, square = statistics(x, probe.dims, form.centred)
         normalized = centred * square.rsqrt()
         result = probe.run(values, x).value.double()
         felt = (((result - beta) / gamma) * normalized).sum() / normalized.square().sum()
@@ -320,7 +156,7 @@ def _numbers(module: nn.Module) -> dict[str, float]:
     return {name: v for name, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
-def _candidates_of_eps(probe: _Probe, form: NormForm) -> Iterator[NormForm]:
+def _candidates_of_eps(probe: Probe, form: NormForm) -> Iterator[NormForm]:
     eps = _estimated_eps(probe, form)
     numbers = _numbers(probe.module)
     named = [name for name, v in numbers.items() if math.isclose(v, eps, rel_tol=1e-2) or v == eps]
@@ -330,24 +166,24 @@ def _candidates_of_eps(probe: _Probe, form: NormForm) -> Iterator[NormForm]:
     if not form.centred and math.isclose(eps, torch.finfo(probe.setting.input).eps, rel_tol=1e-2):
         absent = [name for name, value in attributes(probe.module).items() if value is None]
         yield replace(form, eps=None, eps_name=next((name for name in absent if _is_eps(probe, form, name)), None))
-    for dtype in (_F32, _BF16, _F16, _F64):
+    for dtype in (F32, BF16, F16, F64):
         if math.isclose(eps, torch.finfo(dtype).eps, rel_tol=1e-2):
             yield replace(form, eps=torch.finfo(dtype).eps)
     for digits in (2, 4):
         yield replace(form, eps=float(f"{eps:.{digits}g}"))
 
 
-def _is_eps(probe: _Probe, form: NormForm, name: str) -> bool:
+def _is_eps(probe: Probe, form: NormForm, name: str) -> bool:
     """Whether another value of an attribute is another eps."""
     values, x, eps = probe.ordinary(), probe.scaled(0.5), 0.375
     try:
         result = probe.run(values, x, changed={name: eps}).value
     except Refused:
         return False
-    return _close(result, probe.expected(form, values, x, eps), 3 * probe.setting.relative(result.dtype))
+    return close(result, probe.expected(form, values, x, eps), 3 * probe.setting.relative(result.dtype))
 
 
-def _with_eps(probe: _Probe, form: NormForm, seen: Mapping[_Setting, torch.dtype]) -> NormForm:
+def _with_eps(probe: Probe, form: NormForm, seen: Mapping[Setting, torch.dtype]) -> NormForm:
     problem: Refused | None = None
     for candidate in _candidates_of_eps(probe, form):
         scales = (30.0, 1.0, math.sqrt(candidate.eps) if candidate.eps else 1e-3, 1e-3)
@@ -356,7 +192,7 @@ def _with_eps(probe: _Probe, form: NormForm, seen: Mapping[_Setting, torch.dtype
             x = probe.scaled(scale).to(probe.setting.input).double()
             result = probe.run(values, x).value
             expected = probe.expected(candidate, values, x, probe.setting.eps(candidate))
-            if not _close(result, expected, 3 * probe.setting.relative(result.dtype)):
+            if not close(result, expected, 3 * probe.setting.relative(result.dtype)):
                 size = "small" if scale < 1 else "large"
                 problem = problem or Refused(f"it treats {size} inputs as no layer norm or RMS norm does")
                 break
@@ -368,39 +204,14 @@ def _with_eps(probe: _Probe, form: NormForm, seen: Mapping[_Setting, torch.dtype
     raise problem or Refused("")
 
 
-def _rows(probe: _Probe, form: NormForm, dtype: torch.dtype, offset: int) -> Tensor:
-    """Samples over all that a dtype holds: scales, constants, zeros, infinities and NaN."""
-    # Of large norms, some of them each time.
-    room = max(6, 2**15 // math.prod(probe.shape))
-    scales = [10.0**exponent for exponent in _SCALES[dtype]]
-    if probe.single:
-        return probe.input(torch.tensor([scales[offset % len(scales)]], dtype=_F64))
-    step = -(-len(scales) // room)
-    scales = scales[offset % step :: step]
-    x = probe.input(torch.tensor(scales, dtype=_F64))
-    x[1::4] = -x[1::4]
-    special = torch.zeros((7, *x.shape[1:]), dtype=_F64)
-    # Powers of 2: their mean is exact in every order of summation, so what is left of them is exactly 0.
-    for i, value in enumerate((1.0, -0.25)):
-        # Without eps, 0 is divided by 0.
-        special[i] = value if form.eps != 0.0 else x[0]
-    special[2] = 0.0 if form.eps != 0.0 else x[0]
-    for i, value in enumerate((math.inf, -math.inf, math.nan)):
-        special[3 + i] = x[0].sign()
-        special[3 + i].flatten()[-1] = value
-    special[6] = x[len(scales) // 2].sign()
-    special[6].flatten()[0] = 100.0  # an outlier
-    return torch.cat([x, special])
-
-
-def _sweep(probe: _Probe, form: NormForm, seen: Mapping[_Setting, torch.dtype]) -> Refused | None:
+def _sweep(probe: Probe, form: NormForm, seen: Mapping[Setting, torch.dtype]) -> Refused | None:
     """Compares with the form over all inputs and over all weights, in every setting."""
     for index, setting in enumerate(seen):
         for turn, (training, grad) in enumerate(MODES[:2] if probe.large else MODES):
             # So that each is tried in each mode, in some of the settings.
             wide = (turn + index) % 2 == 1
             values = probe.signed() if wide else probe.extreme(setting)
-            x = _rows(probe, form, setting.input, index + turn) if wide else probe.scaled(1.0)
+            x = rows_of_all_sizes(probe, form, setting.input, index + turn) if wide else probe.scaled(1.0)
             values = {name: value.to(setting.weight).double() for name, value in values.items()}
             x = x.to(setting.input).double()
             options: dict[str, Any] = {"training": training, "grad": grad}
@@ -410,12 +221,12 @@ def _sweep(probe: _Probe, form: NormForm, seen: Mapping[_Setting, torch.dtype]) 
                 if setting == probe.setting:
                     raise
                 break  # a mix of dtypes that the module's own device takes, and the CPU does not
-            wrong = _wrong(probe, form, setting, values, x, result.value)
+            wrong = wrong_elements(probe, form, setting, values, x, result.value)
             if not wrong.any():
                 continue
             if wide:
                 again = probe.run(values, x, setting, keep=True, **options)
-                wrong &= ~_lost(again.results, x)
+                wrong &= ~lost_samples(again.results, x)
                 if not wrong.any():
                     continue
             return Refused(_where(form, x, wrong, wide))
@@ -433,52 +244,7 @@ def _where(form: NormForm, x: Tensor, wrong: Tensor, wide: bool) -> str:
     return f"of inputs of the size {finite[0].abs().amax().item():.0e} it computes something else than {form.what}"
 
 
-def _wrong(
-    probe: _Probe, form: NormForm, setting: _Setting, values: Mapping[str, Tensor], x: Tensor, result: Tensor
-) -> Tensor:
-    """Which elements are something else than the form's.
-
-    Not those that are infinite or NaN where the form's are finite: there the form is better.
-    """
-    eps, relative = setting.eps(form), setting.relative(result.dtype)
-    expected = probe.expected(form, values, x, eps)
-    centred, square = _statistics(x, probe.dims, form.centred)
-    rstd = (square + eps).rsqrt()
-    gamma, beta = probe.affine(form, values)
-    parts = (gamma - 1).abs() + 1 if form.one_plus else gamma.abs()  # `y + y * weight` cancels
-    # What is subtracted from itself is rounded first.
-    normalized = (centred.abs() + (x.abs().amax(probe.dims, keepdim=True) if form.centred else 0)) * rstd
-    smallest = setting.smallest(result.dtype)
-    allowed = relative * (normalized * parts + beta.abs()) + _ROUNDINGS * smallest * (1 + parts + normalized)
-    wide = result.double()
-    wrong = (wide - expected).abs() > allowed
-    largest = min(torch.finfo(d).max for d in {*setting.dtypes, result.dtype})
-    finite = wide.isfinite()
-    wrong = torch.where(expected.isnan(), finite, wrong & finite)
-    over = expected.abs() > 0.9 * largest
-    return torch.where(over & ~expected.isnan(), finite & (expected.abs() > 1.1 * torch.finfo(result.dtype).max), wrong)
-
-
-def _lost(results: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Samples of which the module itself loses digits, or all, on its way: its squares are too large or too small."""
-    if x.dim() == 0:
-        return torch.zeros((), dtype=torch.bool)
-    flat = x.flatten(1) if x.dim() > 1 else x[None]
-    varied = (flat != flat[:, :1]).any(1)
-    lost = torch.zeros(len(flat), dtype=torch.bool)
-    for result in results:
-        if x.dim() < 2 or result.numel() == 0 or result.dim() == 0 or result.shape[0] % len(x):
-            broken, size = (~result.isfinite()).any(), result.abs().amax() if result.numel() else torch.tensor(1.0)
-            lost |= broken | (x.dim() < 2 and bool(size < 64 * torch.finfo(result.dtype).tiny))
-            continue
-        rows = result.reshape(len(x), -1)
-        size = rows.abs().amax(1)
-        lost |= ~rows.isfinite().all(1) | (varied & (size < 64 * torch.finfo(result.dtype).tiny))
-    finite = flat.isfinite().all(1)
-    return (lost & finite).reshape(-1, *[1] * (x.dim() - 1)) if x.dim() > 1 else lost & finite
-
-
-def _check_numbers(probe: _Probe, form: NormForm) -> None:
+def _check_numbers(probe: Probe, form: NormForm) -> None:
     """A number that is not eps may be a factor of 1 today: it must be of no effect."""
     for name, value in attributes(probe.module).items():
         if not isinstance(value, float) or value in (form.eps, 0.0):
@@ -493,51 +259,62 @@ def _check_numbers(probe: _Probe, form: NormForm) -> None:
             raise Refused(f"its attribute {name} is not known to be of a norm")
 
 
-def _check_gradient(probe: _Probe, form: NormForm) -> None:
+def _check_gradient(probe: Probe, form: NormForm) -> None:
+    """Compares gradients of inputs and weights, of upstream gradients of several sizes, and of NaN."""
     scale = math.sqrt(form.eps) if form.eps else 1e-2
     for training in (False, True):
-        x = probe.input(torch.tensor([scale] if probe.single else [1.0, scale, 1e3, 1.0, 1.0], dtype=_F64))
+        x = probe.input(torch.tensor([scale] if probe.single else [1.0, scale, 1e3, 1.0, 1.0], dtype=F64))
         x = x.to(probe.setting.input).double()
-        sizes = torch.tensor([1.0] if probe.single else [1.0, 1.0, 1.0, 1e8, 1e-8], dtype=_F64)
+        sizes = torch.tensor([1.0] if probe.single else [1.0, 1.0, 1.0, 1e8, 1e-8], dtype=F64)
         weights = probe.input(sizes) - 0.7 * sizes.reshape(-1, *[1] * (x.dim() - 1))
-        values = {n: v.to(probe.setting.weight).double() for n, v in probe.signed().items()}
-        given = {name: value.to(probe.setting.weight) for name, value in values.items()}
+        given = {name: value.to(probe.setting.weight) for name, value in probe.signed().items()}
+        values = {name: value.double() for name, value in given.items()}
         grads = gradients(probe.module, given, x.to(probe.setting.input), weights, training)
-        with torch.enable_grad():
-            leaf = x.clone().requires_grad_()
-            values = {name: value.clone().requires_grad_() for name, value in values.items()}
-            loss = (probe.expected(form, values, leaf, probe.setting.eps(form)) * weights).sum()
-            expected = torch.autograd.grad(loss, [leaf, *values.values()])
-        relative = 30 * probe.setting.relative(probe.setting.input)
-        first = [(grads[0], expected[0])] if probe.single else list(zip(grads[0], expected[0], strict=True))
-        rest = list(zip(grads[1:], expected[1:], strict=True))
-        if not all(_close(g, e, relative) for g, e in first + rest):
+        if not _is_gradient(probe, form, values, x, weights, grads):
             raise Refused("its gradient is not that of a norm")
         weights[0] = math.nan
         if gradients(probe.module, given, x.to(probe.setting.input), weights, training)[0][0].isfinite().any():
             raise Refused("its gradient hides NaN")
 
 
+def _is_gradient(
+    probe: Probe, form: NormForm, values: Mapping[str, Tensor], x: Tensor, weights: Tensor, grads: Sequence[Tensor]
+) -> bool:
+    eps, relative = probe.setting.eps(form), 30 * probe.setting.relative(probe.setting.input)
+    with torch.enable_grad():
+        leaf = x.clone().requires_grad_()
+        values = {name: value.clone().requires_grad_() for name, value in values.items()}
+        loss = (probe.expected(form, values, leaf, eps) * weights).sum()
+        expected = torch.autograd.grad(loss, [leaf, *values.values()])
+    # What is subtracted from an input's gradient may leave nearly nothing of it: all, of two elements.
+    size = weights * probe.affine(form, values)[0].detach() * (statistics(x, probe.dims, form.centred)[1] + eps).rsqrt()
+    samples = zip(*((t[None] if probe.single else t) for t in (grads[0], expected[0], size)), strict=True)
+    for got, wanted, before in samples:
+        if not (got.double() - wanted).norm().item() <= relative * max(wanted.norm().item(), before.norm().item()):
+            return False
+    return all(close(g, e, relative) for g, e in zip(grads[1:], expected[1:], strict=True))
+
+
 _RULES = {
     "input": lambda s: s.input,
     "weight": lambda s: s.weight,
     "promote": lambda s: torch.promote_types(s.input, s.weight),
-    "float32": lambda s: _F32,
-    "autocast": lambda s: _BF16,
+    "float32": lambda s: F32,
+    "autocast": lambda s: BF16,
 }
 
 
-def _dtype_rule(seen: Mapping[_Setting, torch.dtype], autocast: bool) -> str:
+def _dtype_rule(seen: Mapping[Setting, torch.dtype], autocast: bool) -> str:
     """How the result's dtype follows from those of input and weight."""
     # Of float64 too, if nothing is cast.
-    relevant = {s: d for s, d in seen.items() if s.autocast == autocast and s.input != _F64}
+    relevant = {s: d for s, d in seen.items() if s.autocast == autocast and s.input != F64}
     for name, rule in _RULES.items():
         if (autocast or name != "autocast") and relevant and all(rule(s) == d for s, d in relevant.items()):
             return name
     raise Refused("the dtype of its result follows no known rule")
 
 
-def _recognized(probe: _Probe, form: NormForm) -> NormForm:
+def _recognized(probe: Probe, form: NormForm) -> NormForm:
     """The form with all that belongs to it, of a module that has it on ordinary inputs."""
     if probe.scripted:
         raise Refused("it is a TorchScript module")
@@ -551,7 +328,7 @@ def _recognized(probe: _Probe, form: NormForm) -> NormForm:
     return replace(form, dtype=_dtype_rule(seen, autocast=False), autocast_dtype=_dtype_rule(seen, autocast=True))
 
 
-def _try(probe: _Probe) -> NormForm | NotRecognized:
+def _try(probe: Probe) -> NormForm | NotRecognized:
     try:
         form = _ordinarily(probe)
     except _Far as error:
@@ -562,7 +339,7 @@ def _try(probe: _Probe) -> NormForm | NotRecognized:
         return NotRecognized(error.reason, near=True, kind="norm")
 
 
-def _normalizes_samples(probe: _Probe) -> bool:
+def _normalizes_samples(probe: Probe) -> bool:
     """Whether it is a norm over all but the first dimension, with a weight a channel, as ``GroupNorm(1, channels)``."""
     values, x = probe.ordinary(), probe.scaled(1e3)
     dims = tuple(range(1, x.dim()))
@@ -572,13 +349,13 @@ def _normalizes_samples(probe: _Probe) -> bool:
     except Refused:
         return False
     if not probe.names:
-        return _close(result, normalized, _FLOAT32)
+        return close(result, normalized, FLOAT32)
     # Linear in each sample's normalized values, with the same factor and offset for all samples of a channel.
     dims = (0, *range(2, x.dim()))
     centre = normalized.mean(dims, keepdim=True)
     slope = ((result - result.mean(dims, keepdim=True)) * (normalized - centre)).sum(dims, keepdim=True)
     slope = slope / (normalized - centre).square().sum(dims, keepdim=True)
-    return _close(result, (normalized - centre) * slope + result.mean(dims, keepdim=True), _FLOAT32)
+    return close(result, (normalized - centre) * slope + result.mean(dims, keepdim=True), FLOAT32)
 
 
 def _fits(shape: tuple[int, ...], axis: int, input_shape: Sequence[int]) -> bool:
@@ -651,8 +428,8 @@ def _recognize(
     reason = "its parameters have another shape than those of a norm of its input"
     refused = NotRecognized(reason, near=False, kind="norm")
     for axis in axes if len(shape) == 1 else axes[:1]:
-        probes = [_Probe(module, shape, axis, rank, generator) for rank in ranks if axis == -1 or rank > 2]
-        tried = [_try(probe) for probe in probes or [_Probe(module, shape, axis, 4, generator)]]
+        probes = [Probe(module, shape, axis, rank, generator) for rank in ranks if axis == -1 or rank > 2]
+        tried = [_try(probe) for probe in probes or [Probe(module, shape, axis, 4, generator)]]
         failed = [form for form in tried if isinstance(form, NotRecognized)]
         forms = [form for form in tried if isinstance(form, NormForm)]
         if failed:
@@ -669,6 +446,6 @@ def _recognize(
     rank = max(ranks)
     if 1 in axes or (input_shapes and len(input_shapes[0]) > 2 and not own_tensors(module)):
         width = shape if 1 in axes else (input_shapes[0][1],)
-        if _normalizes_samples(_Probe(module, width, 1, max(rank, 3), generator)):
+        if _normalizes_samples(Probe(module, width, 1, max(rank, 3), generator)):
             return replace(refused, reason="it normalizes channels and positions together", near=True)
     return refused
