@@ -227,6 +227,146 @@ def test_exact_gradient(name, dtype, device):
             torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
+# Where the derivative jumps: of which piece is it, at the kink itself?
+# name -> (function, torch's, the op's name for it, its parameters, places)
+KINKS = {
+    "hardswish": (LF.hardswish, F.hardswish, "hardswish", (), (-3.0, 3.0)),
+    "selu": (LF.selu, F.selu, "selu", (), (0.0,)),
+    **{
+        f"elu-{alpha}": (partial(LF.elu, alpha=alpha), partial(F.elu, alpha=alpha), "elu", (alpha,), (0.0,))
+        for alpha in (-1.0, 0.0, 0.5, 1.0, 1.3, 4.0)
+    },
+    **{
+        f"celu-{alpha}": (partial(LF.celu, alpha=alpha), partial(F.celu, alpha=alpha), "celu", (alpha,), (0.0,))
+        for alpha in (0.3, 1.0, 2.0)
+    },
+    # (Of beta x > threshold: where neither the product nor the quotient is rounded.)
+    **{
+        f"softplus-{beta}-{threshold}": (
+            partial(LF.softplus, beta=beta, threshold=threshold),
+            partial(F.softplus, beta=beta, threshold=threshold),
+            "softplus",
+            (beta, threshold),
+            (threshold / beta,),
+        )
+        for beta in (0.5, 1.0, 2.0)
+        for threshold in (-1.0, 0.5, 1.0, 3.0, 20.0)
+    },
+    "softplus-1.0-0.0": (
+        partial(LF.softplus, threshold=0.0),
+        partial(F.softplus, threshold=0.0),
+        "softplus",
+        (1.0, 0.0),
+        (0.0,),
+    ),
+}
+# Those whose derivative is continuous, or very nearly.
+SMOOTH_KINKS = {"elu-1.0", "celu-0.3", "celu-1.0", "celu-2.0", *(f"softplus-{beta}-20.0" for beta in (0.5, 1.0, 2.0))}
+
+
+def around(place, dtype, device):
+    """The place, between its neighbours."""
+    at = torch.tensor([place], dtype=dtype)
+    inf = torch.tensor([math.inf], dtype=dtype)
+    return torch.cat([torch.nextafter(at, -inf), at, torch.nextafter(at, inf)]).to(device)
+
+
+def gradient_of_ones(op, x):
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(op(leaf).sum(), leaf)[0].tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", KINKS)
+def test_ties_where_the_derivative_jumps(name, dtype, device):
+    """Where a boundary is at a jump, an input that is there has the level of the piece that torch takes it for."""
+    op, torch_op, function, parameters, places = KINKS[name]
+    ties = 0
+    for place in places:
+        x = around(place, dtype, device)
+        below, at, above = gradient_of_ones(torch_op, x)
+        # A smooth derivative changes less between neighbours, of bfloat16 too.
+        assert (abs(above - below) > 0.01) == (name not in SMOOTH_KINKS)
+        for bits in BITS if name not in SMOOTH_KINKS else ():
+            step = LF.step_function(function, bits, parameters=parameters)
+            left, tie, right = gradient_of_ones(partial(op, bits=bits), x)
+            # (With few bits the best boundaries are elsewhere.)
+            if min(abs(boundary - place) for boundary in step.boundaries) < 1e-6:
+                # (hardswish's boundary is below 3 by what float32 inputs are apart: some of float64 lie between.)
+                assert left != right or (dtype == torch.float64 and name == "hardswish")
+                assert tie == (left if abs(at - below) < abs(at - above) else right), bits
+                ties += 1
+    assert ties >= (0 if name in SMOOTH_KINKS else 5 * len(places))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_ties_of_given_steps_are_on_the_left(bits, dtype, device):
+    """A boundary of the caller's is compared as it is: ``x > 3``."""
+    count = 2**bits
+    step = lomem.StepFunction((3.0,) * (count - 1), tuple(range(count)))
+    left, tie, right = gradient_of_ones(partial(LF.hardswish, steps=step), around(3.0, dtype, device))
+    assert left == tie == 0
+    assert right == count - 1
+
+
+KINKS_OF_PIECES = {
+    "relu": (LF.relu, F.relu, (0.0, -0.0)),
+    "relu6": (LF.relu6, F.relu6, (0.0, 6.0)),
+    "hardsigmoid": (LF.hardsigmoid, F.hardsigmoid, (-3.0, 3.0)),
+    **{
+        f"leaky_relu-{slope}": (
+            partial(LF.leaky_relu, negative_slope=slope),
+            partial(F.leaky_relu, negative_slope=slope),
+            (0.0, -0.0),
+        )
+        for slope in (0.0, 0.01, 0.3, 1.0, 2.0)
+    },
+    **{
+        f"hardtanh-{low}-{high}": (
+            partial(LF.hardtanh, min_val=low, max_val=high),
+            partial(F.hardtanh, min_val=low, max_val=high),
+            (low, high),
+        )
+        for low, high in ((-1.0, 1.0), (0.0, 6.0), (-2.0, 0.5), (-0.1, 0.1), (0.25, 0.25))
+    },
+    **{
+        f"{kind}-{lambd}": (
+            partial(getattr(LF, kind), lambd=lambd),
+            partial(getattr(F, kind), lambd=lambd),
+            (-lambd, lambd),
+        )
+        for kind in ("hardshrink", "softshrink")
+        for lambd in (0.0, 0.1, 0.3, 0.5, 1.0)
+    },
+    **{
+        f"threshold-{place}": (
+            partial(LF.threshold, threshold=place, value=7.0),
+            partial(F.threshold, threshold=place, value=7.0),
+            (place,),
+        )
+        for place in (-2.3, -1.0, 0.0, 0.1, 0.5, 20.0)
+    },
+}
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", KINKS_OF_PIECES)
+def test_kinks_of_straight_pieces(name, dtype, device):
+    op, torch_op, places = KINKS_OF_PIECES[name]
+    for place in places:
+        x = around(place, dtype, device)
+        # In vectors and in what is left over: torch's kernels have a formula for each.
+        for repeats in (1, 11, 64):
+            assert gradient_of_ones(op, x.repeat(repeats)) == gradient_of_ones(torch_op, x.repeat(repeats)), place
+
+
+def test_all_kinks_are_tried():
+    kinked = {name.split("-")[0] for name in (*KINKS, *KINKS_OF_PIECES)}
+    assert kinked == {name.split("-")[0] for name in HARD} | {"elu", "celu", "selu", "softplus", "hardswish"}
+
+
 @pytest.mark.parametrize("name", HARD)
 def test_one_bit(name, device):
     for n in range(1, 40):
