@@ -32,6 +32,7 @@
 
 #include "checks.h"
 #include "step_refits.h"
+#include "subnormals.h"
 
 namespace lomem::detail {
 namespace {
@@ -224,6 +225,11 @@ const Activation& find_activation(const char* op, std::string_view name, Paramet
 
 const HardActivation& find_hard_activation(const char* op, std::string_view name, Parameters parameters) {
   return find(hard_activations, op, name, parameters);
+}
+
+Band band_of(const HardActivation& activation, Parameters parameters, at::ScalarType dtype, bool cuda) {
+  const SubnormalsScope next_to_zero_is_not_zero(Subnormals::kept());
+  return activation.band(parameters, dtype, cuda);
 }
 
 void check_steps(const char* op, Parameters boundaries, Parameters levels, int64_t bits) {
