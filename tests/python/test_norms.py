@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DTYPES, EPS, NORMS, make_norm_parameters, runs_cuda_kernels
+from torch import nn
 
 LF = lomem.functional
 
@@ -304,6 +305,27 @@ def test_weights_too_small_to_divide_by(norm, output_dtype, weight, smallest, de
         message = rf"lomem::ms_\w+_norm: weight is {weight:g} at element 3, expected magnitudes of at least {smallest}"
         with pytest.raises(ValueError, match=message.replace("+", r"\+").replace(r"\w\+", r"\w+")):
             norm.op(x.requires_grad_(), (6,), w, eps=1e-5, dtype=output_dtype)
+
+
+@pytest.mark.cpu_kernels
+def test_what_to_do_about_a_weight_of_zero_in_a_converted_model(norm):
+    """The sentence says it, and it is so."""
+    plain = {"layer": nn.LayerNorm(16), "rms": nn.RMSNorm(16, eps=1e-6)}["layer" if norm.parameters == 2 else "rms"]
+    model = nn.Sequential(nn.Linear(16, 16), plain, nn.Linear(16, 16))
+    x = torch.randn(4, 16)
+    assert [d.action for d in lomem.convert(model, x).decisions] == ["inverted"]
+    with torch.no_grad():
+        model[1].weight[3] = 0.0
+    match = (
+        r"^lomem::ms_\w+_norm: weight is 0 at element 3, .* call lomem\.restore and lomem\.convert again, which then"
+    )
+    with pytest.raises(ValueError, match=match):
+        model(x)
+    lomem.restore(model)
+    want = torch.autograd.grad(model(x).square().sum(), model.parameters())
+    assert [d.action for d in lomem.convert(model, x).decisions] == ["normalized"]
+    got = torch.autograd.grad(model(x).square().sum(), model.parameters())
+    torch.testing.assert_close(got, want)
 
 
 def test_gradients_of_the_smallest_float16_weights(norm, device):

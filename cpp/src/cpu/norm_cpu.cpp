@@ -34,8 +34,9 @@ struct CpuNorms {
       TORCH_CHECK_VALUE(
           false, op, ": weight is ", gamma.flatten()[index].item<double>(), " at element ", index,
           ", expected magnitudes of at least ", smallest,
-          ", the smallest normal number of the output's dtype: the "
-          "backward pass divides by weight (use torch's norm for this layer)");
+          ", the smallest normal number of the output's dtype: the backward pass divides by weight (use torch's "
+          "norm for this layer; in a model that lomem.convert changed, call lomem.restore and lomem.convert again, "
+          "which then keeps this norm's normalized input)");
     }
   }
 
