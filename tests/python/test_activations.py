@@ -524,6 +524,71 @@ def test_thresholds_that_are_none(threshold):
         LF.softplus(torch.ones(2, requires_grad=True), threshold=threshold)
 
 
+# Nested tensors of torch.jagged: torch's own ops are called.
+
+
+def jagged(*rows, width=5):
+    values = [torch.randn(count, width) for count in rows]
+    return torch.nested.nested_tensor(values, layout=torch.jagged).requires_grad_()
+
+
+def outcome(f, x):
+    """f(x) and its gradient, as ordinary tensors, and bytes that are kept; or the type of error."""
+    try:
+        (y, saved), leaf = saved_by(f, x), x
+        (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y) * 0.7)
+    except (RuntimeError, NotImplementedError) as error:
+        return type(error)
+    return y.is_nested, y.values().detach(), grad.values(), sum(t.values().nbytes for t in saved if t.is_nested)
+
+
+def assert_same_outcome(got, want):
+    assert type(got) is type(want)
+    if isinstance(want, tuple):
+        assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(got, want, strict=True))
+    else:
+        assert got is want
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_jagged_tensors(name):
+    op, torch_op = ALL[name]
+    x = jagged(3, 0, 4)
+    want = outcome(torch_op, x)
+    # (torch has no gradient of some.)
+    assert isinstance(want, tuple) or name.split("-")[0] in ("logsigmoid", "hardswish", "leaky_relu")
+    assert_same_outcome(outcome(op, x), want)
+    if isinstance(want, tuple):
+        with torch.no_grad():
+            assert torch.equal(op(x).values(), want[1])
+    if name in ("logsigmoid", "hardswish"):  # (nor values of these)
+        return
+    with torch.inference_mode():
+        x = jagged(3, 0, 4)
+        assert torch.equal(op(x).values(), torch_op(x).values())
+
+
+def test_step_activation_of_jagged_tensors():
+    x = jagged(2, 5)
+    assert_same_outcome(
+        outcome(lambda x: LF.step_activation(x, quick_gelu, [0.0], [0.0, 1.0]), x), outcome(quick_gelu, x)
+    )
+
+
+def test_bad_arguments_with_jagged_tensors():
+    x = jagged(2, 5)
+    with pytest.raises(ValueError, match="bits is 9, expected 1 to 8"):
+        LF.gelu(x, bits=9)
+    with pytest.raises(ValueError, match="criterion is 'best', expected"):
+        LF.silu(x, criterion="best")
+    with pytest.raises(ValueError, match="beta is -1, expected a positive number"):
+        LF.softplus(x, -1.0)
+    with pytest.raises(ValueError, match="approximate is 'no', expected"):
+        LF.gelu(x, "no")
+    with pytest.raises(TypeError, match="got a tensor as parameter"):
+        LF.leaky_relu(x, torch.tensor(0.1))
+
+
 # Modules
 
 MODULES = {
@@ -566,6 +631,13 @@ def test_modules(name, device):
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert repr(twin) == repr(module)
         assert torch.equal(twin(x), y)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_of_jagged_tensors(name):
+    make, plain = MODULES[name]
+    x = jagged(2, 5)
+    assert_same_outcome(outcome(make(), x), outcome(plain, x))
 
 
 def test_modules_cover_the_family():

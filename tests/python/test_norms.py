@@ -394,3 +394,26 @@ def test_names_of_lowmemorybp(norm, device):
     alias = LF.layer_norm if norm is NORMS["layer"] else LF.rms_norm
     assert torch.equal(alias(x, (8,), 1e-3), norm.op(x, (8,), eps=1e-3))
     assert torch.equal(alias(x, (8,)), norm.op(x, (8,), eps=1e-5))
+
+
+@pytest.mark.parametrize("parameters", [0, 1, 2])
+@pytest.mark.parametrize("output_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("conditioned", [True, False])
+def test_jagged_tensors(norm, parameters, output_dtype, conditioned):
+    """Nested tensors of torch.jagged: torch's own ops are called, whatever the weights are."""
+    parameters = [p.requires_grad_() for p in make_norm_parameters(norm, (6,), torch.float32)[:parameters]]
+    if not conditioned and parameters:
+        parameters[0].data[2] = 0.0
+    x = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(5, 6)], layout=torch.jagged).requires_grad_()
+    results = []
+    for y in (
+        norm.op(x, (6,), *parameters, eps=1e-5, dtype=output_dtype),
+        norm.torch_op(x, (6,), *parameters, eps=1e-5).to(output_dtype or torch.float32),
+    ):
+        gradients = torch.autograd.grad(y, [x, *parameters], torch.ones_like(y) * 0.7)
+        results.append([y.detach().values(), gradients[0].values(), *gradients[1:]])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][0].dtype == (output_dtype or torch.float32)
+    with torch.inference_mode():
+        x = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(5, 6)], layout=torch.jagged)
+        assert torch.equal(norm.op(x, (6,), eps=1e-5).values(), norm.torch_op(x, (6,), eps=1e-5).values())
