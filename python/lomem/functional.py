@@ -227,6 +227,12 @@ def randomized_linear(
     )
 
 
+def _refuse_jagged(op: str, argument: str, tensor: Tensor) -> None:
+    # (The op does so itself, but in inference mode.)
+    if is_jagged(tensor):
+        raise ValueError(f"lomem::{op}: {argument} is a nested tensor, expected a dense one")
+
+
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Packs codes of ``bits`` bits into bytes.
 
@@ -240,6 +246,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     Returns:
         A 1-D uint8 tensor of ``ceil(bits * numel / 8)`` bytes.
     """
+    _refuse_jagged("pack_bits", "codes", codes)
     return _pack_bits(codes, bits)
 
 
@@ -254,6 +261,7 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     Returns:
         A 1-D uint8 tensor of ``numel`` codes.
     """
+    _refuse_jagged("unpack_bits", "packed", packed)
     if isinstance(numel, int) and not is_compiling() and numel.bit_length() > 63:  # which the op cannot be called with
         raise ValueError(f"lomem::unpack_bits: numel is {numel}, expected 0 to {2**59 - 1}")
     return _unpack_bits(packed, bits, numel)

@@ -205,6 +205,16 @@ class TestOddTensors:
             with pytest.raises((RuntimeError, ValueError), match=pattern):
                 self.FUNCTIONS[name](x)
 
+    @pytest.mark.parametrize("inference", [False, True])
+    @pytest.mark.parametrize("name", [name for name in FUNCTIONS if "pack" in name])
+    def test_packing_of_jagged_tensors(self, name, inference):
+        # (Of these, activations and norms are torch's.)
+        with torch.inference_mode(inference):
+            bad, message = odd_tensor("jagged", torch.uint8)
+            bad = bad.bool() if name == "pack_bool_to_uint8" else bad
+            with pytest.raises(ValueError, match=rf"^lomem(::|\.functional\.)\w+: \w+ {message}"):
+                self.FUNCTIONS[name](bad)
+
     @pytest.mark.parametrize("numel", [-(2**70), -(2**63), -1, 2**59, 2**60, 2**62, 2**63 - 1, 2**63, 2**70])
     @pytest.mark.parametrize("device", ["cpu", "meta"])
     def test_numel(self, numel, device):
