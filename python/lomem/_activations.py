@@ -62,8 +62,9 @@ def _check_numbers(function: str, parameters: Sequence[Any]) -> None:
 
 def is_jagged(input: Any) -> bool:
     """Whether ``input`` is a nested tensor of layout ``torch.jagged``: of those, torch's own ops are called."""
-    # (Ordinary tensors are not asked, for it costs; proxies are not, for they answer with proxies.)
-    if not has_torch_function_unary(input) or not isinstance(input, Tensor):
+    # (Ordinary tensors are not asked, for it costs; proxies are not, for they answer with proxies. To a compiler a
+    # jagged tensor has no function of its own.)
+    if not (is_compiling() or has_torch_function_unary(input)) or not isinstance(input, Tensor):
         return False
     return input.is_nested and input.layout == torch.jagged
 
@@ -102,9 +103,8 @@ def _few_bit(
 ) -> Tensor:
     _check_numbers(function, parameters)
     if is_jagged(input):
-        _C.step_function(
-            function, bits if steps is None else steps.bits, criterion, parameters
-        )  # raises as the op does
+        if not is_compiling():  # raises as the op does
+            _C.step_function(function, bits if steps is None else steps.bits, criterion, parameters)
         return _of_torch(function, input, parameters, inplace)
     if steps is None:
         output = _step_activation(input, function, parameters, bits, criterion=criterion)

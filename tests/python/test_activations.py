@@ -568,6 +568,16 @@ def test_jagged_tensors(name):
         assert torch.equal(op(x).values(), torch_op(x).values())
 
 
+@pytest.mark.parametrize("name", ["gelu", "softplus-parameters", "relu", "hardtanh"])
+def test_compile_with_jagged_tensors(name):
+    op, torch_op = ALL[name]
+    x = jagged(2, 5)
+    want = outcome(torch_op, x)
+    got = outcome(torch.compile(op, fullgraph=True, backend="aot_eager"), x)
+    # What is kept is the compiler's affair.
+    assert_same_outcome(got[:-1], want[:-1])
+
+
 def test_step_activation_of_jagged_tensors():
     x = jagged(2, 5)
     assert_same_outcome(

@@ -406,13 +406,16 @@ def test_jagged_tensors(norm, parameters, output_dtype, conditioned):
         parameters[0].data[2] = 0.0
     x = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(5, 6)], layout=torch.jagged).requires_grad_()
     results = []
+    compiled = torch.compile(norm.op, fullgraph=True, backend="aot_eager")
     for y in (
         norm.op(x, (6,), *parameters, eps=1e-5, dtype=output_dtype),
+        compiled(x, (6,), *parameters, eps=1e-5, dtype=output_dtype),
         norm.torch_op(x, (6,), *parameters, eps=1e-5).to(output_dtype or torch.float32),
     ):
         gradients = torch.autograd.grad(y, [x, *parameters], torch.ones_like(y) * 0.7)
         results.append([y.detach().values(), gradients[0].values(), *gradients[1:]])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for got in results[:2]:
+        assert all(torch.equal(a, b) for a, b in zip(got, results[2], strict=True))
     assert results[0][0].dtype == (output_dtype or torch.float32)
     with torch.inference_mode():
         x = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(5, 6)], layout=torch.jagged)
