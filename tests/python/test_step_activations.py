@@ -55,17 +55,18 @@ def test_strides_of_the_output(name, layout, device):
 
 
 def odd_strides(shape):
-    """Strides that a tensor of the shape can have, those of dimensions of at most one element among them."""
-    regular = torch.empty(shape, device="meta").stride()
-    yield regular
+    """Strides that a tensor of the shape can have, any of dimensions of at most one element among them."""
+    plain = torch.empty(shape, device="meta")
+    dense = [plain.stride()]
     if len(shape) > 1:
-        yield tuple(reversed(torch.empty(tuple(reversed(shape)), device="meta").stride()))
-    if len(shape) == 4:
-        yield torch.empty(shape, device="meta").to(memory_format=torch.channels_last).stride()
-    if len(shape) == 5:
-        yield torch.empty(shape, device="meta").to(memory_format=torch.channels_last_3d).stride()
-    for stride in (0, 1, 5, 1000):
-        yield tuple(stride if size <= 1 else usual for size, usual in zip(shape, regular, strict=True))
+        dense.append(tuple(reversed(torch.empty(tuple(reversed(shape)), device="meta").stride())))
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if len(shape) in formats:
+        dense.append(torch.empty(shape, device="meta", memory_format=formats[len(shape)]).stride())
+    for strides in dense:
+        yield strides
+        for odd in (0, 1, 5, 1000):
+            yield tuple(odd if size <= 1 else usual for size, usual in zip(shape, strides, strict=True))
 
 
 SHAPES = [
