@@ -85,7 +85,7 @@ std::tuple<at::Tensor, at::Tensor> hard_activation_forward_any(
   check_float_tensor(hard_forward_op, "input", input);
   const HardActivation& activation = find_hard_activation(hard_forward_op, function, parameters);
   const at::Tensor output = value(activation, input, parameters);
-  const Band band = activation.band(parameters, input.scalar_type(), input.is_cuda());
+  const Band band = band_of(activation, parameters, input.scalar_type(), input.is_cuda());
   return {output, band_codes(in_memory_order(input, output), band.low, band.high)};
 }
 

@@ -32,6 +32,7 @@
 
 #include "checks.h"
 #include "step_refits.h"
+#include "subnormals.h"
 
 namespace lomem::detail {
 namespace {
@@ -105,12 +106,25 @@ StepFunction steps_of(std::string_view name, Parameters p, std::string_view crit
     return steps;
   }
   if (name == "elu") {
-    return elu_steps(p[0], criterion, bits);
+    StepFunction steps = elu_steps(p[0], criterion, bits);
+    for (double& boundary : steps.boundaries) {  // the one at the kink, which the search misses by a rounding
+      boundary = std::abs(boundary) < 1e-12 ? 0 : boundary;
+    }
+    return steps;
   }
   if (name == "celu") {  // alpha elu(x / alpha)
     return scaled(shipped_steps("elu", criterion, bits), p[0], 1);
   }
-  return shipped_steps(name, criterion, bits);
+  StepFunction steps = shipped_steps(name, criterion, bits);
+  if (name == "hardswish") {
+    // At 3 torch's derivative is that of the piece on the right. An input at a boundary has the level on the left, so
+    // this one lies below 3, as float32 inputs are compared.
+    const auto jump = std::find(steps.boundaries.begin(), steps.boundaries.end(), 3.0);
+    if (jump != steps.boundaries.end()) {
+      *jump = std::nextafter(3.0f, 0.0f);
+    }
+  }
+  return steps;
 }
 
 void check_criterion(const char* op, std::string_view criterion) {
@@ -211,6 +225,11 @@ const Activation& find_activation(const char* op, std::string_view name, Paramet
 
 const HardActivation& find_hard_activation(const char* op, std::string_view name, Parameters parameters) {
   return find(hard_activations, op, name, parameters);
+}
+
+Band band_of(const HardActivation& activation, Parameters parameters, at::ScalarType dtype, bool cuda) {
+  const SubnormalsScope next_to_zero_is_not_zero(Subnormals::kept());
+  return activation.band(parameters, dtype, cuda);
 }
 
 void check_steps(const char* op, Parameters boundaries, Parameters levels, int64_t bits) {

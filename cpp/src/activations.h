@@ -44,9 +44,12 @@ struct HardActivation {
   std::string_view name;
   std::string_view parameters;
   at::Tensor (*value)(const at::Tensor& input, at::ArrayRef<double> parameters);
-  /// As torch's backward kernels for this dtype and device compare.
+  /// See band_of.
   Band (*band)(at::ArrayRef<double> parameters, at::ScalarType dtype, bool cuda);
 };
+
+/// The band as torch's backward kernels for this dtype and device compare.
+Band band_of(const HardActivation& activation, at::ArrayRef<double> parameters, at::ScalarType dtype, bool cuda);
 
 const HardActivation& find_hard_activation(const char* op, std::string_view name, at::ArrayRef<double> parameters);
 

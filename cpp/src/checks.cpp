@@ -12,20 +12,15 @@ namespace {
 
 constexpr const char* float_dtypes = "float64, float32, bfloat16 or float16";
 
+/// Above this, the number of bits of codes does not fit int64.
+constexpr int64_t max_numel = std::numeric_limits<int64_t>::max() / 16;
+
 bool is_supported_float(at::ScalarType dtype) {
   return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
 auto dtype_name(at::ScalarType dtype) {
   return c10::getDtypeNames(dtype).first;
-}
-
-void check_strided(const char* op, const char* argument, const at::Tensor& tensor) {
-  TORCH_CHECK(tensor.defined(), op, ": ", argument, " is undefined, expected a tensor");
-  TORCH_CHECK(!tensor.is_nested(), op, ": ", argument, " is a nested tensor, expected a dense one");
-  TORCH_CHECK(
-      tensor.layout() == at::kStrided, op, ": ", argument, " has layout ", tensor.layout(),
-      ", expected a dense (torch.strided) tensor");
 }
 
 void check_float_dtype(const char* op, const char* argument, at::ScalarType dtype) {
@@ -109,6 +104,18 @@ DType to_dtype(at::ScalarType dtype) {
   }
 }
 
+void check_strided(const char* op, const char* argument, const at::Tensor& tensor) {
+  TORCH_CHECK(tensor.defined(), op, ": ", argument, " is undefined, expected a tensor");
+  TORCH_CHECK(!tensor.is_nested(), op, ": ", argument, " is a nested tensor, expected a dense one");
+  TORCH_CHECK(
+      tensor.layout() == at::kStrided, op, ": ", argument, " has layout ", tensor.layout(),
+      ", expected a dense (torch.strided) tensor");
+  // (Without a guard on symbolic sizes.)
+  const std::optional<int64_t> numel = tensor.sym_numel().maybe_as_int();
+  TORCH_CHECK_VALUE(
+      !numel || *numel <= max_numel, op, ": ", argument, " has ", *numel, " elements, expected at most ", max_numel);
+}
+
 void check_float_tensor(const char* op, const char* argument, const at::Tensor& tensor) {
   check_strided(op, argument, tensor);
   check_float_dtype(op, argument, tensor.scalar_type());
@@ -175,8 +182,6 @@ void check_step_backward(
 void check_unpack(const at::Tensor& packed, int64_t bits, const c10::SymInt& numel) {
   constexpr const char* op = "lomem::unpack_bits";
   check_bits(op, bits);
-  // Above this, the number of bits does not fit int64.
-  constexpr int64_t max_numel = std::numeric_limits<int64_t>::max() / 16;
   TORCH_CHECK_VALUE(numel >= 0 && numel <= max_numel, op, ": numel is ", numel, ", expected 0 to ", max_numel);
   check_packed(op, "packed", packed, numel, bits);
 }

@@ -14,10 +14,13 @@ namespace lomem::detail {
 /// Precondition: a dtype that a check below has passed.
 DType to_dtype(at::ScalarType dtype);
 
-/// A strided tensor of a supported floating-point dtype.
+/// A strided tensor of at most so many elements that their bits can be counted.
+void check_strided(const char* op, const char* argument, const at::Tensor& tensor);
+
+/// The same, of a supported floating-point dtype.
 void check_float_tensor(const char* op, const char* argument, const at::Tensor& tensor);
 
-/// A strided uint8 tensor.
+/// The same, of uint8.
 void check_byte_tensor(const char* op, const char* argument, const at::Tensor& tensor);
 
 /// bits in [1, 8].

@@ -6,11 +6,15 @@ Imported by :mod:`lomem.functional`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.overrides import has_torch_function_unary
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _C
 from .steps import StepFunction
@@ -56,25 +60,71 @@ def _check_numbers(function: str, parameters: Sequence[Any]) -> None:
             )
 
 
+def is_jagged(input: Any) -> bool:
+    """Whether ``input`` is a nested tensor of layout ``torch.jagged``: of those, torch's own ops are called."""
+    # (Ordinary tensors are not asked, for it costs; proxies are not, for they answer with proxies. To a compiler a
+    # jagged tensor has no function of its own.)
+    if not (is_compiling() or has_torch_function_unary(input)) or not isinstance(input, Tensor):
+        return False
+    return input.is_nested and input.layout == torch.jagged
+
+
+# The names of the ops' functions that are not those of torch's, and torch's functions without ``inplace``.
+_TORCH_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "tanhshrink": F.tanhshrink,
+    "softplus": F.softplus,
+    "softsign": F.softsign,
+    "logsigmoid": F.logsigmoid,
+    "hardshrink": F.hardshrink,
+    "softshrink": F.softshrink,
+}
+
+
+def _of_torch(function: str, input: Tensor, parameters: Sequence[float], inplace: bool) -> Tensor:
+    if function in _TORCH_FUNCTIONS:
+        return _TORCH_FUNCTIONS[function](input, *parameters)
+    result: Tensor = getattr(F, function)(input, *parameters, inplace=inplace)
+    return result
+
+
 def _few_bit(
-    function: str, input: Tensor, parameters: Sequence[float], bits: int, criterion: str, steps: StepFunction | None
+    function: str,
+    input: Tensor,
+    parameters: Sequence[float],
+    bits: int,
+    criterion: str,
+    steps: StepFunction | None,
+    inplace: bool = False,
 ) -> Tensor:
     _check_numbers(function, parameters)
+    if is_jagged(input):
+        if not is_compiling():  # raises as the op does
+            _C.step_function(function, bits if steps is None else steps.bits, criterion, parameters)
+        return _of_torch(function, input, parameters, inplace)
     if steps is None:
-        return _step_activation(input, function, parameters, bits, criterion=criterion)
-    return _step_activation(
-        input,
-        function,
-        parameters,
-        steps.bits,
-        criterion=criterion,
-        boundaries=steps.boundaries,
-        levels=steps.levels,
-    )
+        output = _step_activation(input, function, parameters, bits, criterion=criterion)
+    else:
+        output = _step_activation(
+            input,
+            function,
+            parameters,
+            steps.bits,
+            criterion=criterion,
+            boundaries=steps.boundaries,
+            levels=steps.levels,
+        )
+    return input.copy_(output) if inplace else output
 
 
 def _exact(function: str, input: Tensor, parameters: Sequence[float] = (), inplace: bool = False) -> Tensor:
     _check_numbers(function, parameters)
+    if is_jagged(input):
+        return _of_torch(function, input, parameters, inplace)
     output = _hard_activation(input, function, parameters)
     return input.copy_(output) if inplace else output
 
@@ -132,8 +182,7 @@ def silu(
 
     With ``inplace`` the result overwrites ``input``; a temporary of its size is made either way.
     """
-    output = _few_bit("silu", input, (), bits, criterion, steps)
-    return input.copy_(output) if inplace else output
+    return _few_bit("silu", input, (), bits, criterion, steps, inplace)
 
 
 def mish(
@@ -145,8 +194,7 @@ def mish(
     steps: StepFunction | None = None,
 ) -> Tensor:
     """``F.mish`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`silu`."""
-    output = _few_bit("mish", input, (), bits, criterion, steps)
-    return input.copy_(output) if inplace else output
+    return _few_bit("mish", input, (), bits, criterion, steps, inplace)
 
 
 def sigmoid(
@@ -231,8 +279,7 @@ def elu(
         criterion: ``"primitive"`` or ``"derivative"``.
         steps: A step function in place of the library's.
     """
-    output = _few_bit("elu", input, (alpha,), bits, criterion, steps)
-    return input.copy_(output) if inplace else output
+    return _few_bit("elu", input, (alpha,), bits, criterion, steps, inplace)
 
 
 def celu(
@@ -248,8 +295,7 @@ def celu(
 
     ``alpha``: positive; the step function is ELU's with its boundaries multiplied by ``alpha``, which is the best one.
     """
-    output = _few_bit("celu", input, (alpha,), bits, criterion, steps)
-    return input.copy_(output) if inplace else output
+    return _few_bit("celu", input, (alpha,), bits, criterion, steps, inplace)
 
 
 def selu(
@@ -261,8 +307,7 @@ def selu(
     steps: StepFunction | None = None,
 ) -> Tensor:
     """``F.selu`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`silu`."""
-    output = _few_bit("selu", input, (), bits, criterion, steps)
-    return input.copy_(output) if inplace else output
+    return _few_bit("selu", input, (), bits, criterion, steps, inplace)
 
 
 def hardswish(
@@ -274,8 +319,7 @@ def hardswish(
     steps: StepFunction | None = None,
 ) -> Tensor:
     """``F.hardswish`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`silu`."""
-    output = _few_bit("hardswish", input, (), bits, criterion, steps)
-    return input.copy_(output) if inplace else output
+    return _few_bit("hardswish", input, (), bits, criterion, steps, inplace)
 
 
 # Activations of straight pieces. Their derivative has two values: one bit an element is all of it.
@@ -375,6 +419,34 @@ def _checked(fn: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
     return output
 
 
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_input(input: Tensor) -> None:
+    """As the ops check theirs: ``fn`` may take anything."""
+    name = "lomem.functional.step_activation"
+    if input.is_nested:
+        raise ValueError(f"{name}: input is a nested tensor, expected a dense one")
+    if input.layout != torch.strided:
+        raise ValueError(f"{name}: input has layout {input.layout}, expected a dense (torch.strided) tensor")
+    if input.dtype not in _FLOATS:
+        dtype = str(input.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: input has dtype {dtype}, expected float64, float32, bfloat16 or float16")
+    if not is_compiling() and input.numel() > 2**59 - 1:
+        raise ValueError(f"{name}: input has {input.numel()} elements, expected at most {2**59 - 1}")
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    if is_traceable_wrapper_subclass(a) and is_traceable_wrapper_subclass(b):
+        return any(
+            _share_memory(getattr(a, of_a), getattr(b, of_b))
+            for of_a in a.__tensor_flatten__()[0]
+            for of_b in b.__tensor_flatten__()[0]
+        )
+    # (Its address would be asked of what has none: a wrapper's storage holds nothing.)
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
 class _WithSteps(torch.autograd.Function):
     """A function of the caller's, with the derivative of a step function."""
 
@@ -384,9 +456,7 @@ class _WithSteps(torch.autograd.Function):
         ctx.save_for_backward(_step_codes(input, steps.boundaries, steps.bits))
         output = _checked(fn, input.detach())
         # What shares memory with the input would be taken for it. (Compilers see to that themselves.)
-        if not is_compiling() and output.untyped_storage().data_ptr() == input.untyped_storage().data_ptr():
-            return output.clone()
-        return output
+        return output.clone() if not is_compiling() and _share_memory(output, input) else output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
@@ -412,7 +482,8 @@ def step_activation(
         levels: ``2**bits``.
 
     Returns:
-        ``fn(input)``. Saved for backward: ``ceil(bits * numel / 8)`` bytes.
+        ``fn(input)``. Saved for backward: ``ceil(bits * numel / 8)`` bytes. ``torch.jit.trace`` records ``fn`` with
+        its exact gradient: a graph of TorchScript cannot hold the other one.
     """
     steps = StepFunction(tuple(boundaries), tuple(levels))
     if isinstance(fn, torch.nn.Module) and any(p.requires_grad for p in fn.parameters()):
@@ -427,6 +498,11 @@ def step_activation(
             "lomem.functional.step_activation: called under torch.func or forward-mode differentiation, expected "
             "neither: they are not supported"
         )
+    if not is_compiling() and torch.jit.is_tracing():
+        return fn(input)
+    if is_jagged(input):
+        return _checked(fn, input)
+    _check_input(input)
     if torch.is_grad_enabled() and input.requires_grad:
         return _WithSteps.apply(input, fn, steps)
     with torch.no_grad():

@@ -2,21 +2,26 @@
 
 Every function raises a RuntimeError or ValueError that names op, argument, the value it got and the
 value it wants; of arguments that are not of the type asked for, torch's own error. They work under
-autocast, ``torch.compile``, ``torch.export``, checkpointing and saved-tensor hooks. Forward-mode
-differentiation and ``torch.func`` gradients raise.
+autocast, ``torch.compile``, ``torch.export``, ``torch.jit.trace``, checkpointing and saved-tensor hooks, on ``meta``
+tensors and on subclasses that wrap tensors. Of nested tensors of layout ``torch.jagged``, activations and norms are
+torch's own, with the exact gradient and all that torch keeps for it; other nested, sparse and quantized tensors raise.
+Forward-mode differentiation and ``torch.func`` gradients raise.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_unary
 
 from . import _C, _activations
 from ._activations import *  # noqa: F403
+from ._activations import is_jagged
 
 __all__ = [
     *_activations.__all__,
@@ -65,6 +70,8 @@ def regelu2(input: Tensor, approximate: str = "none", *, fast: bool = False) -> 
         A tensor of the shape, dtype and strides that ``F.gelu`` returns. Saved for backward:
         ``ceil(numel / 4)`` bytes.
     """
+    if is_jagged(input):
+        return F.gelu(input, approximate=approximate)
     if not (has_torch_function_unary(input) or is_compiling()):
         result = _C.regelu2(input, approximate, fast)
         if result is not NotImplemented:
@@ -88,6 +95,8 @@ def resilu2(input: Tensor, *, fast: bool = False) -> Tensor:
         A tensor of the shape, dtype and strides that ``F.silu`` returns. Saved for backward:
         ``ceil(numel / 4)`` bytes.
     """
+    if is_jagged(input):
+        return F.silu(input)
     if not (has_torch_function_unary(input) or is_compiling()):
         result = _C.resilu2(input, fast)
         if result is not NotImplemented:
@@ -127,6 +136,8 @@ def ms_layer_norm(
         A contiguous tensor of the shape of ``input``. Saved for backward: itself, and 4 bytes a row
         (8 for a float64 input). Second derivatives raise.
     """
+    if is_jagged(input):
+        return F.layer_norm(input, list(normalized_shape), weight, bias, eps).to(dtype or input.dtype)
     return _ms_layer_norm(input, normalized_shape, weight, bias, eps, dtype=dtype)
 
 
@@ -157,6 +168,8 @@ def ms_rms_norm(
         A contiguous tensor of the shape of ``input``. Saved for backward: itself, and 4 bytes a row
         (8 for a float64 input). Second derivatives raise.
     """
+    if is_jagged(input):
+        return F.rms_norm(input, list(normalized_shape), weight, eps).to(dtype or input.dtype)
     return _ms_rms_norm(input, normalized_shape, weight, eps, dtype=dtype)
 
 
@@ -214,6 +227,12 @@ def randomized_linear(
     )
 
 
+def _refuse_jagged(op: str, argument: str, tensor: Tensor) -> None:
+    # (The op does so itself, but in inference mode.)
+    if is_jagged(tensor):
+        raise ValueError(f"lomem::{op}: {argument} is a nested tensor, expected a dense one")
+
+
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Packs codes of ``bits`` bits into bytes.
 
@@ -227,6 +246,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     Returns:
         A 1-D uint8 tensor of ``ceil(bits * numel / 8)`` bytes.
     """
+    _refuse_jagged("pack_bits", "codes", codes)
     return _pack_bits(codes, bits)
 
 
@@ -241,6 +261,9 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     Returns:
         A 1-D uint8 tensor of ``numel`` codes.
     """
+    _refuse_jagged("unpack_bits", "packed", packed)
+    if isinstance(numel, int) and not is_compiling() and numel.bit_length() > 63:  # which the op cannot be called with
+        raise ValueError(f"lomem::unpack_bits: numel is {numel}, expected 0 to {2**59 - 1}")
     return _unpack_bits(packed, bits, numel)
 
 
@@ -266,9 +289,14 @@ def pack_bool_to_uint8(x: Tensor) -> Tensor:
     Returns:
         A 1-D uint8 tensor of ``ceil(numel / 8)`` bytes.
     """
+    name = "lomem.functional.pack_bool_to_uint8"
     if x.dtype != torch.bool:
-        raise ValueError(f"lomem.functional.pack_bool_to_uint8: x has dtype {x.dtype}, expected torch.bool")
-    return pack_bits(x.contiguous().view(torch.uint8), 1)
+        raise ValueError(f"{name}: x has dtype {x.dtype}, expected torch.bool")
+    if x.is_nested:
+        raise ValueError(f"{name}: x is a nested tensor, expected a dense one")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: x has layout {x.layout}, expected a dense (torch.strided) tensor")
+    return pack_bits(x.view(torch.uint8), 1)
 
 
 def unpack_uint8_to_bool(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -282,5 +310,7 @@ def unpack_uint8_to_bool(x: Tensor, shape: Sequence[int]) -> Tensor:
         A bool tensor of shape ``shape``.
     """
     shape = torch.Size(shape)
-    # Not view(torch.bool): Inductor's C++ backend cannot use such a view as a mask.
-    return (unpack_bits(x, 1, shape.numel()) != 0).reshape(shape)
+    if not is_compiling() and any(size < 0 for size in shape):
+        raise ValueError(f"lomem.functional.unpack_uint8_to_bool: shape is {tuple(shape)}, expected no negative size")
+    # Not shape.numel(), which overflows. Not view(torch.bool): Inductor's C++ backend cannot use such a view as a mask.
+    return (unpack_bits(x, 1, math.prod(shape)) != 0).reshape(shape)

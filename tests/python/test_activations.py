@@ -227,6 +227,146 @@ def test_exact_gradient(name, dtype, device):
             torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
+# Where the derivative jumps: of which piece is it, at the kink itself?
+# name -> (function, torch's, the op's name for it, its parameters, places)
+KINKS = {
+    "hardswish": (LF.hardswish, F.hardswish, "hardswish", (), (-3.0, 3.0)),
+    "selu": (LF.selu, F.selu, "selu", (), (0.0,)),
+    **{
+        f"elu-{alpha}": (partial(LF.elu, alpha=alpha), partial(F.elu, alpha=alpha), "elu", (alpha,), (0.0,))
+        for alpha in (-1.0, 0.0, 0.5, 1.0, 1.3, 4.0)
+    },
+    **{
+        f"celu-{alpha}": (partial(LF.celu, alpha=alpha), partial(F.celu, alpha=alpha), "celu", (alpha,), (0.0,))
+        for alpha in (0.3, 1.0, 2.0)
+    },
+    # (Of beta x > threshold: where neither the product nor the quotient is rounded.)
+    **{
+        f"softplus-{beta}-{threshold}": (
+            partial(LF.softplus, beta=beta, threshold=threshold),
+            partial(F.softplus, beta=beta, threshold=threshold),
+            "softplus",
+            (beta, threshold),
+            (threshold / beta,),
+        )
+        for beta in (0.5, 1.0, 2.0)
+        for threshold in (-1.0, 0.5, 1.0, 3.0, 20.0)
+    },
+    "softplus-1.0-0.0": (
+        partial(LF.softplus, threshold=0.0),
+        partial(F.softplus, threshold=0.0),
+        "softplus",
+        (1.0, 0.0),
+        (0.0,),
+    ),
+}
+# Those whose derivative is continuous, or very nearly.
+SMOOTH_KINKS = {"elu-1.0", "celu-0.3", "celu-1.0", "celu-2.0", *(f"softplus-{beta}-20.0" for beta in (0.5, 1.0, 2.0))}
+
+
+def around(place, dtype, device):
+    """The place, between its neighbours."""
+    at = torch.tensor([place], dtype=dtype)
+    inf = torch.tensor([math.inf], dtype=dtype)
+    return torch.cat([torch.nextafter(at, -inf), at, torch.nextafter(at, inf)]).to(device)
+
+
+def gradient_of_ones(op, x):
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(op(leaf).sum(), leaf)[0].tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", KINKS)
+def test_ties_where_the_derivative_jumps(name, dtype, device):
+    """Where a boundary is at a jump, an input that is there has the level of the piece that torch takes it for."""
+    op, torch_op, function, parameters, places = KINKS[name]
+    ties = 0
+    for place in places:
+        x = around(place, dtype, device)
+        below, at, above = gradient_of_ones(torch_op, x)
+        # A smooth derivative changes less between neighbours, of bfloat16 too.
+        assert (abs(above - below) > 0.01) == (name not in SMOOTH_KINKS)
+        for bits in BITS if name not in SMOOTH_KINKS else ():
+            step = LF.step_function(function, bits, parameters=parameters)
+            left, tie, right = gradient_of_ones(partial(op, bits=bits), x)
+            # (With few bits the best boundaries are elsewhere.)
+            if min(abs(boundary - place) for boundary in step.boundaries) < 1e-6:
+                # (hardswish's boundary is below 3 by what float32 inputs are apart: some of float64 lie between.)
+                assert left != right or (dtype == torch.float64 and name == "hardswish")
+                assert tie == (left if abs(at - below) < abs(at - above) else right), bits
+                ties += 1
+    assert ties >= (0 if name in SMOOTH_KINKS else 5 * len(places))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_ties_of_given_steps_are_on_the_left(bits, dtype, device):
+    """A boundary of the caller's is compared as it is: ``x > 3``."""
+    count = 2**bits
+    step = lomem.StepFunction((3.0,) * (count - 1), tuple(range(count)))
+    left, tie, right = gradient_of_ones(partial(LF.hardswish, steps=step), around(3.0, dtype, device))
+    assert left == tie == 0
+    assert right == count - 1
+
+
+KINKS_OF_PIECES = {
+    "relu": (LF.relu, F.relu, (0.0, -0.0)),
+    "relu6": (LF.relu6, F.relu6, (0.0, 6.0)),
+    "hardsigmoid": (LF.hardsigmoid, F.hardsigmoid, (-3.0, 3.0)),
+    **{
+        f"leaky_relu-{slope}": (
+            partial(LF.leaky_relu, negative_slope=slope),
+            partial(F.leaky_relu, negative_slope=slope),
+            (0.0, -0.0),
+        )
+        for slope in (0.0, 0.01, 0.3, 1.0, 2.0)
+    },
+    **{
+        f"hardtanh-{low}-{high}": (
+            partial(LF.hardtanh, min_val=low, max_val=high),
+            partial(F.hardtanh, min_val=low, max_val=high),
+            (low, high),
+        )
+        for low, high in ((-1.0, 1.0), (0.0, 6.0), (-2.0, 0.5), (-0.1, 0.1), (0.25, 0.25))
+    },
+    **{
+        f"{kind}-{lambd}": (
+            partial(getattr(LF, kind), lambd=lambd),
+            partial(getattr(F, kind), lambd=lambd),
+            (-lambd, lambd),
+        )
+        for kind in ("hardshrink", "softshrink")
+        for lambd in (0.0, 0.1, 0.3, 0.5, 1.0)
+    },
+    **{
+        f"threshold-{place}": (
+            partial(LF.threshold, threshold=place, value=7.0),
+            partial(F.threshold, threshold=place, value=7.0),
+            (place,),
+        )
+        for place in (-2.3, -1.0, 0.0, 0.1, 0.5, 20.0)
+    },
+}
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", KINKS_OF_PIECES)
+def test_kinks_of_straight_pieces(name, dtype, device):
+    op, torch_op, places = KINKS_OF_PIECES[name]
+    for place in places:
+        x = around(place, dtype, device)
+        # In vectors and in what is left over: torch's kernels have a formula for each.
+        for repeats in (1, 11, 64):
+            assert gradient_of_ones(op, x.repeat(repeats)) == gradient_of_ones(torch_op, x.repeat(repeats)), place
+
+
+def test_all_kinks_are_tried():
+    kinked = {name.split("-")[0] for name in (*KINKS, *KINKS_OF_PIECES)}
+    assert kinked == {name.split("-")[0] for name in HARD} | {"elu", "celu", "selu", "softplus", "hardswish"}
+
+
 @pytest.mark.parametrize("name", HARD)
 def test_one_bit(name, device):
     for n in range(1, 40):
@@ -384,6 +524,81 @@ def test_thresholds_that_are_none(threshold):
         LF.softplus(torch.ones(2, requires_grad=True), threshold=threshold)
 
 
+# Nested tensors of torch.jagged: torch's own ops are called.
+
+
+def jagged(*rows, width=5):
+    values = [torch.randn(count, width) for count in rows]
+    return torch.nested.nested_tensor(values, layout=torch.jagged).requires_grad_()
+
+
+def outcome(f, x):
+    """f(x) and its gradient, as ordinary tensors, and bytes that are kept; or the type of error."""
+    try:
+        (y, saved), leaf = saved_by(f, x), x
+        (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y) * 0.7)
+    except (RuntimeError, NotImplementedError) as error:
+        return type(error)
+    return y.is_nested, y.values().detach(), grad.values(), sum(t.values().nbytes for t in saved if t.is_nested)
+
+
+def assert_same_outcome(got, want):
+    assert type(got) is type(want)
+    if isinstance(want, tuple):
+        assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(got, want, strict=True))
+    else:
+        assert got is want
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_jagged_tensors(name):
+    op, torch_op = ALL[name]
+    x = jagged(3, 0, 4)
+    want = outcome(torch_op, x)
+    # (torch has no gradient of some.)
+    assert isinstance(want, tuple) or name.split("-")[0] in ("logsigmoid", "hardswish", "leaky_relu")
+    assert_same_outcome(outcome(op, x), want)
+    if isinstance(want, tuple):
+        with torch.no_grad():
+            assert torch.equal(op(x).values(), want[1])
+    if name in ("logsigmoid", "hardswish"):  # (nor values of these)
+        return
+    with torch.inference_mode():
+        x = jagged(3, 0, 4)
+        assert torch.equal(op(x).values(), torch_op(x).values())
+
+
+@pytest.mark.parametrize("name", ["gelu", "softplus-parameters", "relu", "hardtanh"])
+def test_compile_with_jagged_tensors(name):
+    op, torch_op = ALL[name]
+    x = jagged(2, 5)
+    want = outcome(torch_op, x)
+    got = outcome(torch.compile(op, fullgraph=True, backend="aot_eager"), x)
+    # What is kept is the compiler's affair.
+    assert_same_outcome(got[:-1], want[:-1])
+
+
+def test_step_activation_of_jagged_tensors():
+    x = jagged(2, 5)
+    assert_same_outcome(
+        outcome(lambda x: LF.step_activation(x, quick_gelu, [0.0], [0.0, 1.0]), x), outcome(quick_gelu, x)
+    )
+
+
+def test_bad_arguments_with_jagged_tensors():
+    x = jagged(2, 5)
+    with pytest.raises(ValueError, match="bits is 9, expected 1 to 8"):
+        LF.gelu(x, bits=9)
+    with pytest.raises(ValueError, match="criterion is 'best', expected"):
+        LF.silu(x, criterion="best")
+    with pytest.raises(ValueError, match="beta is -1, expected a positive number"):
+        LF.softplus(x, -1.0)
+    with pytest.raises(ValueError, match="approximate is 'no', expected"):
+        LF.gelu(x, "no")
+    with pytest.raises(TypeError, match="got a tensor as parameter"):
+        LF.leaky_relu(x, torch.tensor(0.1))
+
+
 # Modules
 
 MODULES = {
@@ -426,6 +641,13 @@ def test_modules(name, device):
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert repr(twin) == repr(module)
         assert torch.equal(twin(x), y)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_of_jagged_tensors(name):
+    make, plain = MODULES[name]
+    x = jagged(2, 5)
+    assert_same_outcome(outcome(make(), x), outcome(plain, x))
 
 
 def test_modules_cover_the_family():

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from helpers import ACTIVATIONS, DTYPES, NORMS, SIXTEEN_BIT, all_patterns, make_norm_parameters, same_bits
 from lomem import reference
 
+LF = lomem.functional
+ops = torch.ops.lomem
 pytestmark = pytest.mark.cpu_kernels
 
 CAPABILITIES = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
@@ -129,6 +131,104 @@ def test_codes_and_gradients_do_not_depend_on_the_threads(name, dtype, threads):
     for codes, gradient in results[1:]:
         assert torch.equal(codes, results[0][0])
         assert same_bits(gradient, results[0][1])
+
+
+def subnormals(dtype):
+    """Subnormal numbers of both signs and their neighbours, in every place of a vector, more than a thread takes."""
+    tiny, smallest = torch.finfo(dtype).tiny, torch.finfo(dtype).smallest_normal
+    least = torch.nextafter(torch.tensor(0.0, dtype=dtype), torch.tensor(1.0, dtype=dtype))
+    values = torch.tensor(
+        [0.0, tiny / 2, -tiny / 2, tiny / 3, smallest, -smallest, 1.0, -1.0, 0.3], dtype=torch.float64
+    )
+    values = torch.cat([values.to(dtype), least[None], -least[None]])
+    return values.repeat(300_000 // len(values))
+
+
+@pytest.fixture
+def flushing():
+    """Makes this thread take subnormal numbers for 0, as torch.set_flush_denormal makes the thread that calls it."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+# (Made here, where this thread does not flush.)
+TINY = {dtype: [torch.finfo(dtype).tiny / 2**i for i in range(254)] for dtype in DTYPES}
+
+# The boundaries of the shipped functions are far from subnormal numbers: kinks at 0 are not, nor are these.
+CODES_OF_SUBNORMALS = {
+    **{
+        f"hard-{function}": lambda x, function=function, parameters=parameters: ops.hard_activation_forward(
+            x, function, parameters
+        )[1]
+        for function, parameters in {
+            "relu": [],
+            "leaky_relu": [0.1],
+            "relu6": [],
+            "threshold": [0.0, 1.0],
+            "hardtanh": [0.0, 1.0],
+            "hardshrink": [0.0],
+            "softshrink": [0.0],
+        }.items()
+    },
+    **{
+        f"elu-{bits}": lambda x, bits=bits: ops.step_activation_forward(x, "elu", [0.5], bits)[1]
+        for bits in range(1, 9)
+    },
+    **{
+        f"codes-{bits}": lambda x, bits=bits: ops.step_codes(x, [0.0, *reversed(TINY[x.dtype][: 2**bits - 2])], bits)
+        for bits in range(2, 9)
+    },
+    "bands": lambda x: ops.band_codes(x, TINY[x.dtype][2], TINY[x.dtype][0]),
+    "regelu2": lambda x: ops.regelu2_forward(x)[1],
+    "regelu2-fast": lambda x: ops.regelu2_forward(x, fast=True)[1],
+    "resilu2": lambda x: ops.resilu2_forward(x)[1],
+    "resilu2-fast": lambda x: ops.resilu2_forward(x, fast=True)[1],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CODES_OF_SUBNORMALS)
+def test_codes_of_subnormals_do_not_depend_on_the_mode(name, dtype, threads, flushing):
+    codes = CODES_OF_SUBNORMALS[name]
+    x = subnormals(dtype)
+    torch.set_flush_denormal(False)
+    want = codes(x)
+    torch.set_flush_denormal(True)
+    for count in (1, 2, 4):
+        threads(count)
+        for n in (len(x), 32768 + 77, 1001, 63, 1):
+            # (The last byte has codes of other elements too.)
+            assert torch.equal(codes(x[:n])[:-1], want[: len(codes(x[:n])) - 1]), (count, n)
+
+
+def test_codes_of_subnormals_are_what_they_are(flushing):
+    x = subnormals(torch.float32)
+    torch.set_flush_denormal(False)
+    positive = reference.pack_bits((x > 0).to(torch.uint8), 1)
+    torch.set_flush_denormal(True)
+    assert torch.equal(ops.step_codes(x, [0.0], 1), positive)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_from_subnormals_do_not_depend_on_the_threads(dtype, threads, flushing):
+    """Gradients and norms take them for 0 or not as the calling thread does, whoever computes them."""
+    grad = subnormals(dtype)
+    codes = LF.pack_bits(torch.ones(len(grad), dtype=torch.uint8), 2)
+    rows = grad[: len(grad) // 100 * 100].view(-1, 100)
+
+    def results(count):
+        threads(count)
+        leaf = rows.clone().requires_grad_()
+        y = LF.ms_layer_norm(leaf, (100,), eps=0.0)
+        gradient = ops.step_activation_backward(grad, codes, [0.0, 0.5, 1.0, 1.0], 2)
+        return gradient, y.detach(), *torch.autograd.grad(y, leaf, rows.roll(1, 1))
+
+    want = results(1)
+    assert (want[0] == 0).sum() > (grad == 0).sum()  # the mode has an effect
+    for count in (2, 4):
+        assert all(same_bits(a, b) for a, b in zip(results(count), want, strict=True)), count
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,6 @@
 """Bad input: one sentence that names op, argument, the value got and the value wanted; never a crash."""
 
+import math
 import re
 
 import lomem
@@ -71,6 +72,167 @@ def test_other_layouts(requires_grad):
             call(nested)
     with raises("lomem::ms_layer_norm: weight has layout Sparse, expected a dense (torch.strided) tensor"):
         LF.ms_layer_norm(torch.ones(4), (4,), torch.ones(4).to_sparse())
+
+
+FLOAT_VALUES = torch.tensor([[1.0, -2.0, 0.0, 4.0], [0.5, 1.0, 3.0, 1.0], [0.0, 1.0, 2.0, 1.0], [1.0, 1.0, 0.0, 5.0]])
+BYTE_VALUES = (FLOAT_VALUES > 0).to(torch.uint8)
+NESTED = "is a nested tensor, expected a dense one"
+JAGGED = {"layout": torch.jagged}
+DENSE = "expected a dense (torch.strided) tensor"
+
+# kind -> the tensor, made of dense values; what is said of it
+ODD_TENSORS = {
+    "coo": (lambda t: t.to_sparse(), f"has layout Sparse, {DENSE}"),
+    "coo of meta": (lambda t: t.to_sparse().to("meta"), f"has layout Sparse, {DENSE}"),
+    "hybrid coo": (lambda t: t.to_sparse(1), f"has layout Sparse, {DENSE}"),
+    "csr": (lambda t: t.to_sparse_csr(), f"has layout SparseCsr, {DENSE}"),
+    "csc": (lambda t: t.to_sparse_csc(), f"has layout SparseCsc, {DENSE}"),
+    "bsr": (lambda t: t.to_sparse_bsr((2, 2)), f"has layout SparseBsr, {DENSE}"),
+    "bsc": (lambda t: t.to_sparse_bsc((2, 2)), f"has layout SparseBsc, {DENSE}"),
+    "nested": (lambda t: torch.nested.nested_tensor([t[:1], t[1:]]), NESTED),
+    "jagged": (lambda t: torch.nested.nested_tensor([t[:1], t[1:]], **JAGGED), NESTED),
+    "jagged with holes": (lambda t: torch.nested.narrow(t, 1, 0, torch.arange(1, 5), torch.jagged), NESTED),
+    "quantized": (lambda t: torch.quantize_per_tensor(t.float(), 0.1, 10, torch.quint8), "has dtype quint8, expected "),
+    "quantized by channel": (
+        lambda t: torch.quantize_per_channel(t.float(), torch.ones(4), torch.zeros(4), 0, torch.qint8),
+        "has dtype qint8, expected ",
+    ),
+    "onednn": (lambda t: t.float().to_mkldnn(), f"has layout Mkldnn, {DENSE}"),
+    "too many": (lambda t: t[0, 0].expand(2**59), "has 576460752303423488 elements, expected at most 5764607523034"),
+    "far too many": (lambda t: t[0, 0].expand(2**62, 1), "has 4611686018427387904 elements, expected at most 57646"),
+    "too many of meta": (lambda t: t[0, 0].to("meta").expand(2**60), "has 1152921504606846976 elements, expected at m"),
+}
+ROWS = FLOAT_VALUES[:, :1]
+# op -> arguments that it takes; tensors of them are exchanged one by one
+GOOD_ARGUMENTS = {
+    "regelu2": (FLOAT_VALUES,),
+    "regelu2_forward": (FLOAT_VALUES,),
+    "resilu2": (FLOAT_VALUES,),
+    "resilu2_forward": (FLOAT_VALUES,),
+    "step_activation": (FLOAT_VALUES, "gelu", [], 3),
+    "step_activation_forward": (FLOAT_VALUES, "gelu", [], 3),
+    "hard_activation": (FLOAT_VALUES, "relu", []),
+    "hard_activation_forward": (FLOAT_VALUES, "relu", []),
+    "step_codes": (FLOAT_VALUES, [0.0], 1),
+    "band_codes": (FLOAT_VALUES, 0.0, 1.0),
+    "step_activation_backward": (FLOAT_VALUES, BYTE_VALUES[0], [0.0] * 4, 2),
+    "ms_layer_norm": (FLOAT_VALUES, [4], FLOAT_VALUES[1], FLOAT_VALUES[1]),
+    "ms_layer_norm_forward": (FLOAT_VALUES, [4], FLOAT_VALUES[1], FLOAT_VALUES[1]),
+    "ms_layer_norm_backward": (
+        *(FLOAT_VALUES, FLOAT_VALUES, ROWS, [4], FLOAT_VALUES[1], FLOAT_VALUES[1]),
+        *(torch.float32, [True, True, True]),
+    ),
+    "ms_rms_norm": (FLOAT_VALUES, [4], FLOAT_VALUES[1]),
+    "ms_rms_norm_forward": (FLOAT_VALUES, [4], FLOAT_VALUES[1]),
+    "ms_rms_norm_backward": (
+        *(FLOAT_VALUES, FLOAT_VALUES, ROWS, [4], FLOAT_VALUES[1]),
+        *(torch.float32, [True, True]),
+    ),
+    "pack_bits": (BYTE_VALUES, 1),
+    "unpack_bits": (BYTE_VALUES[0], 2, 16),
+}
+TENSOR_ARGUMENTS = [
+    (name, i) for name, values in GOOD_ARGUMENTS.items() for i, value in enumerate(values) if torch.is_tensor(value)
+]
+REGISTERED = {name.removeprefix("lomem::") for name in torch._C._dispatch_get_all_op_names() if "lomem::" in name}
+
+
+def odd_tensor(kind, dtype):
+    make, message = ODD_TENSORS[kind]
+    return make(FLOAT_VALUES if dtype.is_floating_point else BYTE_VALUES), message
+
+
+class TestOddTensors:
+    """Every op refuses every kind of tensor that it has no kernel for, at every place, by a sentence of its own."""
+
+    def test_every_op_is_here(self):
+        assert set(GOOD_ARGUMENTS) == {name for name in REGISTERED if not name.startswith("randomized_linear")}
+        for name, arguments in GOOD_ARGUMENTS.items():
+            getattr(ops, name)(*arguments)
+
+    @pytest.mark.parametrize("kind", ODD_TENSORS)
+    @pytest.mark.parametrize(("name", "position"), TENSOR_ARGUMENTS)
+    def test_op(self, name, position, kind):
+        for mode in ("grad", "leaf", "no_grad", "inference"):
+            self.refuses(name, position, kind, mode)
+
+    @staticmethod
+    def refuses(name, position, kind, mode):
+        arguments = list(GOOD_ARGUMENTS[name])
+        bad, message = odd_tensor(kind, arguments[position].dtype)
+        if mode == "leaf" and bad.is_floating_point() and not bad.is_quantized:
+            bad = bad.detach().requires_grad_()
+        arguments[position] = bad
+        op = getattr(ops, name).default
+        argument = op._schema.arguments[position].name
+        # A jagged tensor in inference mode goes to its class, which knows torch's ops alone, and says so.
+        python = mode == "inference" and "jagged" in kind
+        expected = f"lomem.{name}.default" if python else f"lomem::{name}: {argument} {message}"
+        kinds = NotImplementedError if python else (RuntimeError, ValueError)
+        grad = mode in ("grad", "leaf")
+        with torch.inference_mode(mode == "inference"), torch.set_grad_enabled(grad), raises(expected, kinds):
+            op(*arguments)
+
+    FUNCTIONS = {  # noqa: RUF012
+        "regelu2": LF.regelu2,
+        "regelu2-fast": lambda x: LF.regelu2(x, fast=True),
+        "resilu2": LF.resilu2,
+        "gelu": LF.gelu,
+        "softplus": LF.softplus,
+        "relu": LF.relu,
+        "hardtanh": LF.hardtanh,
+        "step_activation": lambda x: LF.step_activation(x, torch.sigmoid, [0.0], [0.0, 1.0]),
+        "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (4,)),
+        "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (4,)),
+        "pack_bits": lambda x: LF.pack_bits(x, 1),
+        "unpack_bits": lambda x: LF.unpack_bits(x, 2, 16),
+        "pack_bool_to_uint8": LF.pack_bool_to_uint8,
+        "unpack_uint8_to_bool": lambda x: LF.unpack_uint8_to_bool(x, (8,)),
+    }
+
+    @pytest.mark.parametrize("kind", [kind for kind in ODD_TENSORS if "jagged" not in kind])
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_function(self, name, kind):
+        bad, message = odd_tensor(kind, torch.uint8 if "pack" in name else torch.float32)
+        if name == "pack_bool_to_uint8":  # of which there are neither quantized ones nor oneDNN's
+            bad = bad if bad.is_quantized or kind == "onednn" else ODD_TENSORS[kind][0](BYTE_VALUES.bool())
+            message = message if bad.dtype == torch.bool else "has dtype "
+        # (Python's names of layouts are others.)
+        said = re.sub(r"layout \w+", r"layout [\\w.]+", re.escape(message).replace("\\ ", " "))
+        pattern = rf"^lomem(::|\.functional\.)\w+: \w+ {said}"
+        leaves = bad.is_floating_point() and not bad.is_quantized
+        for x in (bad, bad.detach().requires_grad_()) if leaves else (bad,):
+            with pytest.raises((RuntimeError, ValueError), match=pattern):
+                self.FUNCTIONS[name](x)
+
+    @pytest.mark.parametrize("inference", [False, True])
+    @pytest.mark.parametrize("name", [name for name in FUNCTIONS if "pack" in name])
+    def test_packing_of_jagged_tensors(self, name, inference):
+        # (Of these, activations and norms are torch's.)
+        with torch.inference_mode(inference):
+            bad, message = odd_tensor("jagged", torch.uint8)
+            bad = bad.bool() if name == "pack_bool_to_uint8" else bad
+            with pytest.raises(ValueError, match=rf"^lomem(::|\.functional\.)\w+: \w+ {message}"):
+                self.FUNCTIONS[name](bad)
+
+    @pytest.mark.parametrize("numel", [-(2**70), -(2**63), -1, 2**59, 2**60, 2**62, 2**63 - 1, 2**63, 2**70])
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_numel(self, numel, device):
+        packed = BYTE_VALUES[0].to(device)
+        with raises(f"lomem::unpack_bits: numel is {numel}, expected 0 to 576460752303423487", ValueError):
+            LF.unpack_bits(packed, 1, numel)
+
+    @pytest.mark.parametrize("shape", [(2**32, 2**32), (2**31, 2**31), (2**62,), (2**40, 2**40, 3)])
+    def test_shape_of_bools(self, shape):
+        # (2**64 elements are not none.)
+        with raises(f"lomem::unpack_bits: numel is {math.prod(shape)}, expected 0 to 576460752303423487", ValueError):
+            LF.unpack_uint8_to_bool(BYTE_VALUES[0], shape)
+
+    @pytest.mark.parametrize("shape", [(-1,), (4, -8), (-4, -8), (0, -1)])
+    def test_negative_sizes_of_bools(self, shape):
+        message = f"lomem.functional.unpack_uint8_to_bool: shape is {shape}, expected no negative size"
+        with raises(message, ValueError):
+            LF.unpack_uint8_to_bool(BYTE_VALUES[0], shape)
 
 
 def test_mixed_devices():
@@ -468,8 +630,7 @@ ARGUMENTS = {
 
 
 def test_random_arguments_cover_every_op():
-    registered = {name.removeprefix("lomem::") for name in torch._C._dispatch_get_all_op_names() if "lomem::" in name}
-    assert registered == set(ARGUMENTS)
+    assert set(ARGUMENTS) == REGISTERED
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DTYPES, EPS, NORMS, make_norm_parameters, runs_cuda_kernels
+from torch import nn
 
 LF = lomem.functional
 
@@ -306,6 +307,27 @@ def test_weights_too_small_to_divide_by(norm, output_dtype, weight, smallest, de
             norm.op(x.requires_grad_(), (6,), w, eps=1e-5, dtype=output_dtype)
 
 
+@pytest.mark.cpu_kernels
+def test_what_to_do_about_a_weight_of_zero_in_a_converted_model(norm):
+    """The sentence says it, and it is so."""
+    plain = {"layer": nn.LayerNorm(16), "rms": nn.RMSNorm(16, eps=1e-6)}["layer" if norm.parameters == 2 else "rms"]
+    model = nn.Sequential(nn.Linear(16, 16), plain, nn.Linear(16, 16))
+    x = torch.randn(4, 16)
+    assert [d.action for d in lomem.convert(model, x).decisions] == ["inverted"]
+    with torch.no_grad():
+        model[1].weight[3] = 0.0
+    match = (
+        r"^lomem::ms_\w+_norm: weight is 0 at element 3, .* call lomem\.restore and lomem\.convert again, which then"
+    )
+    with pytest.raises(ValueError, match=match):
+        model(x)
+    lomem.restore(model)
+    want = torch.autograd.grad(model(x).square().sum(), model.parameters())
+    assert [d.action for d in lomem.convert(model, x).decisions] == ["normalized"]
+    got = torch.autograd.grad(model(x).square().sum(), model.parameters())
+    torch.testing.assert_close(got, want)
+
+
 def test_gradients_of_the_smallest_float16_weights(norm, device):
     # At the limit: about half of the outputs are subnormal, and still good to a percent.
     x = torch.randn(64, 64, device=device)
@@ -372,3 +394,29 @@ def test_names_of_lowmemorybp(norm, device):
     alias = LF.layer_norm if norm is NORMS["layer"] else LF.rms_norm
     assert torch.equal(alias(x, (8,), 1e-3), norm.op(x, (8,), eps=1e-3))
     assert torch.equal(alias(x, (8,)), norm.op(x, (8,), eps=1e-5))
+
+
+@pytest.mark.parametrize("parameters", [0, 1, 2])
+@pytest.mark.parametrize("output_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("conditioned", [True, False])
+def test_jagged_tensors(norm, parameters, output_dtype, conditioned):
+    """Nested tensors of torch.jagged: torch's own ops are called, whatever the weights are."""
+    parameters = [p.requires_grad_() for p in make_norm_parameters(norm, (6,), torch.float32)[:parameters]]
+    if not conditioned and parameters:
+        parameters[0].data[2] = 0.0
+    x = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(5, 6)], layout=torch.jagged).requires_grad_()
+    results = []
+    compiled = torch.compile(norm.op, fullgraph=True, backend="aot_eager")
+    for y in (
+        norm.op(x, (6,), *parameters, eps=1e-5, dtype=output_dtype),
+        compiled(x, (6,), *parameters, eps=1e-5, dtype=output_dtype),
+        norm.torch_op(x, (6,), *parameters, eps=1e-5).to(output_dtype or torch.float32),
+    ):
+        gradients = torch.autograd.grad(y, [x, *parameters], torch.ones_like(y) * 0.7)
+        results.append([y.detach().values(), gradients[0].values(), *gradients[1:]])
+    for got in results[:2]:
+        assert all(torch.equal(a, b) for a, b in zip(got, results[2], strict=True))
+    assert results[0][0].dtype == (output_dtype or torch.float32)
+    with torch.inference_mode():
+        x = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(5, 6)], layout=torch.jagged)
+        assert torch.equal(norm.op(x, (6,), eps=1e-5).values(), norm.torch_op(x, (6,), eps=1e-5).values())

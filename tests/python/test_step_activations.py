@@ -54,6 +54,56 @@ def test_strides_of_the_output(name, layout, device):
         assert forward(odd)[0].stride() == torch_op(odd).stride()
 
 
+def odd_strides(shape):
+    """Strides that a tensor of the shape can have, any of dimensions of at most one element among them."""
+    plain = torch.empty(shape, device="meta")
+    dense = [plain.stride()]
+    if len(shape) > 1:
+        dense.append(tuple(reversed(torch.empty(tuple(reversed(shape)), device="meta").stride())))
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if len(shape) in formats:
+        dense.append(torch.empty(shape, device="meta", memory_format=formats[len(shape)]).stride())
+    for strides in dense:
+        yield strides
+        for odd in (0, 1, 5, 1000):
+            yield tuple(odd if size <= 1 else usual for size, usual in zip(shape, strides, strict=True))
+
+
+SHAPES = [
+    *[(), (0,), (1,), (7,), (0, 3), (3, 0), (1, 1), (1, 7), (7, 1), (2, 3), (1, 0, 1), (1, 1, 1), (1, 4, 1), (3, 1, 5)],
+    *[(1, 1, 1, 1), (1, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (2, 3, 4, 1), (2, 0, 4, 5), (1, 3, 1, 1), (2, 3, 4, 5)],
+    *[(1, 1, 1, 1, 1), (1, 3, 2, 4, 5), (2, 3, 1, 1, 1), (2, 1, 2, 3, 1), (0, 1, 2, 3, 1)],
+]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_strides_of_every_shape(name, shape, fast, device):
+    """Those of torch's op, whatever the input's are: with a gradient and without, of codes, and of shapes alone."""
+    op, torch_op, _, forward, *_ = ACTIVATIONS[name]
+    for strides in odd_strides(shape):
+        for place in (device, torch.device("meta")):
+            storage = torch.zeros(5000, device=place)
+            x = storage.as_strided(shape, strides)
+            want = torch_op(x).stride()
+            assert op(x, fast=fast).stride() == want, strides
+            assert op(x.detach().requires_grad_(), fast=fast).stride() == want, strides
+            assert forward(x, fast=fast)[0].stride() == want, strides
+        # What is not dense: a hole behind each element.
+        gaps = torch.zeros(10_000, device=device).as_strided(shape, [2 * stride for stride in strides])
+        assert op(gaps, fast=fast).stride() == torch_op(gaps).stride(), strides
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_strides_of_large_inputs(name, fast, device):
+    """Those that are computed in tiles too."""
+    op, torch_op, *_ = ACTIVATIONS[name]
+    n = (1 << 23) + 5
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.zeros(n, dtype=dtype, device=device).as_strided((1, n, 1), (3, 1, 7))
+        assert op(x.detach().requires_grad_(), fast=fast).stride() == torch_op(x).stride()
+
+
 @pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("requires_grad", [False, True])

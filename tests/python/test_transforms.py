@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.library import opcheck
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 LF = lomem.functional
@@ -506,3 +507,203 @@ def test_many_threads(device):
     with ThreadPoolExecutor(8) as pool:
         for got, expected in zip(pool.map(grad, inputs * 4), want * 4, strict=True):
             assert torch.equal(got, expected)
+
+
+# Tensors that are not plain ones. --------------------------------------------------------------------------------
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+def of_last(shape, x, values=(1.0, -2.0, 0.5)):
+    """A parameter, of the kind that x is."""
+    plain = torch.tensor(values).repeat(2)[: shape[0]].to(x.dtype)
+    return TwoTensor(plain, plain.clone()) if isinstance(x, TwoTensor) else plain.to(x.device)
+
+
+STEPS = ((-1.0, 0.0, 1.0), (0.0, 0.1, 0.9, 1.0))
+
+# Every function of a tensor of floating-point numbers, whose last dimension is of 6.
+FUNCTIONS = {
+    **{name: getattr(LF, name) for name in lomem._activations.__all__ if name != "step_function"},
+    "gelu-tanh": lambda x: LF.gelu(x, "tanh", bits=8),
+    "threshold": lambda x: LF.threshold(x, 0.1, 0.2),
+    "step_activation": lambda x: LF.step_activation(x, quick_gelu, *STEPS),
+    "step_activation-identity": lambda x: LF.step_activation(x, lambda x: x, *STEPS),
+    "step_activation-view": lambda x: LF.step_activation(x, lambda x: x.view(x.shape), *STEPS),
+    "regelu2": LF.regelu2,
+    "regelu2-tanh": lambda x: LF.regelu2(x, "tanh"),
+    "regelu2-fast": lambda x: LF.regelu2(x, fast=True),
+    "resilu2": LF.resilu2,
+    "resilu2-fast": lambda x: LF.resilu2(x, fast=True),
+    "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (6,)),
+    "ms_layer_norm-affine": lambda x: LF.ms_layer_norm(x, (6,), of_last((6,), x), of_last((6,), x, [3.0, 0.0, 9.0])),
+    "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (6,)),
+    "ms_rms_norm-affine": lambda x: LF.ms_rms_norm(x, (6,), of_last((6,), x)),
+    "layer_norm": lambda x: LF.layer_norm(x, (6,)),
+    "rms_norm": lambda x: LF.rms_norm(x, (6,)),
+    "randomized_linear": lambda x: LF.randomized_linear(x, of_last((6,), x).expand(3, 6), proj_dim=2),
+}
+
+MODULES = {
+    **{
+        name: getattr(lomem.nn, name)
+        for name in lomem._activation_modules.__all__
+        if name not in ("FewBitActivation", "StepActivation", "Threshold")
+    },
+    "Threshold": lambda: lomem.nn.Threshold(0.1, 0.2),
+    "StepActivation": lambda: lomem.nn.StepActivation(quick_gelu, *STEPS),
+    "ReGELU2": lomem.nn.ReGELU2,
+    "ReGELU2-fast": lambda: lomem.nn.ReGELU2("tanh", fast=True),
+    "ReSiLU2": lomem.nn.ReSiLU2,
+    "ReSiLU2-inplace": lambda: lomem.nn.ReSiLU2(inplace=True),
+    "MSLayerNorm": lambda: lomem.nn.MSLayerNorm(6),
+    "MSLayerNorm-affine": lambda: lomem.nn.MSLayerNorm(6, elementwise_affine=True),
+    "MSLayerNorm-bfloat16": lambda: lomem.nn.MSLayerNorm(6, elementwise_affine=True, output_dtype=torch.bfloat16),
+    "MSRMSNorm": lambda: lomem.nn.MSRMSNorm(6),
+    "MSRMSNorm-affine": lambda: lomem.nn.MSRMSNorm(6, elementwise_affine=True),
+    "RandomizedLinear": lambda: lomem.nn.RandomizedLinear(6, 5, proj_dim=2),
+}
+
+
+def test_every_function_and_module_is_here():
+    packing = {"pack_bits", "pack_bool_to_uint8", "unpack_bits", "unpack_uint8_to_bool"}
+    assert {name.split("-")[0] for name in FUNCTIONS} == set(LF.__all__) - packing - {"step_function"}
+    assert {name.split("-")[0] for name in MODULES} == set(lomem.nn.__all__) - {"FewBitActivation"}
+
+
+def run_and_differentiate(f, x, *parameters):
+    """f(x) and its gradients, of ones."""
+    leaf = x.detach().requires_grad_()
+    y = f(leaf * 1)
+    wanted = [leaf, *parameters]
+    return y.detach(), *torch.autograd.grad(y, wanted, torch.ones_like(y))
+
+
+def described(tensors):
+    return [(t.shape, t.dtype, t.stride()) for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_meta_tensors(name, dtype):
+    x = torch.randn(4, 6, dtype=dtype)
+    got = run_and_differentiate(FUNCTIONS[name], x.to("meta"))
+    assert all(t.is_meta for t in got)
+    assert described(got) == described(run_and_differentiate(FUNCTIONS[name], x))
+    with torch.no_grad():
+        assert described([FUNCTIONS[name](x.to("meta"))]) == described([FUNCTIONS[name](x)])
+
+
+def test_packing_of_meta_tensors():
+    for shape in ((), (0,), (5,), (3, 4)):
+        codes = torch.zeros(shape, dtype=torch.uint8)
+        for bits in range(1, 9):
+            packed = LF.pack_bits(codes, bits)
+            assert described([LF.pack_bits(codes.to("meta"), bits)]) == described([packed])
+            unpacked = LF.unpack_bits(packed.to("meta"), bits, codes.numel())
+            assert described([unpacked]) == described([codes.flatten()])
+        packed = LF.pack_bool_to_uint8(codes.bool())
+        assert described([LF.pack_bool_to_uint8(codes.bool().to("meta"))]) == described([packed])
+        assert described([LF.unpack_uint8_to_bool(packed.to("meta"), shape)]) == described([codes.bool()])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_on_meta(name, training):
+    module = MODULES[name]().train(training)
+    x = torch.randn(4, 6)
+    want = run_and_differentiate(module, x, *module.parameters())
+    for moved in (copy.deepcopy(module).to("meta"), *([MODULES[name]().to("meta").train(training)])):
+        got = run_and_differentiate(moved, x.to("meta"), *moved.parameters())
+        assert described(got) == described(want)
+        assert all(t.is_meta for t in got)
+    with torch.device("meta"):
+        made = MODULES[name]()
+    assert described(run_and_differentiate(made.train(training), x.to("meta"), *made.parameters())) == described(want)
+
+
+@pytest.mark.parametrize("module", ["MSLayerNorm", "MSRMSNorm"])
+def test_weights_on_meta_have_no_values(module):
+    """What is refused for its values on a device is not on meta."""
+    norm = getattr(lomem.nn, module)(6, elementwise_affine=True)
+    with torch.no_grad():
+        norm.weight.zero_()
+    with pytest.raises(ValueError, match="weight is 0 at element 0"):
+        norm(torch.randn(4, 6))
+    norm.to("meta")(torch.empty(4, 6, device="meta")).sum().backward()
+    assert norm.weight.grad.is_meta
+
+
+# (The seed of randomized_linear is a plain tensor, which this subclass does not mix with its own.)
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"randomized_linear"}))
+def test_functions_of_wrapper_subclasses(name):
+    a, b = torch.randn(4, 6), torch.randn(4, 6)
+    pairs = run_and_differentiate(FUNCTIONS[name], TwoTensor(a, b))
+    for got, *want in zip(
+        pairs, run_and_differentiate(FUNCTIONS[name], a), run_and_differentiate(FUNCTIONS[name], b), strict=True
+    ):
+        assert type(got) is TwoTensor
+        assert torch.equal(got.a, want[0])
+        assert torch.equal(got.b, want[1])
+    with torch.no_grad():
+        assert torch.equal(FUNCTIONS[name](TwoTensor(a, b)).b, FUNCTIONS[name](b))
+    with torch.inference_mode():
+        assert torch.equal(FUNCTIONS[name](TwoTensor(a, b)).b, FUNCTIONS[name](b))
+
+
+@pytest.mark.parametrize("fn", [lambda x: x, lambda x: x.view(x.shape), lambda x: x.detach(), lambda x: x.t().t()])
+def test_results_that_share_memory_with_a_wrapper_are_copied(fn):
+    a, b = torch.randn(4, 6), torch.randn(4, 6)
+    x = TwoTensor(a, b).requires_grad_()
+    y = LF.step_activation(x, fn, *STEPS)
+    assert torch.equal(y.a, a)
+    with torch.no_grad():
+        y.mul_(2)
+    assert torch.equal(x.a, a)
+    assert not torch.equal(y.a, a)
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+def test_wrapper_subclasses_in_a_converted_model():
+    model = nn.Sequential(nn.Linear(6, 6), QuickGELU(), nn.Linear(6, 6))
+    a, b = torch.randn(4, 6), torch.randn(4, 6)
+    lomem.convert(model, a)
+    got = run_and_differentiate(model, TwoTensor(a, b))
+    assert torch.equal(got[1].a, run_and_differentiate(model, a)[1])
+    assert torch.equal(got[1].b, run_and_differentiate(model, b)[1])
+
+
+# torch.jit.trace ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODULES)
+def test_trace(name, training, requires_grad):
+    """With its checks, which run the module again without gradients and compare graphs."""
+    model = nn.Sequential(nn.Linear(6, 6), MODULES[name]()).train(training)
+    x = torch.randn(4, 6, requires_grad=requires_grad)
+    check = name != "RandomizedLinear" or not training  # a seed is drawn: no two calls are alike
+    traced = torch.jit.trace(model, x, check_trace=check)
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    buffer.seek(0)
+    # A graph keeps a function of Python's as the ops that it is of, with their gradients.
+    like = nn.Sequential(model[0], QuickGELU()) if name == "StepActivation" else model
+    y = torch.randn(5, 6)
+    want = run_and_differentiate(like, y, *like.parameters())
+    for other in (traced, torch.jit.load(buffer)):
+        assert torch.equal(other(y), model(y))
+        got = run_and_differentiate(other, y, *other.parameters())
+        if check:
+            torch.testing.assert_close(got, want)
+        else:
+            assert described(got) == described(want)

@@ -83,7 +83,7 @@ at::Tensor hard_activation_autograd(const at::Tensor& input, std::string_view fu
   check_no_tangent(op, "input", input);
   if (needs_grad(input)) {
     const HardActivation& activation = find_hard_activation(op, function, parameters);
-    const Band band = activation.band(parameters, input.scalar_type(), input.is_cuda());
+    const Band band = band_of(activation, parameters, input.scalar_type(), input.is_cuda());
     return apply_function<FamilyHardActivation>(input, function, parameters, band);
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;

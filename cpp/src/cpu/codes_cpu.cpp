@@ -19,6 +19,7 @@ at::Tensor codes_of(const at::Tensor& input, int bits, const Encode& encode) {
   const auto* x = static_cast<const char*>(source.const_data_ptr());
   auto* packed = codes.mutable_data_ptr<uint8_t>();
   parallel_over_elements(n, cache_line_elements, [&](int64_t begin, int64_t end) {
+    const SubnormalsScope codes_are_the_same_in_every_mode(Subnormals::kept());
     encode(
         dtype, x + begin * static_cast<int64_t>(element_size(dtype)), end - begin, packed + begin / group_size * bits);
   });

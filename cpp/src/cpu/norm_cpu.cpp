@@ -34,15 +34,16 @@ struct CpuNorms {
       TORCH_CHECK_VALUE(
           false, op, ": weight is ", gamma.flatten()[index].item<double>(), " at element ", index,
           ", expected magnitudes of at least ", smallest,
-          ", the smallest normal number of the output's dtype: the "
-          "backward pass divides by weight (use torch's norm for this layer)");
+          ", the smallest normal number of the output's dtype: the backward pass divides by weight (use torch's "
+          "norm for this layer; in a model that lomem.convert changed, call lomem.restore and lomem.convert again, "
+          "which then keeps this norm's normalized input)");
     }
   }
 
   template <Norm norm>
   static void forward(const char* /*op*/, const NormForward& args, int64_t rows, const at::Tensor& /*like*/) {
     const bool stream = should_stream(args.output.dtype, rows, args.cols);
-    at::parallel_for(0, rows, rows_per_thread(args.cols), [&](int64_t begin, int64_t end) {
+    parallel_for(rows, rows_per_thread(args.cols), [&](int64_t begin, int64_t end) {
       cpu::norm_forward<norm>(args, begin, end, stream);
     });
   }
@@ -54,7 +55,7 @@ struct CpuNorms {
     const int64_t cols = args.cols;
     const bool stream = args.grad_input.data != nullptr && should_stream(args.grad_input.dtype, rows, cols);
     if (grad_weight.data == nullptr && grad_bias.data == nullptr) {
-      at::parallel_for(0, rows, rows_per_thread(cols), [&](int64_t begin, int64_t end) {
+      parallel_for(rows, rows_per_thread(cols), [&](int64_t begin, int64_t end) {
         cpu::norm_backward<norm>(args, begin, end, nullptr, nullptr, stream);
       });
       return;
@@ -73,7 +74,7 @@ struct CpuNorms {
     double* bias_sums = grad_bias.data != nullptr ? sums.mutable_data_ptr<double>() + blocks * cols : nullptr;
     const auto block_sums = [&](double* all, int64_t block) { return all != nullptr ? all + block * cols : nullptr; };
     const int64_t blocks_per_thread = std::max<int64_t>(1, blocks * rows_per_thread(cols) / std::max<int64_t>(1, rows));
-    at::parallel_for(0, blocks, blocks_per_thread, [&](int64_t begin, int64_t end) {
+    parallel_for(blocks, blocks_per_thread, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         cpu::norm_backward<norm>(
             args, block * rows / blocks, (block + 1) * rows / blocks, block_sums(weight_sums, block),

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../subnormals.h"
+
 #ifndef _OPENMP
 // Without it at::parallel_for compiles to a serial loop, silently.
 #error "compile the CPU ops with OpenMP"
@@ -18,10 +20,20 @@ inline constexpr int64_t elements_per_thread = 32768;
 /// A multiple of every vector's length and of the codes of a byte: ranges that begin there stay aligned.
 inline constexpr int64_t cache_line_elements = 64;
 
+/// at::parallel_for, whose threads treat subnormal numbers as the calling one does.
+template <class Body>
+void parallel_for(int64_t n, int64_t grain, const Body& body) {
+  const Subnormals mode = Subnormals::of_this_thread();
+  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    const SubnormalsScope same(mode);
+    body(begin, end);
+  });
+}
+
 /// Calls body(begin, end) for ranges of elements of [0, n) that begin at multiples of `unit`.
 template <class Body>
 void parallel_over_elements(int64_t n, int64_t unit, const Body& body) {
-  at::parallel_for(0, (n + unit - 1) / unit, elements_per_thread / unit, [&](int64_t begin, int64_t end) {
+  parallel_for((n + unit - 1) / unit, elements_per_thread / unit, [&](int64_t begin, int64_t end) {
     body(begin * unit, std::min(end * unit, n));
   });
 }

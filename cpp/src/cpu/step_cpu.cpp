@@ -95,6 +95,25 @@ at::Tensor empty_codes(int64_t n) {
   return at::Tensor(at::detail::empty_cpu({packed_bytes(n, Step::bits)}, at::kByte));
 }
 
+/// Codes of x[0, n): the same ones whatever the thread does with subnormal numbers.
+template <class Step>
+void encode(DType dtype, const void* x, int64_t n, uint8_t* packed) {
+  const SubnormalsScope as_they_are(Subnormals::kept());
+  cpu::step_encode<Step>(dtype, x, n, packed);
+}
+
+/// A tensor with the strides of what torch's elementwise ops make of a dense `input`: theirs are not the input's where
+/// a dimension of one element has another stride.
+at::Tensor empty_result(const at::Tensor& input) {
+  if (input.is_contiguous()) {
+    return at::Tensor(at::detail::empty_cpu(input.sizes(), input.scalar_type()));
+  }
+  if (input.is_contiguous(at::MemoryFormat::ChannelsLast)) {
+    return at::empty_like(input, input.options(), at::MemoryFormat::ChannelsLast);
+  }
+  return at::empty_like(input);
+}
+
 /// A 1-D tensor of `count` elements at `data`, which somebody else owns.
 at::Tensor view_of(void* data, int64_t count, const at::Tensor& like) {
   return at::from_blob(data, {count}, at::TensorOptions().dtype(like.scalar_type()));
@@ -106,7 +125,7 @@ std::tuple<at::Tensor, at::Tensor> step_forward_in_tiles(const at::Tensor& input
   const int64_t n = input.numel();
   const int64_t size = input.element_size();
   const DType dtype = to_dtype(input.scalar_type());
-  at::Tensor output = at::empty_like(input);
+  at::Tensor output = empty_result(input);
   at::Tensor codes = empty_codes<Step>(n);
   const auto* x = static_cast<const char*>(input.const_data_ptr());
   auto* y = static_cast<char*>(output.mutable_data_ptr());
@@ -123,7 +142,7 @@ std::tuple<at::Tensor, at::Tensor> step_forward_in_tiles(const at::Tensor& input
       const at::Tensor source = view_of(const_cast<char*>(x + begin * size), count, input);
       at::Tensor target = view_of(y + begin * size, count, input);
       activation_out(Op{}, target, source, args...);
-      cpu::step_encode<Step>(dtype, x + begin * size, count, packed + begin / group_size * Step::bits);
+      encode<Step>(dtype, x + begin * size, count, packed + begin / group_size * Step::bits);
     }
   });
   return {output, codes};
@@ -153,6 +172,7 @@ bool run_fast_as(const at::Tensor& input, at::Tensor& output, uint8_t* codes) {
     return false;
   }
   parallel_over_elements(input.numel(), cache_line_elements, [&](int64_t begin, int64_t end) {
+    const SubnormalsScope as_they_are(Subnormals::kept());
     cpu::fast_forward<Function>(
         dtype, x + begin * size, end - begin, y + begin * size, codes == nullptr ? nullptr : codes + begin / 4, stream);
   });
@@ -176,7 +196,7 @@ at::Tensor step_activation_cpu(const at::Tensor& input, Args... args) {
   check_float_tensor(Op::name, "input", input);
   Op::check(Op::name, args...);
   if (may_be_fast(input, args...)) {
-    at::Tensor output = at::empty_like(input);
+    at::Tensor output = empty_result(input);
     if (run_fast(Op{}, input, output, nullptr, args...)) {
       return output;
     }
@@ -190,7 +210,7 @@ std::tuple<at::Tensor, at::Tensor> step_forward_cpu(const at::Tensor& input, Arg
   check_float_tensor(Op::forward_name, "input", input);
   Op::check(Op::forward_name, args...);
   if (may_be_fast(input, args...)) {
-    at::Tensor output = at::empty_like(input);
+    at::Tensor output = empty_result(input);
     at::Tensor codes = empty_codes<Step>(input.numel());
     if (run_fast(Op{}, input, output, codes.mutable_data_ptr<uint8_t>(), args...)) {
       return {output, codes};
@@ -213,7 +233,7 @@ std::tuple<at::Tensor, at::Tensor> step_forward_cpu(const at::Tensor& input, Arg
   const auto* x = static_cast<const char*>(dense.const_data_ptr());
   auto* packed = codes.mutable_data_ptr<uint8_t>();
   parallel_over_elements(n, group_size, [&](int64_t begin, int64_t end) {
-    cpu::step_encode<Step>(
+    encode<Step>(
         dtype, x + begin * static_cast<int64_t>(element_size(dtype)), end - begin,
         packed + begin / group_size * Step::bits);
   });
