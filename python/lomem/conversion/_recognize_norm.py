@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from ._forms import NormForm, NotRecognized
 from ._norm_probe import (
@@ -342,7 +343,6 @@ def _try(probe: Probe) -> NormForm | NotRecognized:
 def _normalizes_samples(probe: Probe) -> bool:
     """Whether it is a norm over all but the first dimension, with a weight a channel, as ``GroupNorm(1, channels)``."""
     values, x = probe.ordinary(), probe.scaled(1e3)
-    dims = tuple(range(1, x.dim()))
     normalized = torch.nn.functional.layer_norm(x, x.shape[1:], eps=0.0)
     try:
         result = probe.run(values, x).value.double()
@@ -393,6 +393,8 @@ def _refusal(module: nn.Module) -> str | None:
         return "its parameters are not initialized yet"
     if next(module.children(), None) is not None:
         return "it has submodules"
+    if isinstance(module, nn.Linear | nn.Embedding | _ConvNd):
+        return "its parameters are not those of a norm"  # and may be large
     if isinstance(module, _NormBase):
         batch = "Batch" in next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn"))
         return f"it is {'a batch' if batch else 'an instance'} norm"
