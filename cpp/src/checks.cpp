@@ -63,17 +63,6 @@ bool known_or(const c10::SymBool& condition, bool otherwise) {
   return condition.maybe_as_bool().value_or(otherwise);
 }
 
-void check_seed(const char* op, const at::Tensor& seed, const at::Tensor& rows) {
-  check_strided(op, "seed", seed);
-  // On the CPU, so that no device is waited for.
-  TORCH_CHECK(
-      seed.device().is_cpu() || (seed.is_meta() && rows.is_meta()), op, ": seed is on ", seed.device(),
-      ", expected cpu");
-  TORCH_CHECK(
-      seed.scalar_type() == at::kLong && seed.dim() == 0, op, ": seed is of dtype ", dtype_name(seed.scalar_type()),
-      " and shape ", seed.sym_sizes(), ", expected int64 and []");
-}
-
 NormSizes norm_sizes(
     const char* op, const char* argument, const at::Tensor& tensor, c10::SymIntArrayRef normalized_shape) {
   const auto sizes = tensor.sym_sizes();
@@ -275,8 +264,21 @@ c10::SymInt leading_rows(const at::Tensor& tensor) {
   return rows;
 }
 
-void check_compression(const char* op, const at::Tensor& input, const at::Tensor& seed, const c10::SymInt& proj_dim) {
-  check_seed(op, seed, input);
+void check_seed(
+    const char* op, const std::optional<at::Tensor>& seed, const char* other_name, const at::Tensor& other) {
+  if (!has_tensor(seed)) {
+    return;
+  }
+  check_strided(op, "seed", *seed);
+  check_same_device(op, "seed", *seed, other_name, other);
+  TORCH_CHECK(
+      seed->scalar_type() == at::kLong && seed->dim() == 0, op, ": seed is of dtype ", dtype_name(seed->scalar_type()),
+      " and shape ", seed->sym_sizes(), ", expected int64 and []");
+}
+
+void check_compression(
+    const char* op, const at::Tensor& input, const std::optional<at::Tensor>& seed, const c10::SymInt& proj_dim) {
+  check_seed(op, seed, "input", input);
   TORCH_CHECK_VALUE(known_or(proj_dim.sym_ge(1), true), op, ": proj_dim is ", proj_dim, ", expected at least 1");
 }
 
@@ -311,7 +313,7 @@ c10::SymInt check_weight_grad(
         indices->dim() == 1 && known_or(indices->sym_size(0).sym_eq(proj_dim), true), op, ": indices has shape ",
         indices->sym_sizes(), ", expected [", proj_dim, "]");
   }
-  check_seed(op, seed, grad_output);
+  check_seed(op, seed, "grad_output", grad_output);
   return rows;
 }
 

@@ -70,8 +70,12 @@ void check_projection_size(const char* op, const ProjectionSize& size);
 void check_linear(
     const char* op, const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 
+/// Checks a seed, if there is one; `other` is what it must be on the device of.
+void check_seed(const char* op, const std::optional<at::Tensor>& seed, const char* other_name, const at::Tensor& other);
+
 /// Checks the further arguments of randomized_linear_forward.
-void check_compression(const char* op, const at::Tensor& input, const at::Tensor& seed, const c10::SymInt& proj_dim);
+void check_compression(
+    const char* op, const at::Tensor& input, const std::optional<at::Tensor>& seed, const c10::SymInt& proj_dim);
 
 /// Checks the arguments of randomized_linear_weight_grad, and returns the number of rows of `grad_output`.
 c10::SymInt check_weight_grad(

@@ -112,12 +112,13 @@ std::tuple<at::Tensor, at::Tensor> ms_rms_norm_backward(
 at::Tensor randomized_linear(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, std::string_view matmul,
     std::optional<int64_t> proj_dim, std::optional<double> proj_dim_ratio, std::optional<int64_t> proj_dim_min,
-    std::optional<int64_t> proj_dim_max) {
-  LOMEM_CALL_OP(randomized_linear, input, weight, bias, matmul, proj_dim, proj_dim_ratio, proj_dim_min, proj_dim_max);
+    std::optional<int64_t> proj_dim_max, const OptionalTensor& seed) {
+  LOMEM_CALL_OP(
+      randomized_linear, input, weight, bias, matmul, proj_dim, proj_dim_ratio, proj_dim_min, proj_dim_max, seed);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> randomized_linear_forward(
-    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& seed,
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> randomized_linear_forward(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seed,
     c10::SymInt proj_dim, std::string_view matmul) {
   LOMEM_CALL_OP(randomized_linear_forward, input, weight, bias, seed, std::move(proj_dim), matmul);
 }

@@ -68,9 +68,9 @@ struct ProjectionSize {
 at::Tensor randomized_linear(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, std::string_view matmul,
     std::optional<int64_t> proj_dim, std::optional<double> proj_dim_ratio, std::optional<int64_t> proj_dim_min,
-    std::optional<int64_t> proj_dim_max);
-std::tuple<at::Tensor, at::Tensor, at::Tensor> randomized_linear_forward(
-    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& seed,
+    std::optional<int64_t> proj_dim_max, const OptionalTensor& seed);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> randomized_linear_forward(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seed,
     c10::SymInt proj_dim, std::string_view matmul);
 at::Tensor randomized_linear_weight_grad(
     const at::Tensor& grad_output, const at::Tensor& compressed, const OptionalTensor& indices, const at::Tensor& seed,

@@ -103,6 +103,7 @@ RandomizedLinearOptions::RandomizedLinearOptions(int64_t in_features, int64_t ou
     : in_features_(in_features), out_features_(out_features) {}
 
 RandomizedLinearImpl::RandomizedLinearImpl(RandomizedLinearOptions options) : options(std::move(options)) {
+  lomem::detail::begin_random_stream();
   RandomizedLinearImpl::reset();
 }
 

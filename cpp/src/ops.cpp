@@ -28,7 +28,8 @@ at::Tensor randomized_linear(
     const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const RandomizedLinearArgs& args) {
   return detail::randomized_linear(
-      input, weight, bias, args.matmul, args.proj_dim, args.proj_dim_ratio, args.proj_dim_min, args.proj_dim_max);
+      input, weight, bias, args.matmul, args.proj_dim, args.proj_dim_ratio, args.proj_dim_min, args.proj_dim_max,
+      args.seed);
 }
 
 at::Tensor pack_bits(const at::Tensor& codes, int64_t bits) {

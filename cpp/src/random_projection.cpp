@@ -1,14 +1,14 @@
 #include "random_projection.h"
 
-#include <ATen/CPUGeneratorImpl.h>
-#include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
-#include <limits>
 #include <numbers>
+
+#include "random_numbers.h"
 
 namespace lomem::detail {
 namespace {
@@ -25,47 +25,23 @@ at::ScalarType compute_dtype(const at::Tensor& rows) {
   return rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-/// A generator of its own: the default one is left alone.
-at::Generator make_generator(at::Device device, int64_t seed) {
-  if (device.is_cpu()) {
-    return at::detail::createCPUGenerator(static_cast<uint64_t>(seed));
-  }
-  at::Generator generator =
-      at::globalContext().getAcceleratorHooksInterface(device.type()).getNewGenerator(device.index());
-  generator.set_current_seed(static_cast<uint64_t>(seed));
-  return generator;
-}
-
-at::Tensor gaussian(at::IntArrayRef sizes, const at::TensorOptions& options, const at::Generator& generator) {
-  return at::empty(sizes, options).normal_(0, 1, generator);
-}
-
-/// Elements -1 and 1, of one random bit each.
-at::Tensor rademacher(at::IntArrayRef sizes, const at::TensorOptions& options, const at::Generator& generator) {
-  const int64_t numel = c10::multiply_integers(sizes);
-  // From the least int64 on, or the topmost bit is 0 always.
-  const at::Tensor words = at::empty({(numel + 63) / 64}, options.dtype(at::kLong))
-                               .random_(std::numeric_limits<int64_t>::min(), std::nullopt, generator);
-  const at::Tensor shifts = at::arange(8, options.dtype(at::kByte));
-  const at::Tensor bits = words.view(at::kByte).unsqueeze(1).bitwise_right_shift(shifts).bitwise_and_(1);
-  return bits.view(-1).narrow(0, 0, numel).view(sizes).to(options.dtype()).mul_(2).sub_(1);
-}
-
 /// S of independent elements of variance 1 / proj_dim.
-at::Tensor project_dense(RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, int64_t seed) {
-  const at::Generator generator = make_generator(rows.device(), seed);
+at::Tensor project_dense(RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, const at::Tensor& seed) {
+  RandomNumbers random(seed);
   const at::TensorOptions options = rows.options().dtype(compute_dtype(rows));
   const int64_t height = std::max<int64_t>(1, matrix_block / rows.size(0));
   at::Tensor result = at::empty({proj_dim, rows.size(1)}, rows.options());
   for (int64_t first = 0; first < proj_dim; first += height) {
     const int64_t count = std::min(height, proj_dim - first);
-    const auto draw = matmul == RandomMatmul::gaussian ? gaussian : rademacher;
+    const std::array<int64_t, 2> sizes = {count, rows.size(0)};
     // 16-bit rows are multiplied by 16-bit numbers, with sums in float32: casting the rows instead would take twice
     // their memory. Gaussian numbers rounded to bfloat16 have a variance of 1 + 1e-6, signs are exact; the factor,
     // which would not be, is applied to the sums.
-    const at::Tensor matrix = draw({count, rows.size(0)}, options, generator).to(rows.scalar_type());
+    const at::Tensor numbers =
+        matmul == RandomMatmul::gaussian ? random.normal(sizes, options) : random.signs(sizes, options);
+    const at::Tensor matrix = numbers.to(rows.scalar_type());
     at::Tensor block = result.narrow(0, first, count);
-    at::addmm_out(block, block, matrix, rows, /*beta=*/0, /*alpha=*/1 / std::sqrt(static_cast<double>(proj_dim)));
+    block.addmm_(matrix, rows, /*beta=*/0, /*alpha=*/1 / std::sqrt(static_cast<double>(proj_dim)));
   }
   return result;
 }
@@ -80,13 +56,13 @@ at::Tensor project_dense(RandomMatmul matmul, const at::Tensor& rows, int64_t pr
 ///   by
 ///        the odd ones in reverse (Makhoul, 1980)
 /// factor is sqrt(1 / n) for j = 0, and of the dft for j = n / 2.
-at::Tensor project_transform(RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, int64_t seed) {
+at::Tensor project_transform(RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, const at::Tensor& seed) {
   const int64_t n = rows.size(0);
   const bool is_dct = matmul == RandomMatmul::dct;
-  const at::Generator generator = make_generator(rows.device(), seed);
+  RandomNumbers random(seed);
   const at::TensorOptions options = rows.options().dtype(compute_dtype(rows));
-  const at::Tensor signs = rademacher({n, 1}, options, generator);
-  const at::Tensor kept = at::randperm(n, generator, options.dtype(at::kLong)).narrow(0, 0, proj_dim);
+  const at::Tensor signs = random.signs({n, 1}, options);
+  const at::Tensor kept = random.permutation(n).narrow(0, 0, proj_dim);
 
   const at::Tensor is_above = kept.gt(n / 2);
   const at::Tensor element = at::where(is_above, n - kept, kept);
@@ -139,13 +115,13 @@ at::Tensor inverse_probability(const at::Tensor& mass, const at::Tensor& norms) 
 
 /// Column-row sampling: rows i drawn with replacement, with probability p_i in proportion to their norms, and scaled by
 /// 1 / (proj_dim * p_i).
-std::tuple<at::Tensor, at::Tensor> pick_crs(const at::Tensor& rows, int64_t proj_dim, int64_t seed) {
-  const at::Generator generator = make_generator(rows.device(), seed);
+std::tuple<at::Tensor, at::Tensor> pick_crs(const at::Tensor& rows, int64_t proj_dim, const at::Tensor& seed) {
+  RandomNumbers random(seed);
   const at::Tensor norms = row_norms(rows);
   const at::Tensor cumulative = norms.cumsum(0);
   const at::Tensor total = cumulative.narrow(0, rows.size(0) - 1, 1);
   // No at::multinomial: it takes at most 2^24 rows, and raises where all are zeros.
-  const at::Tensor points = at::rand({proj_dim}, generator, norms.options()).mul_(total);
+  const at::Tensor points = random.uniform(proj_dim).mul_(total);
   const at::Tensor indices =
       at::searchsorted(cumulative, points, /*out_int32=*/false, /*right=*/true).clamp_max_(rows.size(0) - 1);
   const at::Tensor scales = inverse_probability(total.div(proj_dim), norms.index_select(0, indices));
@@ -155,8 +131,8 @@ std::tuple<at::Tensor, at::Tensor> pick_crs(const at::Tensor& rows, int64_t proj
 /// Winner-take-all column-row sampling (arXiv:2305.15265): the m rows of the largest norms as they are, and proj_dim -
 /// m drawn from the others as by column-row sampling; m is what makes (mass of the others) / (proj_dim - m) least.
 /// Nothing here waits for the device: m stays there.
-std::tuple<at::Tensor, at::Tensor> pick_wta_crs(const at::Tensor& rows, int64_t proj_dim, int64_t seed) {
-  const at::Generator generator = make_generator(rows.device(), seed);
+std::tuple<at::Tensor, at::Tensor> pick_wta_crs(const at::Tensor& rows, int64_t proj_dim, const at::Tensor& seed) {
+  RandomNumbers random(seed);
   const auto [norms, order] = row_norms(rows).sort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
   const at::Tensor cumulative = norms.cumsum(0);
   const at::Tensor total = cumulative.narrow(0, rows.size(0) - 1, 1);
@@ -166,7 +142,7 @@ std::tuple<at::Tensor, at::Tensor> pick_wta_crs(const at::Tensor& rows, int64_t 
   const at::Tensor winners = (total - head).div_(proj_dim - counts).argmin(0, /*keepdim=*/true);
   const at::Tensor start = head.index_select(0, winners);
   const at::Tensor tail = total - start;
-  const at::Tensor points = at::rand({proj_dim}, generator, norms.options()).mul_(tail).add_(start);
+  const at::Tensor points = random.uniform(proj_dim).mul_(tail).add_(start);
   const at::Tensor drawn = at::maximum(
       at::searchsorted(cumulative, points, /*out_int32=*/false, /*right=*/true).clamp_max_(rows.size(0) - 1), winners);
   const at::Tensor is_winner = counts.lt(winners);
@@ -197,13 +173,13 @@ RandomMatmul parse_matmul(const char* op, std::string_view name) {
       false, op, ": matmul is '", name, "', expected 'gaussian', 'rademacher', 'dct', 'dft', 'crs' or 'wta-crs'");
 }
 
-at::Tensor project_rows(RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, int64_t seed) {
+at::Tensor project_rows(RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, const at::Tensor& seed) {
   const bool is_dense = matmul == RandomMatmul::gaussian || matmul == RandomMatmul::rademacher;
   return is_dense ? project_dense(matmul, rows, proj_dim, seed) : project_transform(matmul, rows, proj_dim, seed);
 }
 
 std::tuple<at::Tensor, at::Tensor> pick_rows(
-    RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, int64_t seed) {
+    RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, const at::Tensor& seed) {
   return matmul == RandomMatmul::crs ? pick_crs(rows, proj_dim, seed) : pick_wta_crs(rows, proj_dim, seed);
 }
 

@@ -1,6 +1,6 @@
 // Random matrices S of proj_dim rows with E[S^T S] = I, applied to rows: what the weight gradient of randomized_linear
-// is estimated from. In ATen ops, for every device. Everything is a function of the arguments and of `seed`, which
-// seeds a generator of its own: on the CPU, of the same numbers whatever the number of threads.
+// is estimated from. In ATen ops, for every device. Everything is a function of the arguments and of `seed`, a 0-d
+// int64 tensor on the device of the rows, which nothing reads on the host.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,10 +23,10 @@ inline bool picks_rows(RandomMatmul matmul) {
 
 /// S rows, of shape (proj_dim, cols) and the dtype of `rows`, (rows, cols). Not for what picks rows.
 /// Precondition: 1 <= proj_dim <= rows.
-at::Tensor project_rows(RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, int64_t seed);
+at::Tensor project_rows(RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, const at::Tensor& seed);
 
 /// S rows for what picks rows, and which ones: int64, proj_dim of them. Same precondition.
 std::tuple<at::Tensor, at::Tensor> pick_rows(
-    RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, int64_t seed);
+    RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, const at::Tensor& seed);
 
 }  // namespace lomem::detail

@@ -5,6 +5,7 @@
 #include "checks.h"
 #include "dispatch.h"
 #include "random_projection.h"
+#include "random_seed.h"
 
 namespace lomem::detail {
 namespace {
@@ -17,16 +18,17 @@ at::Tensor as_rows(const at::Tensor& tensor) {
 at::Tensor randomized_linear_exact(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, std::string_view matmul,
     std::optional<int64_t> proj_dim, std::optional<double> proj_dim_ratio, std::optional<int64_t> proj_dim_min,
-    std::optional<int64_t> proj_dim_max) {
+    std::optional<int64_t> proj_dim_max, const OptionalTensor& seed) {
   constexpr const char* op = "lomem::randomized_linear";
   parse_matmul(op, matmul);
   check_projection_size(op, {proj_dim, proj_dim_ratio, proj_dim_min, proj_dim_max});
   check_linear(op, input, weight, bias);
+  check_seed(op, seed, "input", input);
   return at::linear(input, weight, bias);
 }
 
 std::tuple<at::Tensor, at::Tensor> compress(
-    RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, int64_t seed) {
+    RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, const at::Tensor& seed) {
   const at::TensorOptions index = rows.options().dtype(at::kLong);
   if (proj_dim >= rows.size(0)) {
     // All of them. (Ops are functional: a copy.)
@@ -38,15 +40,27 @@ std::tuple<at::Tensor, at::Tensor> compress(
   return {project_rows(matmul, rows, proj_dim, seed), at::empty({0}, index)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
-    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& seed,
+/// The given seed (ops are functional: a copy), or one that is drawn where there is something to compress.
+at::Tensor used_seed(const char* op, const at::Tensor& input, const OptionalTensor& seed, int64_t proj_dim) {
+  if (has_tensor(seed)) {
+    return seed->clone();
+  }
+  if (proj_dim >= leading_rows(input).expect_int()) {
+    return at::zeros({}, input.options().dtype(at::kLong));
+  }
+  return draw_seed(op, input.device());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seed,
     int64_t proj_dim, std::string_view matmul) {
   constexpr const char* op = "lomem::randomized_linear_forward";
   const RandomMatmul kind = parse_matmul(op, matmul);
   check_linear(op, input, weight, bias);
   check_compression(op, input, seed, proj_dim);
-  auto [compressed, indices] = compress(kind, as_rows(input), proj_dim, seed.item<int64_t>());
-  return {at::linear(input, weight, bias), compressed, indices};
+  at::Tensor used = used_seed(op, input, seed, proj_dim);
+  auto [compressed, indices] = compress(kind, as_rows(input), proj_dim, used);
+  return {at::linear(input, weight, bias), compressed, indices, used};
 }
 
 at::Tensor weight_grad(
@@ -55,14 +69,13 @@ at::Tensor weight_grad(
   constexpr const char* op = "lomem::randomized_linear_weight_grad";
   const RandomMatmul kind = parse_matmul(op, matmul);
   const int64_t rows = check_weight_grad(grad_output, compressed, indices, seed, picks_rows(kind)).expect_int();
-  const auto seed_number = seed.item<int64_t>();
   const at::Tensor grad = as_rows(grad_output);
   const int64_t proj_dim = compressed.size(0);
   if (proj_dim == rows) {
     return grad.t().mm(compressed);
   }
   const at::Tensor picked =
-      picks_rows(kind) ? grad.index_select(0, *indices) : project_rows(kind, grad, proj_dim, seed_number);
+      picks_rows(kind) ? grad.index_select(0, *indices) : project_rows(kind, grad, proj_dim, seed);
   return picked.t().mm(compressed);
 }
 

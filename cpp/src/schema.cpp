@@ -79,17 +79,20 @@ TORCH_LIBRARY(lomem, m) {
       functional);
 
   // Linear layer whose weight gradient is estimated from `compressed`, `proj_dim` random combinations (or picks:
-  // `indices`) of the rows of its input. `seed`: 0-d int64, on the CPU; what is random follows from it. It is an
-  // argument of the forward op, so that compilers take it for a part of the forward pass; what has to do with gradients
-  // alone they compute again in the backward pass, random numbers too. The other gradients are torch's own ops.
+  // `indices`) of the rows of its input. `seed`: 0-d int64, on the device of the input, never read on the host; what is
+  // random follows from it. Without one the forward op draws one, of lomem's own stream. It returns the seed that it
+  // used beside what it made with it: whoever runs it again, or keeps what it returned, has both or neither. The other
+  // gradients are torch's own ops.
+  const std::vector<at::Tag> random = {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
   m.def(
       "randomized_linear(Tensor input, Tensor weight, Tensor? bias=None, *, str matmul=\"gaussian\", "
-      "int? proj_dim=None, float? proj_dim_ratio=None, int? proj_dim_min=None, int? proj_dim_max=None) -> Tensor",
-      {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
+      "int? proj_dim=None, float? proj_dim_ratio=None, int? proj_dim_min=None, int? proj_dim_max=None, "
+      "Tensor? seed=None) -> Tensor",
+      random);
   m.def(
-      "randomized_linear_forward(Tensor input, Tensor weight, Tensor? bias, Tensor seed, SymInt proj_dim, *, "
-      "str matmul=\"gaussian\") -> (Tensor output, Tensor compressed, Tensor indices)",
-      functional);
+      "randomized_linear_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? seed, SymInt proj_dim, *, "
+      "str matmul=\"gaussian\") -> (Tensor output, Tensor compressed, Tensor indices, Tensor used_seed)",
+      random);
   m.def(
       "randomized_linear_weight_grad(Tensor grad_output, Tensor compressed, Tensor? indices, Tensor seed, *, "
       "str matmul=\"gaussian\") -> Tensor",

@@ -97,5 +97,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "resilu2", &resilu2,
       "torch.ops.lomem.resilu2, past __torch_function__; NotImplemented for arguments of other types.");
+  m.def("manual_seed", &lomem::manual_seed, "Begins lomem's stream of seeds anew.");
+  m.def("random_state", &lomem::random_state, "Where the stream of seeds began and how many were drawn since.");
+  m.def("set_random_state", &lomem::set_random_state, "Goes on from such a state.");
+  m.def(
+      "begin_random_stream", &lomem::detail::begin_random_stream,
+      "Begins the stream of seeds at the position of torch's default CPU generator.");
   lomem::detail::bind_reused_memory(m);
 }

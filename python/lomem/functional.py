@@ -183,6 +183,7 @@ def randomized_linear(
     proj_dim_ratio: float | None = None,
     proj_dim_min: int | None = None,
     proj_dim_max: int | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Linear layer that keeps a few random combinations of the rows of its input for the backward pass.
 
@@ -192,9 +193,11 @@ def randomized_linear(
     ``E[S^T S] = 1`` (Bershatsky et al., arXiv:2201.13195). ``S X`` and a seed are kept; ``S`` itself is drawn again,
     piece by piece, in the backward pass. docs/linear.md has formulas, variances and when not to use it.
 
-    The seed is one number of torch's default CPU generator, drawn where ``weight`` requires a gradient and grad mode is
-    on, and nowhere else: ``torch.manual_seed`` and checkpointing reproduce the gradient. Where nothing is drawn, or
-    all rows are kept, this is ``F.linear``, and so are its gradients.
+    The seed is drawn from a stream of lomem's own, see :mod:`lomem.random`: no generator of torch is advanced, and the
+    numbers that others draw are the same as with ``F.linear``. It is drawn by the op that makes ``S X``, beside which
+    it stays: whatever a checkpoint computes again, the gradient is estimated from what belongs together. Where
+    ``weight`` requires no gradient, grad mode is off or all rows are kept, nothing is drawn: this is ``F.linear``, and
+    so are its gradients.
 
     Args:
         input: Shape ``(*, in_features)``, any strides; float64, float32, bfloat16 or float16. Under autocast it is cast
@@ -208,6 +211,8 @@ def randomized_linear(
         proj_dim_ratio: Share of the rows that is kept, in (0, 1]; rounded to a whole number of rows, halves up.
         proj_dim_min: Then at least so many, but never more than there are.
         proj_dim_max: Then at most so many.
+        seed: A seed of the caller's: 0-d int64, on the device of ``input``. The host never reads it, so that a captured
+            graph may change it between replays.
 
     Returns:
         A tensor of shape ``(*, out_features)``. Saved for backward: ``proj_dim * in_features`` elements of the dtype of
@@ -224,6 +229,7 @@ def randomized_linear(
         proj_dim_ratio=proj_dim_ratio,
         proj_dim_min=proj_dim_min,
         proj_dim_max=proj_dim_max,
+        seed=seed,
     )
 
 

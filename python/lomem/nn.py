@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import _activation_modules
+from . import _C, _activation_modules
 from . import functional as F
 from ._activation_modules import *  # noqa: F403
 
@@ -196,7 +196,8 @@ class RandomizedLinear(nn.Linear):
 
     The same parameters, state dict and results; its weight's gradient is an unbiased estimate. In evaluation mode, and
     where no gradient of the weight is needed, it is :class:`torch.nn.Linear` in everything. See
-    :func:`lomem.functional.randomized_linear`.
+    :func:`lomem.functional.randomized_linear`. Building a layer begins the stream of seeds anew: see
+    :mod:`lomem.random`.
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -236,6 +237,7 @@ class RandomizedLinear(nn.Linear):
             proj_dim_min=proj_dim_min,
             proj_dim_max=proj_dim_max,
         )
+        _C.begin_random_stream()
         super().__init__(in_features, out_features, bias, device, dtype)
         self.matmul = matmul
         self.proj_dim = proj_dim

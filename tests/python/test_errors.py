@@ -593,12 +593,13 @@ def linear_arguments(draw, kind):
         return (x, compressed, draw(st.one_of(st.none(), st.just(indices))), seed), matmul
     weight = draw(tensors(shape=[draw(st.integers(0, 5)), *x.shape[-1:]], dtype=dtype))
     bias = draw(st.one_of(st.none(), tensors(shape=weight.shape[:1], dtype=dtype)))
+    seed = draw(st.one_of(st.none(), st.just(seed)))
     if kind == "forward":
         return (x, weight, bias, seed, kept), matmul
     ratio = draw(st.one_of(st.none(), floats))
     sizes = {"proj_dim": kept if ratio is None else None, "proj_dim_ratio": ratio}
     bounds = {name: draw(st.one_of(st.none(), st.integers(0, 9))) for name in ("proj_dim_min", "proj_dim_max")}
-    return (x, weight, bias), {**matmul, **sizes, **bounds}
+    return (x, weight, bias), {**matmul, **sizes, **bounds, "seed": seed}
 
 
 boundaries = st.one_of(st.lists(floats, max_size=300), st.lists(st.floats(allow_nan=False), max_size=9).map(sorted))

@@ -6,6 +6,8 @@ import itertools
 import math
 import pickle
 import re
+import subprocess
+import sys
 from fractions import Fraction
 from functools import partial
 
@@ -16,8 +18,11 @@ import torch.nn.functional as F
 from helpers import DTYPES, EPS
 from lomem.memory import saved_for_backward
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 LF = lomem.functional
 ops = torch.ops.lomem
@@ -31,12 +36,13 @@ matmuls = pytest.mark.parametrize("matmul", MATMULS)
 def compress(x, seed, proj_dim, matmul):
     """What is kept of x: rows, and indices of those that are picked."""
     weight = x.new_empty(0, x.shape[-1])
-    return ops.randomized_linear_forward(x, weight, None, torch.as_tensor(seed), proj_dim, matmul=matmul)[1:]
+    seed = torch.as_tensor(seed, device=x.device)
+    return ops.randomized_linear_forward(x, weight, None, seed, proj_dim, matmul=matmul)[1:3]
 
 
 def estimate(x, y, seed, proj_dim, matmul):
     """The estimate of y^T x with a seed, by the ops."""
-    seed = torch.tensor(seed)
+    seed = torch.tensor(seed, device=x.device)
     compressed, indices = compress(x, seed, proj_dim, matmul)
     return ops.randomized_linear_weight_grad(y, compressed, indices, seed, matmul=matmul)
 
@@ -226,7 +232,7 @@ def test_the_mean_converges_and_the_variance_is_that_of_theory(matmul, rows):
 
 @pytest.mark.parametrize("matmul", ["gaussian", "rademacher", "dct", "dft"])
 def test_the_module_is_unbiased(matmul, device):
-    # The same with seeds of the default generator, through autograd.
+    # The same with seeds of lomem's own stream, through autograd.
     x, y = (t.to(device) for t in rows_of_unequal_norms())
     layer = lomem.nn.RandomizedLinear(6, 5, dtype=x.dtype, proj_dim_ratio=0.3, matmul=matmul, device=device)
     gradients = [torch.autograd.grad(layer(x), layer.weight, y)[0] for _ in range(2000)]
@@ -281,7 +287,7 @@ def test_blocks_of_the_matrix(matmul):
     # More elements than are made at a time, 2^23: seen whole, by both passes.
     rows, k = 2**20 + 1, 20
     x = torch.zeros(rows, 1)
-    x[::1000] = 1
+    x[::1000] = torch.randn(len(x[::1000]), 1)
     seed = torch.tensor(5)
     compressed, _ = compress(x, seed, k, matmul)
     assert len(set(compressed.flatten().tolist())) == k
@@ -417,28 +423,134 @@ def test_picks_are_in_bounds_whatever_the_rows_hold(matmul, value, device):
 
 # --- Random numbers ---------------------------------------------------------------------------------------------------
 
-
-def state_after(f):
-    torch.manual_seed(3)
-    f()
-    return torch.get_rng_state()
+MASK = 2**64 - 1
 
 
-def test_one_number_is_drawn_a_call_whatever_the_call(device):
+def mixed(word):
+    """The finalizer of SplitMix64, with integers of Python."""
+    for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        word = (word ^ (word >> shift)) * multiplier & MASK
+    return word
+
+
+def words(seed, count):
+    """The words that everything random is made of."""
+    key, step = (mixed(seed + i * 0x9E3779B97F4A7C15 & MASK) for i in (1, 2))
+    return [mixed(key + i * (step | 1) & MASK) for i in range(1, count + 1)]
+
+
+def signs(seed, rows, k, device="cpu"):
+    """Of the matrix of signs: one bit each of the words."""
+    return projection(rows, k, seed, "rademacher", device=device).sign().flatten().cpu()
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 12345678901234567, -(2**63), 2**63 - 1])
+def test_signs_are_the_bits_of_the_words(seed, device):
+    for rows, k in ((64, 63), (13, 5), (100, 1)):
+        bits = [(word >> i) & 1 for word in words(seed & MASK, (rows * k + 63) // 64) for i in range(64)]
+        assert signs(seed, rows, k, device).tolist() == [2.0 * b - 1 for b in bits[: rows * k]]
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 12345678901234567])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_normal_numbers_are_those_of_box_and_muller(seed, dtype, device):
+    rows, k = 51, 7
+    got = projection(rows, k, seed, "gaussian", dtype, device).flatten().cpu().double() * math.sqrt(k)
+    want = []
+    for word in words(seed & MASK, (rows * k + 1) // 2):
+        low, high = (half - 2**32 * (half >> 31) for half in (word & (2**32 - 1), word >> 32))
+        radius = math.sqrt(-2 * math.log(max(abs(low), 0.5) / 2**31))
+        want += [radius * math.cos(math.pi * high / 2**31), radius * math.sin(math.pi * high / 2**31)]
+    # In float32 the angle, up to pi, is rounded to some EPS times pi, and the logarithm of what is next to 1 to EPS:
+    # its root is off by sqrt(EPS) at most.
+    tolerance = {torch.float64: 1e-12, torch.float32: math.sqrt(2 * EPS[torch.float32])}[dtype]
+    torch.testing.assert_close(got, torch.tensor(want[: rows * k], dtype=torch.float64), rtol=0, atol=tolerance)
+
+
+def test_bits_are_independent(device):
+    """Every bit of the words, every pair of bits of a word and of words that follow, of a few seeds."""
+    count = 2**16
+    for seed in (0, 1, 2**40, -3):
+        bits = signs(seed, 2048, 2048, device)[: 64 * count].double().view(count, 64)
+        # Each mean and each correlation is of count signs, of standard deviation 1 / sqrt(count): of 64 * 64 numbers
+        # the chance that one is over 6 of them is 8e-6.
+        limit = 6 / math.sqrt(count)
+        assert bits.mean(0).abs().max() < limit
+        assert ((bits.t() @ bits / count).fill_diagonal_(0)).abs().max() < limit
+        for lag in (1, 2, 64):
+            assert (bits[lag:].t() @ bits[:-lag] / (count - lag)).abs().max() < limit * math.sqrt(count / (count - lag))
+
+
+def test_seeds_next_to_each_other_share_nothing(device):
+    numbers = [*range(-4, 5), *(2**i for i in range(4, 63)), *(3 * 2**i for i in range(10, 60, 10))]
+    rows = torch.stack([signs(seed, 128, 127, device) for seed in numbers]).double()
+    # As above: 75 * 75 / 2 correlations.
+    limit = 6 / math.sqrt(rows.shape[1])
+    assert (rows @ rows.t() / rows.shape[1]).fill_diagonal_(0).abs().max() < limit
+    # No word of one is a word of another, at any position: 75 * 254 words, of which two of 2^64 are equal with a
+    # probability of 1e-11.
+    seen = (rows[:, : 64 * (rows.shape[1] // 64)].view(-1, 64) > 0).long() << torch.arange(64)
+    assert len(seen.sum(1).unique()) == len(seen)
+
+
+def test_normal_numbers_are_normal(device):
+    count = 2**20
+    x = projection(1025, 1024, 9, "gaussian", torch.float32, device).double().flatten().cpu()[:count] * 32
+    ordered = x.sort().values
+    distance = (torch.special.ndtr(ordered) - (torch.arange(count) + 0.5) / count).abs().max()
+    # Kolmogorov's: sqrt(count) times the distance is over 3 with a probability of 2 exp(-2 * 3^2), 3e-8.
+    assert distance * math.sqrt(count) < 3
+    for power, moment, square in ((1, 0, 1), (2, 1, 3), (3, 0, 15), (4, 3, 105), (6, 15, 10395)):
+        assert abs(x.pow(power).mean() - moment) < 5 * math.sqrt((square - moment**2) / count), power
+    # Tails, as far as they go.
+    for limit in (3.0, 4.0, 4.5):
+        expected = count * math.erfc(limit / math.sqrt(2))
+        assert abs((x.abs() > limit).sum() - expected) < 5 * math.sqrt(expected), limit
+    # The two of one word, and their squares, are not correlated, nor are neighbours.
+    for a, b in ((x[::2], x[1::2]), (x[1:-1:2], x[2::2])):
+        for f in (lambda t: t, lambda t: t.square() - 1):
+            assert abs((f(a) * f(b)).mean()) < 5 * f(a).square().mean() / math.sqrt(len(a))
+
+
+def test_rows_of_equal_norms_are_picked_evenly(device):
+    x = torch.ones(50, 1, device=device)
+    counts = sum(torch.bincount(compress(x, seed, 40, "crs")[1], minlength=50) for seed in range(1000)).cpu()
+    # Chi-square of 49 degrees of freedom, within 5 standard deviations.
+    chi = ((counts - 800.0) ** 2 / 800).sum()
+    assert abs(chi - 49) < 5 * math.sqrt(2 * 49)
+
+
+def drawn():
+    """How many seeds were drawn since the stream began."""
+    return lomem.random.get_state()[1]
+
+
+def states():
+    """Of all generators that others draw from."""
+    devices = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    return torch.cat([torch.get_rng_state(), *devices])
+
+
+def test_others_random_numbers_do_not_change(device):
     weight = torch.randn(4, 6, device=device, requires_grad=True)
-    want = state_after(lambda: torch.randint(2**63 - 1, ()))
-    assert not torch.equal(want, state_after(lambda: None))
+    torch.randn(3, device=device)
     for matmul, rows, ratio in itertools.product(MATMULS, [0, 1, 2, 50], [0.01, 0.5, 1.0]):
         x = torch.randn(rows, 6, device=device)
-        call = partial(LF.randomized_linear, x, weight, matmul=matmul, proj_dim_ratio=ratio)
-        assert torch.equal(state_after(lambda f=call: f().sum().backward()), want)
+        before, count = states(), drawn()
+        LF.randomized_linear(x, weight, matmul=matmul, proj_dim_ratio=ratio).sum().backward()
+        assert torch.equal(states(), before)
+        # One seed where rows are compressed, none where all are kept.
+        kept = max(1, int(ratio * rows + 0.5))
+        assert drawn() - count == (kept < rows), (rows, ratio)
+        lomem.nn.RandomizedLinear(6, 4, proj_dim=3, device="meta")
+        assert torch.equal(states(), before)
 
 
 @matmuls
 def test_nothing_is_drawn_or_kept_where_the_weight_needs_no_gradient(matmul, device):
     layer = lomem.nn.RandomizedLinear(6, 4, proj_dim_ratio=0.2, matmul=matmul, device=device)
     x = torch.randn(20, 6, device=device, requires_grad=True)
-    before = torch.get_rng_state()
+    before, count = states(), drawn()
     with saved_for_backward() as saved:
         with torch.no_grad():
             layer(x)
@@ -460,20 +572,139 @@ def test_nothing_is_drawn_or_kept_where_the_weight_needs_no_gradient(matmul, dev
     assert saved.nbytes == (x.numel() + layer.weight.numel()) * 4
     (got,) = torch.autograd.grad(y.sum(), layer.weight)
     torch.testing.assert_close(got, x.detach().sum(0).expand(4, 6))
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(states(), before)
+    assert drawn() == count
+
+
+def gradient(layer, x):
+    return torch.autograd.grad(layer(x).square().sum(), layer.weight)[0]
 
 
 @matmuls
-def test_results_follow_from_the_seed(matmul, device):
+def test_results_follow_from_the_seeds(matmul, device):
     layer = lomem.nn.RandomizedLinear(6, 4, proj_dim_ratio=0.2, matmul=matmul, device=device)
     x = torch.randn(50, 6, device=device)
 
-    def gradient(seed):
-        torch.manual_seed(seed)
-        return torch.autograd.grad(layer(x).square().sum(), layer.weight)[0]
+    def with_seeds(torchs, lomems):
+        torch.manual_seed(torchs)
+        lomem.random.manual_seed(lomems)
+        return gradient(layer, x)
 
-    assert torch.equal(gradient(1), gradient(1))
-    assert not torch.equal(gradient(1), gradient(2))
+    first = with_seeds(1, 1)
+    assert torch.equal(first, with_seeds(1, 1))
+    # Either makes others: ranks that are seeded differently draw differently.
+    for seeds in ((1, 2), (2, 1), (1 + 2**32, 1), (1, -1)):
+        assert not torch.equal(first, with_seeds(*seeds)), seeds
+    assert torch.equal(with_seeds(1, -1), with_seeds(1, 2**64 - 1))
+    # Where torch's generator stands is nothing to a stream that began.
+    torch.manual_seed(1)
+    torch.randn(5)
+    lomem.random.manual_seed(1)
+    assert torch.equal(first, gradient(layer, x))
+    # And a state goes on.
+    state = lomem.random.get_state()
+    after = gradient(layer, x)
+    assert not torch.equal(after, first)
+    lomem.random.set_state(pickle.loads(pickle.dumps(state)))
+    assert torch.equal(after, gradient(layer, x))
+
+
+def test_a_seed_of_the_callers(device):
+    x, weight = torch.randn(9, 6, device=device), torch.randn(4, 6, device=device, requires_grad=True)
+    for matmul in MATMULS:
+        for number in (0, 7, -(2**63), 2**63 - 1):
+            count = drawn()
+            seed = torch.tensor(number, device=device)
+            y = LF.randomized_linear(x, weight, matmul=matmul, proj_dim=3, seed=seed)
+            seed.add_(1)  # which is no longer looked at
+            grad = torch.randn_like(y)
+            (got,) = torch.autograd.grad(y, weight, grad)
+            assert torch.equal(got, estimate(x, grad, number, 3, matmul))
+            assert drawn() == count
+
+
+def convert(model):
+    return lomem.map_module(model, lambda m: lomem.convert_linear(m, lomem.nn.RandomizedLinear, proj_dim_ratio=0.3))
+
+
+BUILDS = {
+    "built": lambda: nn.Sequential(
+        lomem.nn.RandomizedLinear(6, 6, proj_dim=3), nn.Tanh(), lomem.nn.RandomizedLinear(6, 6, proj_dim=3)
+    ),
+    "converted": lambda: convert(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))),
+    "copied": lambda: nn.Sequential(*map(copy.deepcopy, [lomem.nn.RandomizedLinear(6, 6, proj_dim=3)] * 3)),
+}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_same_program_trains_the_same_model(build, dropout):
+    """Seeded, built and trained: the same again in one process, whatever ran in between."""
+
+    def train(seed=3):
+        torch.manual_seed(seed)
+        model = BUILDS[build]()
+        x = torch.randn(20, 6)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            F.dropout(model(x), dropout).square().sum().backward()
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    first = train()
+    assert torch.equal(train(), first)
+    lomem.nn.RandomizedLinear(6, 6, proj_dim=3)
+    lomem.random.manual_seed(1)
+    assert torch.equal(train(), first)
+    assert not torch.equal(train(4), first)
+
+
+def test_the_same_program_in_another_process():
+    code = (
+        "import torch, lomem; torch.manual_seed({}); layer = lomem.nn.RandomizedLinear(6, 4, proj_dim=3);"
+        "torch.manual_seed({}); x = torch.ones(9, 6) * torch.arange(9)[:, None];"
+        "[layer(x).sum().backward() for _ in range(2)];"
+        "print(layer.weight.grad.flatten().tolist())"
+    )
+    ran = [
+        subprocess.run([sys.executable, "-c", code.format(*seeds)], check=True, capture_output=True, text=True).stdout
+        for seeds in ((0, 0), (0, 0), (0, 1))
+    ]
+    assert ran[0] == ran[1]
+    # Ranks that build alike and go on with seeds of their own.
+    assert ran[0] != ran[2]
+
+
+class Recorder(TorchDispatchMode):
+    """What randomized layers compressed, and what they estimated gradients from."""
+
+    def __init__(self):
+        super().__init__()
+        self.forwards, self.estimates = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is ops.randomized_linear_forward.default:
+            self.forwards.append((args[0].detach().clone(), args[4], result))
+        elif func is ops.randomized_linear_weight_grad.default:
+            self.estimates.append((args, result))
+        return result
+
+
+def test_no_two_calls_share_a_seed(device):
+    model = nn.Sequential(*[lomem.nn.RandomizedLinear(6, 6, proj_dim=3, device=device) for _ in range(3)])
+    model.append(copy.deepcopy(model[0])).append(pickle.loads(pickle.dumps(model[0]))).append(model[0])
+    with Recorder() as recorder:
+        for _ in range(200):
+            model(torch.randn(9, 6, device=device))
+            LF.randomized_linear(torch.randn(9, 6, device=device), model[0].weight, proj_dim=3)
+    seeds = torch.stack([result[3] for *_, result in recorder.forwards])
+    assert len(seeds) == 200 * 7 == len(seeds.unique())
+    # Bits of seeds that follow one another are as good as independent.
+    bits = (seeds.cpu()[:, None] >> torch.arange(64)) & 1
+    assert (bits.double().mean(0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(len(seeds))
+    changed = (bits[1:] ^ bits[:-1]).double()
+    assert (changed.mean(0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(len(changed))
 
 
 @matmuls
@@ -510,25 +741,133 @@ class Net(nn.Module):
 
 
 def gradients(net, f, x):
-    torch.manual_seed(5)
+    lomem.random.manual_seed(5)
     leaf = x.detach().clone().requires_grad_()
     return torch.autograd.grad(f(leaf).square().sum(), [leaf, *net.parameters()])
 
 
+# --- Checkpointing ----------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Two layers, and dropouts in front of them or behind them, whose masks are seen."""
+
+    def __init__(self, matmul, dropouts, linear):
+        super().__init__()
+        kinds = {"plain": nn.Linear, "randomized": partial(lomem.nn.RandomizedLinear, proj_dim=3, matmul=matmul)}
+        self.up, self.down = kinds[linear](6, 8), kinds[linear](8, 6, bias=False)
+        self.dropouts = dropouts
+        self.masks = []
+
+    def dropout(self, x, where):
+        if where not in self.dropouts:
+            return x
+        y = F.dropout(x, 0.5)
+        self.masks.append((y != 0).detach().clone())
+        return y
+
+    def forward(self, x):
+        x = self.up(self.dropout(x, "front"))
+        return self.down(torch.tanh(self.dropout(x, "behind")))
+
+
+def selective(policy):
+    def way(block, x):
+        contexts = partial(create_selective_checkpoint_contexts, lambda _, op, *args, **kwargs: policy(op))
+        return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+    return way
+
+
+KEEP, AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+OURS = ops.randomized_linear_forward.default
+# Of which inputs are the results.
+MAKE_INPUTS = [torch.ops.aten.mul.Tensor, torch.ops.aten.tanh.default]
+
+
+def checkpointed(use_reentrant):
+    return lambda block, x: checkpoint(block, x, use_reentrant=use_reentrant)
+
+
+def nested(outer, inner):
+    def way(block, x):
+        return checkpoint(lambda x: torch.sin(checkpointed(inner)(block, x)), x, use_reentrant=outer)
+
+    return way
+
+
+def in_hooks(way):
+    def hooked(block, x):
+        with torch.autograd.graph.save_on_cpu():
+            return way(block, x)
+
+    return hooked
+
+
+WAYS = {
+    "none": lambda block, x: block(x),
+    "reentrant": checkpointed(True),
+    "non-reentrant": checkpointed(False),
+    "reentrant in reentrant": nested(True, True),
+    "non-reentrant in non-reentrant": nested(False, False),
+    "non-reentrant in reentrant": nested(True, False),
+    "non-reentrant in hooks": in_hooks(checkpointed(False)),
+    "ours kept": selective(lambda op: KEEP if op is OURS else AGAIN),
+    "inputs kept": selective(lambda op: KEEP if op in MAKE_INPUTS else AGAIN),
+    "ours and inputs kept": selective(lambda op: KEEP if op in (OURS, *MAKE_INPUTS) else AGAIN),
+    "none kept": selective(lambda op: AGAIN),
+}
+
+
+def run_block(block, way, x):
+    """Output, gradients, masks, and where the generators stand, from a given state of them."""
+    torch.manual_seed(7)
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = way(block, leaf)
+    y.square().sum().backward()
+    return y.detach(), leaf.grad, block.up.bias.grad, block.masks, states()
+
+
 @matmuls
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_draws_the_same_numbers(matmul, use_reentrant, device):
-    net = Net(matmul, device)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dropouts", [(), ("front",), ("behind",), ("front", "behind")], ids=str)
+@pytest.mark.parametrize("shape", ["3-D", "permuted"])
+def test_checkpointing(matmul, way, dropouts, shape):
+    """All but the weights' gradients is as of torch's layers, and these are estimated from what belongs together."""
+    plain, block = Block(matmul, dropouts, "plain"), Block(matmul, dropouts, "randomized")
+    block.load_state_dict(plain.state_dict())
+    x = torch.randn(3, 5, 6) if shape == "3-D" else torch.randn(5, 3, 6).transpose(0, 1)
+    want = run_block(plain, WAYS[way], x)
+    with Recorder() as recorder:
+        got = run_block(block, WAYS[way], x)
+    assert len(got[3]) == len(want[3])
+    for a, b in zip([*got[:3], *got[3], got[4]], [*want[:3], *want[3], want[4]], strict=True):
+        assert torch.equal(a, b)
+    # The first pass and what is computed again have the same masks.
+    assert all(torch.equal(mask, got[3][i % len(dropouts)]) for i, mask in enumerate(got[3]))
+    # What gradients come from was compressed by the seed beside it; and of the input that the exact gradient is of.
+    assert len(recorder.estimates) == 2
+    for layer, (args, result) in zip((block.down, block.up), recorder.estimates, strict=True):
+        _, compressed, indices, seed = args
+        made = [f for f in recorder.forwards if torch.equal(f[2][3], seed)]
+        assert made
+        for rows, proj_dim, _ in made:
+            again, picked = compress(rows, seed, proj_dim, matmul)
+            assert torch.equal(again, compressed)
+            assert indices is None or torch.equal(picked, indices)
+        assert torch.equal(layer.weight.grad, result)
+
+
+def test_accumulated_gradients_are_of_seeds_of_their_own(device):
     x = torch.randn(3, 5, 6, device=device)
-    want = gradients(net, net, x)
-    if use_reentrant:
-        torch.manual_seed(5)
-        leaf = x.clone().requires_grad_()
-        checkpoint(net, leaf, use_reentrant=True).square().sum().backward()
-        got = [leaf.grad, *(p.grad for p in net.parameters())]
-    else:
-        got = gradients(net, lambda x: checkpoint(net, x, use_reentrant=False), x)
-    assert all(map(torch.equal, got, want))
+    for way in ("none", "reentrant", "non-reentrant", "ours kept"):
+        layer = lomem.nn.RandomizedLinear(6, 6, proj_dim=3, device=device)
+        seen = []
+        for _ in range(3):
+            layer.weight.grad = None
+            WAYS[way](layer, x.clone().requires_grad_()).square().sum().backward()
+            seen.append(layer.weight.grad)
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2)), way
 
 
 # --- What is kept -----------------------------------------------------------------------------------------------------
@@ -556,13 +895,54 @@ def test_what_is_kept_is_proj_dim_rows_and_a_seed(matmul, dtype, shape, device):
         assert saved.nbytes == rows + SEED_BYTES + 12 * 7 * size
 
 
-def test_the_seed_is_a_number_on_the_cpu(device):
+def test_the_seed_is_a_number_on_the_device(device):
     layer = lomem.nn.RandomizedLinear(6, 4, proj_dim=2, device=device)
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
         layer(torch.randn(5, 6, device=device)).sum().backward()
     assert [t.shape for t in seen] == [(2, 6), ()]
-    assert (seen[1].dtype, seen[1].device.type) == (torch.int64, "cpu")
+    assert (seen[1].dtype, seen[1].device.type) == (torch.int64, device.type)
+
+
+def halves(x, grad, seed, k, matmul):
+    """Both halves as a device other than the CPU runs them: their kernels themselves, whatever the tensors are."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    weight = x.new_empty(grad.shape[1], x.shape[1])
+    _, compressed, indices, used = OURS.redispatch(keys, x, weight, None, seed, k, matmul=matmul)
+    weight_grad = ops.randomized_linear_weight_grad.default
+    estimated = weight_grad.redispatch(keys, grad, compressed, indices, used, matmul=matmul)
+    return compressed, indices, used, estimated
+
+
+@matmuls
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_devices_compute_the_same_and_read_no_seed(matmul, dtype):
+    """What a GPU would run, recorded on tensors without values, then run here: with seeds that a replay changes."""
+    rows, k = 50, 20
+    with FakeTensorMode():
+        x, grad = torch.empty(rows, 6, dtype=dtype, device="cuda"), torch.empty(rows, 4, dtype=dtype, device="cuda")
+        seed = torch.empty((), dtype=torch.int64, device="cuda")
+        with pytest.raises(DataDependentOutputException):
+            seed.item()
+        graph = make_fx(partial(halves, k=k, matmul=matmul))(x, grad, seed)
+    for node in graph.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
+    graph.recompile()
+    # No op that waits for the device, or copies to it.
+    names = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+    assert not names & {
+        f"aten.{op}.default" for op in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item")
+    }
+    x, grad = (torch.randn(rows, width).to(dtype) for width in (6, 4))
+    for number in (0, -1, 2**62 + 12345):
+        seed = torch.tensor(number)
+        *got, got_estimate = graph(x, grad, seed)
+        *want, want_estimate = halves(x, grad, seed, k, matmul)
+        assert torch.equal(want[2], seed)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(got_estimate, want_estimate)
 
 
 def test_hooks_that_move_what_is_kept(device):
@@ -651,8 +1031,7 @@ def test_compiled_as_one_graph(matmul, device):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_passes_use_the_same_numbers(dynamic, device):
-    # Inductor draws seeds of its own. Of one row, the estimate by signs is exact whatever they are, if both passes have
-    # the same.
+    # Of one row, the estimate by signs is exact whatever the seeds are, if both passes have the same.
     layer = lomem.nn.RandomizedLinear(6, 4, proj_dim=3, matmul="rademacher", device=device)
 
     def f(x):
@@ -682,9 +1061,9 @@ def test_compiled_with_sizes_that_depend_on_data(device):
         for count in (5, 2, 8):
             x = torch.randn(8, 6, device=device)
             mask = torch.arange(8, device=device) < count
-            torch.manual_seed(0)
+            lomem.random.manual_seed(0)
             (got,) = torch.autograd.grad(compiled(x, mask, weight), weight)
-            torch.manual_seed(0)
+            lomem.random.manual_seed(0)
             (want,) = torch.autograd.grad(f(x, mask, weight), weight)
             torch.testing.assert_close(got, want)
 
@@ -701,10 +1080,57 @@ def test_compiled_autograd(device):
         return [p.grad.clone() for p in net.parameters()]
 
     with torch._dynamo.config.patch(compiled_autograd=True):
-        torch.manual_seed(5)
+        lomem.random.manual_seed(5)
         got = torch.compile(step, backend="aot_eager")(x)
     for a, b in zip(got, want[1:], strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("way", ["none", "non-reentrant", "ours kept", "inputs kept", "none kept"])
+def test_compiled_checkpoints_use_the_same_numbers(way, backend, device):
+    # As above: exact, if what is computed again in the backward pass and what is not belong together.
+    torch._dynamo.reset()
+    layer = lomem.nn.RandomizedLinear(6, 4, proj_dim=3, matmul="rademacher", device=device)
+
+    def f(x):
+        return WAYS[way](lambda x: torch.relu(layer(torch.tanh(x))), x).sum(1)[2]
+
+    compiled = torch.compile(f, fullgraph=True, backend=backend)
+    x = torch.zeros(9, 6, device=device)
+    x[2] = torch.randn(6, device=device)
+    for _ in range(3):
+        before = states()
+        (got,) = torch.autograd.grad(compiled(x.requires_grad_()), layer.weight)
+        assert torch.equal(states(), before)
+        rows = torch.tanh(x.detach())
+        (want,) = torch.autograd.grad(torch.relu(F.linear(rows, layer.weight, layer.bias)).sum(1)[2], layer.weight)
+        torch.testing.assert_close(got, want)
+
+
+@matmuls
+@pytest.mark.parametrize("how", ["make_fx", "aot_eager", "inductor", "export"])
+def test_replays_draw_anew(matmul, how, device):
+    torch._dynamo.reset()  # which compiles one code for so many layers alone
+    layer = lomem.nn.RandomizedLinear(6, 4, proj_dim=3, matmul=matmul, device=device)
+    x = torch.randn(9, 6, device=device)
+    if how == "make_fx":
+        traced = make_fx(partial(gradient, layer))(x)
+        replay = partial(traced, x)
+    elif how == "export":
+        replay = partial(gradient, torch.export.export(layer, (x,)).module(), x)
+    else:
+        compiled = torch.compile(layer, fullgraph=True, backend=how)
+        replay = partial(gradient, compiled, x)
+    before = states()
+    lomem.random.manual_seed(1)
+    seen = [replay() for _ in range(4)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+    assert torch.equal(states(), before)
+    # The seeds that the layer itself draws.
+    lomem.random.manual_seed(1)
+    for got in seen:
+        torch.testing.assert_close(got, gradient(layer, x))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -871,8 +1297,12 @@ def test_errors_of_the_halves():
             compress(moved, torch.tensor([1, 2]), 3, "dct")
         with raises("randomized_linear_forward: matmul is '', expected 'gaussian', "):
             compress(moved, seed, 3, "")
-    with raises("randomized_linear_forward: seed is on meta, expected cpu"):
-        compress(x, seed.to("meta"), 3, "dct")
+    with raises("randomized_linear_forward: seed is on meta, expected cpu, the device of input"):
+        ops.randomized_linear_forward(x, x, None, seed.to("meta"), 3)
+    with raises("randomized_linear: seed is on meta, expected cpu, the device of input"):
+        LF.randomized_linear(x, x, proj_dim=3, seed=seed.to("meta"))
+    with raises("randomized_linear: seed is of dtype int32 and shape [], expected int64 and []"):
+        LF.randomized_linear(x, x, proj_dim=3, seed=seed.int())
     with raises("randomized_linear_forward: input has shape [9, 6], expected a last dimension of 5, "):
         ops.randomized_linear_forward(x, x[:, 1:], None, seed, 3)
     compressed, indices = compress(x, seed, 3, "crs")
@@ -888,7 +1318,7 @@ def test_errors_of_the_halves():
         ((grad, compressed, indices[:2], seed), "indices has shape [2], expected [3]"),
         ((grad, compressed, indices.int(), seed), "indices has dtype int32, expected int64"),
         ((grad, compressed, indices, seed[None]), "seed is of dtype int64 and shape [1], expected int64 and []"),
-        ((grad, compressed, indices, seed.to("meta")), "seed is on meta, expected cpu"),
+        ((grad, compressed, indices, seed.to("meta")), "seed is on meta, expected cpu, the device of grad_output"),
         (
             (grad, compressed.to("meta"), indices, seed),
             "compressed is on meta, expected cpu, the device of grad_output",

@@ -35,8 +35,8 @@ def samples(device):
     rms_output, rms_rstd = ops.ms_rms_norm_forward(x0, [6], weight0)
     f32 = torch.float32
     linear = torch.randn(5, 6, device=device)
-    seed = torch.tensor(3)
-    _, rows, picked = ops.randomized_linear_forward(x0, linear, None, seed, 2, matmul="crs")
+    seed = torch.tensor(3, device=device)
+    _, rows, picked, _ = ops.randomized_linear_forward(x0, linear, None, seed, 2, matmul="crs")
     return {
         "regelu2": [((x,), {}), ((image,), {"approximate": "tanh"}), ((x0,), {})],
         "regelu2_forward": [((x0,), {}), ((image0,), {"approximate": "tanh"})],
@@ -76,9 +76,10 @@ def samples(device):
             ((x0, rms_output, rms_rstd, [6], weight0, f32, [True, True]), {}),
             ((x0, rms_output, rms_rstd, [6], weight0, f32, [False, True]), {}),
         ],
+        # With seeds: without, every call draws another one.
         "randomized_linear": [
-            ((x, linear.requires_grad_(), bias[:5]), {"proj_dim_ratio": 0.4}),
-            ((image0[..., :1].expand(2, 3, 4, 6), linear), {"proj_dim": 3, "matmul": "wta-crs"}),
+            ((x, linear.requires_grad_(), bias[:5]), {"proj_dim_ratio": 0.4, "seed": seed}),
+            ((image0[..., :1].expand(2, 3, 4, 6), linear), {"proj_dim": 3, "matmul": "wta-crs", "seed": seed}),
             ((x, linear.detach()), {"proj_dim": 1}),
             ((x0, linear), {"proj_dim_ratio": 1.0}),
         ],

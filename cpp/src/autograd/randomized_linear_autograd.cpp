@@ -2,10 +2,10 @@
 #include <ATen/Functions.h>
 
 #include <cmath>
-#include <limits>
 #include <utility>
 
 #include "../random_projection.h"
+#include "../random_seed.h"
 #include "autograd.h"
 
 namespace lomem::detail {
@@ -76,20 +76,24 @@ struct RandomizedLinear : torch::autograd::Function<RandomizedLinear> {
 
   static at::Tensor forward(
       AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-      const at::Tensor& seed, const c10::SymInt& proj_dim, std::string_view matmul) {
+      const OptionalTensor& seed, const c10::SymInt& proj_dim, std::string_view matmul) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const at::Tensor rows = input.reshape_symint({leading_rows(input), input.sym_size(-1)});
     const bool adds_to_matrix = !has_tensor(bias) || input.dim() == 2 || input.is_contiguous_or_false();
-    auto [output, compressed, indices] =
+    auto [output, compressed, indices, used_seed] =
         randomized_linear_forward(rows, weight, adds_to_matrix ? bias : std::nullopt, seed, proj_dim, matmul);
     const bool has_indices = picks_rows(parse_matmul(op_name, matmul));
+    // The seed too comes from the op. Whatever a checkpoint or a compiler runs again or keeps, it is the one of
+    // `compressed`.
     ctx->save_for_backward(
-        {compressed, has_indices ? indices : at::Tensor(), seed, input.requires_grad() ? weight : at::Tensor()});
+        {compressed, has_indices ? indices : at::Tensor(), used_seed, input.requires_grad() ? weight : at::Tensor()});
     ctx->saved_data["matmul"] = std::string(matmul);
+    ctx->saved_data["has_bias"] = has_tensor(bias);
     ctx->saved_data["adds_to_matrix"] = adds_to_matrix;
     ctx->saved_data["is_column_major"] = is_column_major(rows);
     const at::Tensor result = at::_unsafe_view_symint(output, with_last(input.sym_sizes(), weight.sym_size(0)));
-    return adds_to_matrix ? result : result.add_(*bias);
+    // Not in place: a selective checkpoint may keep what the op returned.
+    return adds_to_matrix ? result : result.add(*bias);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
@@ -109,7 +113,8 @@ struct RandomizedLinear : torch::autograd::Function<RandomizedLinear> {
       gradients[1] = randomized_linear_weight_grad(
           grad_rows, saved[0], indices, saved[2], ctx->saved_data["matmul"].toStringRef());
     }
-    if (ctx->needs_input_grad(2)) {
+    // (Of tensors that are there alone.)
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) {
       const at::Tensor& summed = ctx->saved_data["adds_to_matrix"].toBool() ? grad_rows : grad;
       gradients[2] = at::sum_to(summed, c10::SymIntArrayRef{grad.sym_size(-1)});
     }
@@ -117,23 +122,16 @@ struct RandomizedLinear : torch::autograd::Function<RandomizedLinear> {
   }
 };
 
-/// From torch's default CPU generator: whatever the device, nothing waits for it.
-at::Tensor draw_seed() {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return at::randint(std::numeric_limits<int64_t>::max(), {}, at::TensorOptions(at::kCPU).dtype(at::kLong));
-}
-
 at::Tensor randomized_linear_autograd(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, std::string_view matmul,
     std::optional<int64_t> proj_dim, std::optional<double> proj_dim_ratio, std::optional<int64_t> proj_dim_min,
-    std::optional<int64_t> proj_dim_max) {
+    std::optional<int64_t> proj_dim_max, const OptionalTensor& seed) {
   const ProjectionSize size{proj_dim, proj_dim_ratio, proj_dim_min, proj_dim_max};
   parse_matmul(op_name, matmul);
   check_projection_size(op_name, size);
   check_linear(op_name, input, weight, bias);
+  check_seed(op_name, seed, "input", input);
   if (needs_grad(weight)) {
-    // Always one number, so that what is drawn next depends on neither sizes nor options.
-    const at::Tensor seed = draw_seed();
     const c10::SymInt rows = leading_rows(input);
     const c10::SymInt kept = projection_dim(size, rows);
     // Symbolic sizes are not asked, or the graph would be one of these sizes: the op decides when it runs.
@@ -142,6 +140,7 @@ at::Tensor randomized_linear_autograd(
       check_no_tangent(op_name, "input", input);
       check_no_tangent(op_name, "weight", weight);
       check_no_tangent(op_name, "bias", bias);
+      prepare_seeds(input.device());
       return RandomizedLinear::apply(input, weight, bias, seed, kept, matmul);
     }
   }

@@ -9,8 +9,8 @@
 namespace lomem::detail {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_meta(
-    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& seed,
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_meta(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seed,
     c10::SymInt proj_dim, std::string_view matmul) {
   constexpr const char* op = "lomem::randomized_linear_forward";
   const RandomMatmul kind = parse_matmul(op, matmul);
@@ -22,7 +22,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_meta(
   const c10::SymInt picked = picks_rows(kind) ? count : c10::SymInt(0);
   return {
       at::empty_symint(sizes, input.options()), at::empty_symint({count, input.sym_size(-1)}, input.options()),
-      at::empty_symint({picked}, input.options().dtype(at::kLong))};
+      at::empty_symint({picked}, input.options().dtype(at::kLong)), at::empty({}, input.options().dtype(at::kLong))};
 }
 
 at::Tensor weight_grad_meta(

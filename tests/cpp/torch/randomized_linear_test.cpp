@@ -1,4 +1,5 @@
 // The randomized linear layer from C++: function and module, with no Python.
+#include <ATen/CPUGeneratorImpl.h>
 #include <gtest/gtest.h>
 #include <lomem/nn.h>
 #include <lomem/ops.h>
@@ -48,15 +49,57 @@ TEST(RandomizedLinear, EstimatesWithoutBias) {
   }
 }
 
-TEST(RandomizedLinear, FollowsFromTheSeed) {
+TEST(RandomizedLinear, FollowsFromTheSeeds) {
   const auto x = torch::randn({20, 6});
   lomem::nn::RandomizedLinear layer(lomem::nn::RandomizedLinearOptions(6, 3).proj_dim_ratio(0.2).matmul("dct"));
-  const auto gradient = [&](uint64_t seed) {
-    torch::manual_seed(seed);
-    return torch::autograd::grad({layer->forward(x).square().sum()}, {layer->weight})[0];
+  const auto gradient = [&] { return torch::autograd::grad({layer->forward(x).square().sum()}, {layer->weight})[0]; };
+  const auto with_seeds = [&](uint64_t torchs, uint64_t lomems) {
+    torch::manual_seed(torchs);
+    lomem::manual_seed(lomems);
+    return gradient();
   };
-  EXPECT_TRUE(torch::equal(gradient(1), gradient(1)));
-  EXPECT_FALSE(torch::equal(gradient(1), gradient(2)));
+  EXPECT_TRUE(torch::equal(with_seeds(1, 2), with_seeds(1, 2)));
+  EXPECT_FALSE(torch::equal(with_seeds(1, 2), with_seeds(1, 3)));
+  EXPECT_FALSE(torch::equal(with_seeds(1, 2), with_seeds(2, 2)));
+  const auto state = lomem::random_state();
+  const auto next = gradient();
+  EXPECT_FALSE(torch::equal(gradient(), next));
+  lomem::set_random_state(state);
+  EXPECT_TRUE(torch::equal(gradient(), next));
+  // A seed of the caller's.
+  const auto given = [&](int64_t seed) {
+    const auto y = lomem::randomized_linear(
+        x, layer->weight, {}, {.matmul = "crs", .proj_dim = 4, .seed = torch::tensor(seed, torch::kLong)});
+    return torch::autograd::grad({y.square().sum()}, {layer->weight})[0];
+  };
+  EXPECT_TRUE(torch::equal(given(5), given(5)));
+  EXPECT_FALSE(torch::equal(given(5), given(6)));
+}
+
+TEST(RandomizedLinear, ShiftsNobodyElsesNumbers) {
+  const auto generator = at::detail::getDefaultCPUGenerator();
+  const auto before = generator.get_state();
+  const auto x = torch::ones({20, 6});
+  const auto weight = torch::ones({3, 6}).requires_grad_();
+  for (const char* matmul : matmuls) {
+    const auto y = lomem::randomized_linear(x, weight, {}, {.matmul = matmul, .proj_dim = 4});
+    torch::autograd::grad({y.sum()}, {weight});
+    EXPECT_TRUE(torch::equal(generator.get_state(), before)) << matmul;
+  }
+}
+
+TEST(RandomizedLinear, TrainsAlikeWhereItIsBuiltAlike) {
+  const auto x = torch::randn({20, 6});
+  const auto train = [&] {
+    torch::manual_seed(4);
+    lomem::nn::RandomizedLinear layer(lomem::nn::RandomizedLinearOptions(6, 6).proj_dim(3));
+    for (int i = 0; i < 3; ++i) {
+      layer->forward(layer->forward(x)).sum().backward();
+    }
+    return layer->weight.grad();
+  };
+  const auto first = train();
+  EXPECT_TRUE(torch::equal(train(), first));
 }
 
 TEST(RandomizedLinear, IsExactInEvaluationAndWithAllRows) {
