@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from . import _C
+
 
 @contextlib.contextmanager
 def preserved(model: nn.Module, optimizer: Optimizer | None = None, inputs: Iterable[Tensor] = ()) -> Iterator[None]:
@@ -54,6 +56,7 @@ def _random_numbers(tensors: Iterable[Tensor]) -> Iterator[None]:
             indices = sorted(d.index or 0 for d in devices if d.type == kind)
             stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
         stack.callback(random.setstate, state)
+        stack.callback(_C.set_random_state, _C.random_state())
         yield
 
 

@@ -303,8 +303,10 @@ def _takes_low_precision(op: Op, alias: Storage) -> bool:
     return positions is not None and op.inputs.index(alias) in positions
 
 
-def _refusal(finder: Finder, name: str) -> str | None:
+def _refusal(finder: Finder, name: str, form: NormForm) -> str | None:
     """Why a norm is left whatever would be gained, or None."""
+    if form.beta is not None and not form.centred:
+        return "no op is an RMS norm with a bias"
     first = finder.flows[0].calls_of(name)
     if not first:
         return "it did not run on the example inputs"
@@ -373,7 +375,7 @@ class _Output:
 def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
     """What would become of a norm."""
     c = Candidate(name, "norm", form)
-    refusal = _refusal(finder, name)
+    refusal = _refusal(finder, name, form)
     if refusal is not None:
         c.leave(refusal)
         return c
