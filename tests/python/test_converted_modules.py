@@ -447,6 +447,39 @@ class Lazy(RetainsGradient):
         return self.linear(self.norm(x))
 
 
+class MapsModules(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.linear = nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, D)
+        self.act, self.last = nn.GELU(), nn.LayerNorm(D)
+
+    def forward(self, x):
+        mapped = torch.vmap(lambda z: self.act(self.linear(self.norm(z))), randomness="same")(self.first(x))
+        return self.linear(self.last(mapped))
+
+
+def test_what_runs_inside_a_function_transform_is_left():
+    torch.manual_seed(0)
+    model, x = MapsModules(), torch.randn(2, 3, D)
+    plain = copy.deepcopy(model)
+    report = lomem.convert(model, x)
+    assert {d.name: d.action for d in report.decisions} == {"norm": "left", "act": "left", "last": "inverted"}
+    assert {d.reason for d in report.left} == {"it runs inside a function transform (torch.vmap and the like)"}
+    y, expected = run(plain, x)
+    z, grads = run(model, x)
+    assert (z - y).norm() <= 1e-6 * y.norm()
+    assert distance(grads, expected) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_scripted_model_has_verdicts(freeze):
+    model = torch.jit.script(nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.GELU()).eval())
+    model = torch.jit.freeze(model) if freeze else model
+    with pytest.raises(lomem.NothingToConvertError, match="found nothing to convert in"):
+        lomem.convert(model, torch.randn(2, D))
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("kind", [RetainsGradient, Maps, Scripted, Lazy])

@@ -93,7 +93,9 @@ def convert(
     patterns = _patterns(model, exclude)
     candidates, flow = _candidates(model, inputs, activations, norms, patterns)
     chosen = [c for c in candidates if c.action != "left"]
-    report = Report(tuple(_decision(model, c) for c in candidates), None if flow is None else Ledger(flow).nbytes)
+    modules = dict(model.named_modules())
+    decisions = tuple(_decision(modules[c.name], c) for c in candidates)
+    report = Report(decisions, None if flow is None else Ledger(flow).nbytes)
     if inputs is None and norms == "auto" and any(c.kind == "norm" for c in candidates):
         report = dataclasses.replace(report, notes=("norms were left: their consumers show on example_inputs only",))
     if dry_run:
@@ -104,7 +106,6 @@ def convert(
             f"lomem.convert: found nothing to convert in {type(model).__name__}: {reasons or 'no norm, no activation'}"
         )
     before = _Outputs(model, inputs) if check and inputs is not None and not _is_fake(model) else None
-    modules = dict(model.named_modules())
     try:
         _exchange_all(modules, chosen)
         if inputs is None:
@@ -230,9 +231,9 @@ def _is_fake(model: nn.Module) -> bool:
     return any(isinstance(t, FakeTensor) or t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
-def _decision(model: nn.Module, c: Candidate) -> Decision:
-    module = original_class(model.get_submodule(c.name)).__name__
-    return Decision(c.name, c.kind, module, str(c.form), c.action, c.reason, c.gain if c.action != "left" else 0)
+def _decision(module: nn.Module, c: Candidate) -> Decision:
+    kind = original_class(module).__name__
+    return Decision(c.name, c.kind, kind, str(c.form), c.action, c.reason, c.gain if c.action != "left" else 0)
 
 
 #: Parts of class names of modules that are meant to be norms: those that are none of ours get a verdict too.

@@ -93,6 +93,7 @@ class Call:
         numel: Of the result.
         requires_grad: Of the result.
         saved: Positions of what autograd saved meanwhile, in the recorder's list; hooks of the module left out.
+        transformed: Whether it is part of a function transform (vmap and the like).
     """
 
     name: str
@@ -107,6 +108,7 @@ class Call:
     numel: int = 0
     requires_grad: bool = False
     saved: range = range(0)
+    transformed: bool = False
 
 
 @dataclass(eq=False)
@@ -314,6 +316,7 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
         )
         call.input_id = id(values[0]) if values else 0
         call.saved = range(len(recorder.saved), len(recorder.saved))
+        call.transformed = torch._C._are_functorch_transforms_active()
         open_calls.append(call)
         flow.calls.append(call)
 

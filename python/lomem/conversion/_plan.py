@@ -303,15 +303,25 @@ def _takes_low_precision(op: Op, alias: Storage) -> bool:
     return positions is not None and op.inputs.index(alias) in positions
 
 
+def _unused(finder: Finder, name: str) -> str | None:
+    """Why nothing of a module is kept in the first run that a conversion could change, or None."""
+    calls = finder.flows[0].calls_of(name)
+    if not calls:
+        return "it did not run on the example inputs"
+    if any(call.transformed for call in calls):
+        return "it runs inside a function transform (torch.vmap and the like)"
+    if not any(call.requires_grad for call in calls):
+        return "it needs no gradient: it keeps nothing"
+    return None
+
+
 def _refusal(finder: Finder, name: str, form: NormForm) -> str | None:
     """Why a norm is left whatever would be gained, or None."""
     if form.beta is not None and not form.centred:
         return "no op is an RMS norm with a bias"
-    first = finder.flows[0].calls_of(name)
-    if not first:
-        return "it did not run on the example inputs"
-    if not any(call.requires_grad for call in first):
-        return "it needs no gradient: it keeps nothing"
+    unused = _unused(finder, name)
+    if unused is not None:
+        return unused
     for flow in finder.flows:
         for call in flow.calls_of(name):
             if not call.single or call.result is None:
@@ -489,12 +499,10 @@ def plan_activation(finder: Finder | None, name: str, module: nn.Module, form: A
     c.changes[name] = (StepActivation, StepActivation.attributes(module, form, bits))
     if finder is None:
         return c
+    unused = _unused(finder, name)
     calls = [call for call in finder.flows[0].calls_of(name) if call.requires_grad and call.single]
-    if not finder.flows[0].calls_of(name):
-        c.leave("it did not run on the example inputs")
-        return c
-    if not calls:
-        c.leave("it needs no gradient: it keeps nothing")
+    if unused is not None or not calls:
+        c.leave(unused or "it is called with more than a tensor")
         return c
     c.own = finder.ledger.within(call.saved for call in calls)
     c.added = sum(_packed_bytes(call.numel, bits) for call in calls)
