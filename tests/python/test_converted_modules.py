@@ -540,6 +540,24 @@ def test_the_check_names_the_module_at_fault(place, monkeypatch):
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.parametrize("ill", [False, True], ids=["well", "ill"])
+def test_nested_tensors_go_the_original_way(ill, layout):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, D), nn.GELU(), nn.Linear(D, D))
+    model[1].weight.data[0] = 0 if ill else 1
+    plain = copy.deepcopy(model)
+    lomem.convert(model, torch.randn(2, 3, D))
+    parts = [torch.randn(3, D), torch.randn(5, D)]
+    results = []
+    for m in (plain, model):
+        y = m(torch.nested.nested_tensor(parts, layout=layout, requires_grad=True)).to_padded_tensor(0.0)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in m.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("ill", [False, True], ids=["well", "ill"])
 def test_meta_and_tracing(ill):
     model, plain = converted(ill)

@@ -76,6 +76,7 @@ class StepActivation(Converted):
             or len(values) != 1
             or not isinstance(values[0], Tensor)
             or not _needs_gradient(values[0])
+            or values[0].is_nested
             or torch.jit.is_tracing()
             or not holds(self, self.lomem_fixed)
         ):
@@ -329,7 +330,12 @@ class MSNorm(Converted):
             return super().forward(*args, **kwargs)
         x, form = values[0], plan.form
         eps = form.eps if form.eps_name is None else getattr(self, form.eps_name)
-        if not x.is_floating_point() or x.dim() not in form.ranks or not (eps is None or 0 <= eps < math.inf):
+        if (
+            x.is_nested
+            or not x.is_floating_point()
+            or x.dim() not in form.ranks
+            or not (eps is None or 0 <= eps < math.inf)
+        ):
             return super().forward(*args, **kwargs)  # nothing is known of those
         # A traced graph has what was there before: it is traced again without gradients, and compared.
         if torch.jit.is_tracing() or (is_compiling() and not plan.inverted):
