@@ -11,6 +11,7 @@ import lomem
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from lomem.conversion import _exchange
 from torch import nn
 
@@ -85,8 +86,6 @@ def test_modules_are_found_by_the_name_of_their_class():
 
 
 def test_a_trainer_sees_the_arguments(tmp_path):
-    transformers = pytest.importorskip("transformers")
-
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -107,8 +106,6 @@ def test_a_trainer_sees_the_arguments(tmp_path):
 
 
 def test_a_saved_configuration_names_the_architecture(tmp_path):
-    transformers = pytest.importorskip("transformers")
-
     class Config(transformers.PretrainedConfig):
         model_type = "lomem_test"
 
