@@ -3,6 +3,7 @@
 import functools
 import math
 
+import lomem
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from lomem.conversion._recognize import (
     signature,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 D = 24
 SHAPES = [(2, 5, D)]
@@ -659,6 +661,28 @@ def test_norms_of_other_kinds_deserve_no_verdict(module, shapes):
     found = recognize_norm(module, shapes)
     assert isinstance(found, NotRecognized)
     assert not found.near
+
+
+class _Objects(TorchDispatchMode):
+    """A mode of somebody else's, in which nothing is to be computed."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} is called")
+
+
+@pytest.mark.parametrize("around", ["memory.fake", "a mode"])
+def test_modes_around_are_not_asked(around):
+    expected = recognize_norm(nn.LayerNorm(D), ((2, D),)), recognize_activation(nn.GELU())
+    kind = recognize_linear(nn.Linear(D, 3))
+    build = lambda: nn.Sequential(nn.LayerNorm(D), nn.GELU(), nn.Linear(D, 3))  # noqa: E731
+    if around == "a mode":
+        model, block = build(), _Objects()
+    else:
+        block = lomem.memory.fake(build)
+    with block as made:
+        norm, activation, linear = model if around == "a mode" else made
+        assert (recognize_norm(norm, ((2, D),)), recognize_activation(activation)) == expected
+        assert recognize_linear(linear) == kind
 
 
 def test_a_fake_norm_is_recognized():

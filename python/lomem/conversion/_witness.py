@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from .._state import module_state, restore_module
@@ -169,7 +168,7 @@ def quietly() -> Iterator[torch.Generator]:
     """Real tensors also where the model is fake, no graph, no autocast, and the global generators left alone."""
     with (
         warnings.catch_warnings(),
-        unset_fake_temporarily(),
+        _disable_current_modes(),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
