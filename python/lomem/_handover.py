@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-__all__ = ["Rebuild", "itself", "linear_of_offered", "offer", "offered", "take"]
+__all__ = ["Rebuild", "current_hooks", "itself", "linear_of_offered", "offer", "offered", "take"]
 
 #: Makes a linear layer's input of what is kept for it.
 Rebuild: TypeAlias = Callable[..., Tensor]
@@ -91,7 +91,7 @@ _open = _Open()
 _offers: Any = WeakTensorKeyDictionary()
 
 
-def _hooks() -> Any:
+def current_hooks() -> Any:
     """The innermost saved-tensor hooks of this thread, the packing one for both; None for none."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if top is None else top[0]
@@ -124,7 +124,7 @@ def offer(result: Tensor, kept: Sequence[Tensor | None], rebuild: Rebuild, taker
     """
     if is_compiling():
         return
-    hooks = _hooks()
+    hooks = current_hooks()
     _end_others(hooks)
     if takers == 0:
         return
@@ -148,7 +148,7 @@ def take(input: Tensor) -> tuple[tuple[Tensor | None, ...], Rebuild] | None:
     """
     if is_compiling():
         return None
-    hooks = _hooks()
+    hooks = current_hooks()
     _end_others(hooks)
     made: Offer | None = _offers.get(input)
     if made is None or made.hooks is not hooks or made.version != input._version:

@@ -74,7 +74,8 @@ _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
     """The tensors that a wrapper of tensors is made of; none of a tensor with data of its own."""
     if is_traceable_wrapper_subclass(tensor):
-        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return [part for part in parts if isinstance(part, Tensor)]  # not a mesh of devices
     if isinstance(tensor, FakeTensor) or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
         return []
     try:

@@ -28,7 +28,7 @@ def preserved(model: nn.Module, optimizer: Optimizer | None = None, inputs: Iter
     parameters = list(dict.fromkeys([*model.parameters(), *held]))
     inputs = list(inputs)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_random_numbers([*parameters, *model.buffers(), *inputs]))
+        stack.enter_context(_random_numbers([*parameters, *model.buffers(), *inputs], generators_of(model)))
         for tensor in inputs:
             stack.callback(_written_back, tensor, _copy(tensor), _version(tensor))
         for tensor in dict.fromkeys([*held, *model.buffers()]):
@@ -43,8 +43,14 @@ def preserved(model: nn.Module, optimizer: Optimizer | None = None, inputs: Iter
         yield
 
 
+def generators_of(model: nn.Module) -> list[torch.Generator]:
+    """The generators of random numbers that modules have of their own."""
+    found = (v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Generator))
+    return list(dict.fromkeys(found))
+
+
 @contextlib.contextmanager
-def _random_numbers(tensors: Iterable[Tensor]) -> Iterator[None]:
+def _random_numbers(tensors: Iterable[Tensor], generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     state = random.getstate()
     numpy = sys.modules.get("numpy")  # of which transformers draws masks
@@ -57,6 +63,8 @@ def _random_numbers(tensors: Iterable[Tensor]) -> Iterator[None]:
             stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
         stack.callback(random.setstate, state)
         stack.callback(_C.set_random_state, _C.random_state())
+        for generator in generators:
+            stack.callback(generator.set_state, generator.get_state())
         yield
 
 

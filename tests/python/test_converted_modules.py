@@ -5,6 +5,8 @@ import copy
 import gc
 import inspect
 import pickle
+import threading
+import types
 import weakref
 
 import lomem
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 import transformers
 from lomem.conversion import _exchange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,6 +68,7 @@ def test_classes_are_looked_at():
         assert issubclass(kind, original)
         assert inspect.signature(module.forward) == inspect.signature(before.forward)
         assert inspect.signature(kind.forward) == inspect.signature(original.forward)
+        assert inspect.getfullargspec(module.forward) == inspect.getfullargspec(before.forward)
         assert module.forward.__doc__ == before.forward.__doc__
         assert module.forward.__name__ == "forward"
         assert repr(module) != repr(before)  # the one place that tells
@@ -218,6 +222,21 @@ class Swish(nn.Module):
         return x * torch.sigmoid(self.beta * x)
 
 
+class Configured(nn.Module):
+    """A norm that reads what it needs from somewhere else."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight, self.config = nn.Parameter(torch.ones(D)), config
+
+    def eps(self):
+        config = self.config[0] if isinstance(self.config, list) else self.config
+        return config["eps"] if isinstance(config, dict) else config.eps
+
+    def forward(self, x):
+        return F.rms_norm(x, (D,), self.weight, self.eps())
+
+
 def _set(name, value):
     return lambda m: setattr(m, name, value() if callable(value) else value)
 
@@ -249,6 +268,12 @@ CHANGES = {
         lambda: nn.LayerNorm(D, elementwise_affine=False),
         _set("weight", lambda: nn.Parameter(torch.randn(D))),
     ),
+    "a configuration": (
+        lambda: Configured(types.SimpleNamespace(eps=1e-5)),
+        lambda m: setattr(m.config, "eps", 0.5),
+    ),
+    "a dict": (lambda: Configured({"eps": 1e-5}), lambda m: m.config.update(eps=0.5)),
+    "a dict in a list": (lambda: Configured([{"eps": 1e-5}]), lambda m: m.config[0].update(eps=0.5)),
     "normalized_shape": (
         lambda: nn.LayerNorm(D),
         _all(
@@ -281,6 +306,22 @@ def test_what_changes_after_the_conversion_is_seen(change):
         # Roundings of float32.
         assert (z - y).norm() <= 1e-6 * y.norm()
         assert distance(grads, expected) < 1e-5
+
+
+def test_a_forward_that_the_class_gets_later_is_run():
+    class Own(nn.LayerNorm):
+        pass
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(D, D), Own(D), nn.Linear(D, D)), torch.randn(4, D)
+    lomem.convert(model, x)
+    Own.forward = lambda self, x: 2 * x
+    assert torch.equal(model(x), model[2](2 * model[0](x)))
+    lomem.restore(model)
+    Own.forward = nn.LayerNorm.forward
+    assert len(lomem.convert(model, x).converted) == 1
+    assert torch.equal(model(x), model[2](model[1](model[0](x))))
+    assert not torch.equal(model(x), model[2](2 * model[0](x)))
 
 
 def test_a_stored_forward_works_after_restoring():
@@ -442,6 +483,158 @@ class Lazy(RetainsGradient):
 
     def forward(self, x):
         return self.linear(self.norm(x))
+
+
+class Remembers(nn.Module):
+    """Its forward does more than return something."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.last, self.count, self.all, self.by_name, self.how = None, 0, [], {}, how
+
+    def forward(self, x):
+        y = F.gelu(x)
+        if self.how == "attribute":
+            self.last = y
+        elif self.how == "counter":
+            self.count += 1
+        elif self.how == "list":
+            self.all.append(y.detach())
+        elif self.how == "dict":
+            self.by_name["y"] = y.detach()
+        else:
+            self.new = y.shape
+        return y
+
+
+@pytest.mark.parametrize("how", ["attribute", "counter", "list", "dict", "a new one"])
+def test_a_module_whose_forward_does_more_is_left(how):
+    model = nn.Sequential(nn.Linear(D, D), Remembers(how), nn.Linear(D, D), nn.GELU(), nn.Linear(D, D))
+    report = lomem.convert(model, torch.randn(2, D))
+    # Its call is replaced, and the rest of its forward runs.
+    assert [(d.name, d.kind) for d in report.converted] == [("1", "call"), ("3", "activation")]
+    model(torch.randn(2, D))
+    after = vars(model[1])
+    assert (after["last"], after["count"], after["all"], after["by_name"], "new" in after) != (None, 0, [], {}, False)
+
+
+class CheckpointsItself(nn.Module):
+    """Regions that begin inside the forward: they are computed again outside of it."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.a, self.b, self.way = nn.Linear(D, 4 * D), nn.Linear(4 * D, D), way
+
+    def body(self, x):
+        return self.b(F.gelu(self.a(x)))
+
+    def forward(self, x):
+        x = x + self.body(x)
+        if self.way == "save_on_cpu":
+            with torch.autograd.graph.save_on_cpu():
+                return self.body(x)
+        if self.way == "nested":
+            return checkpoint(lambda x: checkpoint(self.body, x, use_reentrant=False), x, use_reentrant=False)
+        if self.way == "function":
+            return self.b(checkpoint(F.gelu, self.a(x), use_reentrant=False))
+        return checkpoint(self.body, x, use_reentrant=self.way == "reentrant")
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["alone", "around"])
+@pytest.mark.parametrize("way", ["reentrant", "non-reentrant", "nested", "function", "save_on_cpu"])
+def test_calls_in_regions_of_the_forward_itself(way, around):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(D, D), CheckpointsItself(way)), torch.randn(4, D)
+    plain = copy.deepcopy(model)
+    report = lomem.convert(model, x, activations="8bit")
+    assert [d.kind for d in report.converted] == ["call"]
+    results = []
+    for m in (plain, model):
+        whole = (lambda x, m=m: checkpoint(m, x, use_reentrant=False)) if around else m
+        m.zero_grad()
+        y = whole(x)
+        y.square().mean().backward()
+        results.append((y.detach(), {name: p.grad for name, p in m.named_parameters()}))
+    assert torch.equal(results[0][0], results[1][0])
+    # Of 8-bit steps.
+    assert distance(results[1][1], results[0][1]) < 0.02
+
+
+def test_threads_convert_side_by_side():
+    # What is put between for the run is put there for one thread, and taken away again.
+    def patched():
+        graph, regions = torch.autograd.graph.saved_tensors_hooks, torch.utils.checkpoint
+        return (
+            graph.__enter__,
+            graph.__exit__,
+            regions.CheckpointFunction,
+            regions._checkpoint_without_reentrant_generator,
+        )
+
+    before, stop, wrong, sizes = patched(), threading.Event(), [], []
+    expected = lomem.convert(nn.Sequential(Block(), Block()), torch.randn(2, 3, D), dry_run=True).saved_before
+
+    def train():
+        block, x = Block(), torch.randn(2, 3, D, requires_grad=True)
+        while not stop.is_set():
+            seen = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(0) or t, lambda t: t):
+                block(x).sum()
+            checkpoint(block, x, use_reentrant=False).sum().backward()
+            if not seen:
+                wrong.append("hooks were not called")
+
+    def convert():
+        for _ in range(3):
+            model = nn.Sequential(Block(), Block())
+            sizes.append(lomem.convert(model, torch.randn(2, 3, D)).saved_before)
+
+    trainer, converters = threading.Thread(target=train), [threading.Thread(target=convert) for _ in range(3)]
+    for thread in (trainer, *converters):
+        thread.start()
+    for thread in converters:
+        thread.join()
+    stop.set()
+    trainer.join()
+    assert wrong == []
+    assert sizes == [expected] * 9
+    assert patched() == before
+
+
+def test_what_the_example_run_draws_and_counts_is_put_back():
+    class Draws(nn.Module):
+        def forward(self, weight):
+            return weight + 0 * torch.randn_like(weight)
+
+    class OwnGenerator(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(0)
+
+        def forward(self, x):
+            return x + 0 * torch.rand(x.shape, generator=self.generator)
+
+    model = nn.Sequential(
+        nn.LayerNorm(D), nn.utils.parametrizations.spectral_norm(nn.Linear(D, D)), nn.GELU(), nn.Linear(D, D)
+    )
+    nn.utils.parametrize.register_parametrization(model[3], "weight", Draws())
+    model.append(OwnGenerator())
+    before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    own = model[4].generator.get_state()
+    for dry in (True, False):
+        lomem.convert(model, torch.randn(2, D, generator=torch.Generator()), dry_run=dry)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert torch.equal(model[4].generator.get_state(), own)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_anomaly_detection_and_hooks_around_are_no_matter():
+    x = torch.randn(2, 3, D)
+    expected = lomem.convert(Block(), x, dry_run=True)
+    with torch.autograd.set_detect_anomaly(True):
+        assert lomem.convert(Block(), x, dry_run=True) == expected
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True), torch.from_numpy):
+        assert lomem.convert(Block(), x, dry_run=True) == expected
 
 
 class MapsModules(nn.Module):

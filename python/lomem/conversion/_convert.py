@@ -187,7 +187,7 @@ def restore(model: nn.Module) -> int:
     if wrapped:
         raise ValueError(
             f"lomem.restore: a converted module is of the class {type(wrapped[0]).__name__} since, expected the one "
-            "that lomem.convert gave it: restore before fully_shard and the like"
+            "that lomem.convert gave it: restore before fully_shard, parametrizations and the like"
         )
     for module in converted:
         give_back(module)

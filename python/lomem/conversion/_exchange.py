@@ -8,8 +8,10 @@ nothing, and undoing it is to give the class back.
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
+import inspect
 import weakref
 from typing import Any, ClassVar
 
@@ -73,13 +75,14 @@ def _metaclass(original: type[nn.Module]) -> type:
     return type(own.__name__, (_ConvertedType, own), {"__module__": own.__module__})
 
 
-#: The converted classes that are in use.
-_classes: weakref.WeakValueDictionary[tuple[type, type], type[nn.Module]] = weakref.WeakValueDictionary()
+#: The converted classes that are in use, by mixin, class and the forward that this has.
+_classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
 def _class(mixin: type[Converted], original: type[nn.Module]) -> type[nn.Module]:
     # One for each pair, so that modules of one class stay modules of one class.
-    known = _classes.get((mixin, original))
+    key = mixin, original, original.forward
+    known = _classes.get(key)
     if known is not None:
         return known
     names = {
@@ -91,17 +94,23 @@ def _class(mixin: type[Converted], original: type[nn.Module]) -> type[nn.Module]
         "forward": _forward(mixin, original),
     }
     made = _metaclass(original)(original.__name__, (mixin, original), names)
-    return _classes.setdefault((mixin, original), made)
+    return _classes.setdefault(key, made)
 
 
 def _forward(mixin: type[Converted], original: type[nn.Module]) -> Any:
-    @functools.wraps(original.forward)
+    known = original.forward
+
+    @functools.wraps(known)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if getattr(type(self), "lomem_mixin", None) is not mixin:
             # A bound method that somebody stored before the module was restored.
             return type(self).forward(self, *args, **kwargs)
+        if original.forward is not known:
+            return original.forward(self, *args, **kwargs)  # the class got another one since
         return mixin.forward(self, *args, **kwargs)
 
+    with contextlib.suppress(TypeError, ValueError):  # of a forward that has none
+        forward.__signature__ = inspect.signature(known)  # type: ignore[attr-defined]  # also for who unwraps nothing
     return forward
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -235,10 +236,12 @@ def _one_step(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
 
 
-class _Plain:
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        return function(*args)
+def _plainly(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+    return function(*args)
+
+
+#: One thread at a time puts something between.
+_between = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -246,21 +249,32 @@ def _nothing_between() -> Iterator[None]:
     # What a checkpointed region keeps when it is computed again is not to be seen, and is what it keeps without
     # checkpointing; saved-tensor hooks of the model's own (offloading) would hide what they pack. torch has no switch
     # for either; these are what its function calls around the region, in either variant, and what hooks are entered by.
+    # Other threads go on as ever.
+    here = threading.get_ident()
+
+    def in_this_thread(original: Any, replacement: Any) -> Any:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (replacement if threading.get_ident() == here else original)(*args, **kwargs)
+
+        return call
+
     checkpoint, hooks = torch.utils.checkpoint, torch.autograd.graph.saved_tensors_hooks
-    replaced = [
-        (checkpoint, "_checkpoint_without_reentrant_generator", _one_step),
-        (checkpoint, "CheckpointFunction", _Plain),
-        (hooks, "__enter__", lambda self: None),
-        (hooks, "__exit__", lambda self, *error: None),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced if hasattr(owner, name)]
-    try:
-        for owner, name, value in replaced:
+    with _between, contextlib.ExitStack() as stack:
+
+        class Function(checkpoint.CheckpointFunction):  # type: ignore[misc,name-defined]
+            apply = staticmethod(in_this_thread(checkpoint.CheckpointFunction.apply, _plainly))
+
+        step = "_checkpoint_without_reentrant_generator"
+        for owner, name, value in (
+            (checkpoint, step, in_this_thread(getattr(checkpoint, step), _one_step)),
+            (checkpoint, "CheckpointFunction", Function),
+            (hooks, "__enter__", in_this_thread(hooks.__enter__, lambda self: None)),
+            (hooks, "__exit__", in_this_thread(hooks.__exit__, lambda self, *error: None)),
+        ):
+            stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
         yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
 
 
 @contextlib.contextmanager

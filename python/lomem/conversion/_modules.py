@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import functional as LF
 from .._autocast import autocast_dtype, autocast_to
-from .._handover import itself, linear_of_offered, offer, take
+from .._handover import current_hooks, itself, linear_of_offered, offer, take
 from ..reference import REGELU2, RESILU2
 from ..steps import StepFunction
 from ._exchange import Converted
@@ -152,15 +152,23 @@ class _Redirect(TorchFunctionMode):
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
+        self.hooks = None if is_compiling() else current_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         call = as_activation(func, args, kwargs)
-        if call is None or not call.replaced:
+        if call is None or not call.replaced or not self.lasts():
             return func(*args, **kwargs)
         x = call.input
         result = _gelu(x, call.approximate, bits=self.bits) if call.kind == "gelu" else _silu(x, bits=self.bits)
         return x.copy_(result) if call.inplace else result
+
+    def lasts(self) -> bool:
+        """Whether this mode is there when what runs now is computed again.
+
+        A region that begins inside the forward is computed again outside of it. Such regions have hooks of their own.
+        """
+        return is_compiling() or current_hooks() is self.hooks
 
 
 class StepCalls(Converted):

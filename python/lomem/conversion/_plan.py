@@ -459,7 +459,8 @@ def _who(finder: Finder, uses: list[tuple[Op, Storage]]) -> str:
     """Who takes it instead, in a few words."""
     for op, _ in uses:
         module = finder.modules.get(op.module or "")
-        weight = getattr(module, "weight", None)
+        # Not by getattr: a parametrized weight may be another each time that it is asked for.
+        weight = None if module is None else module._parameters.get("weight")
         if op.func._overloadpacket in PRODUCTS and isinstance(weight, Tensor) and not weight.requires_grad:
             return f": the weight of {type(module).__name__} is frozen"
         if op.func._overloadpacket not in PRODUCTS:

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from .._state import module_state, restore_module
+from .._state import generators_of, module_state, restore_module
 
 __all__ = [
     "ACTIVATION_OPS",
@@ -174,6 +174,8 @@ def quietly() -> Iterator[torch.Generator]:
         torch.random.fork_rng(devices=[]),
         torch.autocast("cpu", enabled=False),
         torch.device("cpu"),
+        torch.autograd.set_detect_anomaly(False),  # gradients are NaN on purpose
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),  # in place of those around
         _eagerly(),
     ):
         warnings.simplefilter("ignore")  # of mixes of dtypes, which are tried on purpose
@@ -214,6 +216,7 @@ def with_values(module: nn.Module, values: Mapping[str, Tensor], changed: Mappin
         yield  # is as it is
         return
     before = module_state(module)
+    drawn = [(generator, generator.get_state()) for generator in generators_of(module)]
     try:
         for name, tensor in own_tensors(module).items():
             table = module._parameters if name in module._parameters else module._buffers
@@ -223,6 +226,8 @@ def with_values(module: nn.Module, values: Mapping[str, Tensor], changed: Mappin
         yield
     finally:
         restore_module(module, *before)
+        for generator, state in drawn:
+            generator.set_state(state)
 
 
 def uninitialized(module: nn.Module) -> bool:
@@ -233,6 +238,26 @@ def uninitialized(module: nn.Module) -> bool:
 def _bits(tensor: Tensor) -> Tensor:
     # NaN is not equal to itself; its bytes are.
     return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """Its attributes, and what is in those that hold others."""
+
+    def contents(value: Any) -> Any:
+        if isinstance(value, dict):
+            return [(key, id(v)) for key, v in value.items()]
+        return [id(v) for v in value] if isinstance(value, list | set) else None
+
+    return {name: (value, contents(value)) for name, value in attributes(module).items()}
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """The first attribute that was set, deleted or, holding others, changed."""
+    for name in {**before, **after}:
+        (a, x), (b, y) = before.get(name, (Refused, None)), after.get(name, (Refused, None))
+        if a is not b or x != y:
+            return name
+    return None
 
 
 def run(
@@ -266,10 +291,14 @@ def run(
             with with_values(module, values, changed or {}):
                 if not isinstance(module, torch.jit.ScriptModule):
                     module.training = training
+                state = _state(module)
                 with ops:
                     result = module.forward(argument)
+                touched = _changed(state, _state(module))
         except Exception as error:
             raise Refused("it does not run on a made-up tensor alone") from error
+    if touched is not None:
+        raise Refused(f"its forward changes its attribute {touched}")
     if not isinstance(result, Tensor) or not result.is_floating_point():
         raise Refused("its result is no tensor")
     written = argument._version != version or not torch.equal(_bits(argument), _bits(x))
