@@ -659,8 +659,9 @@ def test_random_arguments(name, requires_grad):
         outcomes["returned"] += 1
 
     run()
-    # Both sides were visited: the arguments are neither all good nor all bad.
-    assert min(outcomes.values()) >= 5, outcomes
+    # Both sides were visited: the arguments are neither all good nor all bad. (Of some ops with many arguments a few in
+    # a hundred are good.)
+    assert min(outcomes.values()) >= 1, outcomes
 
 
 @settings(deadline=None, max_examples=200)
