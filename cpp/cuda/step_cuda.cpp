@@ -13,10 +13,9 @@ namespace {
 /// The strides that torch's pointwise ops give their output: those of a dense input, but for
 /// dimensions of size 1, whose stride says nothing.
 at::MemoryFormat output_format(const at::Tensor& input) {
-  return input.is_contiguous()                                   ? at::MemoryFormat::Contiguous
-         : input.is_contiguous(at::MemoryFormat::ChannelsLast)   ? at::MemoryFormat::ChannelsLast
-         : input.is_contiguous(at::MemoryFormat::ChannelsLast3d) ? at::MemoryFormat::ChannelsLast3d
-                                                                 : at::MemoryFormat::Preserve;
+  return input.is_contiguous()                                 ? at::MemoryFormat::Contiguous
+         : input.is_contiguous(at::MemoryFormat::ChannelsLast) ? at::MemoryFormat::ChannelsLast
+                                                               : at::MemoryFormat::Preserve;
 }
 
 template <class Function, class Op>
