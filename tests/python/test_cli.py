@@ -9,7 +9,6 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from lomem import _terminal, model_commands, presets
 from lomem.cli import main
 from torch import nn
@@ -26,21 +25,6 @@ COMMANDS = {
 
 #: Runs the command line after a change.
 SCRIPT = "import sys, lomem.cli\n{change}\nsys.exit(lomem.cli.main(sys.argv[1:]))"
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("config")
-    transformers.LlamaConfig(
-        vocab_size=99,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
-    return str(folder)
 
 
 def words(name, config):

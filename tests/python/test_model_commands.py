@@ -23,23 +23,6 @@ def _wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")  # tables without broken lines
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    """A folder with the config of a small model."""
-    folder = tmp_path_factory.mktemp("config")
-    transformers.LlamaConfig(
-        vocab_size=99,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        use_cache=False,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
-    return str(folder)
-
-
 def test_memory_of_a_config(config, tmp_path, capsys):
     files = {kind: tmp_path / f"memory.{kind}" for kind in ("json", "md", "png")}
     command = ["memory", "--model", config, "--method", "plain,activations,norms,lomem,checkpoint,lomem+checkpoint"]
