@@ -101,7 +101,7 @@ soak: install
 # cores with AVX-512. The machine must have nothing else to do: figures of several threads are worthless otherwise.
 # What was measured once can be shown again: lomem bench --from benchmarks/results/<name>.json
 RESULTS := benchmarks/results
-results_of = $(RESULTS)/$$($(1) -c 'from lomem import bench; print(bench.results_name("$(2)"))')
+results_of = $(RESULTS)/$$($(1) -c 'from lomem.commands import bench; print(bench.results_name("$(2)"))')
 
 bench: install
 	mkdir -p $(RESULTS)

@@ -16,7 +16,8 @@ from typing import Any
 
 import lomem
 import torch
-from lomem import memory, presets
+from lomem import memory
+from lomem.commands import presets
 from lomem.memory import StepPeak
 from torch import nn
 

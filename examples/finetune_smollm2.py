@@ -21,7 +21,7 @@ import peft
 import torch
 import transformers
 from finetuning import Batch, Task, main, package_path
-from lomem import presets
+from lomem.commands import presets
 from torch import Tensor, nn
 
 logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _activation_modules
+from .nn import activations
 
 __all__ = ["convert_activation", "convert_linear", "map_module"]
 
@@ -122,16 +122,16 @@ def convert_activation(module: nn.Module, **kwargs: Any) -> nn.Module:
         The new module, or ``module``.
     """
     kind = type(module)
-    counterpart = getattr(_activation_modules, kind.__name__, None)
+    counterpart = getattr(activations, kind.__name__, None)
     of_torch = counterpart is not None and getattr(nn, kind.__name__, None) is kind
-    if not of_torch or kind.__name__ not in _activation_modules.__all__ or "forward" in vars(module):
+    if not of_torch or kind.__name__ not in activations.__all__ or "forward" in vars(module):
         return module
     assert counterpart is not None
     result = counterpart.__new__(counterpart)
     nn.Module.__init__(result)
     _taking_over(result, module)
-    if issubclass(counterpart, _activation_modules.FewBitActivation):
-        made = _activation_modules.QuickGELU(**kwargs)  # of which the attributes are what all of them have
+    if issubclass(counterpart, activations.FewBitActivation):
+        made = activations.QuickGELU(**kwargs)  # of which the attributes are what all of them have
         vars(result).update({name: vars(made)[name] for name in ("_bits", "_steps", "criterion")})
     return result
 

@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 from conftest import DEVICES
-from lomem import cli
+from lomem.commands import cli
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from lomem import bench, bench_report
+from lomem.commands import bench, bench_report
 
 TINY = "--elements 1K,4K --shapes 8x64 --dtypes fp32,bf16 --rounds 2 --seconds 0.0001"
 PNG = b"\x89PNG"
@@ -230,7 +230,8 @@ def test_a_gpu_is_kept_busy_while_the_host_enqueues(monkeypatch):
 def test_results_take_the_place_of_those_freed_last():
     script = """
 import torch
-from lomem import _C, bench
+from lomem import _C
+from lomem.commands import bench
 torch.set_num_threads(1)
 before = torch.arange(2**20)
 bench.reuse_memory()
@@ -385,7 +386,7 @@ def test_files_of_other_programs_are_refused(contents, tmp_path, capsys):
 
 def without(module, *options):
     arguments = ["bench", "--device", "cpu", "--threads", "1", *map(str, options)]
-    script = f"import sys; sys.modules[{module!r}] = None; import lomem.cli; sys.exit(lomem.cli.main({arguments}))"
+    script = f"import sys; sys.modules[{module!r}] = None; import lomem.commands.cli; sys.exit(lomem.commands.cli.main({arguments}))"
     return run("-c", script)
 
 

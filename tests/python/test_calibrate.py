@@ -10,7 +10,7 @@ import lomem.fit
 import pytest
 import torch
 import torch.nn.functional as F
-from lomem import cli
+from lomem.commands import cli
 from lomem.fit._calibrate import Histogram
 from torch import nn
 

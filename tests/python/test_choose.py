@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from lomem.conversion._choose import Option, choose, shares
+from lomem.conversion.choose import Option, choose, shares
 
 
 def value(options, items, chosen):

@@ -9,8 +9,9 @@ import warnings
 
 import pytest
 import torch
-from lomem import _terminal, model_commands, presets
-from lomem.cli import main
+from lomem.commands import model as model_commands
+from lomem.commands import presets, terminal
+from lomem.commands.cli import main
 from torch import nn
 
 #: Quick ones; CONFIG is the folder of a small model.
@@ -24,7 +25,7 @@ COMMANDS = {
 }
 
 #: Runs the command line after a change.
-SCRIPT = "import sys, lomem.cli\n{change}\nsys.exit(lomem.cli.main(sys.argv[1:]))"
+SCRIPT = "import sys, lomem.commands.cli\n{change}\nsys.exit(lomem.commands.cli.main(sys.argv[1:]))"
 
 
 def words(name, config):
@@ -55,12 +56,12 @@ def wait(*args, **kwargs):
 """
 #: Where a command is interrupted, in the midst of its work.
 BUSY = {
-    "info": "lomem.cli.platform.python_version = wait",
-    "demo": "import lomem.demo; lomem.demo.Run.step = wait",
+    "info": "lomem.commands.cli.platform.python_version = wait",
+    "demo": "import lomem.commands.demo; lomem.commands.demo.Run.step = wait",
     "memory": "import lomem.memory; lomem.memory.estimate = wait",
     "convert": "import lomem.conversion; lomem.conversion.convert = wait",
-    "fit": "import lomem.fit._command; lomem.fit._command.fit = wait",
-    "bench": "import lomem.bench; lomem.bench.measure_and_print = wait",
+    "fit": "import lomem.commands.fit; lomem.commands.fit.fit = wait",
+    "bench": "import lomem.commands.bench; lomem.commands.bench.measure_and_print = wait",
 }
 
 
@@ -158,7 +159,7 @@ def test_reports_print_on_ascii_terminals():
 @pytest.mark.parametrize(("text", "spelled"), [("1 ± 2", "1 +/- 2"), ("a…", "a..."), ("ö", "?"), ("plain", "plain")])
 def test_what_ascii_lacks_is_spelled(text, spelled, tmp_path):
     with (tmp_path / "x").open("w+", encoding="ascii") as file:
-        with _terminal.readable(file):
+        with terminal.readable(file):
             file.write(text)
         assert file.errors == "strict"
         file.seek(0)
@@ -218,7 +219,7 @@ def test_warnings_that_are_asked_for_are_heard(config):
 
 def test_whoever_keeps_a_silent_stream_has_the_stream_afterwards(capsys):
     before = logging.root.manager.disable, sys.stdout, sys.stderr, list(warnings.filters)
-    with _terminal.quiet():
+    with terminal.quiet():
         handler = logging.StreamHandler(sys.stderr)
         kept = sys.stdout
         print("silent")

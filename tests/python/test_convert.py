@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lomem.conversion import _convert
+import sys
 from lomem.memory import saved_for_backward
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -907,8 +907,8 @@ def test_the_bytes_are_checked(monkeypatch):
     # Whatever was overlooked: the model is left as it was.
     model, x = make(), batch()
     before = classes(model)
-    monkeypatch.setattr(_convert, "settle", lambda *_: None)
-    monkeypatch.setattr(_convert.Ledger, "nbytes", property(lambda self: next(sizes)))
+    monkeypatch.setattr(sys.modules["lomem.conversion.convert"], "settle", lambda *_: None)
+    monkeypatch.setattr(sys.modules["lomem.conversion.convert"].Ledger, "nbytes", property(lambda self: next(sizes)))
     sizes = iter([10, 11])
     with pytest.raises(RuntimeError, match="keeps 11 bytes, expected at most 10"):
         lomem.convert(model, x)

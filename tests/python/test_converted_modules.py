@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from lomem.conversion import _exchange
+from lomem.conversion import exchange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -449,7 +449,7 @@ def test_converted_classes_end_with_their_modules():
     kind = once()
     gc.collect()
     assert kind() is None
-    assert not any(Own in key for key in _exchange._classes)
+    assert not any(Own in key for key in exchange._classes)
 
 
 class RetainsGradient(nn.Module):
@@ -717,7 +717,7 @@ def test_the_check_names_the_module_at_fault(place, monkeypatch):
     model = nn.Sequential(*(m for _ in range(7) for m in (nn.LayerNorm(D), nn.Linear(D, D))))
     before = copy.deepcopy(model)
     wrong = f"{2 * place}"
-    honest = lomem.conversion._modules.MSNorm.forward
+    honest = lomem.conversion.modules.MSNorm.forward
 
     def forward(self, x):
         result = honest(self, x)
@@ -725,7 +725,7 @@ def test_the_check_names_the_module_at_fault(place, monkeypatch):
             result.data[..., 0] += 1
         return result
 
-    monkeypatch.setattr(lomem.conversion._modules.MSNorm, "forward", forward)
+    monkeypatch.setattr(lomem.conversion.modules.MSNorm, "forward", forward)
     with pytest.raises(
         RuntimeError, match=rf"once {wrong} \(layer norm .*exclude=\['{wrong}'\] leaves it; the model is"
     ):

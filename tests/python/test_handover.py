@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from lomem._handover import linear_of_offered, offer, offered, take
+from lomem._trace.handover import linear_of_offered, offer, offered, take
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,8 +8,9 @@ import lomem
 import pytest
 import torch
 import transformers
-from lomem import model_commands, presets
-from lomem.cli import main
+from lomem.commands import model as model_commands
+from lomem.commands import presets
+from lomem.commands.cli import main
 from lomem.memory import estimate, step_peak
 
 pytestmark = [

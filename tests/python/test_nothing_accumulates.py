@@ -66,7 +66,7 @@ def fake():
 
 def keep_a_graph():
     # Recorders end while what they saw lives on.
-    recorder = lomem._record.Recorder(MODEL)
+    recorder = lomem._trace.recorder.Recorder(MODEL)
     with recorder:
         MODEL(X)
 
@@ -154,7 +154,7 @@ def test_a_recorder_ends_with_its_last_reference():
     """Without the garbage collector: a cycle would keep what it recorded until then."""
     gc.disable()
     try:
-        recorder = lomem._record.Recorder(MODEL)
+        recorder = lomem._trace.recorder.Recorder(MODEL)
         with recorder:
             MODEL(X).sum().backward()
         end = weakref.ref(recorder)

@@ -48,7 +48,7 @@ def test_import_under_another_torch_is_one_sentence(version):
 
 def test_import_needs_torch_alone():
     script = (
-        "import sys, lomem, lomem.cli; "
+        "import sys, lomem, lomem.commands.cli; "
         "print(sorted({'rich', 'sklearn', 'matplotlib', 'transformers', 'peft'} & sys.modules.keys()))"
     )
     assert run(sys.executable, "-c", script).stdout.strip() == "[]"
@@ -81,7 +81,7 @@ def test_demo(tmp_path):
 
 
 def test_demo_without_its_packages_is_one_sentence():
-    script = "import sys; sys.modules['sklearn'] = None; import lomem.cli; sys.exit(lomem.cli.main(['demo']))"
+    script = "import sys; sys.modules['sklearn'] = None; import lomem.commands.cli; sys.exit(lomem.commands.cli.main(['demo']))"
     result = run(sys.executable, "-c", script)
     assert result.returncode == 1
     assert re.fullmatch(
@@ -101,7 +101,7 @@ def test_demo_checks_the_plot_before_it_trains(path, wanted):
 
 
 def test_demo_models_start_equal_and_save_less():
-    from lomem import demo
+    from lomem.commands import demo
 
     data = demo.load_data()
     runs = [demo.Run(layers, data, seed=3, steps=1) for layers in demo.METHODS.values()]

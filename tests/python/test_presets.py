@@ -6,7 +6,7 @@ import lomem
 import pytest
 import torch
 import torch.nn.functional as F
-from lomem import presets
+from lomem.commands import presets
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -101,7 +101,7 @@ def test_an_unknown_preset_is_told_the_known_ones():
 @pytest.mark.parametrize(("package", "call"), [("transformers", "build"), ("transformers", "batch")])
 def test_a_missing_package_is_named(monkeypatch, package, call):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"lomem.presets needs the package {package}: pip install 'lomem\[models\]'"):
+    with pytest.raises(ImportError, match=rf"lomem.commands.presets needs the package {package}: pip install 'lomem\[models\]'"):
         getattr(presets.get("vit-b").small(), call)()
 
 
@@ -268,7 +268,7 @@ def test_linear4bit_runs_on_meta_and_fake_tensors():
 def test_linear4bit_makes_one_op_of_the_dequantization():
     layer = presets.Linear4bit(64, 64)
     x = torch.zeros(2, 64, dtype=BFLOAT16, requires_grad=True)
-    with lomem._record.Recorder() as recorder:
+    with lomem._trace.recorder.Recorder() as recorder:
         layer(x).sum().backward()
     ops = [op for op in recorder.ops if op.func is torch.ops.lomem_presets.dequantize_4bit.default]
     assert len(ops) == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as prune
-from lomem.conversion._recognize import (
+from lomem.conversion.recognize import (
     ActivationForm,
     NormForm,
     NotRecognized,

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.parametrizations as parametrizations
-from lomem.conversion import _recognize_activation, _recognize_norm
-from lomem.conversion._recognize import (
+from lomem.conversion import recognize_activation as activations
+from lomem.conversion import recognize_norm as norms
+from lomem.conversion.recognize import (
     ActivationForm,
     LinearForm,
     NormForm,
@@ -136,13 +137,13 @@ ALMOST_NORMS = {
 
 
 def blind_to_ops(monkeypatch):
-    for module in (_recognize_norm, _recognize_activation):
+    for module in (norms, activations):
         monkeypatch.setattr(module, "unexplained", lambda ops, explained: None)
 
 
 def blind_to_values(monkeypatch):
-    monkeypatch.setattr(_recognize_norm, "_sweep", lambda *_: None)
-    monkeypatch.setattr(_recognize_activation, "_check_values", lambda *_: None)
+    monkeypatch.setattr(norms, "_sweep", lambda *_: None)
+    monkeypatch.setattr(activations, "_check_values", lambda *_: None)
 
 
 @pytest.mark.parametrize("name", ALMOST_NORMS)

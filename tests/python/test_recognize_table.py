@@ -7,7 +7,7 @@ from typing import NamedTuple
 import lomem
 import pytest
 import torch
-from lomem.conversion._recognize import ActivationForm, NormForm, NotRecognized, recognize_activation, recognize_norm
+from lomem.conversion.recognize import ActivationForm, NormForm, NotRecognized, recognize_activation, recognize_norm
 from torch import nn
 from transformers.activations import ACT2FN
 from zoo import ZOO, build

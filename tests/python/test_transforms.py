@@ -527,7 +527,7 @@ STEPS = ((-1.0, 0.0, 1.0), (0.0, 0.1, 0.9, 1.0))
 
 # Every function of a tensor of floating-point numbers, whose last dimension is of 6.
 FUNCTIONS = {
-    **{name: getattr(LF, name) for name in lomem._activations.__all__ if name != "step_function"},
+    **{name: getattr(LF, name) for name in lomem.functional.activations.__all__ if name != "step_function"},
     "gelu-tanh": lambda x: LF.gelu(x, "tanh", bits=8),
     "threshold": lambda x: LF.threshold(x, 0.1, 0.2),
     "step_activation": lambda x: LF.step_activation(x, quick_gelu, *STEPS),
@@ -550,7 +550,7 @@ FUNCTIONS = {
 MODULES = {
     **{
         name: getattr(lomem.nn, name)
-        for name in lomem._activation_modules.__all__
+        for name in lomem.nn.activations.__all__
         if name not in ("FewBitActivation", "StepActivation", "Threshold")
     },
     "Threshold": lambda: lomem.nn.Threshold(0.1, 0.2),

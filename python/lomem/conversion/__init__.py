@@ -1,6 +1,6 @@
 """Converting models: :func:`lomem.convert` and :func:`lomem.restore`."""
 
-from ._convert import NothingToConvertError, convert, restore
-from ._report import Decision, Report
+from .convert import NothingToConvertError, convert, restore
+from .report import Decision, Report
 
 __all__ = ["Decision", "NothingToConvertError", "Report", "convert", "restore"]

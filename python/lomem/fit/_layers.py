@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .._state import preserved
+from .._trace.state import preserved
 from ..memory._run import arguments, check_model, tensors_in
 from ..nn import FewBitActivation, StepActivation
 

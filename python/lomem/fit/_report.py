@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .._state import module_state, preserved, restore_module
+from .._trace.state import module_state, preserved, restore_module
 from ..memory._report import Report, Section
 from ..memory._run import arguments
 from ..steps import StepFunction

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
-from .._record import inner_tensors, storages_of
-from .._state import script_attributes
+from .._trace.recorder import inner_tensors, storages_of
+from .._trace.state import script_attributes
 from ._devices import CudaLike, FakeDevice, is_looked_at
 from ._peak import StepPeak, measure_step
 from ._run import Loss, check_model, first_sentence, translated

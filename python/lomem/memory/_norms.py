@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .._handover import offered
-from .._record import Op, Recorder, Storage, hook_after
+from .._trace.handover import offered
+from .._trace.recorder import Op, Recorder, Storage, hook_after
 from ..nn import MSLayerNorm, MSRMSNorm
 from ._report import dtype_name
 from ._run import tensors_in

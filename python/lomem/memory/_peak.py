@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._record import Op, Recorder, Storage
-from .._state import preserved
+from .._trace.recorder import Op, Recorder, Storage
+from .._trace.state import preserved
 from .._units import size
 from ._norms import module_name
 from ._profile import is_weight_copy, was_there

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._record import Recorder, Storage
-from .._state import preserved
+from .._trace.recorder import Recorder, Storage
+from .._trace.state import preserved
 from .._units import size
 from ._norms import NormCalls, NormOutput, module_name, origin_of
 from ._report import Report, Section, dtype_name, top

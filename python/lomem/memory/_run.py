@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .._autocast import autocast_dtype, autocast_to
-from .._record import Recorder
+from .._trace.autocast import autocast_dtype, autocast_to
+from .._trace.recorder import Recorder
 
 #: What makes a scalar of a model's output.
 Loss: TypeAlias = Callable[[Any], Tensor]

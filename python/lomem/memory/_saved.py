@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .._record import SavedTensorsBlock, storages_of
+from .._trace.recorder import SavedTensorsBlock, storages_of
 from ._run import no_hooks, refuses_hooks
 
 __all__ = ["SavedForBackward", "saved_for_backward"]

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import _C, _activation_modules
-from . import functional as F
-from ._activation_modules import *  # noqa: F403
+from .. import _C
+from . import activations
+from .. import functional as F
+from .activations import *  # noqa: F403
 
-__all__ = [*_activation_modules.__all__, "MSLayerNorm", "MSRMSNorm", "RandomizedLinear", "ReGELU2", "ReSiLU2"]
+__all__ = [*activations.__all__, "MSLayerNorm", "MSRMSNorm", "RandomizedLinear", "ReGELU2", "ReSiLU2"]
 
-for _name in _activation_modules.__all__:
+for _name in activations.__all__:
     # Where they are pickled from, and what they print as.
-    getattr(_activation_modules, _name).__module__ = __name__
+    getattr(activations, _name).__module__ = __name__
 
 
 class ReGELU2(nn.Module):

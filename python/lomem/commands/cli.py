@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from . import _C, __version__, _terminal
+from .. import _C, __version__
+from . import terminal
 
 
 def _positive(text: str) -> int:
@@ -151,11 +152,11 @@ def _add_bench(commands: Any) -> None:
 
 def _model_command(name: str) -> Callable[[argparse.Namespace], int]:
     def run(arguments: argparse.Namespace) -> int:
-        from . import model_commands  # needs the optional packages
+        from . import model  # needs the optional packages
 
         if isinstance(arguments.lora, str):
-            arguments.lora = model_commands.parse_lora(arguments.lora)
-        return getattr(model_commands, name)(arguments)
+            arguments.lora = model.parse_lora(arguments.lora)
+        return getattr(model, name)(arguments)
 
     return run
 
@@ -223,9 +224,9 @@ def _add_convert(commands: Any) -> None:
 
 
 def _fit(arguments: argparse.Namespace) -> int:
-    from .fit import _command  # needs the optional packages
+    from . import fit  # needs the optional packages
 
-    return _command.main(arguments)
+    return fit.main(arguments)
 
 
 def _add_fit(commands: Any) -> None:
@@ -295,18 +296,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     command = "lomem"
     try:
-        with _terminal.readable(sys.stdout), _flushed():
+        with terminal.readable(sys.stdout), _flushed():
             parsed = parser().parse_args(arguments)
             command = f"lomem {parsed.command}"
             return parsed.run(parsed)
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
-        return _terminal.INTERRUPTED
+        return terminal.INTERRUPTED
     except BrokenPipeError:
-        _terminal.stop_writing(sys.stdout)
-        return _terminal.PIPE_CLOSED
+        terminal.stop_writing(sys.stdout)
+        return terminal.PIPE_CLOSED
     except (ImportError, ValueError, OSError) as error:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         if isinstance(error, OSError):
-            _terminal.stop_writing(sys.stdout)
+            terminal.stop_writing(sys.stdout)
         return 1

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .._record import Op, Recorder, Storage, hook_after, hook_before
-from .._state import preserved
-from ._modules import as_activation
+from .._trace.recorder import Op, Recorder, Storage, hook_after, hook_before
+from .._trace.state import preserved
+from .modules import as_activation
 
 __all__ = ["ActivationCall", "Call", "Flow", "Inputs", "as_inputs", "trace", "untouched"]
 

@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from .._autocast import autocast_dtype
-from ._exchange import exchange, give_back, is_converted, original_class, wrapped_since
-from ._flow import Flow, Inputs, as_inputs, trace, untouched
-from ._plan import Candidate, Finder, Ledger, plan_activation, plan_calls, plan_norm, settle, ways_of_its_own
-from ._recognize import (
+from .._trace.autocast import autocast_dtype
+from .exchange import exchange, give_back, is_converted, original_class, wrapped_since
+from .flow import Flow, Inputs, as_inputs, trace, untouched
+from .plan import Candidate, Finder, Ledger, plan_activation, plan_calls, plan_norm, settle, ways_of_its_own
+from .recognize import (
     ActivationForm,
     NormForm,
     NotRecognized,
@@ -25,7 +25,7 @@ from ._recognize import (
     recognize_norm,
     signature,
 )
-from ._report import Decision, Report
+from .report import Decision, Report
 
 __all__ = ["NothingToConvertError", "convert", "restore"]
 

@@ -16,8 +16,8 @@ from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_unary
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import _C
-from .steps import StepFunction
+from .. import _C
+from ..steps import StepFunction
 
 __all__ = [
     "celu",

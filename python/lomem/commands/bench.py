@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _C, __version__, bench_report, functional
+from .. import _C, __version__, functional
+from . import bench_report
 from .bench_report import ACTIVATIONS, FEW_BIT, NORMS, Record, Results
 from .plotting import check_folder, check_plot
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._forms import ActivationForm, LinearForm, NormForm, NotRecognized
-from ._recognize_activation import recognize_activation
-from ._recognize_norm import recognize_norm
-from ._witness import (
+from .forms import ActivationForm, LinearForm, NormForm, NotRecognized
+from .recognize_activation import recognize_activation
+from .recognize_norm import recognize_norm
+from .witness import (
     LINEAR_OPS,
     MODES,
     Refused,

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._record import Op, Storage
-from ._choose import Option, choose, shares
-from ._exchange import Converted, unexchangeable
-from ._flow import PRODUCTS, Call, Flow
-from ._modules import MSNorm, NormPlan, SharedInput, StepActivation, StepCalls
-from ._recognize import ActivationForm, LinearForm, NormForm, recognize_linear
+from .._trace.recorder import Op, Storage
+from .choose import Option, choose, shares
+from .exchange import Converted, unexchangeable
+from .flow import PRODUCTS, Call, Flow
+from .modules import MSNorm, NormPlan, SharedInput, StepActivation, StepCalls
+from .recognize import ActivationForm, LinearForm, NormForm, recognize_linear
 
 __all__ = ["CONDITIONING", "Candidate", "Finder", "plan_norm"]
 

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__, conversion, memory, presets
-from ._terminal import console, quiet, sentence
-from ._units import size
-from .memory import StepPeak
+from .. import __version__, conversion, memory
+from . import presets
+from .terminal import console, quiet, sentence
+from .._units import size
+from ..memory import StepPeak
 from .plotting import check_folder, check_plot
 
 try:

@@ -14,13 +14,13 @@ from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
 from .. import functional as LF
-from .._autocast import autocast_dtype, autocast_to
-from .._handover import current_hooks, itself, linear_of_offered, offer, take
+from .._trace.autocast import autocast_dtype, autocast_to
+from .._trace.handover import current_hooks, itself, linear_of_offered, offer, take
 from ..reference import REGELU2, RESILU2
 from ..steps import StepFunction
-from ._exchange import Converted
-from ._live import Fixed, fixed, holds
-from ._recognize import ActivationForm, LinearForm, NormForm
+from .exchange import Converted
+from .live import Fixed, fixed, holds
+from .recognize import ActivationForm, LinearForm, NormForm
 
 __all__ = ["MSNorm", "NormPlan", "SharedInput", "StepActivation", "StepCalls", "as_activation"]
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._forms import ActivationForm, NotRecognized
-from ._witness import (
+from .forms import ActivationForm, NotRecognized
+from .witness import (
     ACTIVATION_OPS,
     MODES,
     Refused,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from ._forms import NormForm, NotRecognized
-from ._norm_probe import (
+from .forms import NormForm, NotRecognized
+from .norm_probe import (
     BF16,
     CPU,
     F16,
@@ -29,7 +29,7 @@ from ._norm_probe import (
     statistics,
     wrong_elements,
 )
-from ._witness import (
+from .witness import (
     MODES,
     NORM_OPS,
     Refused,

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_unary
 
-from . import _C, _activations
-from ._activations import *  # noqa: F403
-from ._activations import is_jagged
+from .. import _C
+from . import activations
+from .activations import *  # noqa: F403
+from .activations import is_jagged
 
 __all__ = [
-    *_activations.__all__,
+    *activations.__all__,
     "layer_norm",
     "ms_layer_norm",
     "ms_rms_norm",

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from .._state import generators_of, module_state, restore_module
+from .._trace.state import generators_of, module_state, restore_module
 
 __all__ = [
     "ACTIVATION_OPS",

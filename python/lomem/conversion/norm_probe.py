@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._forms import NormForm
-from ._witness import Refused, Run, own_tensors, run
+from .forms import NormForm
+from .witness import Refused, Run, own_tensors, run
 
 __all__ = [
     "BF16",

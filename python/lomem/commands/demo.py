@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import memory
-from . import nn as lnn
-from ._terminal import console, plus_minus
+from .. import memory
+from .. import nn as lnn
+from .terminal import console, plus_minus
 from .plotting import check_plot
 
 BATCH = 64

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import functional as F
-from .steps import StepFunction
+from .. import functional as F
+from ..steps import StepFunction
 
 __all__ = [
     "CELU",

@@ -1,0 +1,1 @@
+"""The commands of ``lomem``, and what they alone need."""
