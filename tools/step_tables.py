@@ -23,7 +23,7 @@ from pathlib import Path
 
 from lomem.fit import fit
 
-SOURCE = Path(__file__).resolve().parents[1] / "cpp/src/step_tables.cpp"
+SOURCE = Path(__file__).resolve().parents[1] / "cpp/src/activations/data.cpp"
 
 FUNCTIONS = ("elu", "exp", "gelu", "gelu_tanh", "hardswish", "mish", "selu", "sigmoid", "silu", "softplus", "softsign")
 CRITERIA = ("derivative", "primitive")
@@ -43,7 +43,7 @@ HEAD = """\
 // (With one bit and `primitive`, h~ is its asymptotes, which do not meet there.)
 
 // clang-format off
-#include "step_tables.h"
+#include "data.h"
 
 namespace lomem::detail {
 namespace {

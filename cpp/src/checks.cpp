@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "dispatch.h"
+#include "randomized_linear/projection_size.h"
 
 namespace lomem::detail {
 namespace {

@@ -1,9 +1,7 @@
-// lomem._C: facts about the build and the machine, and a short way to the step activations. Loading it loads the
-// library, which registers the ops. They are torch.ops.lomem; but a call that finds its argument types at run time
-// costs as much as a small activation.
-#include <lomem/kernels.h>
+// lomem._C: facts about the build and the machine, and a short way to the activations. Loading it loads the library,
+// which registers the ops.
+#include <lomem/cpu/kernels.h>
 #include <lomem/ops.h>
-#include <lomem/step_function.h>
 #include <lomem/version.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,14 +10,9 @@
 
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
-
-namespace lomem::detail {
-
-void bind_reused_memory(pybind11::module_& m);  // _reused_memory.cpp
-
-}  // namespace lomem::detail
 
 namespace {
 
@@ -32,34 +25,6 @@ std::vector<std::string> cuda_archs() {
   return result;
 }
 
-/// op(input), or NotImplemented where input is no tensor: torch.ops says so best.
-template <class Op>
-pybind11::object call_activation(const pybind11::handle& input, Op&& op) {
-  HANDLE_TH_ERRORS
-  if (!THPVariable_Check(input.ptr())) {
-    return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
-  }
-  // A copy: while others run, one may swap the tensor out of the object.
-  const at::Tensor tensor = THPVariable_Unpack(input.ptr());
-  at::Tensor result;
-  {
-    const pybind11::gil_scoped_release others_run;
-    result = op(tensor);
-  }
-  return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(std::move(result)));
-  END_HANDLE_TH_ERRORS_PYBIND
-}
-
-pybind11::object regelu2(
-    const pybind11::handle& input, const pybind11::handle& approximate, const pybind11::handle& fast) {
-  if (!PyUnicode_Check(approximate.ptr()) || !PyBool_Check(fast.ptr())) {
-    return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
-  }
-  const auto name = approximate.cast<std::string>();
-  const bool is_fast = fast.ptr() == Py_True;
-  return call_activation(input, [&](const at::Tensor& x) { return lomem::regelu2(x, name, is_fast); });
-}
-
 std::pair<std::vector<double>, std::vector<double>> step_function(
     const std::string& function, int64_t bits, const std::string& criterion, const std::vector<double>& parameters) {
   HANDLE_TH_ERRORS
@@ -68,13 +33,132 @@ std::pair<std::vector<double>, std::vector<double>> step_function(
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
-pybind11::object resilu2(const pybind11::handle& input, const pybind11::handle& fast) {
-  if (!PyBool_Check(fast.ptr())) {
-    return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
+/// The table of activations, for tests and documentation: name, parameters with their defaults, whether the gradient is
+/// exact, and whether there is a published step function.
+pybind11::list activations() {
+  pybind11::list rows;
+  for (const lomem::detail::ActivationFacts& row : lomem::detail::activation_facts()) {
+    pybind11::list parameters;
+    for (const auto& [name, value] : row.parameters) {
+      parameters.append(pybind11::make_tuple(name, value ? pybind11::cast(*value) : pybind11::none()));
+    }
+    rows.append(pybind11::make_tuple(row.name, pybind11::tuple(parameters), row.is_exact, row.is_published));
   }
-  const bool is_fast = fast.ptr() == Py_True;
-  return call_activation(input, [&](const at::Tensor& x) { return lomem::resilu2(x, is_fast); });
+  return rows;
 }
+
+// Calls of the activations. They are torch.ops.lomem; but a call that finds its argument types at run time costs as much
+// as a small activation. These take the arguments in one order, without names, and answer NotImplemented where one is of
+// another type: torch.ops says so best.
+
+PyObject* not_implemented() {
+  return Py_NewRef(Py_NotImplemented);
+}
+
+/// Reads a tuple of numbers. False where something in it is none.
+bool read_numbers(PyObject* tuple, std::vector<double>& values) {
+  if (!PyTuple_Check(tuple)) {
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) {
+    PyObject* const item = PyTuple_GET_ITEM(tuple, i);
+    if (PyFloat_Check(item)) {
+      values.push_back(PyFloat_AS_DOUBLE(item));
+    } else if (PyLong_Check(item)) {
+      const double value = PyLong_AsDouble(item);
+      if (value == -1.0 && PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        return false;
+      }
+      values.push_back(value);
+    } else {
+      return false;
+    }
+  }
+  return true;
+}
+
+/// Reads a str. It lives as long as the object.
+bool read_text(PyObject* object, std::string_view& text) {
+  if (!PyUnicode_Check(object)) {
+    return false;
+  }
+  Py_ssize_t size = 0;
+  const char* const data = PyUnicode_AsUTF8AndSize(object, &size);
+  if (data == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  text = std::string_view(data, static_cast<size_t>(size));
+  return true;
+}
+
+template <class Call>
+PyObject* call_without_gil(PyObject* input, const Call& call) {
+  // A copy: while others run, one may swap the tensor out of the object.
+  const at::Tensor tensor = THPVariable_Unpack(input);
+  at::Tensor result;
+  {
+    const pybind11::gil_scoped_release others_run;
+    result = call(tensor);
+  }
+  return THPVariable_Wrap(std::move(result));
+}
+
+/// (input, function, parameters, bits, criterion, fast)
+PyObject* step_activation(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  std::string_view function;
+  std::string_view criterion;
+  std::vector<double> parameters;
+  if (count != 6 || !THPVariable_Check(args[0]) || !read_text(args[1], function) ||
+      !read_numbers(args[2], parameters) || !PyLong_CheckExact(args[3]) || !read_text(args[4], criterion) ||
+      !PyBool_Check(args[5])) {
+    return not_implemented();
+  }
+  int overflows = 0;
+  const long long bits = PyLong_AsLongLongAndOverflow(args[3], &overflows);
+  if (overflows != 0) {
+    return not_implemented();
+  }
+  const bool fast = args[5] == Py_True;
+  return call_without_gil(args[0], [&](const at::Tensor& input) {
+    return lomem::detail::few_bit_activation(input, function, parameters, bits, criterion, fast);
+  });
+  END_HANDLE_TH_ERRORS
+}
+
+/// (input, function, parameters)
+PyObject* hard_activation(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  std::string_view function;
+  std::vector<double> parameters;
+  if (count != 3 || !THPVariable_Check(args[0]) || !read_text(args[1], function) ||
+      !read_numbers(args[2], parameters)) {
+    return not_implemented();
+  }
+  return call_without_gil(args[0], [&](const at::Tensor& input) {
+    return lomem::detail::exact_activation(input, function, parameters);
+  });
+  END_HANDLE_TH_ERRORS
+}
+
+template <auto function>
+PyMethodDef fast_method(const char* name, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
+}
+
+PyMethodDef fast_methods[] = {
+    fast_method<&step_activation>(
+        "step_activation",
+        "torch.ops.lomem.step_activation(input, function, parameters, bits, criterion, fast), past __torch_function__; "
+        "NotImplemented for arguments of other types."),
+    fast_method<&hard_activation>(
+        "hard_activation",
+        "torch.ops.lomem.hard_activation(input, function, parameters), past __torch_function__; NotImplemented for "
+        "arguments of other types."),
+    {nullptr, nullptr, 0, nullptr},
+};
 
 }  // namespace
 
@@ -92,16 +176,15 @@ PYBIND11_MODULE(_C, m) {
       "step_function", &step_function,
       "Boundaries and levels that the library has for a function of lomem::step_activation.");
   m.def(
-      "regelu2", &regelu2,
-      "torch.ops.lomem.regelu2, past __torch_function__; NotImplemented for arguments of other types.");
-  m.def(
-      "resilu2", &resilu2,
-      "torch.ops.lomem.resilu2, past __torch_function__; NotImplemented for arguments of other types.");
+      "activations", &activations,
+      "The table of activations: (name, ((parameter, default or None), ...), is_exact, is_published).");
+  if (PyModule_AddFunctions(m.ptr(), fast_methods) != 0) {
+    throw pybind11::error_already_set();
+  }
   m.def("manual_seed", &lomem::manual_seed, "Begins lomem's stream of seeds anew.");
   m.def("random_state", &lomem::random_state, "Where the stream of seeds began and how many were drawn since.");
   m.def("set_random_state", &lomem::set_random_state, "Goes on from such a state.");
   m.def(
       "begin_random_stream", &lomem::detail::begin_random_stream,
       "Begins the stream of seeds at the position of torch's default CPU generator.");
-  lomem::detail::bind_reused_memory(m);
 }

@@ -230,8 +230,7 @@ def test_a_gpu_is_kept_busy_while_the_host_enqueues(monkeypatch):
 def test_results_take_the_place_of_those_freed_last():
     script = """
 import torch
-from lomem import _C
-from lomem.commands import bench
+from lomem.commands import _reused_memory, bench
 torch.set_num_threads(1)
 before = torch.arange(2**20)
 bench.reuse_memory()
@@ -251,12 +250,12 @@ again = torch.arange(1000), torch.arange(1000)
 assert (again[0].data_ptr(), again[1].data_ptr()) == places[::-1]
 assert torch.arange(1001).data_ptr() != other.data_ptr()
 
-_C.release_reused_memory()
+_reused_memory.release()
 assert all(bool((t == torch.arange(len(t))).all()) for t in (*again, other, before)), "what is in use stays"
 empty = torch.empty(0)
 assert empty.data_ptr() == 0 and torch.empty(0).data_ptr() == 0
 del empty, before, again, other
-_C.release_reused_memory()
+_reused_memory.release()
 print("done")
 """
     result = run("-c", script)

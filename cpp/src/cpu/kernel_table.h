@@ -18,18 +18,22 @@ struct KernelTable {
   using NormBackwardRows = void (*)(
       const NormBackward&, std::int64_t begin, std::int64_t end, double* grad_weight, double* grad_bias, bool stream);
 
+  /// Of an activation that is made together with the codes of its published step function.
+  struct Fused {
+    Encode encode;
+    FastForward fast_forward;
+  };
+
   const char* capability;
-  Encode regelu2_encode;
-  Encode resilu2_encode;
+  Fused gelu;
+  Fused gelu_tanh;
+  Fused silu;
   void (*step_search_encode)(
       DType, const void* x, std::int64_t n, const double* boundaries, int bits, std::uint8_t* packed);
   void (*band_encode)(DType, const void* x, std::int64_t n, double low, double high, std::uint8_t* packed);
   void (*step_decode_multiply)(
       DType, const void* grad_output, const std::uint8_t* packed, const double* levels, int bits, std::int64_t n,
       void* grad_input, bool stream);
-  FastForward fast_gelu;
-  FastForward fast_gelu_tanh;
-  FastForward fast_silu;
   std::uint8_t (*pack_bits)(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed);
   void (*unpack_bits)(const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes);
   NormForwardRows layer_norm_forward;

@@ -1,5 +1,5 @@
 // Which kernels run, and the small ones that need no instruction set of their own.
-#include <lomem/kernels.h>
+#include <lomem/cpu/kernels.h>
 
 #include <algorithm>
 #include <cmath>
@@ -144,13 +144,18 @@ bool should_stream(std::size_t output_bytes) {
 }
 
 template <>
-LOMEM_API void step_encode<ReGELU2>(DType dtype, const void* x, std::int64_t n, std::uint8_t* packed) {
-  kernels().regelu2_encode(dtype, x, n, packed);
+LOMEM_API void step_encode<GELU>(DType dtype, const void* x, std::int64_t n, std::uint8_t* packed) {
+  kernels().gelu.encode(dtype, x, n, packed);
 }
 
 template <>
-LOMEM_API void step_encode<ReSiLU2>(DType dtype, const void* x, std::int64_t n, std::uint8_t* packed) {
-  kernels().resilu2_encode(dtype, x, n, packed);
+LOMEM_API void step_encode<GELUTanh>(DType dtype, const void* x, std::int64_t n, std::uint8_t* packed) {
+  kernels().gelu_tanh.encode(dtype, x, n, packed);
+}
+
+template <>
+LOMEM_API void step_encode<SiLU>(DType dtype, const void* x, std::int64_t n, std::uint8_t* packed) {
+  kernels().silu.encode(dtype, x, n, packed);
 }
 
 void step_search_encode(
@@ -169,21 +174,21 @@ void step_decode_multiply(
 }
 
 template <>
-LOMEM_API bool fast_forward<fast::GELU>(
+LOMEM_API bool fast_forward<GELU>(
     DType dtype, const void* x, std::int64_t n, void* y, std::uint8_t* packed, bool stream) {
-  return run(kernels().fast_gelu, dtype, x, n, y, packed, stream);
+  return run(kernels().gelu.fast_forward, dtype, x, n, y, packed, stream);
 }
 
 template <>
-LOMEM_API bool fast_forward<fast::GELUTanh>(
+LOMEM_API bool fast_forward<GELUTanh>(
     DType dtype, const void* x, std::int64_t n, void* y, std::uint8_t* packed, bool stream) {
-  return run(kernels().fast_gelu_tanh, dtype, x, n, y, packed, stream);
+  return run(kernels().gelu_tanh.fast_forward, dtype, x, n, y, packed, stream);
 }
 
 template <>
-LOMEM_API bool fast_forward<fast::SiLU>(
+LOMEM_API bool fast_forward<SiLU>(
     DType dtype, const void* x, std::int64_t n, void* y, std::uint8_t* packed, bool stream) {
-  return run(kernels().fast_silu, dtype, x, n, y, packed, stream);
+  return run(kernels().silu.fast_forward, dtype, x, n, y, packed, stream);
 }
 
 std::uint8_t pack_bits(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed) {

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../subnormals.h"
+#include "subnormals.h"
 
 #ifndef _OPENMP
 // Without it at::parallel_for compiles to a serial loop, silently.

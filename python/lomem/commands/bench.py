@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C, __version__, functional
-from . import bench_report
+from . import _reused_memory, bench_report
 from .bench_report import ACTIVATIONS, FEW_BIT, NORMS, Record, Results
 from .plotting import check_folder, check_plot
 
@@ -292,7 +292,7 @@ def reuse_memory() -> None:
     measured here. Told to keep them, glibc hands out the block that was freed first: results wander through the heap,
     and out of the caches. Training pays that in torch and in lomem; it is not what is compared.
     """
-    _C.reuse_memory()
+    _reused_memory.reuse()
 
 
 class Disturbances(NamedTuple):
@@ -562,7 +562,7 @@ def run(plan: Plan) -> Iterator[list[Record]]:
                     torch._dynamo.reset()  # each case compiles for its own shape
                 with device_of(plan), without_garbage_collection():
                     records += measure(case, plan, copies, memory)
-                _C.release_reused_memory()  # the next case's blocks have other sizes
+                _reused_memory.release()  # the next case's blocks have other sizes
             progress("")
             yield records
 

@@ -1,7 +1,4 @@
-"""The family of activations with few-bit derivatives, under the names and arguments of torch.nn.functional.
-
-Imported by :mod:`lomem.functional`.
-"""
+"""The activations, under the names and arguments of :mod:`torch.nn.functional`."""
 
 from __future__ import annotations
 
@@ -31,8 +28,10 @@ __all__ = [
     "logsigmoid",
     "mish",
     "quick_gelu",
+    "regelu2",
     "relu",
     "relu6",
+    "resilu2",
     "selu",
     "sigmoid",
     "silu",
@@ -95,33 +94,50 @@ def _of_torch(function: str, input: Tensor, parameters: Sequence[float], inplace
 def _few_bit(
     function: str,
     input: Tensor,
-    parameters: Sequence[float],
+    parameters: tuple[float, ...],
     bits: int,
     criterion: str,
     steps: StepFunction | None,
     inplace: bool = False,
+    fast: bool = False,
 ) -> Tensor:
+    if steps is not None:
+        bits, criterion = steps.bits, "derivative" if criterion == "paper" else criterion
+    if not (has_torch_function_unary(input) or is_compiling()):
+        # (The values do not depend on the steps.)
+        if steps is None or not (input.requires_grad and torch.is_grad_enabled()):
+            output = _C.step_activation(input, function, parameters, bits, criterion, fast)
+            if output is not NotImplemented:
+                return input.copy_(output) if inplace else output
+    return _few_bit_op(function, input, parameters, bits, criterion, steps, inplace, fast)
+
+
+def _few_bit_op(
+    function: str,
+    input: Tensor,
+    parameters: tuple[float, ...],
+    bits: int,
+    criterion: str,
+    steps: StepFunction | None,
+    inplace: bool,
+    fast: bool,
+) -> Tensor:
+    """As compilers and subclasses of tensors see it."""
     _check_numbers(function, parameters)
     if is_jagged(input):
         if not is_compiling():  # raises as the op does
-            _C.step_function(function, bits if steps is None else steps.bits, criterion, parameters)
+            _C.step_function(function, bits, criterion, parameters)
         return _of_torch(function, input, parameters, inplace)
-    if steps is None:
-        output = _step_activation(input, function, parameters, bits, criterion=criterion)
-    else:
-        output = _step_activation(
-            input,
-            function,
-            parameters,
-            steps.bits,
-            criterion=criterion,
-            boundaries=steps.boundaries,
-            levels=steps.levels,
-        )
+    spelled = {} if steps is None else {"boundaries": steps.boundaries, "levels": steps.levels}
+    output = _step_activation(input, function, parameters, bits, criterion=criterion, fast=fast, **spelled)
     return input.copy_(output) if inplace else output
 
 
-def _exact(function: str, input: Tensor, parameters: Sequence[float] = (), inplace: bool = False) -> Tensor:
+def _exact(function: str, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False) -> Tensor:
+    if not (has_torch_function_unary(input) or is_compiling()):
+        output = _C.hard_activation(input, function, parameters)
+        if output is not NotImplemented:
+            return input.copy_(output) if inplace else output
     _check_numbers(function, parameters)
     if is_jagged(input):
         return _of_torch(function, input, parameters, inplace)
@@ -136,8 +152,9 @@ def gelu(
     bits: int = 3,
     criterion: str = "derivative",
     steps: StepFunction | None = None,
+    fast: bool = False,
 ) -> Tensor:
-    """GELU whose backward pass keeps ``bits`` bits an element.
+    """GELU that saves ``bits`` bits per element for the backward pass.
 
     The result is bit for bit ``F.gelu(input, approximate=approximate)``. The gradient is ``grad_output`` times a step
     function of ``2**bits`` levels.
@@ -146,10 +163,13 @@ def gelu(
         input: Any shape and strides; float64, float32, bfloat16 or float16. NaN is above no boundary.
         approximate: ``"none"`` or ``"tanh"``.
         bits: 1 to 8.
-        criterion: What the library's step function is the best at, in the mean square over the line: ``"primitive"``,
-            its integral is nearest to the activation (Yang et al., ICML 2024, arXiv:2406.16282; of 2 bits it is that of
-            :func:`regelu2`); ``"derivative"``, it is nearest to the derivative (Novikov et al., arXiv:2202.00441).
+        criterion: Which step function stands in for the derivative. ``"derivative"``: the one that is nearest to the
+            derivative in the mean square over the line (Novikov et al., arXiv:2202.00441). ``"primitive"``: the one
+            whose integral is nearest to the activation (Yang et al., ICML 2024, arXiv:2406.16282). ``"paper"``: the
+            one that the latter paper publishes, which exists for GELU, QuickGELU and SiLU at 2 bits; see
+            :func:`regelu2`.
         steps: A step function in place of the library's, with bits of its own, as :mod:`lomem.fit` makes them.
+        fast: Allows a faster forward pass that is not bit for bit torch's; see :func:`regelu2`.
 
     Returns:
         A tensor of the shape, dtype and strides that ``F.gelu`` returns. Saved for backward:
@@ -157,15 +177,16 @@ def gelu(
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"lomem.functional.gelu: approximate is {approximate!r}, expected 'none' or 'tanh'")
-    return _few_bit("gelu" if approximate == "none" else "gelu_tanh", input, (), bits, criterion, steps)
+    function = "gelu" if approximate == "none" else "gelu_tanh"
+    return _few_bit(function, input, (), bits, criterion, steps, fast=fast)
 
 
 def quick_gelu(
     input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
 ) -> Tensor:
-    """``input * sigmoid(1.702 * input)``, as CLIP has it, whose backward pass keeps ``bits`` bits an element.
+    """``input * sigmoid(1.702 * input)``, as CLIP has it, that saves ``bits`` bits per element.
 
-    Arguments and what is saved: as of :func:`gelu`.
+    Arguments and what is saved are those of :func:`gelu`.
     """
     return _few_bit("quick_gelu", input, (), bits, criterion, steps)
 
@@ -177,12 +198,13 @@ def silu(
     bits: int = 3,
     criterion: str = "derivative",
     steps: StepFunction | None = None,
+    fast: bool = False,
 ) -> Tensor:
-    """``F.silu`` whose backward pass keeps ``bits`` bits an element. Arguments and what is saved: as of :func:`gelu`.
+    """``F.silu`` that saves ``bits`` bits per element. Arguments and what is saved are those of :func:`gelu`.
 
     With ``inplace`` the result overwrites ``input``; a temporary of its size is made either way.
     """
-    return _few_bit("silu", input, (), bits, criterion, steps, inplace)
+    return _few_bit("silu", input, (), bits, criterion, steps, inplace, fast)
 
 
 def mish(
@@ -193,30 +215,30 @@ def mish(
     criterion: str = "derivative",
     steps: StepFunction | None = None,
 ) -> Tensor:
-    """``F.mish`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`silu`."""
+    """``F.mish`` that saves ``bits`` bits per element. Arguments as in :func:`silu`."""
     return _few_bit("mish", input, (), bits, criterion, steps, inplace)
 
 
 def sigmoid(
     input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
 ) -> Tensor:
-    """``torch.sigmoid`` whose backward pass keeps ``bits`` bits an element, not the output.
+    """``torch.sigmoid`` that saves ``bits`` bits per element, not the output.
 
-    Arguments: as of :func:`gelu`. torch keeps the output, which costs nothing more where the next operation keeps it
+    Arguments as in :func:`gelu`. torch keeps the output, which costs nothing more where the next operation keeps it
     too.
     """
     return _few_bit("sigmoid", input, (), bits, criterion, steps)
 
 
 def tanh(input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None) -> Tensor:
-    """``torch.tanh`` whose backward pass keeps ``bits`` bits an element, not the output; see :func:`sigmoid`."""
+    """``torch.tanh`` that saves ``bits`` bits per element, not the output; see :func:`sigmoid`."""
     return _few_bit("tanh", input, (), bits, criterion, steps)
 
 
 def tanhshrink(
     input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
 ) -> Tensor:
-    """``F.tanhshrink`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`gelu`."""
+    """``F.tanhshrink`` that saves ``bits`` bits per element. Arguments as in :func:`gelu`."""
     return _few_bit("tanhshrink", input, (), bits, criterion, steps)
 
 
@@ -229,17 +251,17 @@ def softplus(
     criterion: str = "derivative",
     steps: StepFunction | None = None,
 ) -> Tensor:
-    """``F.softplus`` whose backward pass keeps ``bits`` bits an element. Other arguments: as of :func:`gelu`.
+    """``F.softplus`` that saves ``bits`` bits per element. Other arguments as in :func:`gelu`.
 
     Args:
-        input: As of :func:`gelu`.
+        input: As in :func:`gelu`.
         beta: Positive. The step function is that of ``beta`` 1 with its boundaries divided by ``beta``, which is the
             best one too.
         threshold: Above ``threshold / beta`` the function is the identity. Where that is not far out, the steps for
             ``"derivative"`` are fitted to it at the first call (with 8 bits a third of a second); for ``"primitive"``,
             which has no jumps, they are those of log(1 + exp(beta x)) / beta.
         bits: 1 to 8.
-        criterion: ``"primitive"`` or ``"derivative"``.
+        criterion: ``"derivative"`` or ``"primitive"``; see :func:`gelu`.
         steps: A step function in place of the library's.
     """
     return _few_bit("softplus", input, (beta, threshold), bits, criterion, steps)
@@ -248,14 +270,14 @@ def softplus(
 def softsign(
     input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
 ) -> Tensor:
-    """``F.softsign`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`gelu`."""
+    """``F.softsign`` that saves ``bits`` bits per element. Arguments as in :func:`gelu`."""
     return _few_bit("softsign", input, (), bits, criterion, steps)
 
 
 def logsigmoid(
     input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
 ) -> Tensor:
-    """``F.logsigmoid`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`gelu`."""
+    """``F.logsigmoid`` that saves ``bits`` bits per element. Arguments as in :func:`gelu`."""
     return _few_bit("logsigmoid", input, (), bits, criterion, steps)
 
 
@@ -268,15 +290,15 @@ def elu(
     criterion: str = "derivative",
     steps: StepFunction | None = None,
 ) -> Tensor:
-    """``F.elu`` whose backward pass keeps ``bits`` bits an element. Other arguments: as of :func:`silu`.
+    """``F.elu`` that saves ``bits`` bits per element. Other arguments as in :func:`silu`.
 
     Args:
-        input: As of :func:`gelu`.
+        input: As in :func:`gelu`.
         alpha: Finite. Where it is not 1, so that the derivative jumps at 0, the steps are fitted at the first call, in
             less than a tenth of a second.
         inplace: Whether the result overwrites ``input``.
         bits: 1 to 8.
-        criterion: ``"primitive"`` or ``"derivative"``.
+        criterion: ``"derivative"`` or ``"primitive"``; see :func:`gelu`.
         steps: A step function in place of the library's.
     """
     return _few_bit("elu", input, (alpha,), bits, criterion, steps, inplace)
@@ -291,7 +313,7 @@ def celu(
     criterion: str = "derivative",
     steps: StepFunction | None = None,
 ) -> Tensor:
-    """``F.celu`` whose backward pass keeps ``bits`` bits an element. Other arguments: as of :func:`silu`.
+    """``F.celu`` that saves ``bits`` bits per element. Other arguments as in :func:`silu`.
 
     ``alpha``: positive; the step function is ELU's with its boundaries multiplied by ``alpha``, which is the best one.
     """
@@ -306,7 +328,7 @@ def selu(
     criterion: str = "derivative",
     steps: StepFunction | None = None,
 ) -> Tensor:
-    """``F.selu`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`silu`."""
+    """``F.selu`` that saves ``bits`` bits per element. Arguments as in :func:`silu`."""
     return _few_bit("selu", input, (), bits, criterion, steps, inplace)
 
 
@@ -318,15 +340,61 @@ def hardswish(
     criterion: str = "derivative",
     steps: StepFunction | None = None,
 ) -> Tensor:
-    """``F.hardswish`` whose backward pass keeps ``bits`` bits an element. Arguments: as of :func:`silu`."""
+    """``F.hardswish`` that saves ``bits`` bits per element. Arguments as in :func:`silu`."""
     return _few_bit("hardswish", input, (), bits, criterion, steps, inplace)
 
 
-# Activations of straight pieces. Their derivative has two values: one bit an element is all of it.
+# Names of LowMemoryBP, so that its users change nothing.
+
+
+def regelu2(input: Tensor, approximate: str = "none", *, fast: bool = False) -> Tensor:
+    """GELU that saves 2 bits per element: :func:`gelu` with ``bits=2, criterion="paper"``.
+
+    The gradient is that of a sum of three ReLUs, a step function of four levels, fitted to GELU (Yang et al., ICML
+    2024, arXiv:2406.16282, ReGELU2). A NaN input gives a NaN result and, as it is above no boundary, the gradient of
+    the lowest level, 0.
+
+    Args:
+        input: Any shape and strides; float64, float32, bfloat16 or float16.
+        approximate: ``"none"`` or ``"tanh"``, as in ``F.gelu``. The step function is the same.
+        fast: Allows a faster forward pass on CPUs with AVX2 or AVX-512: minimax polynomials of the same function,
+            evaluated in float32, in place of torch's. Results are then not bit for bit torch's. float32: within 2.2
+            units in the last place of the exact value for x > -3.375, and within 2e-10 below. 16 bits: rounded
+            correctly for x > -5.5, except near ties. Below -7.63 they are 0. float64, other devices and inputs with
+            gaps in memory are computed as without.
+
+    Returns:
+        A tensor of the shape, dtype and strides that ``F.gelu`` returns. Saved for backward: ``ceil(numel / 4)``
+        bytes.
+    """
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"lomem.functional.regelu2: approximate is {approximate!r}, expected 'none' or 'tanh'")
+    return _few_bit("gelu" if approximate == "none" else "gelu_tanh", input, (), 2, "paper", None, fast=fast)
+
+
+def resilu2(input: Tensor, *, fast: bool = False) -> Tensor:
+    """SiLU that saves 2 bits per element: :func:`silu` with ``bits=2, criterion="paper"``.
+
+    The gradient is that of a sum of three ReLUs, a step function of four levels, fitted to SiLU (Yang et al., ICML
+    2024, arXiv:2406.16282, ReSiLU2).
+
+    Args:
+        input: Any shape and strides; float64, float32, bfloat16 or float16.
+        fast: As in :func:`regelu2`. float32: within 4 units in the last place of the exact value for x > -22, and
+            within 6e-9 below. 16 bits: rounded correctly for x > -22, except near ties. Below -22.2 they are 0.
+
+    Returns:
+        A tensor of the shape, dtype and strides that ``F.silu`` returns. Saved for backward: ``ceil(numel / 4)``
+        bytes.
+    """
+    return _few_bit("silu", input, (), 2, "paper", None, fast=fast)
+
+
+# Activations whose derivative has two values: one bit per element says all of it.
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """``F.relu``, forward and gradient, whose backward pass keeps 1 bit an element, not the output.
+    """``F.relu``, forward and gradient, that saves 1 bit per element, not the output.
 
     torch keeps the output, which costs nothing more where the next operation keeps it too: a linear or convolutional
     layer behind it does, a pooling layer may not.
@@ -343,12 +411,12 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    """``F.leaky_relu``, forward and gradient, whose backward pass keeps 1 bit an element; see :func:`relu`."""
+    """``F.leaky_relu``, forward and gradient, that saves 1 bit per element; see :func:`relu`."""
     return _exact("leaky_relu", input, (negative_slope,), inplace)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
-    """``F.relu6``, forward and gradient, whose backward pass keeps 1 bit an element; see :func:`relu`.
+    """``F.relu6``, forward and gradient, that saves 1 bit per element; see :func:`relu`.
 
     At NaN the gradient is 0.
     """
@@ -356,24 +424,24 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
-    """``F.threshold``, forward and gradient, whose backward pass keeps 1 bit an element; see :func:`relu`."""
+    """``F.threshold``, forward and gradient, that saves 1 bit per element; see :func:`relu`."""
     return _exact("threshold", input, (threshold, value), inplace)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
-    """``F.hardtanh``, forward and gradient, whose backward pass keeps 1 bit an element; see :func:`relu6`."""
+    """``F.hardtanh``, forward and gradient, that saves 1 bit per element; see :func:`relu6`."""
     if min_val > max_val:
         raise ValueError(f"lomem.functional.hardtanh: min_val is {min_val}, expected at most max_val, {max_val}")
     return _exact("hardtanh", input, (min_val, max_val), inplace)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """``F.hardsigmoid``, forward and gradient, whose backward pass keeps 1 bit an element; see :func:`relu6`."""
+    """``F.hardsigmoid``, forward and gradient, that saves 1 bit per element; see :func:`relu6`."""
     return _exact("hardsigmoid", input, inplace=inplace)
 
 
 def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    """``F.hardshrink``, forward and gradient, whose backward pass keeps 1 bit an element; see :func:`relu`.
+    """``F.hardshrink``, forward and gradient, that saves 1 bit per element; see :func:`relu`.
 
     At NaN the gradient is ``grad_output``.
     """
@@ -381,7 +449,7 @@ def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
 
 
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    """``F.softshrink``, forward and gradient, whose backward pass keeps 1 bit an element; see :func:`hardshrink`."""
+    """``F.softshrink``, forward and gradient, that saves 1 bit per element; see :func:`hardshrink`."""
     return _exact("softshrink", input, (lambd,))
 
 
@@ -395,7 +463,7 @@ def step_function(
             ``"tanhshrink"``, ``"softplus"``, ``"softsign"``, ``"logsigmoid"``, ``"elu"``, ``"celu"``, ``"selu"`` or
             ``"hardswish"``.
         bits: 1 to 8.
-        criterion: ``"primitive"`` or ``"derivative"``; see :func:`gelu`.
+        criterion: ``"derivative"``, ``"primitive"`` or ``"paper"``; see :func:`gelu`.
         parameters: All of the function's: ``(beta, threshold)`` of softplus, ``(alpha,)`` of elu and celu.
     """
     boundaries, levels = _C.step_function(function, bits, criterion, parameters)

@@ -1,7 +1,4 @@
-"""The family of activations with few-bit derivatives, as modules.
-
-Imported by :mod:`lomem.nn`.
-"""
+"""The activations as modules."""
 
 from __future__ import annotations
 
@@ -29,8 +26,10 @@ __all__ = [
     "LogSigmoid",
     "Mish",
     "QuickGELU",
+    "ReGELU2",
     "ReLU",
     "ReLU6",
+    "ReSiLU2",
     "SiLU",
     "Sigmoid",
     "Softplus",
@@ -52,13 +51,15 @@ class FewBitActivation(nn.Module):
     Args:
         args: Of torch's module.
         bits: Kept for the backward pass of each element, 1 to 8.
-        criterion: ``"primitive"`` or ``"derivative"``; see :func:`lomem.functional.gelu`.
+        criterion: ``"derivative"``, ``"primitive"`` or ``"paper"``; see :func:`lomem.functional.gelu`.
         steps: A step function in place of the library's, with bits of its own; see :mod:`lomem.fit`.
         kwargs: Of torch's module.
     """
 
     _function: ClassVar[Callable[..., Tensor]]
     _arguments: ClassVar[tuple[str, ...]] = ()
+    #: Arguments of the function that torch's has not.
+    _options: ClassVar[tuple[str, ...]] = ()
 
     criterion: str
     _bits: int
@@ -75,12 +76,15 @@ class FewBitActivation(nn.Module):
         super().__init__(*args, **kwargs)
         self._steps = None
         self.bits = bits
-        if criterion not in ("primitive", "derivative"):
+        if criterion not in ("derivative", "primitive", "paper"):
             raise ValueError(
-                f"lomem.nn.{type(self).__name__}: criterion is {criterion!r}, expected 'primitive' or 'derivative'"
+                f"lomem.nn.{type(self).__name__}: criterion is {criterion!r}, expected 'derivative', 'primitive' or "
+                "'paper'"
             )
         self.criterion = criterion
         self.steps = steps
+        if criterion == "paper":
+            self.step_function()  # raises where there is none
 
     @property
     def bits(self) -> int:
@@ -123,7 +127,10 @@ class FewBitActivation(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Returns what torch's module returns."""
         arguments = [getattr(self, name) for name in self._arguments]
-        return type(self)._function(input, *arguments, bits=self.bits, criterion=self.criterion, steps=self.steps)
+        options = {name: getattr(self, name) for name in self._options}
+        return type(self)._function(
+            input, *arguments, bits=self._bits, criterion=self.criterion, steps=self._steps, **options
+        )
 
     def exact(self, input: Tensor) -> Tensor:
         """What torch's module returns, with torch's gradient. Not in place."""
@@ -145,7 +152,8 @@ class FewBitActivation(nn.Module):
     def extra_repr(self) -> str:
         """Arguments, for ``repr``."""
         how = f"criterion={self.criterion!r}" if self.steps is None else "steps=..."
-        return ", ".join(filter(None, (super().extra_repr(), f"bits={self.bits}", how)))
+        options = [f"{name}=True" for name in self._options if getattr(self, name)]
+        return ", ".join(filter(None, (super().extra_repr(), f"bits={self.bits}", how, *options)))
 
 
 class _Exact(nn.Module):
@@ -160,15 +168,19 @@ class _Exact(nn.Module):
 
 
 class GELU(FewBitActivation, nn.GELU):
-    """:class:`torch.nn.GELU` whose backward pass keeps few bits; see :func:`lomem.functional.gelu`."""
+    """:class:`torch.nn.GELU` that saves few bits per element; see :func:`lomem.functional.gelu`."""
 
     _function = staticmethod(F.gelu)
     _arguments = ("approximate",)
+    _options = ("fast",)
 
-    def __init__(self, approximate: str = "none", **kwargs: Any) -> None:
+    fast: bool = False
+
+    def __init__(self, approximate: str = "none", *, fast: bool = False, **kwargs: Any) -> None:
         if approximate not in ("none", "tanh"):
             raise ValueError(f"lomem.nn.GELU: approximate is {approximate!r}, expected 'none' or 'tanh'")
         super().__init__(approximate, **kwargs)
+        self.fast = fast
 
     def _name(self) -> str:
         return "gelu" if self.approximate == "none" else "gelu_tanh"
@@ -178,7 +190,7 @@ class GELU(FewBitActivation, nn.GELU):
 
 
 class QuickGELU(FewBitActivation):
-    """``x * sigmoid(1.702 x)``, whose backward pass keeps few bits; see :func:`lomem.functional.quick_gelu`."""
+    """``x * sigmoid(1.702 x)``, that saves few bits per element; see :func:`lomem.functional.quick_gelu`."""
 
     _function = staticmethod(F.quick_gelu)
 
@@ -188,79 +200,86 @@ class QuickGELU(FewBitActivation):
 
 
 class SiLU(FewBitActivation, nn.SiLU):
-    """:class:`torch.nn.SiLU` whose backward pass keeps few bits; see :func:`lomem.functional.silu`."""
+    """:class:`torch.nn.SiLU` that saves few bits per element; see :func:`lomem.functional.silu`."""
 
     _function = staticmethod(F.silu)
     _arguments = ("inplace",)
+    _options = ("fast",)
+
+    fast: bool = False
+
+    def __init__(self, inplace: bool = False, *, fast: bool = False, **kwargs: Any) -> None:
+        super().__init__(inplace, **kwargs)
+        self.fast = fast
 
 
 class Mish(FewBitActivation, nn.Mish):
-    """:class:`torch.nn.Mish` whose backward pass keeps few bits; see :func:`lomem.functional.mish`."""
+    """:class:`torch.nn.Mish` that saves few bits per element; see :func:`lomem.functional.mish`."""
 
     _function = staticmethod(F.mish)
     _arguments = ("inplace",)
 
 
 class Sigmoid(FewBitActivation, nn.Sigmoid):
-    """:class:`torch.nn.Sigmoid` whose backward pass keeps few bits; see :func:`lomem.functional.sigmoid`."""
+    """:class:`torch.nn.Sigmoid` that saves few bits per element; see :func:`lomem.functional.sigmoid`."""
 
     _function = staticmethod(F.sigmoid)
 
 
 class Tanh(FewBitActivation, nn.Tanh):
-    """:class:`torch.nn.Tanh` whose backward pass keeps few bits; see :func:`lomem.functional.tanh`."""
+    """:class:`torch.nn.Tanh` that saves few bits per element; see :func:`lomem.functional.tanh`."""
 
     _function = staticmethod(F.tanh)
 
 
 class Tanhshrink(FewBitActivation, nn.Tanhshrink):
-    """:class:`torch.nn.Tanhshrink` whose backward pass keeps few bits; see :func:`lomem.functional.tanhshrink`."""
+    """:class:`torch.nn.Tanhshrink` that saves few bits per element; see :func:`lomem.functional.tanhshrink`."""
 
     _function = staticmethod(F.tanhshrink)
 
 
 class Softplus(FewBitActivation, nn.Softplus):
-    """:class:`torch.nn.Softplus` whose backward pass keeps few bits; see :func:`lomem.functional.softplus`."""
+    """:class:`torch.nn.Softplus` that saves few bits per element; see :func:`lomem.functional.softplus`."""
 
     _function = staticmethod(F.softplus)
     _arguments = ("beta", "threshold")
 
 
 class Softsign(FewBitActivation, nn.Softsign):
-    """:class:`torch.nn.Softsign` whose backward pass keeps few bits; see :func:`lomem.functional.softsign`."""
+    """:class:`torch.nn.Softsign` that saves few bits per element; see :func:`lomem.functional.softsign`."""
 
     _function = staticmethod(F.softsign)
 
 
 class LogSigmoid(FewBitActivation, nn.LogSigmoid):
-    """:class:`torch.nn.LogSigmoid` whose backward pass keeps few bits; see :func:`lomem.functional.logsigmoid`."""
+    """:class:`torch.nn.LogSigmoid` that saves few bits per element; see :func:`lomem.functional.logsigmoid`."""
 
     _function = staticmethod(F.logsigmoid)
 
 
 class ELU(FewBitActivation, nn.ELU):
-    """:class:`torch.nn.ELU` whose backward pass keeps few bits; see :func:`lomem.functional.elu`."""
+    """:class:`torch.nn.ELU` that saves few bits per element; see :func:`lomem.functional.elu`."""
 
     _function = staticmethod(F.elu)
     _arguments = ("alpha", "inplace")
 
 
 class CELU(FewBitActivation, nn.CELU):
-    """:class:`torch.nn.CELU` whose backward pass keeps few bits; see :func:`lomem.functional.celu`."""
+    """:class:`torch.nn.CELU` that saves few bits per element; see :func:`lomem.functional.celu`."""
 
     _function = staticmethod(F.celu)
     _arguments = ("alpha", "inplace")
 
 
 class SELU(FewBitActivation, nn.SELU):
-    """:class:`torch.nn.SELU` whose backward pass keeps few bits; see :func:`lomem.functional.selu`."""
+    """:class:`torch.nn.SELU` that saves few bits per element; see :func:`lomem.functional.selu`."""
 
     _function = staticmethod(F.selu)
     _arguments = ("inplace",)
 
 
 class Hardswish(FewBitActivation, nn.Hardswish):
-    """:class:`torch.nn.Hardswish` whose backward pass keeps few bits; see :func:`lomem.functional.hardswish`."""
+    """:class:`torch.nn.Hardswish` that saves few bits per element; see :func:`lomem.functional.hardswish`."""
 
     _function = staticmethod(F.hardswish)
     _arguments = ("inplace",)
@@ -274,7 +293,7 @@ class ReLU(_Exact, nn.ReLU):
 
 
 class LeakyReLU(_Exact, nn.LeakyReLU):
-    """:class:`torch.nn.LeakyReLU` whose backward pass keeps 1 bit; see :func:`lomem.functional.leaky_relu`."""
+    """:class:`torch.nn.LeakyReLU` that saves 1 bit per element; see :func:`lomem.functional.leaky_relu`."""
 
     _function = staticmethod(F.leaky_relu)
     _arguments = ("negative_slope", "inplace")
@@ -288,38 +307,90 @@ class ReLU6(_Exact, nn.ReLU6):
 
 
 class Threshold(_Exact, nn.Threshold):
-    """:class:`torch.nn.Threshold` whose backward pass keeps 1 bit; see :func:`lomem.functional.threshold`."""
+    """:class:`torch.nn.Threshold` that saves 1 bit per element; see :func:`lomem.functional.threshold`."""
 
     _function = staticmethod(F.threshold)
     _arguments = ("threshold", "value", "inplace")
 
 
 class Hardtanh(_Exact, nn.Hardtanh):
-    """:class:`torch.nn.Hardtanh` whose backward pass keeps 1 bit; see :func:`lomem.functional.hardtanh`."""
+    """:class:`torch.nn.Hardtanh` that saves 1 bit per element; see :func:`lomem.functional.hardtanh`."""
 
     _function = staticmethod(F.hardtanh)
     _arguments = ("min_val", "max_val", "inplace")
 
 
 class Hardsigmoid(_Exact, nn.Hardsigmoid):
-    """:class:`torch.nn.Hardsigmoid` whose backward pass keeps 1 bit; see :func:`lomem.functional.hardsigmoid`."""
+    """:class:`torch.nn.Hardsigmoid` that saves 1 bit per element; see :func:`lomem.functional.hardsigmoid`."""
 
     _function = staticmethod(F.hardsigmoid)
     _arguments = ("inplace",)
 
 
 class Hardshrink(_Exact, nn.Hardshrink):
-    """:class:`torch.nn.Hardshrink` whose backward pass keeps 1 bit; see :func:`lomem.functional.hardshrink`."""
+    """:class:`torch.nn.Hardshrink` that saves 1 bit per element; see :func:`lomem.functional.hardshrink`."""
 
     _function = staticmethod(F.hardshrink)
     _arguments = ("lambd",)
 
 
 class Softshrink(_Exact, nn.Softshrink):
-    """:class:`torch.nn.Softshrink` whose backward pass keeps 1 bit; see :func:`lomem.functional.softshrink`."""
+    """:class:`torch.nn.Softshrink` that saves 1 bit per element; see :func:`lomem.functional.softshrink`."""
 
     _function = staticmethod(F.softshrink)
     _arguments = ("lambd",)
+
+
+class ReGELU2(nn.Module):
+    """GELU that saves 2 bits per element, in place of :class:`torch.nn.GELU`.
+
+    See :func:`lomem.functional.regelu2`.
+
+    Args:
+        approximate: ``"none"`` or ``"tanh"``.
+        fast: Allows a faster forward that is not bit for bit torch's.
+    """
+
+    def __init__(self, approximate: str = "none", *, fast: bool = False) -> None:
+        super().__init__()
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f"lomem.nn.ReGELU2: approximate is {approximate!r}, expected 'none' or 'tanh'")
+        self.approximate = approximate
+        self.fast = fast
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns GELU of ``input``."""
+        return F.regelu2(input, self.approximate, fast=self.fast)
+
+    def extra_repr(self) -> str:
+        """Arguments, for ``repr``."""
+        return f"approximate={self.approximate!r}" + (", fast=True" if self.fast else "")
+
+
+class ReSiLU2(nn.Module):
+    """SiLU that saves 2 bits per element, in place of :class:`torch.nn.SiLU`.
+
+    See :func:`lomem.functional.resilu2`.
+
+    Args:
+        inplace: Whether the result overwrites the input, as in :class:`torch.nn.SiLU`. It saves no
+            memory here: a temporary of the input's size is made either way.
+        fast: Allows a faster forward that is not bit for bit torch's.
+    """
+
+    def __init__(self, inplace: bool = False, *, fast: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
+        self.fast = fast
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns SiLU of ``input``."""
+        output = F.resilu2(input, fast=self.fast)
+        return input.copy_(output) if self.inplace else output
+
+    def extra_repr(self) -> str:
+        """Arguments, for ``repr``."""
+        return ", ".join(f"{name}=True" for name in ("inplace", "fast") if getattr(self, name))
 
 
 class StepActivation(nn.Module):

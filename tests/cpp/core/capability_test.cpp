@@ -1,6 +1,6 @@
 // Run with ATEN_CPU_CAPABILITY set: the kernels that run must be the first ones, of those named as
 // arguments, that this CPU has.
-#include <lomem/kernels.h>
+#include <lomem/cpu/kernels.h>
 
 #include <cstdio>
 #include <string_view>

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <gtest/gtest.h>
-#include <lomem/kernels.h>
+#include <lomem/cpu/kernels.h>
 
 #include <cstddef>
 #include <cstdint>

@@ -21,13 +21,13 @@ cudaError_t status(HostRunner::Error result) {
 
 }  // namespace
 
-template <class Function, class Step>
+template <class Function>
 cudaError_t step_forward(
     DType dtype, const void* input, std::int64_t n, void* output, std::uint8_t* codes, cudaStream_t /*stream*/) {
   return visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     return status(
-        host.body(StepForward<Function, Step, T>(static_cast<const T*>(input), n, static_cast<T*>(output), codes)));
+        host.body(StepForward<Function, typename Function::PublishedSteps, T>(static_cast<const T*>(input), n, static_cast<T*>(output), codes)));
   });
 }
 
@@ -93,10 +93,9 @@ cudaError_t norm_backward(
   return status(run_norm_backward<norm>(args, rows, parameters, host));
 }
 
-template cudaError_t step_forward<GELU, ReGELU2>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
-template cudaError_t step_forward<GELUTanh, ReGELU2>(
-    DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
-template cudaError_t step_forward<SiLU, ReSiLU2>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+template cudaError_t step_forward<GELU>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+template cudaError_t step_forward<GELUTanh>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+template cudaError_t step_forward<SiLU>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
 template cudaError_t norm_forward<Norm::layer>(const NormForward&, std::int64_t, cudaStream_t);
 template cudaError_t norm_forward<Norm::rms>(const NormForward&, std::int64_t, cudaStream_t);
 template cudaError_t norm_backward<Norm::layer>(
@@ -126,12 +125,15 @@ inline void check_launch(const char* op, const at::Tensor& /*tensor*/, cudaError
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/silu.h>
+
+#include "../../../cpp/src/activations/fused.h"
 #include "../../../cpp/src/checks.h"
-#include "../../../cpp/src/norm_ops.h"
-#include "../../../cpp/src/step_ops.h"
+#include "../../../cpp/src/norms/backend.h"
 
 // Registered under the other name: the tensors are on the CPU.
 #define CUDA CPU
-#include "../../../cpp/cuda/norm_cuda.cpp"
-#include "../../../cpp/cuda/packing_cuda.cpp"
-#include "../../../cpp/cuda/step_cuda.cpp"
+#include "../../../cpp/cuda/activations.cpp"
+#include "../../../cpp/cuda/norms.cpp"
+#include "../../../cpp/cuda/packing.cpp"

@@ -2,9 +2,12 @@
 // order and type, so that a kernel that computes them beside something else returns the same bits.
 // (ATen evaluates 16-bit inputs in float32. Its CPU kernels use other formulas: on the CPU the
 // torch op itself is called.)
+//
+// Each names its published step function, for which kernels that make values and codes at once are compiled.
 #pragma once
 
 #include <lomem/config.h>
+#include <lomem/core/step.h>
 
 #include <cmath>
 
@@ -12,6 +15,8 @@ namespace lomem {
 
 /// x * Phi(x), Phi the standard normal distribution function.
 struct GELU {
+  using PublishedSteps = ReGELU2;
+
   template <class C>
   LOMEM_HOST_DEVICE static C value(C x) {
     constexpr C sqrt_half = C(0.70710678118654752440);
@@ -21,6 +26,8 @@ struct GELU {
 
 /// GELU with a tanh in place of erf (approximate="tanh").
 struct GELUTanh {
+  using PublishedSteps = ReGELU2;
+
   template <class C>
   LOMEM_HOST_DEVICE static C value(C x) {
     constexpr double sqrt_2 = 1.41421356237309504880;
@@ -35,6 +42,8 @@ struct GELUTanh {
 
 /// x * sigmoid(x).
 struct SiLU {
+  using PublishedSteps = ReSiLU2;
+
   template <class C>
   LOMEM_HOST_DEVICE static C value(C x) {
     return x / (C(1) + std::exp(-x));

@@ -6,7 +6,6 @@
 #include <lomem/core/activation.h>
 #include <lomem/core/dtype.h>
 #include <lomem/core/norm.h>
-#include <lomem/core/step.h>
 
 #include <cuda_runtime_api.h>
 
@@ -17,17 +16,17 @@ namespace lomem::cuda {
 /// Architectures that the kernels were compiled for, as in TORCH_CUDA_ARCH_LIST: "8.0 9.0+PTX".
 LOMEM_API const char* compiled_archs();
 
-/// output = Function(input) and the codes of Step, packed, of n elements. Function and Step: GELU or
-/// GELUTanh with ReGELU2, SiLU with ReSiLU2.
-template <class Function, class Step>
+/// output = Function(input) and the packed codes of its published step function, of n elements. Function: GELU, GELUTanh
+/// or SiLU.
+template <class Function>
 LOMEM_API cudaError_t
 step_forward(DType dtype, const void* input, std::int64_t n, void* output, std::uint8_t* codes, cudaStream_t stream);
 
-extern template cudaError_t step_forward<GELU, ReGELU2>(
+extern template cudaError_t step_forward<GELU>(
     DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
-extern template cudaError_t step_forward<GELUTanh, ReGELU2>(
+extern template cudaError_t step_forward<GELUTanh>(
     DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
-extern template cudaError_t step_forward<SiLU, ReSiLU2>(
+extern template cudaError_t step_forward<SiLU>(
     DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
 
 /// Codes of n elements among 2^bits - 1 ascending boundaries, on the host, of which each is rounded once

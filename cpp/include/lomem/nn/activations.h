@@ -1,13 +1,14 @@
-// torch::nn modules of the activations that keep few bits an element.
+// torch::nn modules of the activations that save a few bits per element.
 #pragma once
 
-#include <lomem/activations.h>
 #include <lomem/config.h>
+#include <lomem/ops/activations.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/options/activation.h>
 #include <torch/nn/pimpl.h>
 
 #include <ostream>
+#include <string>
 #include <utility>
 
 namespace lomem::nn {
@@ -38,15 +39,19 @@ class FewBitImpl : public torch::nn::Cloneable<FewBitImpl<Function>> {
 
 /// The same without bits to choose.
 template <class Function>
-class OneBitImpl : public torch::nn::Cloneable<OneBitImpl<Function>> {
+class FixedBitsImpl : public torch::nn::Cloneable<FixedBitsImpl<Function>> {
  public:
   using Options = typename Function::Options;
 
-  explicit OneBitImpl(Options options = {}) : options(std::move(options)) {}
+  explicit FixedBitsImpl(Options options = {}) : options(std::move(options)) {}
 
   void reset() override {}
   void pretty_print(std::ostream& stream) const override {
-    stream << "lomem::nn::" << Function::name << "()";
+    stream << "lomem::nn::" << Function::name << "(";
+    if constexpr (requires { Function::arguments(options); }) {
+      stream << Function::arguments(options);
+    }
+    stream << ")";
   }
   torch::Tensor forward(const torch::Tensor& input) {
     return Function::call(input, options);
@@ -239,13 +244,57 @@ TORCH_MODULE_IMPL(ELU, FewBitImpl<detail::ELU>);
 TORCH_MODULE_IMPL(CELU, FewBitImpl<detail::CELU>);
 TORCH_MODULE_IMPL(SELU, FewBitImpl<detail::SELU>);
 TORCH_MODULE_IMPL(Hardswish, FewBitImpl<detail::Hardswish>);
-TORCH_MODULE_IMPL(ReLU, OneBitImpl<detail::ReLU>);
-TORCH_MODULE_IMPL(LeakyReLU, OneBitImpl<detail::LeakyReLU>);
-TORCH_MODULE_IMPL(ReLU6, OneBitImpl<detail::ReLU6>);
-TORCH_MODULE_IMPL(Threshold, OneBitImpl<detail::Threshold>);
-TORCH_MODULE_IMPL(Hardtanh, OneBitImpl<detail::Hardtanh>);
-TORCH_MODULE_IMPL(Hardsigmoid, OneBitImpl<detail::Hardsigmoid>);
-TORCH_MODULE_IMPL(Hardshrink, OneBitImpl<detail::Hardshrink>);
-TORCH_MODULE_IMPL(Softshrink, OneBitImpl<detail::Softshrink>);
+TORCH_MODULE_IMPL(ReLU, FixedBitsImpl<detail::ReLU>);
+TORCH_MODULE_IMPL(LeakyReLU, FixedBitsImpl<detail::LeakyReLU>);
+TORCH_MODULE_IMPL(ReLU6, FixedBitsImpl<detail::ReLU6>);
+TORCH_MODULE_IMPL(Threshold, FixedBitsImpl<detail::Threshold>);
+TORCH_MODULE_IMPL(Hardtanh, FixedBitsImpl<detail::Hardtanh>);
+TORCH_MODULE_IMPL(Hardsigmoid, FixedBitsImpl<detail::Hardsigmoid>);
+TORCH_MODULE_IMPL(Hardshrink, FixedBitsImpl<detail::Hardshrink>);
+TORCH_MODULE_IMPL(Softshrink, FixedBitsImpl<detail::Softshrink>);
+
+/// Options of ReGELU2: `approximate`, "none" or "tanh"; `fast`, see FewBit.
+struct ReGELU2Options {
+  TORCH_ARG(std::string, approximate) = "none";
+  TORCH_ARG(bool, fast) = false;
+};
+
+/// Options of ReSiLU2: `fast`, see FewBit.
+struct ReSiLU2Options {
+  TORCH_ARG(bool, fast) = false;
+};
+
+namespace detail {
+
+struct ReGELU2 {
+  using Options = ReGELU2Options;
+  static constexpr const char* name = "ReGELU2";
+  static torch::Tensor call(const torch::Tensor& x, const Options& options) {
+    return lomem::regelu2(x, options.approximate(), options.fast());
+  }
+  static std::string arguments(const Options& options) {
+    return "approximate=" + options.approximate() + (options.fast() ? ", fast=true" : "");
+  }
+};
+struct ReSiLU2 {
+  using Options = ReSiLU2Options;
+  static constexpr const char* name = "ReSiLU2";
+  static torch::Tensor call(const torch::Tensor& x, const Options& options) {
+    return lomem::resilu2(x, options.fast());
+  }
+  static std::string arguments(const Options& options) {
+    return options.fast() ? "fast=true" : "";
+  }
+};
+
+}  // namespace detail
+
+/// lomem::regelu2 as a module, in place of torch::nn::GELU.
+using ReGELU2Impl = FixedBitsImpl<detail::ReGELU2>;
+TORCH_MODULE(ReGELU2);
+
+/// lomem::resilu2 as a module, in place of torch::nn::SiLU.
+using ReSiLU2Impl = FixedBitsImpl<detail::ReSiLU2>;
+TORCH_MODULE(ReSiLU2);
 
 }  // namespace lomem::nn

@@ -1,5 +1,7 @@
 // The kernel table of one instruction set, LOMEM_CPU_CAPABILITY. This file is compiled once for each
-// (cpp/src/CMakeLists.txt).
+// (CMakeLists.txt of the folder above).
+#include <lomem/core/activation.h>
+
 #include "../kernel_table.h"
 #include "norm.h"
 #include "packing.h"
@@ -11,22 +13,30 @@
 
 namespace lomem::cpu {
 
+namespace {
+
+template <class Function, class FastFunction>
+constexpr KernelTable::Fused fused_kernels{
+    .encode = &step_encode<typename Function::PublishedSteps>,
+    .fast_forward = fast_forward_kernel<FastFunction, typename Function::PublishedSteps>,
+};
+
+}  // namespace
+
 const KernelTable LOMEM_JOIN(LOMEM_CPU_CAPABILITY, _kernels) = {
-    LOMEM_CPU_CAPABILITY_NAME,
-    &step_encode<ReGELU2>,
-    &step_encode<ReSiLU2>,
-    &step_search_encode,
-    &band_encode,
-    &step_decode_multiply,
-    fast_forward_kernel<fast::GELU, ReGELU2>,
-    fast_forward_kernel<fast::GELUTanh, ReGELU2>,
-    fast_forward_kernel<fast::SiLU, ReSiLU2>,
-    &pack_bits,
-    &unpack_bits,
-    &norm_forward<Norm::layer>,
-    &norm_forward<Norm::rms>,
-    &norm_backward<Norm::layer>,
-    &norm_backward<Norm::rms>,
+    .capability = LOMEM_CPU_CAPABILITY_NAME,
+    .gelu = fused_kernels<GELU, fast::GELU>,
+    .gelu_tanh = fused_kernels<GELUTanh, fast::GELUTanh>,
+    .silu = fused_kernels<SiLU, fast::SiLU>,
+    .step_search_encode = &step_search_encode,
+    .band_encode = &band_encode,
+    .step_decode_multiply = &step_decode_multiply,
+    .pack_bits = &pack_bits,
+    .unpack_bits = &unpack_bits,
+    .layer_norm_forward = &norm_forward<Norm::layer>,
+    .rms_norm_forward = &norm_forward<Norm::rms>,
+    .layer_norm_backward = &norm_backward<Norm::layer>,
+    .rms_norm_backward = &norm_backward<Norm::rms>,
 };
 
 }  // namespace lomem::cpu

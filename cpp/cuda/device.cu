@@ -1,0 +1,21 @@
+// What the launchers ask of the device and of the build.
+#include <lomem/cuda/kernels.h>
+
+#include "device.h"
+
+namespace lomem::cuda {
+
+const char* compiled_archs() {
+  return LOMEM_CUDA_ARCHS;
+}
+
+int multiprocessor_count() {
+  int device = 0;
+  int count = 1;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  }
+  return count;
+}
+
+}  // namespace lomem::cuda

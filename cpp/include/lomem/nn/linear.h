@@ -1,0 +1,47 @@
+// The torch::nn module of the randomized linear layer.
+#pragma once
+
+#include <lomem/config.h>
+#include <lomem/ops/linear.h>
+#include <torch/nn/cloneable.h>
+#include <torch/nn/pimpl.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace lomem::nn {
+
+/// Options of RandomizedLinear: torch::nn::LinearOptions with those of RandomizedLinearArgs. One of `proj_dim` and
+/// `proj_dim_ratio` must be given.
+struct LOMEM_API RandomizedLinearOptions {
+  RandomizedLinearOptions(int64_t in_features, int64_t out_features);
+
+  TORCH_ARG(int64_t, in_features);
+  TORCH_ARG(int64_t, out_features);
+  TORCH_ARG(bool, bias) = true;
+  TORCH_ARG(std::string, matmul) = "gaussian";
+  TORCH_ARG(std::optional<int64_t>, proj_dim) = std::nullopt;
+  TORCH_ARG(std::optional<double>, proj_dim_ratio) = std::nullopt;
+  TORCH_ARG(std::optional<int64_t>, proj_dim_min) = std::nullopt;
+  TORCH_ARG(std::optional<int64_t>, proj_dim_max) = std::nullopt;
+};
+
+/// lomem::randomized_linear as a module, in place of torch::nn::Linear, with its parameters. In evaluation mode it is
+/// torch's linear layer.
+class LOMEM_API RandomizedLinearImpl : public torch::nn::Cloneable<RandomizedLinearImpl> {
+ public:
+  explicit RandomizedLinearImpl(RandomizedLinearOptions options);
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+  torch::Tensor forward(const torch::Tensor& input);
+
+  RandomizedLinearOptions options;
+  /// Of shape (out_features, in_features).
+  torch::Tensor weight;
+  /// Of shape (out_features); undefined where there is none.
+  torch::Tensor bias;
+};
+TORCH_MODULE(RandomizedLinear);
+
+}  // namespace lomem::nn

@@ -1,0 +1,174 @@
+// Gradients of the activations, from codes. Codes follow the memory order of the forward's output.
+#include "../autograd.h"
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "ops.h"
+
+namespace lomem::detail {
+namespace {
+
+/// The permutation that makes a dense tensor row-major, or nothing where it is already.
+std::vector<int64_t> memory_order(const at::Tensor& dense) {
+  // Sizes may be symbolic and depend on data. Where they leave it open whether the tensor is row-major, the strides are
+  // sorted: the order that comes out is right either way.
+  if (dense.is_contiguous_or_false()) {
+    return {};
+  }
+  const auto strides = dense.sym_strides();
+  std::vector<int64_t> order(strides.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
+  return order;
+}
+
+std::vector<int64_t> inverse(const std::vector<int64_t>& order) {
+  std::vector<int64_t> result(order.size());
+  for (size_t i = 0; i < order.size(); ++i) {
+    result[order[i]] = static_cast<int64_t>(i);
+  }
+  return result;
+}
+
+int64_t bits_of(size_t levels) {
+  int64_t bits = 0;
+  while ((size_t{1} << bits) < levels) {
+    ++bits;
+  }
+  return bits;
+}
+
+/// An activation whose derivative is levels[code]: codes are saved, and beside them the levels and, of the output, only
+/// how it lies in memory.
+template <class Function>
+struct FewBitFunction : torch::autograd::Function<Function> {
+  static constexpr bool is_traceable = true;
+
+  static void save(
+      AutogradContext* ctx, const at::Tensor& codes, const at::Tensor& output, const c10::List<double>& levels) {
+    ctx->save_for_backward({codes});
+    ctx->saved_data["levels"] = levels;
+    // (Row-major is not said: an entry costs more than a small activation.)
+    const std::vector<int64_t> order = memory_order(output);
+    if (!order.empty()) {
+      ctx->saved_data["order"] = order;
+    }
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const at::Tensor& grad_output = grad_outputs[0];
+    if (!grad_output.defined()) {
+      return {at::Tensor()};
+    }
+    // By differentiable operations, for gradients of gradients.
+    const at::Tensor codes = ctx->get_saved_variables()[0];
+    const std::vector<double> levels = ctx->saved_data["levels"].toDoubleVector();
+    const int64_t bits = bits_of(levels.size());
+    const auto saved_order = ctx->saved_data.find("order");
+    if (saved_order == ctx->saved_data.end()) {
+      return {ops::step_activation_backward(grad_output, codes, levels, bits)};
+    }
+    const std::vector<int64_t> order = saved_order->second.toIntVector();
+    return {ops::step_activation_backward(grad_output.permute(order), codes, levels, bits).permute(inverse(order))};
+  }
+};
+
+struct StepActivation : FewBitFunction<StepActivation> {
+  static constexpr const char* name = "StepActivationBackward";
+
+  static at::Tensor forward(
+      AutogradContext* ctx, const at::Tensor& input, std::string_view function, Doubles parameters, int64_t bits,
+      std::string_view criterion, const ResolvedSteps& steps, bool fast) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    // The step function is spelled out: compilers keep what they trace, and a later version of the library, whose
+    // tables may differ, must not meet the levels of this one with boundaries of its own.
+    auto [output, codes] = ops::step_activation_forward(
+        input, function, parameters, bits, criterion, Doubles(steps.steps.boundaries), Doubles(steps.steps.levels),
+        fast);
+    save(ctx, codes, output, steps.saved_levels);
+    return output;
+  }
+};
+
+at::Tensor step_activation_autograd(
+    const at::Tensor& input, std::string_view function, Doubles parameters, int64_t bits, std::string_view criterion,
+    OptionalDoubles boundaries, OptionalDoubles levels, bool fast) {
+  constexpr const char* op = ops::step_activation.name;
+  check_float_tensor(op, "input", input);
+  check_no_tangent(op, "input", input);
+  if (needs_grad(input)) {
+    const Activation& activation = find_activation(op, function, parameters);
+    const auto steps = resolve_steps(op, activation, parameters, {bits, criterion, boundaries, levels});
+    return apply_function<StepActivation>(input, function, parameters, bits, criterion, *steps, fast);
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return ops::step_activation(input, function, parameters, bits, criterion, boundaries, levels, fast);
+}
+
+struct HardActivation : FewBitFunction<HardActivation> {
+  static constexpr const char* name = "HardActivationBackward";
+
+  static at::Tensor forward(
+      AutogradContext* ctx, const at::Tensor& input, std::string_view function, Doubles parameters, const Band& band) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [output, codes] = ops::hard_activation_forward(input, function, parameters);
+    save(ctx, codes, output, {band.outside, band.inside});
+    return output;
+  }
+};
+
+at::Tensor hard_activation_autograd(const at::Tensor& input, std::string_view function, Doubles parameters) {
+  constexpr const char* op = ops::hard_activation.name;
+  check_float_tensor(op, "input", input);
+  check_no_tangent(op, "input", input);
+  if (needs_grad(input)) {
+    const Activation& activation = find_hard_activation(op, function, parameters);
+    const Band band = band_of(activation, parameters, input.scalar_type(), input.is_cuda());
+    return apply_function<HardActivation>(input, function, parameters, band);
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return ops::hard_activation(input, function, parameters);
+}
+
+/// grad_output -> grad_output * levels[codes] is linear and its own adjoint, so that it is its own backward pass.
+struct StepActivationBackward : torch::autograd::Function<StepActivationBackward> {
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(
+      AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& codes, Doubles levels, int64_t bits) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    ctx->save_for_backward({codes});
+    ctx->saved_data["levels"] = levels.vec();
+    ctx->saved_data["bits"] = bits;
+    return ops::step_activation_backward(grad_output, codes, levels, bits);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const at::Tensor codes = ctx->get_saved_variables()[0];
+    const std::vector<double> levels = ctx->saved_data["levels"].toDoubleVector();
+    return {
+        ops::step_activation_backward(grad_outputs[0], codes, levels, ctx->saved_data["bits"].toInt()), at::Tensor(),
+        at::Tensor(), at::Tensor()};
+  }
+};
+
+at::Tensor step_activation_backward_autograd(
+    const at::Tensor& grad_output, const at::Tensor& codes, Doubles levels, int64_t bits) {
+  check_no_tangent(ops::step_activation_backward.name, "grad_output", grad_output);
+  if (needs_grad(grad_output)) {
+    return StepActivationBackward::apply(grad_output, codes, levels, bits);
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return ops::step_activation_backward(grad_output, codes, levels, bits);
+}
+
+TORCH_LIBRARY_IMPL(lomem, Autograd, m) {
+  m.impl("step_activation", &step_activation_autograd);
+  m.impl("hard_activation", &hard_activation_autograd);
+  m.impl("step_activation_backward", &step_activation_backward_autograd);
+}
+
+}  // namespace
+}  // namespace lomem::detail

@@ -1,0 +1,360 @@
+// Activations on the CPU: tensors in, kernels on pointers out.
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/gelu_cpu_dispatch.h>
+#include <ATen/ops/silu_cpu_dispatch.h>
+#include <lomem/cpu/kernels.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "../checks.h"
+#include "../cpu/parallel.h"
+#include "fused.h"
+#include "ops.h"
+
+namespace lomem::detail {
+namespace {
+
+// Codes ---------------------------------------------------------------------------------------------------------------
+
+// (Past the dispatcher, which costs as much as a small activation.)
+at::Tensor empty_codes(int64_t n, int64_t bits) {
+  return at::Tensor(at::detail::empty_cpu({packed_bytes(n, static_cast<int>(bits))}, at::kByte));
+}
+
+/// Makes the codes of some elements: the same ones whatever the thread does with subnormal numbers.
+class Encoder {
+ public:
+  using Published = void (*)(DType, const void* x, int64_t n, uint8_t* packed);
+
+  /// `published`: the kernel of a step function that is known at compile time, null for other boundaries.
+  Encoder(Doubles boundaries, int64_t bits, Published published = nullptr)
+      : bits_(static_cast<int>(bits)), published_(published) {
+    if (published == nullptr) {
+      boundaries_ = filled_boundaries(boundaries, bits);
+    }
+  }
+
+  int bits() const {
+    return bits_;
+  }
+
+  /// Of x[0, n), which are elements `first` and following of all that are packed. `first`: a multiple of group_size.
+  void operator()(DType dtype, const void* x, int64_t first, int64_t n, uint8_t* packed) const {
+    const SubnormalsScope as_they_are(Subnormals::kept());
+    uint8_t* const target = packed + first / group_size * bits_;
+    if (published_ != nullptr) {
+      published_(dtype, x, n, target);
+    } else {
+      cpu::step_search_encode(dtype, x, n, boundaries_.data(), bits_, target);
+    }
+  }
+
+ private:
+  std::vector<double> boundaries_;
+  int bits_;
+  Published published_;
+};
+
+/// Calls encode(dtype, x, begin, count, packed) for ranges of `n` elements from `x` on.
+template <class Encode>
+void encode_all(const Encode& encode, at::ScalarType scalar_type, const void* x, int64_t n, uint8_t* packed) {
+  const DType dtype = to_dtype(scalar_type);
+  const auto size = static_cast<int64_t>(element_size(dtype));
+  parallel_over_elements(n, cache_line_elements, [&](int64_t begin, int64_t end) {
+    encode(dtype, static_cast<const char*>(x) + begin * size, begin, end - begin, packed);
+  });
+}
+
+at::Tensor step_codes_cpu(const at::Tensor& input, Doubles boundaries, int64_t bits) {
+  check_step_codes(input, boundaries, bits);
+  const at::Tensor source = input.contiguous();
+  at::Tensor codes = empty_codes(source.numel(), bits);
+  encode_all(
+      Encoder(boundaries, bits), source.scalar_type(), source.const_data_ptr(), source.numel(),
+      codes.mutable_data_ptr<uint8_t>());
+  return codes;
+}
+
+at::Tensor band_codes_cpu(const at::Tensor& input, double low, double high) {
+  check_band_codes(input, low, high);
+  const at::Tensor source = input.contiguous();
+  at::Tensor codes = empty_codes(source.numel(), 1);
+  const auto encode = [&](DType dtype, const void* x, int64_t first, int64_t n, uint8_t* packed) {
+    const SubnormalsScope as_they_are(Subnormals::kept());
+    cpu::band_encode(dtype, x, n, low, high, packed + first / group_size);
+  };
+  encode_all(
+      encode, source.scalar_type(), source.const_data_ptr(), source.numel(), codes.mutable_data_ptr<uint8_t>());
+  return codes;
+}
+
+// Values and codes in one pass ----------------------------------------------------------------------------------------
+
+// The torch op in tiles, so that the codes of a tile are made while it is in the cache: x is then read
+// from memory once. A tile must give the bits that one call gives. Most of torch's kernels evaluate
+// what is left over at the end of a thread's range by another formula, so that last bits depend on
+// where ranges end. What does not:
+//   - GELU of float32 and bfloat16 is oneDNN's, which treats every element alike (but not one alone);
+//   - SiLU of 16-bit types: the formulas differ by less than rounding shows, for all 65,536 inputs;
+//   - one thread: there is one range, and tiles that are multiples of every vector's length leave only
+//     its own end over.
+// Said of x86, where the tests look at them.
+
+struct Tiling {
+  bool with_threads;     // else with one thread only
+  int64_t largest_tile;  // in elements
+  int64_t least_input;   // smaller ones, which stay in the last cache, are faster whole
+};
+
+constexpr int64_t smallest_tile = int64_t{1} << 16;
+
+/// Tiles that the cache of a core holds.
+constexpr Tiling by_vectors(bool with_threads) {
+  return {with_threads, int64_t{1} << 17, int64_t{1} << 19};
+}
+
+/// Large ones: a call of oneDNN costs what some 30,000 elements cost.
+constexpr Tiling by_onednn{true, int64_t{1} << 19, int64_t{1} << 23};
+
+bool is_onednn(at::ScalarType dtype) {
+  return (dtype == at::kFloat || dtype == at::kBFloat16) && at::hasMKLDNN() && at::globalContext().userEnabledMkldnn();
+}
+
+// (Past the dispatcher.)
+
+struct GELUValues {
+  static Tiling tiling(at::ScalarType dtype) {
+    return is_onednn(dtype) ? by_onednn : by_vectors(false);
+  }
+  static at::Tensor value(const at::Tensor& input) {
+    return at::cpu::gelu(input, "none");
+  }
+  static void value_out(at::Tensor& output, const at::Tensor& input) {
+    at::cpu::gelu_out(output, input, "none");
+  }
+};
+
+struct GELUTanhValues {
+  static Tiling tiling(at::ScalarType /*dtype*/) {
+    return by_vectors(false);
+  }
+  static at::Tensor value(const at::Tensor& input) {
+    return at::cpu::gelu(input, "tanh");
+  }
+  static void value_out(at::Tensor& output, const at::Tensor& input) {
+    at::cpu::gelu_out(output, input, "tanh");
+  }
+};
+
+struct SiLUValues {
+  static Tiling tiling(at::ScalarType dtype) {
+    return by_vectors(dtype == at::kBFloat16 || dtype == at::kHalf);
+  }
+  static at::Tensor value(const at::Tensor& input) {
+    return at::cpu::silu(input);
+  }
+  static void value_out(at::Tensor& output, const at::Tensor& input) {
+    at::cpu::silu_out(output, input);
+  }
+};
+
+GELUValues values_of(Type<GELU> /*function*/) {
+  return {};
+}
+GELUTanhValues values_of(Type<GELUTanh> /*function*/) {
+  return {};
+}
+SiLUValues values_of(Type<SiLU> /*function*/) {
+  return {};
+}
+
+template <class Function>
+using Values = decltype(values_of(Type<Function>{}));
+
+bool may_tile([[maybe_unused]] const at::Tensor& input, [[maybe_unused]] const Tiling& tiling) {
+#if defined(LOMEM_X86_KERNELS)
+  if (!input.is_contiguous() || input.numel() < tiling.least_input) {
+    return false;
+  }
+  return tiling.with_threads || at::get_num_threads() == 1 || at::in_parallel_region();
+#else
+  return false;
+#endif
+}
+
+int64_t tile_elements(int64_t n, const Tiling& tiling) {
+  const int64_t several_a_thread = n / (4 * at::get_num_threads());
+  return std::clamp(several_a_thread, smallest_tile, tiling.largest_tile) / cache_line_elements * cache_line_elements;
+}
+
+/// A tensor with the strides of what torch's elementwise ops make of a dense `input`: theirs are not the input's where
+/// a dimension of one element has another stride.
+at::Tensor empty_result(const at::Tensor& input) {
+  if (input.is_contiguous()) {
+    return at::Tensor(at::detail::empty_cpu(input.sizes(), input.scalar_type()));
+  }
+  if (input.is_contiguous(at::MemoryFormat::ChannelsLast)) {
+    return at::empty_like(input, input.options(), at::MemoryFormat::ChannelsLast);
+  }
+  return at::empty_like(input);
+}
+
+/// A 1-D tensor of `count` elements at `data`, which somebody else owns.
+at::Tensor view_of(void* data, int64_t count, const at::Tensor& like) {
+  return at::from_blob(data, {count}, at::TensorOptions().dtype(like.scalar_type()));
+}
+
+template <class Function>
+std::tuple<at::Tensor, at::Tensor> forward_in_tiles(
+    const at::Tensor& input, const Tiling& tiling, const Encoder& encode) {
+  const int64_t n = input.numel();
+  const int64_t size = input.element_size();
+  const DType dtype = to_dtype(input.scalar_type());
+  at::Tensor output = empty_result(input);
+  at::Tensor codes = empty_codes(n, encode.bits());
+  const auto* x = static_cast<const char*>(input.const_data_ptr());
+  auto* y = static_cast<char*>(output.mutable_data_ptr());
+  auto* packed = codes.mutable_data_ptr<uint8_t>();
+
+  // The last tile takes what is left, so that none is short.
+  const int64_t tile_size = tile_elements(n, tiling);
+  const int64_t tiles = n / tile_size;
+  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t begin = tile * tile_size;
+      const int64_t count = tile + 1 == tiles ? n - begin : tile_size;
+      // (Not written to: there is no tensor of constant data.)
+      const at::Tensor source = view_of(const_cast<char*>(x + begin * size), count, input);
+      at::Tensor target = view_of(y + begin * size, count, input);
+      Values<Function>::value_out(target, source);
+      encode(dtype, x + begin * size, begin, count, packed);
+    }
+  });
+  return {output, codes};
+}
+
+/// The fast forward into `output`, and, where `codes` is not null, codes of the published step function. Returns false
+/// where there is no fast kernel.
+template <class Function>
+bool run_fast(const at::Tensor& input, at::Tensor& output, uint8_t* codes) {
+  const DType dtype = to_dtype(input.scalar_type());
+  const auto size = static_cast<int64_t>(element_size(dtype));
+  const auto* x = static_cast<const char*>(input.const_data_ptr());
+  auto* y = static_cast<char*>(output.mutable_data_ptr());
+  const bool stream = cpu::should_stream(input.nbytes());
+  // (Without elements: whether there is a kernel.)
+  if (!cpu::fast_forward<Function>(dtype, x, 0, y, nullptr, false)) {
+    return false;
+  }
+  parallel_over_elements(input.numel(), cache_line_elements, [&](int64_t begin, int64_t end) {
+    const SubnormalsScope as_they_are(Subnormals::kept());
+    cpu::fast_forward<Function>(
+        dtype, x + begin * size, end - begin, y + begin * size, codes == nullptr ? nullptr : codes + begin / 4, stream);
+  });
+  return true;
+}
+
+/// Strided inputs take the strict way, which knows what strides torch's results have.
+bool may_be_fast(const at::Tensor& input) {
+  return input.is_non_overlapping_and_dense();
+}
+
+template <class Function>
+std::tuple<at::Tensor, at::Tensor> fused_forward(
+    const at::Tensor& input, Doubles boundaries, int64_t bits, bool fast) {
+  const bool published = are_published_boundaries<Function>(boundaries);
+  const Encoder encode(boundaries, bits, published ? &cpu::step_encode<Function> : nullptr);
+  const int64_t n = input.numel();
+  if (fast && may_be_fast(input)) {
+    at::Tensor output = empty_result(input);
+    at::Tensor codes = empty_codes(n, bits);
+    auto* packed = codes.mutable_data_ptr<uint8_t>();
+    if (run_fast<Function>(input, output, published ? packed : nullptr)) {
+      if (!published) {
+        encode_all(encode, input.scalar_type(), input.const_data_ptr(), n, packed);
+      }
+      return {output, codes};
+    }
+  }
+  if (const Tiling tiling = Values<Function>::tiling(input.scalar_type()); may_tile(input, tiling)) {
+    return forward_in_tiles<Function>(input, tiling, encode);
+  }
+
+  // The torch op on the very tensor that came in: torch picks its kernel by strides, and kernels differ in last bits.
+  const at::Tensor output = Values<Function>::value(input);
+  // The output is dense, and has the input's strides if that is dense too; otherwise (sliced, expanded) the input is
+  // copied to the output's strides, so that one order serves both.
+  const at::Tensor dense = input.strides() == output.strides() ? input : at::empty_like(output).copy_(input);
+  at::Tensor codes = empty_codes(n, bits);
+  encode_all(encode, input.scalar_type(), dense.const_data_ptr(), n, codes.mutable_data_ptr<uint8_t>());
+  return {output, codes};
+}
+
+std::tuple<at::Tensor, at::Tensor> fused_activation_forward_cpu(
+    const at::Tensor& input, std::string_view function, Doubles boundaries, int64_t bits, bool fast) {
+  check_fused_forward(input, boundaries, bits);
+  return visit_fused(function, [&](auto type) {
+    return fused_forward<typename decltype(type)::type>(input, boundaries, bits, fast);
+  });
+}
+
+/// Where no gradient is needed: the same values as with one.
+at::Tensor step_activation_cpu(
+    const at::Tensor& input, std::string_view function, Doubles parameters, int64_t bits, std::string_view criterion,
+    OptionalDoubles boundaries, OptionalDoubles levels, bool fast) {
+  constexpr const char* op = ops::step_activation.name;
+  check_float_tensor(op, "input", input);
+  const Activation& activation = find_activation(op, function, parameters);
+  check_step_arguments(op, activation, {bits, criterion, boundaries, levels});
+  if (!activation.fused) {
+    return activation_value(activation, input, parameters);
+  }
+  return visit_fused(function, [&](auto type) {
+    using Function = typename decltype(type)::type;
+    if (fast && may_be_fast(input)) {
+      at::Tensor output = empty_result(input);
+      if (run_fast<Function>(input, output, nullptr)) {
+        return output;
+      }
+    }
+    return Values<Function>::value(input);
+  });
+}
+
+// Gradients -----------------------------------------------------------------------------------------------------------
+
+at::Tensor step_activation_backward_cpu(
+    const at::Tensor& grad_output, const at::Tensor& codes, Doubles levels, int64_t bits) {
+  check_step_backward(grad_output, codes, levels, bits);
+  const at::Tensor grad = grad_output.contiguous();
+  const at::Tensor packed_codes = codes.contiguous();
+  at::Tensor grad_input(at::detail::empty_cpu(grad.sizes(), grad.scalar_type()));
+
+  const DType dtype = to_dtype(grad.scalar_type());
+  const int64_t size = static_cast<int64_t>(element_size(dtype));
+  const auto* source = static_cast<const char*>(grad.const_data_ptr());
+  const auto* packed = packed_codes.const_data_ptr<uint8_t>();
+  auto* target = static_cast<char*>(grad_input.mutable_data_ptr());
+  const bool stream = cpu::should_stream(grad.nbytes());
+  parallel_over_elements(grad.numel(), cache_line_elements, [&](int64_t begin, int64_t end) {
+    cpu::step_decode_multiply(
+        dtype, source + begin * size, packed + begin / group_size * bits, levels.data(), static_cast<int>(bits),
+        end - begin, target + begin * size, stream);
+  });
+  return grad_input;
+}
+
+TORCH_LIBRARY_IMPL(lomem, CPU, m) {
+  m.impl("step_activation", &step_activation_cpu);
+  m.impl("fused_activation_forward", &fused_activation_forward_cpu);
+  m.impl("step_codes", &step_codes_cpu);
+  m.impl("band_codes", &band_codes_cpu);
+  m.impl("step_activation_backward", &step_activation_backward_cpu);
+}
+
+}  // namespace
+}  // namespace lomem::detail

@@ -1,0 +1,82 @@
+// What the autograd kernels share.
+#pragma once
+
+#include <ATen/FuncTorchTLS.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "op.h"
+
+namespace lomem::detail {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+inline bool requires_grad(const at::Tensor& tensor) {
+  return tensor.requires_grad();
+}
+
+inline bool requires_grad(const OptionalTensor& tensor) {
+  return has_tensor(tensor) && tensor->requires_grad();
+}
+
+/// Whether a call must record its backward pass. Where it need not, the op below autograd is
+/// called and nothing is kept.
+template <class... Tensors>
+bool needs_grad(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
+}
+
+/// Raises for a tensor with a forward-mode tangent, which would else be dropped in silence.
+inline void check_no_tangent(const char* op, const char* argument, const OptionalTensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !has_tensor(tensor) || !tensor->_fw_grad(/*level=*/0).defined(), op, ": ", argument,
+      " has a forward-mode tangent, expected none: forward-mode automatic differentiation is not supported");
+}
+
+using NodePointer = decltype(torch::autograd::Edge::function);
+
+/// The node of a torch::autograd::Function, with a name: torch's own demangles that of its type at every call.
+template <class F>
+struct FunctionNode : torch::autograd::CppNode<F> {
+  std::string name() const override {
+    return F::name;
+  }
+
+  /// (Nodes are std::shared_ptr's in older versions of torch.)
+  template <class Pointer = NodePointer>
+  static auto make() {
+    if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+      return std::shared_ptr<FunctionNode>(new FunctionNode, [](auto* node) { deleteNode(node); });
+    } else {
+      return c10::make_intrusive<FunctionNode>();
+    }
+  }
+};
+
+/// torch::autograd::Function::apply for functions of one tensor whose output is neither their input nor a view of it:
+/// what else that one looks after costs more than a small activation. F::backward gets an undefined gradient as it
+/// comes, and returns one gradient.
+template <class F, class... Args>
+at::Tensor apply_function(const at::Tensor& input, const Args&... args) {
+  const auto& functorch = at::functorch::functorchTLSAccessor();
+  if (functorch) {
+    functorch->checkSupportsCppAutogradFunction();
+  }
+  auto node = FunctionNode<F>::make();
+  node->set_ctx_grad_fn(node);
+  node->set_next_edges(torch::autograd::collect_next_edges(input));
+  node->is_variable_input_ = {true};
+  node->ctx_.set_materialize_grads(false);
+  const at::Tensor output = F::forward(&node->ctx_, input, args...);
+  torch::autograd::set_history(output, node);
+  node->save_variables_to_ctx();
+  return output;
+}
+
+}  // namespace lomem::detail

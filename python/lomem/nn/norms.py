@@ -1,0 +1,133 @@
+"""The norms as modules."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+
+__all__ = ["MSLayerNorm", "MSRMSNorm"]
+
+
+def _shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    # operator.index: any integer (numpy's too), and no float.
+    return tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (operator.index(normalized_shape),)
+
+
+def _repr(norm: MSLayerNorm | MSRMSNorm) -> str:
+    text = f"{norm.normalized_shape}, eps={norm.eps}, elementwise_affine={norm.elementwise_affine}"
+    return text if norm.output_dtype is None else text + f", output_dtype={norm.output_dtype}"
+
+
+class MSLayerNorm(nn.Module):
+    """Layer normalization that keeps its output for the backward pass.
+
+    Takes the arguments of :class:`torch.nn.LayerNorm`; ``elementwise_affine`` is off by default, as in
+    LowMemoryBP. See :func:`lomem.functional.ms_layer_norm`.
+
+    Args:
+        normalized_shape: The last dimensions of the input, or the last one as an int.
+        eps: Added to the variance.
+        elementwise_affine: Whether there is a weight (initially 1) and a bias (initially 0) of shape
+            ``normalized_shape``.
+        bias: With ``elementwise_affine``, whether there is a bias.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        output_dtype: Of the output; by default the autocast dtype where autocast is on, else that of
+            the input.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        output_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalized_shape = _shape(normalized_shape)
+        self.eps = eps
+        self.elementwise_affine = elementwise_affine
+        self.output_dtype = output_dtype
+        for name, present in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
+            parameter = torch.empty(self.normalized_shape, device=device, dtype=dtype) if present else None
+            self.register_parameter(name, None if parameter is None else nn.Parameter(parameter))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets weight to 1 and bias to 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns ``input`` normalized over its last dimensions."""
+        return F.ms_layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, dtype=self.output_dtype)
+
+    def extra_repr(self) -> str:
+        """Arguments, for ``repr``."""
+        return _repr(self) + f", bias={self.bias is not None}"
+
+
+class MSRMSNorm(nn.Module):
+    """RMS normalization that keeps its output for the backward pass.
+
+    Takes the arguments of :class:`torch.nn.RMSNorm`; ``elementwise_affine`` is off by default, as in
+    LowMemoryBP. See :func:`lomem.functional.ms_rms_norm`.
+
+    Args:
+        normalized_shape: The last dimensions of the input, or the last one as an int.
+        eps: Added to the mean square. By default, as in :class:`torch.nn.RMSNorm`, the machine
+            epsilon of the type computed in. (LowMemoryBP's default was 1e-5.)
+        elementwise_affine: Whether there is a weight of shape ``normalized_shape``, initially 1.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        output_dtype: Of the output; by default the autocast dtype where autocast is on, else that of
+            the input.
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        output_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalized_shape = _shape(normalized_shape)
+        self.eps = eps
+        self.elementwise_affine = elementwise_affine
+        self.output_dtype = output_dtype
+        parameter = torch.empty(self.normalized_shape, device=device, dtype=dtype) if elementwise_affine else None
+        self.register_parameter("weight", None if parameter is None else nn.Parameter(parameter))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets weight to 1."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns ``input`` normalized over its last dimensions."""
+        return F.ms_rms_norm(input, self.normalized_shape, self.weight, self.eps, dtype=self.output_dtype)
+
+    def extra_repr(self) -> str:
+        """Arguments, for ``repr``."""
+        return _repr(self)
