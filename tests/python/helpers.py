@@ -37,12 +37,18 @@ class Activation(NamedTuple):
     reference: Callable
 
 
+def paper_forward(function):
+    """The op that makes values and codes of the published step function."""
+    op = torch.ops.lomem.step_activation_forward.default
+    return lambda x, fast=False: op(x, function, [], 2, criterion="paper", fast=fast)
+
+
 ACTIVATIONS = {
     "regelu2": Activation(
         lomem.functional.regelu2,
         F.gelu,
         reference.REGELU2,
-        torch.ops.lomem.regelu2_forward.default,
+        paper_forward("gelu"),
         lomem.nn.ReGELU2,
         reference.regelu2,
     ),
@@ -50,7 +56,7 @@ ACTIVATIONS = {
         partial(lomem.functional.regelu2, approximate="tanh"),
         partial(F.gelu, approximate="tanh"),
         reference.REGELU2,
-        partial(torch.ops.lomem.regelu2_forward.default, approximate="tanh"),
+        paper_forward("gelu_tanh"),
         partial(lomem.nn.ReGELU2, approximate="tanh"),
         partial(reference.regelu2, approximate="tanh"),
     ),
@@ -58,7 +64,7 @@ ACTIVATIONS = {
         lomem.functional.resilu2,
         F.silu,
         reference.RESILU2,
-        torch.ops.lomem.resilu2_forward.default,
+        paper_forward("silu"),
         lomem.nn.ReSiLU2,
         reference.resilu2,
     ),

@@ -62,8 +62,8 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     for n in (1, 31, 33, 4097):
         x = values(n).to(dtype)
         grad = values(n).to(dtype)
-        for forward in (torch.ops.lomem.regelu2_forward, torch.ops.lomem.resilu2_forward):
-            codes = forward(x)[1]
+        for function in ("gelu", "silu"):
+            codes = torch.ops.lomem.step_activation_forward(x, function, [], 2, criterion="paper")[1]
             add(codes, torch.ops.lomem.step_activation_backward(grad, codes, [0.0, -0.05, 1.05, 1.0], 2))
     for bits in range(1, 9):
         codes = torch.randint(0, 2**bits, (1001,), generator=g, dtype=torch.uint8)
@@ -181,10 +181,14 @@ CODES_OF_SUBNORMALS = {
         for bits in range(2, 9)
     },
     "bands": lambda x: ops.band_codes(x, TINY[x.dtype][2], TINY[x.dtype][0]),
-    "regelu2": lambda x: ops.regelu2_forward(x)[1],
-    "regelu2-fast": lambda x: ops.regelu2_forward(x, fast=True)[1],
-    "resilu2": lambda x: ops.resilu2_forward(x)[1],
-    "resilu2-fast": lambda x: ops.resilu2_forward(x, fast=True)[1],
+    **{
+        f"{function}-{criterion}-{fast}": lambda x, function=function, criterion=criterion, fast=fast: (
+            ops.step_activation_forward(x, function, [], 2, criterion=criterion, fast=fast)[1]
+        )
+        for function in ("gelu", "gelu_tanh", "silu")
+        for criterion in ("paper", "derivative")
+        for fast in (False, True)
+    },
 }
 
 

@@ -30,8 +30,10 @@ def raises(message, kinds=(RuntimeError, ValueError)):
 def test_wrong_dtype_of_input(name):
     bad = WRONG_DTYPES[name]
     for op, call in {
-        "regelu2": lambda: LF.regelu2(bad),
-        "resilu2_forward": lambda: ops.resilu2_forward(bad),
+        "regelu2": lambda: ops.regelu2(bad),
+        "resilu2": lambda: ops.resilu2(bad),
+        "step_activation": lambda: LF.gelu(bad),
+        "fused_activation_forward": lambda: ops.fused_activation_forward(bad, "silu", [0.0], 1),
         "ms_layer_norm": lambda: LF.ms_layer_norm(bad, (8,)),
         "ms_rms_norm": lambda: LF.ms_rms_norm(bad, (8,)),
     }.items():
@@ -52,7 +54,7 @@ def test_wrong_dtype_of_input(name):
 
 
 def test_complex_input_with_gradient():
-    with raises(f"lomem::regelu2: input has dtype complex64, {FLOATS}"):
+    with raises(f"lomem::step_activation: input has dtype complex64, {FLOATS}"):
         LF.regelu2(WRONG_DTYPES["complex64"].clone().requires_grad_())
 
 
@@ -61,8 +63,10 @@ def test_other_layouts(requires_grad):
     sparse = torch.eye(4).to_sparse().requires_grad_(requires_grad)
     nested = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)]).requires_grad_(requires_grad)
     for op, call in {
-        "regelu2": LF.regelu2,
-        "resilu2": LF.resilu2,
+        "step_activation": LF.regelu2,
+        "hard_activation": LF.relu,
+        "regelu2": ops.regelu2,
+        "resilu2": ops.resilu2,
         "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (4,)),
         "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (4,)),
     }.items():
@@ -106,13 +110,12 @@ ROWS = FLOAT_VALUES[:, :1]
 # op -> arguments that it takes; tensors of them are exchanged one by one
 GOOD_ARGUMENTS = {
     "regelu2": (FLOAT_VALUES,),
-    "regelu2_forward": (FLOAT_VALUES,),
     "resilu2": (FLOAT_VALUES,),
-    "resilu2_forward": (FLOAT_VALUES,),
     "step_activation": (FLOAT_VALUES, "gelu", [], 3),
     "step_activation_forward": (FLOAT_VALUES, "gelu", [], 3),
     "hard_activation": (FLOAT_VALUES, "relu", []),
     "hard_activation_forward": (FLOAT_VALUES, "relu", []),
+    "fused_activation_forward": (FLOAT_VALUES, "gelu", [0.0], 1),
     "step_codes": (FLOAT_VALUES, [0.0], 1),
     "band_codes": (FLOAT_VALUES, 0.0, 1.0),
     "step_activation_backward": (FLOAT_VALUES, BYTE_VALUES[0], [0.0] * 4, 2),
@@ -251,9 +254,8 @@ def test_mixed_devices():
 
 def test_cuda_in_a_build_without_cuda():
     calls = {
-        "regelu2_forward": (X,),
-        "resilu2_forward": (X,),
         "step_activation_forward": (X, "gelu", [], 3),
+        "fused_activation_forward": (X, "gelu", [0.0], 1),
         "hard_activation_forward": (X, "relu", []),
         "step_codes": (X, [0.0], 1),
         "band_codes": (X, 0.0, 1.0),
@@ -287,12 +289,11 @@ def test_cuda_in_a_build_without_cuda():
 @pytest.mark.parametrize("approximate", ["", "Tanh", "exact"])
 def test_approximate(approximate):
     message = f"approximate is '{approximate}', expected 'none' or 'tanh'"
-    with raises(f"lomem::regelu2: {message}", ValueError):
-        LF.regelu2(X, approximate)
-    with raises(f"lomem::regelu2: {message}", ValueError):
-        LF.regelu2(X.clone().requires_grad_(), approximate)
-    with raises(f"lomem::regelu2_forward: {message}", ValueError):
-        ops.regelu2_forward(X, approximate=approximate)
+    for x in (X, X.clone().requires_grad_()):
+        with raises(f"lomem.functional.regelu2: {message}", ValueError):
+            LF.regelu2(x, approximate)
+        with raises(f"lomem::regelu2: {message}", ValueError):
+            ops.regelu2(x, approximate=approximate)
     with raises(f"lomem.nn.ReGELU2: {message}", ValueError):
         lomem.nn.ReGELU2(approximate)
 
@@ -609,13 +610,14 @@ boundaries = st.one_of(st.lists(floats, max_size=300), st.lists(st.floats(allow_
 optional_floats = st.one_of(st.none(), floats)
 ARGUMENTS = {
     "regelu2": st.tuples(tensors()),
-    "regelu2_forward": st.tuples(tensors()),
     "resilu2": st.tuples(tensors()),
-    "resilu2_forward": st.tuples(tensors()),
     "step_activation": family_arguments(),
     "step_activation_forward": family_arguments(),
     "hard_activation": hard_arguments(),
     "hard_activation_forward": hard_arguments(),
+    "fused_activation_forward": st.tuples(
+        tensors(), st.sampled_from(["gelu", "gelu_tanh", "silu", "mish"]), boundaries, widths
+    ),
     "step_codes": st.tuples(tensors(), boundaries, widths),
     "band_codes": st.tuples(tensors(), floats, floats),
     "step_activation_backward": step_arguments(),

@@ -39,21 +39,21 @@ def samples(device):
     _, rows, picked, _ = ops.randomized_linear_forward(x0, linear, None, seed, 2, matmul="crs")
     return {
         "regelu2": [((x,), {}), ((image,), {"approximate": "tanh"}), ((x0,), {})],
-        "regelu2_forward": [((x0,), {}), ((image0,), {"approximate": "tanh"})],
         "resilu2": [((x,), {}), ((image,), {}), ((x0,), {})],
-        "resilu2_forward": [((x0,), {}), ((image0,), {})],
         "step_activation": [
             ((x, "gelu", [], 3), {}),
             ((image, "softplus", [2.0, 5.0], 8), {"criterion": "derivative"}),
             ((x, "mish", [], 2), {"boundaries": [-1.0, 0.0, 1.0], "levels": [0.0, 0.1, 0.2, 1.0]}),
+            ((x, "silu", [], 2), {"criterion": "paper"}),
             ((x0, "elu", [0.5], 1), {}),
         ],
         "step_activation_forward": [((x0, "gelu_tanh", [], 3), {}), ((image0, "quick_gelu", [], 5), {})],
         "hard_activation": [((x, "relu", []), {}), ((image, "hardtanh", [-0.5, 0.5]), {}), ((x0, "relu6", []), {})],
         "hard_activation_forward": [((x0, "hardshrink", [0.3]), {}), ((image0, "leaky_relu", [0.2]), {})],
+        "fused_activation_forward": [((x0, "gelu", [-1.0, 0.5], 2), {}), ((image0, "silu", [0.0], 1), {"fast": False})],
         "step_codes": [((x0, [-1.0, 0.5], 2), {}), ((image0, [0.0], 7), {})],
         "band_codes": [((x0, -1.0, 0.5), {}), ((image0, 0.0, 9.0), {})],
-        "step_activation_backward": [((x, ops.resilu2_forward(x0)[1], [0.0, -0.1, 1.1, 1.0], 2), {})],
+        "step_activation_backward": [((x, ops.step_codes(x0, [-6.0, 0.0, 6.0], 2), [0.0, -0.1, 1.1, 1.0], 2), {})],
         "ms_layer_norm": [
             ((x, [6], weight, bias), {}),
             ((x, [4, 6]), {"eps": 1e-3}),
@@ -357,7 +357,7 @@ def test_forward_mode_of_weights_and_halves_raises(device):
         with pytest.raises(NotImplementedError, match="weight has a forward-mode tangent"):
             LF.ms_rms_norm(x, (6,), dual)
         with pytest.raises(NotImplementedError, match="forward AD"):
-            ops.resilu2_forward(forward_ad.make_dual(x, x))
+            ops.step_activation_forward(forward_ad.make_dual(x, x), "silu", [], 2)
 
 
 class Marked(torch.Tensor):
@@ -533,10 +533,8 @@ FUNCTIONS = {
     "step_activation": lambda x: LF.step_activation(x, quick_gelu, *STEPS),
     "step_activation-identity": lambda x: LF.step_activation(x, lambda x: x, *STEPS),
     "step_activation-view": lambda x: LF.step_activation(x, lambda x: x.view(x.shape), *STEPS),
-    "regelu2": LF.regelu2,
     "regelu2-tanh": lambda x: LF.regelu2(x, "tanh"),
     "regelu2-fast": lambda x: LF.regelu2(x, fast=True),
-    "resilu2": LF.resilu2,
     "resilu2-fast": lambda x: LF.resilu2(x, fast=True),
     "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (6,)),
     "ms_layer_norm-affine": lambda x: LF.ms_layer_norm(x, (6,), of_last((6,), x), of_last((6,), x, [3.0, 0.0, 9.0])),
@@ -555,9 +553,7 @@ MODULES = {
     },
     "Threshold": lambda: lomem.nn.Threshold(0.1, 0.2),
     "StepActivation": lambda: lomem.nn.StepActivation(quick_gelu, *STEPS),
-    "ReGELU2": lomem.nn.ReGELU2,
     "ReGELU2-fast": lambda: lomem.nn.ReGELU2("tanh", fast=True),
-    "ReSiLU2": lomem.nn.ReSiLU2,
     "ReSiLU2-inplace": lambda: lomem.nn.ReSiLU2(inplace=True),
     "MSLayerNorm": lambda: lomem.nn.MSLayerNorm(6),
     "MSLayerNorm-affine": lambda: lomem.nn.MSLayerNorm(6, elementwise_affine=True),
