@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from .. import memory
 from .. import nn as lnn
-from .terminal import console, plus_minus
 from .plotting import check_plot
+from .terminal import console, plus_minus
 
 BATCH = 64
 EPOCHS = 60

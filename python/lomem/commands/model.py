@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, conversion, memory
-from . import presets
-from .terminal import console, quiet, sentence
 from .._units import size
 from ..memory import StepPeak
+from . import presets
 from .plotting import check_folder, check_plot
+from .terminal import console, quiet, sentence
 
 try:
     from rich.progress import Progress
