@@ -182,9 +182,12 @@ def check_command(command: str) -> None:
         sought = arguments[arguments.index("-R") + 1]
         lists = [(ROOT / path).read_text(encoding="utf-8") for path in FILES if Path(path).name == "CMakeLists.txt"]
         assert any(re.search(rf"NAME \S*{sought}", text) for text in lists), f"ctest has no {sought}"
+    elif program == "python" and arguments[:1] == ["-m"]:
+        check_command(" ".join(arguments[1:]))
     elif program in ("python", "pytest"):
-        assert arguments
-        assert arguments[0] in FILES
+        paths = [word.partition("::")[0] for word in arguments if not word.startswith("-")]
+        assert paths
+        assert paths[0] in FILES or paths[0] in FOLDERS
     elif program == "lomem":
         sources = (ROOT / "python/lomem/commands/cli.py").read_text(encoding="utf-8")
         assert re.search(rf"add_parser\(\s*\"{arguments[0]}\"", sources), f"lomem has no command {arguments[0]}"
