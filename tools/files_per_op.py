@@ -27,6 +27,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,16 +58,24 @@ _OP = re.compile(r"(?<!#define )\bLOMEM_OP\(\s*(\w+)|\bm\.def\(\s*\"(\w+)\(")
 _HALVES = ("_forward", "_backward", "_weight_grad")
 
 
+def tracked(root: Path) -> list[str]:
+    """Paths of the files that git tracks; in a copy without git, of all files but those that it would ignore."""
+    listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True, check=False)
+    if listed.returncode == 0:
+        return sorted(path for path in listed.stdout.split("\0") if path and (root / path).is_file())
+    patterns = [".git/", *(root / ".gitignore").read_text(encoding="utf-8").split()]
+    paths = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+    return sorted(path.as_posix() for path in paths if not any(_ignores(pattern, path) for pattern in patterns))
+
+
+def _ignores(pattern: str, path: Path) -> bool:
+    parts = path.parts[:1] if pattern.startswith("/") else path.parts
+    return any(fnmatch(part, pattern.strip("/")) for part in parts)
+
+
 def sources(root: Path) -> dict[str, str]:
-    """The tracked sources, those of tools left out: path from the root and text."""
-    listed = subprocess.run(
-        ["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True, check=True
-    ).stdout.split("\0")
-    return {
-        path: (root / path).read_text(encoding="utf-8")
-        for path in sorted(filter(is_source, listed))
-        if (root / path).is_file()
-    }
+    """The tracked sources, those that tools write left out: path from the root and text."""
+    return {path: (root / path).read_text(encoding="utf-8") for path in filter(is_source, tracked(root))}
 
 
 def is_source(path: str) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import re
-import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +10,10 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from files_per_op import tracked  # noqa: E402
+
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 #: Words in backticks that name nothing in the repository. (What git ignores, a build makes.)
@@ -23,12 +27,7 @@ COMMANDS = ("cmake", "ctest", "lomem", "make", "pytest", "python")
 LANGUAGE = frozenset({"using", "struct", "class", "enum", "template", "constexpr", "def", "import", "int", "void"})
 
 
-def tracked() -> list[str]:
-    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True)
-    return [path for path in listed.stdout.split("\0") if path and (ROOT / path).is_file()]
-
-
-FILES = tracked()
+FILES = tracked(ROOT)
 FOLDERS = {str(parent) for path in FILES for parent in Path(path).parents}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = {

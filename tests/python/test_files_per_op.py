@@ -84,6 +84,14 @@ def test_sources_are_tracked_and_not_generated(texts):
     assert written == []
 
 
+def test_a_copy_without_git(tmp_path):
+    for path in (".gitignore", "cpp/a.cpp", "build/b.cpp", "tools/__pycache__/c.pyc", "demo.png", "docs/demo.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("/build/\n__pycache__/\n/demo.png\n", encoding="utf-8")
+    assert files_per_op.tracked(tmp_path) == [".gitignore", "cpp/a.cpp", "docs/demo.png"]
+    assert list(files_per_op.sources(tmp_path)) == ["cpp/a.cpp"]
+
+
 def test_a_count_by_another_way(texts):
     """Of a name of one word, by the words of all identifiers."""
     word = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
