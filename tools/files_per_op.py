@@ -54,7 +54,7 @@ GENERATED = (
 
 #: Names of lomem.functional.activations that are no activations.
 _OTHERS = ("step_function",)
-_OP = re.compile(r"(?<!#define )\bLOMEM_OP\(\s*(\w+)|\bm\.def\(\s*\"(\w+)\(")
+_OP = re.compile(r"^LOMEM_OP\(\s*(\w+)|^ *m\.def\(\s*\"(\w+)\(", re.MULTILINE)
 _HALVES = ("_forward", "_backward", "_weight_grad")
 
 

@@ -15,7 +15,8 @@ Public are
   methods, properties and fields. A module without `__all__` promises nothing but itself; of INTERNAL packages the
   modules are no promise either.
 - in C++, namespaces, types, functions, variables and macros that the headers in cpp/include/lomem declare, by name,
-  wherever they stand; `detail` and private members are left out. The headers themselves are names of their own.
+  wherever they stand, and what classes and aliases have from others of the library; `detail` and private members are
+  left out. The headers themselves are names of their own.
 - the ops of the dispatcher, with their schemas, and the options of the command `lomem`.
 
 Python names are those of the lomem that is installed, with its optional packages; C++ names those of the checkout.
@@ -149,12 +150,44 @@ _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def cpp_names(headers: list[Path]) -> dict[str, str]:
-    """What headers declare: all declarations of a name, with a semicolon between them."""
+    """What headers declare: all declarations of a name, with a semicolon between them; and what classes inherit."""
     found: dict[str, set[str]] = {}
     for header in headers:
         for name, declaration in declared(header.read_text(encoding="utf-8")):
             found.setdefault(name, set()).add(declaration)
-    return {name: "; ".join(sorted(declarations)) for name, declarations in found.items()}
+    while _inherit(found):
+        pass
+    public = {name: declarations for name, declarations in found.items() if "detail" not in name.split("::")}
+    return {name: "; ".join(sorted(declarations)) for name, declarations in public.items()}
+
+
+_ALIAS = re.compile(r"(?:template<.*> )?using \w+ = (?:typename )?([\w:]+)")
+_CLASS = re.compile(r"(?:template<.*> )?(?:class|struct) [^:]*(?<!:): ?(.*)")
+_BASE = re.compile(r"\bpublic ([\w:]+)")
+
+
+def _inherit(found: dict[str, set[str]]) -> bool:
+    """Gives aliases and classes the members of the library's classes that they stand for or derive from."""
+    new: dict[str, set[str]] = {}
+    for name, declarations in found.items():
+        scope = name.split("::")[:-1]
+        for declaration in declarations:
+            alias, record = _ALIAS.match(declaration), _CLASS.match(declaration)
+            for other in [alias[1]] if alias else _BASE.findall(record[1]) if record else []:
+                paths = ["::".join((*scope[:depth], other)) for depth in range(len(scope), -1, -1)]
+                path = next((path for path in paths if path in found and path != name), None)
+                if path is None:
+                    continue
+                for member in [member for member in found if member.startswith(f"{path}::")]:
+                    rest = member.removeprefix(f"{path}::")
+                    if rest.lstrip("~") == path.rpartition("::")[2]:
+                        if not alias:
+                            continue
+                        rest = rest.replace(rest.lstrip("~"), name.rpartition("::")[2])
+                    if f"{name}::{rest}" not in found:
+                        new.setdefault(f"{name}::{rest}", set()).update(found[member])
+    found |= new
+    return bool(new)
 
 
 def declared(text: str) -> Iterator[tuple[str, str]]:
@@ -165,7 +198,7 @@ def declared(text: str) -> Iterator[tuple[str, str]]:
         if "_DETAIL_" not in name:
             yield name, f"#define {macro}"
     tokens = _TOKEN.findall(_DIRECTIVE.sub("", text))
-    yield from (pair for pair in _Parser(tokens).scope(()) if "detail" not in pair[0].split("::"))
+    yield from _Parser(tokens).scope(())
 
 
 class _Parser:

@@ -146,7 +146,7 @@ namespace lomem::inner { void f(); }
 
 
 def test_declarations():
-    found = dict(public_names.declared(HEADER))
+    found = {name: text for name, text in public_names.declared(HEADER) if "::detail::" not in name}
     assert set(found) == {"LOMEM_A"} | {
         f"lomem::{name}"
         for name in (
@@ -159,6 +159,30 @@ def test_declarations():
     assert found["lomem::Kind"] == "enum class Kind : int"
 
 
+def test_members_are_inherited(tmp_path):
+    header = tmp_path / "a.h"
+    header.write_text(
+        "namespace lib {\n"
+        "template <class T> class Base { public: Base(); ~Base(); void f(T); private: int hidden; };\n"
+        "namespace detail { struct Own { int g(); }; }\n"
+        "namespace inner { class Derived : public Base<int>, public detail::Own { public: Derived(int); int h; }; }\n"
+        "class Hidden : Base<int> {};\n"
+        "using Alias = inner::Derived;\n"
+        "using Same = Base<long>;\n"
+        "}\n"
+    )
+    expected = {
+        "Base": ["Base", "~Base", "f"],
+        "inner::Derived": ["Derived", "f", "g", "h"],
+        "Alias": ["Alias", "f", "g", "h"],
+        "Same": ["Same", "~Same", "f"],
+        "Hidden": [],
+    }
+    names = {f"lib::{name}" for name in expected}
+    names |= {f"lib::{name}::{member}" for name, members in expected.items() for member in members}
+    assert public_names.cpp_names([header]).keys() == names
+
+
 def test_all_that_the_library_exports_is_found(names):
     """Another way to find functions of the interface: the macro, then the last word before a parenthesis."""
     for header in names["headers"]:
@@ -169,8 +193,10 @@ def test_all_that_the_library_exports_is_found(names):
 
 
 def test_all_ops_are_found(names):
-    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "cpp/src").rglob("*.cpp")]
-    defined = {f"lomem::{op}" for text in sources for op in re.findall(r"m\.def\(\s*\"(\w+)\(", text)}
+    paths = [path for path in (ROOT / "cpp/src").rglob("*") if path.suffix in (".cpp", ".def")]
+    definition = re.compile(r"^LOMEM_OP\(\s*(\w+)|^ *m\.def\(\s*\"(\w+)\(", re.MULTILINE)
+    found = [match for path in paths for match in definition.findall(path.read_text(encoding="utf-8"))]
+    defined = {f"lomem::{first or second}" for first, second in found}
     assert len(defined) > 20
     assert set(names["ops"]) == defined
 
