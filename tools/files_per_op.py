@@ -1,22 +1,22 @@
 """In how many source files an op or an activation stands: what adding one, or taking one away, touches.
 
     python tools/files_per_op.py                      # a table, and files that are too long
-    python tools/files_per_op.py --files regelu2      # the files of one
+    python tools/files_per_op.py --files NAME         # the files of one
     python tools/files_per_op.py --check              # exit 1 where a count or a file is over its limit
     python tools/files_per_op.py --write-ceilings     # write the counts that are over their limit into this file
 
 An op is one of the dispatcher: its `_forward`, `_backward` and the like count as it. An activation is a function of
-`lomem.functional.activations`. A file counts where the name stands in it in any spelling, as a word of an identifier:
-`quick_gelu`, `QuickGELU` and `quick_gelu_forward` are all quick_gelu; `ReGELU2` is not GELU. Counted are the tracked
+`lomem.functional.activations`. A file counts where the name stands in it in any spelling, as words of an identifier:
+`some_op`, `SomeOp2D` and `some_op_forward` are all some_op; `AwesomeOp` and `some_ops` are not. Counted are the tracked
 sources, and not what a tool writes.
 
 The limits are LIMIT_OF_OPS, LIMIT_OF_ACTIVATIONS and LIMIT_OF_LINES. What was over its limit when that was set has a
 ceiling in CEILINGS, which is to be lowered with the count, and so can only fall.
 
 Not limited are the names of EVERYDAY: torch has them, too, and tests, examples and benchmarks take them for a GELU or a
-ReLU as such, of torch or of lomem. Where they stand says little of how the library is made; the members of the family
-that nobody takes for an example (Mish, Softsign, Hardshrink, ...) are registered in the same places and tell it.
-`threshold` is not limited either: it is a word, and a parameter of softplus.
+ReLU as such, of torch or of lomem. Where they stand says little of how the library is made; the other members of the
+family are registered in the same places and tell it.
+`threshold` is not limited either: it is a word, and a parameter of another activation.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def stands_in(pattern: re.Pattern[str], text: str) -> bool:
 
 
 def _new_word(text: str, at: int) -> bool:
-    """Whether a capital letter begins a word of an identifier like `StepReGELU2Impl`."""
+    """Whether a capital letter begins a word of an identifier like `StepSomeOpImpl`."""
     if not text[at].isupper():
         return False
     return not text[at - 1].isupper() or text[at + 1 : at + 2].islower()

@@ -5,7 +5,7 @@
     python tools/public_names.py --against tools/public_names.json    # print what was removed, changed and added since
 
 The comparison exits with 1 where a name was removed that the section "Unreleased" of CHANGELOG.md does not mention, in
-full (`lomem.nn.ReGELU2`, `lomem::regelu2`, `lomem/ops.h`, `lomem bench --only`), elsewhere than under "Added". What is
+full (`lomem.nn.GELU`, `lomem::gelu`, `lomem/ops.h`, `lomem bench --only`), elsewhere than under "Added". What is
 inside a removed module, class or command is removed with it and needs no mention of its own. A name that moved is a
 removal, too.
 
