@@ -49,13 +49,12 @@ class Block(NamedTuple):
 def blocks(document: str) -> list[Block]:
     """What stands together in a document."""
     found: list[Block] = []
-    for i, part in enumerate(re.split(r"^```(.*)$", document, flags=re.MULTILINE)):
-        if i % 4 == 2:
-            language = re.split(r"^```(.*)$", document, flags=re.MULTILINE)[i - 1]
-            found.append(Block(part.strip("\n"), language))
-        elif i % 4 == 0:
-            starts = r"\n\n|\n(?=\| )|\n(?=- )|\n(?=\d+\. )"
-            found += [Block(" ".join(text.split()), None) for text in re.split(starts, part) if text.strip()]
+    # Prose, then a language and what is in its fence, then what stands behind the end, which is nothing, and again.
+    parts = re.split(r"^```(.*)$", document, flags=re.MULTILINE)
+    for prose in parts[::4]:
+        starts = r"\n\n|\n(?=\| )|\n(?=- )|\n(?=\d+\. )"
+        found += [Block(" ".join(text.split()), None) for text in re.split(starts, prose) if text.strip()]
+    found += [Block(text.strip("\n"), language) for language, text in zip(parts[1::4], parts[2::4], strict=True)]
     return found
 
 
