@@ -291,15 +291,15 @@ def plot(results: Results, path: str) -> None:
     dtypes = list(dict.fromkeys(record["dtype"] for record in records))
     threads = list(dict.fromkeys(record["threads"] for record in records))
     machine = results.machine
-    figure = Figure(figsize=(max(7.0, 3.4 * len(dtypes) + 0.6), 2.9 * len(threads) + 1.5), layout="constrained")
-    grid = figure.subplots(len(threads), len(dtypes), sharex=True, sharey="row", squeeze=False)
+    figure = Figure(figsize=(max(7.0, 3.0 * len(dtypes) + 0.6), 2.6 * len(threads) + 1.4), layout="constrained")
+    grid = figure.subplots(len(threads), len(dtypes), sharex=True, sharey=True, squeeze=False)
     for (row, count), (column, dtype) in itertools.product(enumerate(threads), enumerate(dtypes)):
         axes = grid[row][column]
         _draw(axes, [r for r in records if r["dtype"] == dtype and r["threads"] == count])
         _mark_caches(axes, machine, dtype)
         axes.set_title(_title(dtype, threads_name(count)), fontsize=10)
         if row == len(threads) - 1:
-            axes.set_xlabel("elements")
+            axes.set_xlabel("elements of the input")
         if column == 0:
             axes.set_ylabel("GB/s")
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -344,7 +344,9 @@ def _draw(axes: Axes, records: list[Record]) -> None:
     axes.set_xticks(shown, [count_name(size) for size in shown], minor=False)
     axes.xaxis.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
     axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 

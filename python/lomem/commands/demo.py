@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from .. import memory
 from .. import nn as lnn
-from .terminal import console, plus_minus
 from .plotting import check_plot
+from .terminal import console, plus_minus
 
 BATCH = 64
 EPOCHS = 60
@@ -227,15 +227,23 @@ def plot(results: dict[str, list[Result]], path: str) -> None:
     """Draws the three figures of the table as bars."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
     rows = figures(results)
     for axes, row in zip(figure.subplots(1, len(rows)), rows, strict=True):
         means, errors = zip(*(_mean_and_error(row.values[m]) for m in METHODS), strict=True)
-        bars = axes.bar(list(METHODS), means, yerr=errors if any(errors) else None, color=["#9aa0a6", "#1a73e8"])
-        axes.bar_label(bars, labels=[format(mean, row.form) for mean in means], padding=2)
-        axes.set_title(f"{row.name}\n{row.difference}", fontsize=9)
-        axes.margins(y=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
+        error_bars = {"yerr": errors, "capsize": 4} if any(errors) else {}
+        bars = axes.bar(list(METHODS), means, width=0.7, color=["0.65", "#0072B2"], **error_bars)
+        labels = [
+            f"{mean:{row.form}}" + (f" ± {e:{row.form}}" if e else "") for mean, e in zip(means, errors, strict=True)
+        ]
+        axes.bar_label(bars, labels=labels, padding=2)
+        axes.set_title(f"{row.name}\n{row.difference}", fontsize=10)
+        # The bars begin at 0, and their numbers stand above them.
+        axes.set_ylim(0, 1.15 * max(mean + error for mean, error in zip(means, errors, strict=True)))
+        axes.set_xlim(-0.5, 1.5)
+        axes.set_yticks([])
+        axes.tick_params(length=0)
+        axes.spines[["top", "left", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .plotting import check_folder, check_plot
 from ..fit import fit, report
 from ..fit._fit import CRITERIA
+from .plotting import check_folder, check_plot
 
 
 def _criteria(text: str | None) -> list[Any]:

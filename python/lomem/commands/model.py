@@ -12,7 +12,7 @@ import json
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, conversion, memory
-from . import presets
-from .terminal import console, quiet, sentence
 from .._units import size
 from ..memory import StepPeak
+from . import presets
 from .plotting import check_folder, check_plot
+from .terminal import console, quiet, sentence
 
 try:
     from rich.progress import Progress
@@ -342,7 +342,8 @@ def _paper(arguments: argparse.Namespace) -> int:
     if arguments.table is not None:
         Path(arguments.table).write_text(_markdown(names, results, list(_PAPER_METHODS)), encoding="utf-8")
     if arguments.plot is not None:
-        _plot_paper(names, results, arguments.plot)
+        saved = [{method: report.saved_bytes for method, report in reports.items()} for reports in results]
+        _plot_paper(names, saved, arguments.plot)
     terminal.print(_paper_table(names, results))
     return 0
 
@@ -386,24 +387,52 @@ def _markdown(names: Sequence[str], results: Sequence[dict[str, StepPeak]], meth
     return "\n".join(lines) + "\n"
 
 
-def _plot_paper(names: Sequence[str], results: Sequence[dict[str, StepPeak]], path: str) -> None:
+#: Marker and colour (Okabe and Ito's, which colour-blind readers tell apart) of what the picture shows beside plain.
+_PAPER_MARKERS = {
+    "activations": ("<", "#E69F00"),
+    "norms": (">", "#56B4E9"),
+    "lomem": ("o", "#0072B2"),
+    "no peft cast": ("D", "#009E73"),
+    "checkpoint": ("s", "#CC79A7"),
+}
+
+
+def _plot_paper(names: Sequence[str], saved: Sequence[Mapping[str, int]], path: str) -> None:
+    """Draws a row a setting, grouped by models: what each method saves for the backward pass, in percent of plain."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 0.75 * len(names) + 1.2), layout="constrained")
+    models = [name.split(",")[0] for name in names]
+    groups = list(dict.fromkeys(models))
+    # Rows of a model stand together, half a row apart from those of the next.
+    order = sorted(range(len(names)), key=lambda i: groups.index(models[i]))
+    places = [row + 0.5 * groups.index(models[i]) for row, i in enumerate(order)]
+    figure = Figure(figsize=(8, 0.26 * (places[-1] + 1) + 1), layout="constrained")
     axes = figure.subplots()
-    shown = [method for method in _PAPER_METHODS if method != "one-cast"]
-    colors = dict(zip(shown, ["0.6", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7"], strict=True))
-    height = 0.85 / len(shown)
-    for i, method in enumerate(shown):
-        rows = [(y, reports) for y, reports in enumerate(results) if method in reports]
-        shares = [100 * r[method].saved_bytes / r["plain"].saved_bytes for _, r in rows]
-        positions = [y + (i - (len(shown) - 1) / 2) * height for y, _ in rows]
-        axes.barh(positions, shares, height, label=_PAPER_NAMES[method], color=colors[method])
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("saved for the backward pass, % of plain (estimated)")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(shown), frameon=False, fontsize=8)
+    for method, (marker, color) in _PAPER_MARKERS.items():
+        points = [
+            (100 * saved[i][method] / saved[i]["plain"], place)
+            for i, place in zip(order, places, strict=True)
+            if method in saved[i]
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            hollow = "none" if method == "no peft cast" else color  # may lie upon another
+            axes.scatter(x, y, 36, marker=marker, edgecolors=color, facecolors=hollow, label=_PAPER_NAMES[method])
+    axes.set_xlim(0, 100)
+    axes.set_ylim(places[-1] + 0.7, -0.7)
+    axes.set_yticks(places, [names[i] for i in order], fontsize=9)
+    sizes = axes.secondary_yaxis("right")
+    sizes.set_yticks(places, [size(saved[i]["plain"]) for i in order], fontsize=9)
+    sizes.tick_params(length=0)
+    figure.supxlabel(
+        "saved for the backward pass, % of what plain training saves (on the right); estimated", fontsize=10
+    )
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    for spines in (axes.spines, sizes.spines):
+        spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    figure.legend(loc="outside upper center", ncols=len(_PAPER_MARKERS), frameon=False, fontsize=9, handletextpad=0.1)
     figure.savefig(path, dpi=150)
 
 

@@ -46,7 +46,9 @@ def _import(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        raise ImportError(f"lomem.commands.presets needs the package {error.name}: pip install 'lomem[models]'") from error
+        raise ImportError(
+            f"lomem.commands.presets needs the package {error.name}: pip install 'lomem[models]'"
+        ) from error
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
+from .._encoding import encodes
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -19,7 +21,6 @@ __all__ = [
     "INTERRUPTED",
     "PIPE_CLOSED",
     "console",
-    "encodes",
     "plus_minus",
     "quiet",
     "readable",
@@ -42,16 +43,6 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error(_HANDLER, _spell)
-
-
-def encodes(text: str, stream: Any = None) -> bool:
-    """Whether a stream, by default the standard output, takes a text."""
-    stream = sys.stdout if stream is None else stream
-    try:
-        text.encode(getattr(stream, "encoding", None) or "utf-8")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
 
 
 def plus_minus() -> str:

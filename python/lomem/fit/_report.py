@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,7 +115,7 @@ class FidelityReport(Report):
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError(f"plot() needs the package {error.name}: pip install 'lomem[fit]'") from error
-        figure = Figure(figsize=(11, 4), layout="constrained")
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
         if self._function is None:
             _draw_layers(figure, self.rows)
         else:
@@ -128,8 +129,14 @@ def _draw_layers(figure: Any, rows: dict[str, Fidelity]) -> None:
     axes.bar(places - 0.2, [abs(row.bias) for row in rows.values()], 0.4, label="|bias|", color="#D55E00")
     axes.bar(places + 0.2, [row.deviation for row in rows.values()], 0.4, label="deviation", color="#0072B2")
     axes.set_xticks(places, list(rows), rotation=45, ha="right", fontsize=7)
+    axes.set_xlim(-0.6, len(rows) - 0.4)
     axes.set_ylabel("relative to the root mean square")
+    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+
+
+#: Okabe and Ito's colours, which colour-blind readers tell apart.
+_COLORS = ("#0072B2", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7")
 
 
 def _draw_function(figure: Any, name: str, function: Function, curves: dict[str, StepFunction]) -> None:
@@ -137,19 +144,24 @@ def _draw_function(figure: Any, name: str, function: Function, curves: dict[str,
     x = np.linspace(-ends, ends, 4001)
     h, slope = function.asymptote(x) + function.rest(x), function.slope(x)
     left, middle, right = figure.subplots(1, 3)
-    left.plot(x, h, color="black", linewidth=1)
-    left.set_title(name, fontsize=10)
-    middle.plot(x, slope, color="black", linewidth=1)
-    middle.set_title("derivative and steps", fontsize=10)
-    right.set_title("h less the primitive of the steps", fontsize=10)
-    for label, steps in curves.items():
-        middle.plot(x, steps.derivative(x), linewidth=1, label=label)
+    left.plot(x, h, color="black", linewidth=1.2, label="exact")
+    left.set_title(name, fontsize=11)
+    middle.plot(x, slope, color="black", linewidth=1.2)
+    middle.set_title(f"derivative of {name}, and steps", fontsize=11)
+    right.axhline(0, color="black", linewidth=1.2)
+    right.set_title(f"{name} less the steps' primitive", fontsize=11)
+    for (label, steps), color in zip(curves.items(), itertools.cycle(_COLORS)):
+        middle.plot(x, steps.derivative(x), color=color, linewidth=1.2, label=label)
         # From the same value at the left end.
         primitive = steps.primitive(x)
-        right.plot(x, h - primitive - (h[0] - primitive[0]), linewidth=1, label=label)
+        right.plot(x, h - primitive - (h[0] - primitive[0]), color=color, linewidth=1.2)
     for axes in (left, middle, right):
+        axes.set_xlim(-ends, ends)
+        axes.set_xlabel("x")
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    middle.legend(frameon=False, fontsize=7)
+    figure.legend(loc="outside lower center", ncols=min(5, 1 + len(curves)), frameon=False)
 
 
 def report(

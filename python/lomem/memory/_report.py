@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..commands.terminal import encodes
+from .._encoding import encodes
 from .._units import size, unit_of
 
 if TYPE_CHECKING:
