@@ -30,7 +30,7 @@ function(lomem_cmake_architectures result)
 endfunction()
 
 if(CMAKE_CUDA_ARCHITECTURES MATCHES "^[0-9]")
-  # The builder's choice of architectures wins; LOMEM_CUDA_ARCHS only displays it.
+  # The builder's choice of architectures wins; LOMEM_CUDA_ARCHS only reports it.
   foreach(arch IN LISTS CMAKE_CUDA_ARCHITECTURES)
     string(REGEX REPLACE "^([0-9]+)([0-9][af]?)(-real|-virtual)?$" "\\1.\\2" number "${arch}")
     if(arch MATCHES "-real$")

@@ -162,8 +162,8 @@ LOMEM_HOST_DEVICE constexpr T from_double(double x) {
   }
 }
 
-/// The largest value of a 16-bit T that is not above x. For every t of type T, t > x if and only if t >
-/// largest_not_above(x).
+/// The largest value of a 16-bit T that is not above x. For every t of type T, t > x if and only if
+/// t > largest_not_above(x).
 template <class T>
 LOMEM_HOST_DEVICE constexpr T largest_not_above(float x) {
   const T nearest = from_compute<T>(x);

@@ -1,8 +1,8 @@
 // k-bit codes, k = 1..8, packed into bytes.
 //
-// Layout: element i occupies bits [k*i, k*i + k) of a little-endian bit stream, in which bit b is bit b % 8 of byte b /
-// 8. For k = 2, that is bits [2*(i%4), 2*(i%4) + 1] of byte i/4. n codes take ceil(k*n / 8) bytes; padding bits of the
-// last byte are 0.
+// Layout: element i occupies bits [k*i, k*i + k) of a little-endian bit stream, in which bit b is bit b % 8 of
+// byte b / 8. For k = 2, that is bits [2*(i%4), 2*(i%4) + 1] of byte i/4. n codes take ceil(k*n / 8) bytes; padding
+// bits of the last byte are 0.
 //
 // Eight codes take exactly k bytes, so a group of eight starts on a byte boundary for every k: ranges that begin at a
 // multiple of `group_size` can be packed and unpacked independently.

@@ -142,8 +142,8 @@ struct BlockGroup {
   template <int count, class Phase>
   __device__ auto sum(const Phase& phase) {
     static_assert(count <= 2);
-    // Alternating between two buffers saves a barrier per sum: a thread that is done reading one buffer has passed the
-    // barrier of the other.
+    // Two buffers are used in turn, so that one barrier per sum is enough: a thread that reads one buffer has passed
+    // the barrier of the other.
     __shared__ Sums<C, 2> buffers[2][warp_size];
     const int thread = static_cast<int>(threadIdx.x);
     auto sums = warp_sum(phase(thread, state));

@@ -18,8 +18,8 @@
 
 namespace lomem::cuda {
 
-/// How the elements of a row are distributed: in vectors of `width` elements, where vector k of thread t is vector k *
-/// threads + t of the row. The number of columns is a multiple of `width`. A thread keeps `vectors` vectors in
+/// How the elements of a row are distributed: in vectors of `width` elements, where vector k of thread t is vector
+/// k * threads + t of the row. The number of columns is a multiple of `width`. A thread keeps `vectors` vectors in
 /// registers or, if vectors = 0, none: it then reads the row again in each phase.
 template <class C_, int width_, int vectors_>
 struct Tiling {
@@ -615,7 +615,7 @@ struct AddStripsBody {
   std::int64_t blocks() const {
     return (cols + columns - 1) / columns;
   }
-  /// Thread group p (of `parts`) adds strips p, p + parts, ... of eight columns.
+  /// Part p of the threads adds strips p, p + parts, ... of eight columns.
   LOMEM_HOST_DEVICE void prepare(std::int64_t block, int thread, Shared& shared) const {
     const std::int64_t column = block * columns + thread % columns;
     C sum = 0;

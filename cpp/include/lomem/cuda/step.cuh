@@ -102,8 +102,8 @@ LOMEM_HOST_DEVICE inline std::uint64_t encode_pairs(const Vector<T, 8>& x) {
   constexpr T c1 = largest_not_above<T>(static_cast<float>(Step::boundary(0)));
   constexpr T c2 = largest_not_above<T>(static_cast<float>(Step::boundary(1)));
   constexpr T c3 = largest_not_above<T>(static_cast<float>(Step::boundary(2)));
-  // Element 0 uses bits 0 and 1 of the low half, element 1 uses bits 2 and 3 of the high half; pair p is shifted by 4 *
-  // p bits.
+  // Element 0 uses bits 0 and 1 of the low half, element 1 uses bits 2 and 3 of the high half; pair p is shifted by
+  // 4 * p bits.
   constexpr std::uint32_t low_bits = 0x00040001u;
   constexpr std::uint32_t high_bits = low_bits << 1;
   std::uint32_t halves = 0;

@@ -1,7 +1,7 @@
 // Activations that save a few bits per element for the backward pass. Their results match torch's bit for bit in every
 // dtype and layout; they are differentiable and the same ops as torch.ops.lomem in Python.
 //
-// Every function raises c10::Error that names the op, the argument, its value and the expected value.
+// Every function throws a c10::Error that names the op, the argument, its value and the expected value.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,7 +22,7 @@ namespace lomem {
 
 /// How many bits per element an activation saves, and which step function approximates its derivative.
 struct LOMEM_API FewBit {
-  /// 1 to 8. ceil(bits * numel / 8) bytes are saved for backward.
+  /// 1 to 8; ceil(bits * numel / 8) bytes are saved for backward.
   int64_t bits = 3;
   /// "derivative", "primitive" or "paper"; see step_function.
   std::string criterion = "derivative";
@@ -131,7 +131,7 @@ inline at::Tensor hardswish(const at::Tensor& input, const FewBit& few_bit = {})
   return detail::few_bit_activation(input, "hardswish", {}, few_bit);
 }
 
-// The functions of LowMemoryBP: 2 bits per element, with the step functions of arXiv:2406.16282.
+// Functions named as in LowMemoryBP: 2 bits per element, with the step functions of arXiv:2406.16282.
 
 /// gelu with criterion "paper".
 inline at::Tensor regelu2(const at::Tensor& input, std::string_view approximate = "none", bool fast = false) {

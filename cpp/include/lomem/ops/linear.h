@@ -1,7 +1,7 @@
 // The linear layer with an estimated weight gradient. It is differentiable, and the same op as in torch.ops.lomem in
 // Python.
 //
-// Every function raises c10::Error that names the op, the argument, its value and the expected value.
+// Every function throws a c10::Error that names the op, the argument, its value and the expected value.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,7 +1,7 @@
-// Norms that save their output, which the next linear layer saves anyway. They are differentiable, and the same ops as
-// torch.ops.lomem in Python.
+// Norms that save their output for backward, which the next linear layer saves anyway. They are differentiable, and the
+// same ops as torch.ops.lomem in Python.
 //
-// Every function raises c10::Error that names the op, the argument, its value and the expected value.
+// Every function throws a c10::Error that names the op, the argument, its value and the expected value.
 #pragma once
 
 #include <ATen/core/Tensor.h>

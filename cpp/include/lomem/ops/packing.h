@@ -1,6 +1,6 @@
 // Packing of codes of 1 to 8 bits into bytes. These are the same ops as torch.ops.lomem in Python.
 //
-// Every function raises c10::Error that names the op, the argument, its value and the expected value.
+// Every function throws a c10::Error that names the op, the argument, its value and the expected value.
 #pragma once
 
 #include <ATen/core/Tensor.h>

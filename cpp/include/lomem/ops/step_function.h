@@ -10,7 +10,7 @@
 namespace lomem {
 
 /// Defines the gradient grad_output * levels[#{i : x > boundaries[i]}]. `boundaries` must be ascending; `levels` has
-/// one more entry, at most 256. ceil(log2(levels.size())) bits are saved per element.
+/// one more entry, at most 256. ceil(log2(levels.size())) bits per element are saved for backward.
 struct LOMEM_API StepFunction {
   std::vector<double> boundaries;
   std::vector<double> levels;
