@@ -482,7 +482,7 @@ class TestNorms:
         name = f"lomem::{op.__name__}_backward"
         with raises(f"{name}: grad_output has shape [3, 8], expected [4, 8], the shape of output"):
             call(grad=X[:3])
-        with raises(f"{name}: rstd has 3 elements, expected 4, one a row"):
+        with raises(f"{name}: rstd has 3 elements, expected 4, one per row"):
             call(rstd=rstd[:3])
         with raises(f"{name}: rstd has dtype float32, expected float64 for input_dtype float64"):
             call(dtype=torch.float64)
