@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from .forms import NormForm, NotRecognized
+from .kinds import Kind, ResultDtype
 from .norm_probe import (
     BF16,
     CPU,
@@ -55,7 +56,8 @@ def _forms(probe: Probe) -> Iterator[NormForm]:
     for centred in (False, True):
         for gamma, one_plus in gammas:
             for beta in (None, *(name for name in names if name != gamma)):
-                yield NormForm(centred, gamma, one_plus, beta, 0.0, probe.shape, probe.axis, (probe.rank,), "", "")
+                shape, ranks, unknown = probe.shape, (probe.rank,), ResultDtype.INPUT
+                yield NormForm(centred, gamma, one_plus, beta, 0.0, shape, probe.axis, ranks, unknown, unknown)
 
 
 def _ordinarily(probe: Probe) -> NormForm:
@@ -296,22 +298,23 @@ def _is_gradient(
     return all(close(g, e, relative) for g, e in zip(grads[1:], expected[1:], strict=True))
 
 
-_RULES = {
-    "input": lambda s: s.input,
-    "weight": lambda s: s.weight,
-    "promote": lambda s: torch.promote_types(s.input, s.weight),
-    "float32": lambda s: F32,
-    "autocast": lambda s: BF16,
+_RULES: dict[ResultDtype, Callable[[Setting], torch.dtype]] = {
+    ResultDtype.INPUT: lambda s: s.input,
+    ResultDtype.WEIGHT: lambda s: s.weight,
+    ResultDtype.PROMOTE: lambda s: torch.promote_types(s.input, s.weight),
+    ResultDtype.FLOAT32: lambda s: F32,
+    ResultDtype.AUTOCAST: lambda s: BF16,
 }
 
 
-def _dtype_rule(seen: Mapping[Setting, torch.dtype], autocast: bool) -> str:
+def _dtype_rule(seen: Mapping[Setting, torch.dtype], autocast: bool) -> ResultDtype:
     """How the result's dtype follows from those of input and weight."""
     # Of float64 too, if nothing is cast.
     relevant = {s: d for s, d in seen.items() if s.autocast == autocast and s.input != F64}
-    for name, rule in _RULES.items():
-        if (autocast or name != "autocast") and relevant and all(rule(s) == d for s, d in relevant.items()):
-            return name
+    for where, rule in _RULES.items():
+        possible = relevant and (autocast or where is not ResultDtype.AUTOCAST)
+        if possible and all(rule(s) == d for s, d in relevant.items()):
+            return where
     raise Refused("the dtype of its result follows no known rule")
 
 
@@ -333,11 +336,11 @@ def _try(probe: Probe) -> NormForm | NotRecognized:
     try:
         form = _ordinarily(probe)
     except _Far as error:
-        return NotRecognized(error.reason, near=False, kind="norm")
+        return NotRecognized(error.reason, near=False, kind=Kind.NORM)
     try:
         return _recognized(probe, form)
     except Refused as error:
-        return NotRecognized(error.reason, near=True, kind="norm")
+        return NotRecognized(error.reason, near=True, kind=Kind.NORM)
 
 
 def _normalizes_samples(probe: Probe) -> bool:
@@ -415,11 +418,11 @@ def recognize_norm(module: nn.Module, input_shapes: Sequence[Sequence[int]] = ()
         reason = _refusal(module)
         shape = _shape(module, input_shapes) if reason is None else reason
         if isinstance(shape, str):
-            return NotRecognized(shape, near=False, kind="norm")
+            return NotRecognized(shape, near=False, kind=Kind.NORM)
         with quietly() as generator:
             return _recognize(module, shape, input_shapes, generator)
     except Exception as error:  # of a module that is like no other
-        return NotRecognized(f"it cannot be run by itself ({type(error).__name__})", near=False, kind="norm")
+        return NotRecognized(f"it cannot be run by itself ({type(error).__name__})", near=False, kind=Kind.NORM)
 
 
 def _recognize(
@@ -428,7 +431,7 @@ def _recognize(
     ranks = sorted({len(s) for s in input_shapes}) or [len(shape) + 1]
     axes = [axis for axis in (-1, 1) if all(_fits(shape, axis, s) for s in input_shapes)]
     reason = "its parameters have another shape than those of a norm of its input"
-    refused = NotRecognized(reason, near=False, kind="norm")
+    refused = NotRecognized(reason, near=False, kind=Kind.NORM)
     for axis in axes if len(shape) == 1 else axes[:1]:
         probes = [Probe(module, shape, axis, rank, generator) for rank in ranks if axis == -1 or rank > 2]
         tried = [_try(probe) for probe in probes or [Probe(module, shape, axis, 4, generator)]]
@@ -443,7 +446,7 @@ def _recognize(
             continue
         if any(replace(form, ranks=()) != replace(forms[0], ranks=()) for form in forms):
             reason = "it computes other things of inputs with other numbers of dimensions"
-            return NotRecognized(reason, near=True, kind="norm")
+            return NotRecognized(reason, near=True, kind=Kind.NORM)
         return replace(forms[0], ranks=tuple(form.ranks[0] for form in forms))
     rank = max(ranks)
     if 1 in axes or (input_shapes and len(input_shapes[0]) > 2 and not own_tensors(module)):

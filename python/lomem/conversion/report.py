@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .._units import size
+from .kinds import Action, Kind, Text
 
 __all__ = ["Decision", "Report"]
 
@@ -18,19 +19,20 @@ class Decision:
 
     Attributes:
         name: Qualified name of the module.
-        kind: ``"norm"``, ``"activation"`` or ``"call"`` (of ``F.gelu`` or ``F.silu`` in the module's forward).
+        kind: What it is about: ``"norm"``, ``"activation"`` or ``"call"`` (of ``F.gelu`` or ``F.silu`` in the module's
+            forward).
         module: Name of the module's class.
         computes: What it was recognized as.
-        action: ``"2bit"`` or so, ``"inverted"``, ``"two outputs"``, ``"normalized"`` or ``"left"``.
+        action: What was done: ``"2bit"`` or so, ``"inverted"``, ``"two outputs"``, ``"normalized"`` or ``"left"``.
         reason: In a few words.
         saved_bytes: By how many bytes of the example run less is kept; 0 where left or where nothing was run.
     """
 
     name: str
-    kind: str
+    kind: Kind
     module: str
     computes: str
-    action: str
+    action: Action
     reason: str
     saved_bytes: int = 0
 
@@ -58,16 +60,16 @@ class Report:
     @property
     def converted(self) -> tuple[Decision, ...]:
         """What was changed."""
-        return tuple(d for d in self.decisions if d.action != "left")
+        return tuple(d for d in self.decisions if d.action is not Action.LEFT)
 
     @property
     def left(self) -> tuple[Decision, ...]:
         """What was not."""
-        return tuple(d for d in self.decisions if d.action == "left")
+        return tuple(d for d in self.decisions if d.action is Action.LEFT)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self)
+        return asdict(self, dict_factory=lambda items: {k: str(v) if isinstance(v, Text) else v for k, v in items})
 
     def to_json(self) -> str:
         """As JSON."""
@@ -101,7 +103,7 @@ class Report:
             result.add_column(heading, justify="right" if heading in ("number", "size") else "left", overflow="fold")
         for d, number, nbytes in rows:
             saved = size(-nbytes) if nbytes else ""
-            result.add_row(d.name or "(the model)", str(number), d.module, d.computes, d.action, saved, d.reason)
+            result.add_row(d.name or "(the model)", str(number), d.module, d.computes, str(d.action), saved, d.reason)
         return result
 
     def _summary(self) -> list[str]:

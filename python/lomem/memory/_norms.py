@@ -12,16 +12,14 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .._trace.handover import offered
-from .._trace.recorder import Op, Recorder, Storage, hook_after
+from .._trace.hooks import hook_after
+from .._trace.keeps import COPIES, DROPOUTS, saves_operands
+from .._trace.recorder import Op, Recorder, Storage
 from ..nn import MSLayerNorm, MSRMSNorm
 from ._report import dtype_name
 from ._run import tensors_in
 
 _NORMS = (MSLayerNorm, MSRMSNorm, nn.LayerNorm, nn.RMSNorm)
-#: Ops that keep an operand where the other one needs a gradient.
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "_convolution", "mkldnn_linear")
-_COPIES = ("_to_copy", "clone")
-_DROPOUTS = ("native_dropout", "_fused_dropout")
 
 
 @dataclass
@@ -149,13 +147,13 @@ class _Explain:
             why: list[str] = []
             if isinstance(module, _DropoutNd):
                 why = [f"the dropout `{where}` is between"]
-            elif _name(op) in _DROPOUTS or any(s in self._random for s in op.inputs):
+            elif op.func._overloadpacket in DROPOUTS or any(s in self._random for s in op.inputs):
                 why = [f"a dropout in `{where}` is between"]
-            elif _name(op) in _COPIES:
+            elif op.func._overloadpacket in COPIES:
                 why = list(self._copy(storage, op.outputs[0], index, norm))
             elif where in savers:
                 continue
-            elif _name(op) in _PRODUCTS:
+            elif saves_operands(op.func):
                 why = [self._unsaved_product(op, where)]
             else:
                 others[f"{_name(op)} in `{where}`"] = None

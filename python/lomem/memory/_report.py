@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..commands.terminal import encodes
 from .._units import size, unit_of
+from ..commands.terminal import encodes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
