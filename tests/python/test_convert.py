@@ -311,7 +311,7 @@ def test_the_bytes_are_checked(monkeypatch):
     monkeypatch.setattr(lomem.conversion.plan, "settle", lambda *_: None)
     monkeypatch.setattr(lomem.conversion.ledger.Ledger, "nbytes", property(lambda self: next(sizes)))
     sizes = iter([10, 11])
-    with pytest.raises(RuntimeError, match="keeps 11 bytes, expected at most 10"):
+    with pytest.raises(RuntimeError, match="saves 11 bytes, expected at most 10"):
         lomem.convert(model, x)
     assert classes(model) == before
 

@@ -359,3 +359,17 @@ def test_what_is_excluded_is_not_reached_by_a_call_outside_of_it():
     report = lomem.convert(model, x)
     assert len(report.converted) == 2
     assert report.saved_before - report.saved_after == 2 * (4 * x.numel() - x.numel() // 4)
+
+
+@pytest.mark.parametrize(("bits", "criterion"), [(2, "derivative"), (3, "primitive"), (2, "paper")])
+def test_converted_activations_compile(bits, criterion):
+    torch.compiler.reset()
+    modules = [nn.GELU("tanh"), Spelled(1.702), nn.SiLU(), Called(F.gelu), Called(F.silu)]
+    model, x = nn.Sequential(*(nn.Sequential(nn.Linear(D, D), module) for module in modules)), batch()
+    report = lomem.convert(model, x, activations=f"{bits}bit", criterion=criterion)
+    assert len(report.converted) == len(modules)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    gradient = gradient_of(model, x)
+    # A matrix product may add in another order.
+    torch.testing.assert_close(gradient_of(compiled, x), gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item())
+    torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""What a model does while it runs: its ops, the storages they make, and what autograd keeps of them.
+"""What a model does while it runs: its ops, the storages they make, and what autograd saves of them.
 
 The ground of :mod:`lomem.memory` and :mod:`lomem.conversion`, which only read what is recorded here.
 """
@@ -95,8 +95,8 @@ class Storage:
         nbytes: Its size.
         born: Index of the op that made it, -1 where it was there before.
         died: Index of the last op before its end (or the number of ops so far, when seen at rest); None while it lives.
-        dtype: Of the tensor by which it was first seen.
-        shape: Of that tensor.
+        dtype: Dtype of the tensor by which it was first seen.
+        shape: Shape of that tensor.
         copy_of: The storage of which a dtype conversion made it.
         label: What the user of the recorder says of it (``"parameter"`` and the like).
     """
@@ -136,11 +136,11 @@ class Saved:
     """One tensor that autograd saved.
 
     Attributes:
-        storage: Of the tensor.
+        storage: Storage of the tensor.
         module: Where it was saved.
         op: Number of ops recorded before it: the op that saves an input comes next, that of an output was the last.
-        dtype: Of the tensor.
-        shape: Of the tensor.
+        dtype: Dtype of the tensor.
+        shape: Shape of the tensor.
     """
 
     storage: Storage

@@ -108,7 +108,7 @@ def convert(
         assert report.saved_before is not None
         if after > report.saved_before:
             raise RuntimeError(
-                f"lomem.convert: the converted model keeps {after} bytes, expected at most {report.saved_before}"
+                f"lomem.convert: the converted model saves {after} bytes, expected at most {report.saved_before}"
             )
         report = dataclasses.replace(report, saved_after=after)
         if before is None:
@@ -123,7 +123,7 @@ def convert(
 
 
 def restore(model: nn.Module) -> int:
-    """Undoes :func:`convert`; parameters keep what they have learnt.
+    """Undoes :func:`convert`. Parameters keep their trained values.
 
     Args:
         model: Changed in place.

@@ -69,7 +69,7 @@ def _new(mixin: type[Converted], original: type[nn.Module], *arguments: Any) -> 
 
 
 class _ConvertedType(type):
-    """Of converted classes: every instance of the original class counts as one.
+    """The type of converted classes: every instance of the original class counts as an instance.
 
     Tools look a class up by its name in a model (FSDP's wrapping does), and then for its instances. They find either
     class, and are to find all modules.

@@ -27,18 +27,19 @@ CALLS = {
 
 
 class Finder:
-    """Who takes the results of norms: what :func:`plan_norm` asks of the runs of a model.
+    """Answers what planning asks of the runs of a model: who takes the results of modules, and what is saved.
 
     Args:
         model: The model.
         flows: Its runs, the first of them in training mode with gradients.
 
     Attributes:
-        modules: By name.
-        ledger: Of the first run.
-        reached: Names of modules in which GELU or SiLU is called, in the first run and with a gradient.
-        callers: The same in any run, with or without.
-        ran: Names of modules that ran, or modules in them.
+        modules: The model's modules, by name.
+        flows: The runs.
+        ledger: What was saved in the first run.
+        reached: Names of modules in which GELU or SiLU is called in the first run with a gradient.
+        callers: Names of modules in which they are called in any run, with or without a gradient.
+        ran: Names of modules that ran, or that contain modules which ran.
     """
 
     def __init__(self, model: nn.Module, flows: list[Flow]) -> None:
@@ -53,13 +54,13 @@ class Finder:
         self._linear: dict[str, LinearForm | None] = {}
 
     def linear(self, name: str) -> LinearForm | None:
-        """The form of a linear layer, None where it is none or has another way of running."""
+        """The form of a linear layer; None where a module is none, or runs in another way."""
         if name not in self._linear:
             self._linear[name] = None if ways_of_its_own(self.modules[name]) else recognize_linear(self.modules[name])
         return self._linear[name]
 
     def unused(self, name: str) -> str | None:
-        """Why nothing of a module is kept in the first run that a conversion could change, or None."""
+        """Why a module saves nothing in the first run that a conversion could change, or None."""
         calls = self.flows[0].calls_of(name)
         if not calls:
             return "it did not run on the example inputs"

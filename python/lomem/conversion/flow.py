@@ -32,18 +32,18 @@ class Call:
     """One call of a module.
 
     Attributes:
-        name: Of the module.
+        name: Name of the module.
         start: Number of ops recorded before it.
-        shapes: Of its tensor arguments.
+        shapes: Shapes of its tensor arguments.
         single: Whether one tensor is its only argument.
         end: Number of ops recorded at its end.
         input_id: Identity of its first argument, comparable with `result_id` of calls of the same run.
         result_id: Identity of its result.
         result: Storage of its result, where that is one tensor.
-        dtype: Of the result.
-        numel: Of the result.
-        requires_grad: Of the result.
-        saved: Positions of what autograd saved meanwhile, in the recorder's list; hooks of the module left out.
+        dtype: Dtype of the result.
+        numel: Number of elements of the result.
+        requires_grad: Whether the result requires a gradient.
+        saved: Positions in the recorder's list of what autograd saved meanwhile, without what the module's hooks save.
         transformed: Whether it is part of a function transform (vmap and the like).
     """
 
@@ -68,8 +68,8 @@ class ActivationCall:
 
     Attributes:
         replaced: Whether a converted module would replace it.
-        module: Name of the innermost module that runs, None outside of all.
-        numel: Of the argument.
+        module: Name of the innermost module that runs, None outside all modules.
+        numel: Number of elements of the argument.
         ops: Positions of its ops.
         saved: Positions of what autograd saved meanwhile.
     """
@@ -92,7 +92,7 @@ def _names_dtype(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _address(tensor: Tensor) -> int | None:
-    # Of the storage object, as the recorder has it.
+    # The address of the storage object, by which the recorder knows it.
     if tensor.layout != torch.strided or tensor.is_nested or torch._C._are_functorch_transforms_active():
         return None
     return tensor.untyped_storage()._cdata
@@ -102,7 +102,7 @@ class _Calls(TorchFunctionMode):
     """Notes calls of functions that cannot be told from ops.
 
     Attributes:
-        results: Of the modules that are watched, by the addresses of their storages.
+        results: Results of the watched modules, by the addresses of their storages.
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -135,7 +135,7 @@ class Flow:
 
     Attributes:
         recorder: Its ops, storages and saved tensors.
-        calls: Of the modules that were watched.
+        calls: Calls of the modules that were watched.
         activations: Calls of torch's GELU and SiLU that converted modules see; none of runs without gradients.
         asked: Storages of which a module asked the dtype, or cast them to their own; none of runs without gradients.
         escaped: Storages that outlive the run: in its output, or stashed somewhere.
@@ -157,11 +157,11 @@ class Flow:
         self.escaped.update(call.result for call in self.calls if call.result is not None)
 
     def calls_of(self, name: str) -> list[Call]:
-        """Of one module."""
+        """The calls of one module."""
         return [call for call in self.calls if call.name == name]
 
     def ops_inside(self, call: Call) -> list[Op]:
-        """That ran while a call did."""
+        """The ops that ran during a call."""
         return self.recorder.ops[call.start : call.end]
 
     def uses(self, storage: Storage, after: int) -> Iterator[tuple[Op, Storage]]:
@@ -352,7 +352,7 @@ def runs(model: nn.Module, inputs: Batch, watched: list[str]) -> list[Flow]:
         inputs: What it is called with.
         watched: Names of the modules whose calls are recorded.
     """
-    # With gradients for what is kept; without for what escapes in objects that hide tensors; evaluation mode for the
+    # With gradients for what is saved; without for what escapes in objects that hide tensors; evaluation mode for the
     # ways that training does not go.
     _initialize(model, inputs)
     flows = [_run(model, inputs, watched, training=True, grad=True)]

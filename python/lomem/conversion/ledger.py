@@ -20,19 +20,19 @@ class Candidate:
     """Something that may be converted.
 
     Attributes:
-        name: Of the module.
+        name: Name of the module.
         kind: Whether it is a norm, an activation or calls of activations.
         form: What it computes.
         action: What would become of it; LEFT where that is decided already.
-        reason: For that.
+        reason: Why, as a clause.
         changes: Mixins and their attributes, by the module's name.
         own: What it saves, as positions in the ledger.
-        others: What others save, and save no more once it is converted.
-        sharing: Of these, what they save is then what it keeps.
-        takers: That nobody else keeps what it would keep, and why, in a few words.
-        added: Bytes that it keeps once it is converted.
-        gain: Bytes that the model keeps less; of what several let go together, a part.
-        least: That its conversion must bring more than, the others being what they are.
+        others: What other modules save, and no longer save once it is converted.
+        sharing: Those of the others that then save the tensor which it saves.
+        takers: A clause that says that no other module saves what it would save, and why.
+        added: Bytes that it saves once it is converted.
+        gain: Bytes that the model saves less; a part of those that several candidates free together.
+        least: What its conversion must free more than, the others being what they are.
     """
 
     name: str
@@ -59,11 +59,11 @@ class Candidate:
         return self.action is Action.LEFT
 
     def drops(self, position: int) -> bool:
-        """Whether something is saved no more once it is converted."""
+        """Whether something is no longer saved once it is converted."""
         return position in self.own or position in self.others
 
     def contains(self, name: str) -> bool:
-        """Whether a module is inside of it."""
+        """Whether a module is inside it."""
         return name != self.name and (not self.name or name.startswith(f"{self.name}."))
 
 
@@ -74,14 +74,14 @@ def _is_weight(storage: Storage) -> bool:
 
 
 class Ledger:
-    """What was saved in one run: parameters, inputs and copies of weights left out.
+    """What was saved for backward in one run, without parameters, inputs and copies of weights.
 
     Args:
         flow: The run.
 
     Attributes:
-        saved: By position in the recorder's list.
-        positions: Of each storage; it is kept as long as it is saved at one of them.
+        saved: What was saved, by its position in the recorder's list.
+        positions: The positions of each storage, which is saved as long as one of them is.
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -93,17 +93,17 @@ class Ledger:
 
     @property
     def nbytes(self) -> int:
-        """Of all that is kept."""
+        """Bytes of everything that is saved."""
         return sum(storage.nbytes for storage in self.positions)
 
     def within(self, ranges: Iterable[range]) -> set[int]:
-        """Positions in some ranges."""
+        """The positions in some ranges."""
         return {i for positions in ranges for i in positions if i in self.saved}
 
     def of(self, storages: Iterable[Storage]) -> set[int]:
-        """Positions of some storages."""
+        """The positions of some storages."""
         return {i for storage in storages for i in self.positions.get(storage, ())}
 
     def storages(self, positions: Iterable[int]) -> set[Storage]:
-        """Storages at some positions."""
+        """The storages at some positions."""
         return {self.saved[i].storage for i in positions}

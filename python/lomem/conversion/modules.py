@@ -85,7 +85,7 @@ def _is_scale(value: Any) -> bool:
 
 
 class _FewBit(Converted):
-    """What saves a few bits per element.
+    """A converted module that saves a few bits per element.
 
     Attributes:
         lomem_bits: How many.
@@ -114,7 +114,7 @@ class StepActivation(_FewBit):
 
     @staticmethod
     def attributes(module: nn.Module, form: ActivationForm, bits: int, criterion: Criterion) -> dict[str, Any]:
-        """Of a module that becomes one."""
+        """The attributes of a module that becomes one."""
         scale = form.scale if form.scale_name is None else getattr(module, form.scale_name)
         resolved = not form.torch_op and _is_scale(scale)
         live = (form.scale_name, form.approximate_name, form.inplace_name)
@@ -243,7 +243,7 @@ class StepCalls(_FewBit):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
-        # A mode, and be it one that does nothing, keeps torch from its faster ways in evaluation.
+        # Any mode, even one that does nothing, keeps torch from its faster ways in evaluation.
         redirected = torch.is_grad_enabled() and not torch.jit.is_tracing()
         with _Redirect(self.lomem_bits, self.lomem_criterion) if redirected else contextlib.nullcontext():
             return super().forward(*args, **kwargs)
@@ -256,9 +256,9 @@ class NormPlan:
     Attributes:
         form: What the original computes.
         inverted: Whether the normalized input is recovered from the output, as ``(output - beta) / gamma``. Else the
-            normalized input is kept, and linear layers that follow take their weights' gradients from it.
+            normalized input is saved, and linear layers that follow take their weights' gradients from it.
         low_precision: Whether all consumers compute in the autocast dtype, so that it can be emitted there.
-        shared: Whether there are linear layers that take what is kept, beside the result: under autocast where not
+        shared: Whether there are linear layers that take what is saved, beside the result: under autocast where not
             all consumers are of low precision, and where the norm is not inverted.
         takers: How many linear layers were called with one result, at most.
     """
@@ -270,7 +270,7 @@ class NormPlan:
     takers: int = 0
 
     def dtype(self, input: Tensor, weight: Tensor | None) -> torch.dtype | None:
-        """Of the result; None for the op's own choice, which is the autocast dtype under autocast."""
+        """Dtype of the result; None for the op's own choice, which is the autocast dtype under autocast."""
         autocast = autocast_dtype(input.device.type) is not None
         if autocast and self.low_precision and input.dtype != torch.float64:
             return None
@@ -284,7 +284,7 @@ class NormPlan:
         return weight.dtype if rule is ResultDtype.WEIGHT else torch.promote_types(input.dtype, weight.dtype)
 
     def kept_dtype(self, device: str, dtype: torch.dtype) -> torch.dtype:
-        """Of what is kept, where that is not the result itself, of which the dtype is given."""
+        """Dtype of what is saved in place of a result of the given dtype."""
         low = autocast_dtype(device)
         return dtype if low is None or low.itemsize >= dtype.itemsize or dtype == torch.float64 else low
 
@@ -331,7 +331,7 @@ def _affine(kept: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 class _NormOfTwoOutputs(torch.autograd.Function):
-    """A norm that gives its result, which it does not keep, and what it keeps.
+    """A norm that returns its result, which it does not save, and what it saves.
 
     That is the result in another dtype, or the normalized input.
     """
@@ -381,7 +381,7 @@ class _NormOfTwoOutputs(torch.autograd.Function):
 
 
 class MSNorm(Converted):
-    """A norm that keeps its output for the backward pass, which its consumers keep anyway."""
+    """A norm that saves its output for backward, which its consumers save anyway."""
 
     lomem_prefix = "MS"
     lomem_attributes = ("lomem_norm", "lomem_fixed")
@@ -390,7 +390,7 @@ class MSNorm(Converted):
 
     @staticmethod
     def attributes(module: nn.Module, plan: NormPlan) -> dict[str, Any]:
-        """Of a module that becomes one."""
+        """The attributes of a module that becomes one."""
         return {"lomem_norm": plan, "lomem_fixed": fixed(module, (plan.form.eps_name,))}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -447,7 +447,7 @@ class MSNorm(Converted):
 
 
 class SharedInput(Converted):
-    """A linear layer behind a norm that keeps something else than its result."""
+    """A linear layer behind a norm that saves something other than its result."""
 
     lomem_prefix = "SharedInput"
     lomem_attributes = ("lomem_linear", "lomem_fixed")
@@ -456,7 +456,7 @@ class SharedInput(Converted):
 
     @staticmethod
     def attributes(module: nn.Module, form: LinearForm) -> dict[str, Any]:
-        """Of a module that becomes one."""
+        """The attributes of a module that becomes one."""
         return {"lomem_linear": form, "lomem_fixed": fixed(module)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -474,7 +474,7 @@ class SharedInput(Converted):
         device = x.device.type
         low = None if x.dtype == torch.float64 else autocast_dtype(device)
         dtype = low or x.dtype
-        # Nor where this layer computes with more digits than are kept.
+        # Nor where this layer computes with more digits than are saved.
         few = torch.finfo(kept[0].dtype).eps > torch.finfo(dtype).eps  # type: ignore[union-attr]
         if few or not _needs_gradient(weight) or (low is None and weight.dtype != x.dtype):
             return super().forward(*args, **kwargs)

@@ -19,7 +19,7 @@ def plan_activation(
     finder: Finder | None, name: str, module: nn.Module, form: ActivationForm, bits: int, criterion: Criterion
 ) -> Candidate:
     """What would become of an activation; without a run, that it is converted."""
-    reason = f"its backward pass keeps {bits} bit{'s' * (bits > 1)} an element"
+    reason = f"its backward pass saves {bits} bit{'s' * (bits > 1)} per element"
     c = Candidate(name, Kind.ACTIVATION, form, Action.of_bits(bits), reason)
     c.changes[name] = (StepActivation, StepActivation.attributes(module, form, bits, criterion))
     if finder is None:
@@ -39,7 +39,7 @@ def _packed_bytes(numel: int, bits: int) -> int:
 
 
 def plan_calls(finder: Finder, skip: Callable[[str], bool], bits: int, criterion: Criterion) -> list[Candidate]:
-    """What would become of functional calls, outside of activation modules."""
+    """What would become of functional calls outside activation modules."""
     flow = finder.flows[0]
     functions: dict[str, dict[Function, None]] = {}
     for op in flow.recorder.ops:

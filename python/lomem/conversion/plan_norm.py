@@ -24,7 +24,7 @@ CONDITIONING = 8.0
 
 
 def _real(tensor: Tensor) -> Tensor | None:
-    # Of fake and meta tensors nothing is known.
+    # The values of fake and meta tensors are not known.
     return tensor.detach() if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" else None
 
 
@@ -34,7 +34,7 @@ def badly_conditioned(module: nn.Module, form: NormForm, dtype: torch.dtype) -> 
     Args:
         module: The norm.
         form: What it computes.
-        dtype: Of the output that is kept.
+        dtype: Dtype of the output that is saved.
     """
     if form.gamma is None:
         return None
@@ -79,12 +79,13 @@ class _Output:
     """Where a norm's output goes, and as what.
 
     Attributes:
-        calls: Of the norm, in the first run.
+        calls: The norm's calls in the first run.
         uses: Ops of the first run that take the output, or a copy of it.
-        dtype: Of the output.
-        kept_dtype: In which it is kept once it is converted: autocast's, where that is narrower.
-        low_precision: Whether all who take it cast it to autocast's dtype, or would.
-        casts: Copies in autocast's dtype that somebody keeps.
+        dtype: Dtype of the output.
+        kept_dtype: Dtype in which it is saved once it is converted: autocast's, where that is narrower.
+        low_precision: Whether all ops that take it cast it to autocast's dtype, or would.
+        casts: Copies in autocast's dtype that are saved.
+        results: Storages of the norm's results in the first run.
     """
 
     def __init__(self, finder: Finder, name: str) -> None:
@@ -103,7 +104,7 @@ class _Output:
                 low = all(
                     _takes_low_precision(op, alias) and (not narrower or alias.dtype == autocast) for op, alias in uses
                 )
-                # Who asks for the dtype may cast a narrower one back, and keep a cast of that.
+                # A module that asks for the dtype may cast a narrower one back, and save that cast.
                 asked = narrower and any(s is call.result and n != name for s, n in flow.asked)
                 self.low_precision &= low and bool(uses) and call.result not in flow.escaped and not asked
         casts = {s for call in self.calls for s in first.casts(_result(call), call.end) if s.dtype == autocast}
@@ -112,11 +113,11 @@ class _Output:
 
     @property
     def numel(self) -> int:
-        """Of the calls that have a gradient."""
+        """Number of elements of the outputs that have a gradient."""
         return sum(call.numel for call in self.calls if call.requires_grad)
 
     def added(self, form: NormForm, weight: Tensor | None) -> int:
-        """Bytes that the norm keeps once it is converted: its output or what takes the place, rstd, and 1 + weight."""
+        """Bytes that the norm saves once it is converted: its output or a substitute, rstd, and 1 + weight."""
         calls = sum(call.requires_grad for call in self.calls)
         rstd = 8 if self.dtype == torch.float64 else 4
         size = self.numel * self.kept_dtype.itemsize + self.numel // torch.Size(form.shape).numel() * rstd
@@ -159,7 +160,14 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
 
 
 def _account(c: Candidate, finder: Finder, output: _Output, linears: dict[str, set[int]] | None) -> None:
-    """What a norm keeps, now and then, and others no more; linear layers, where these have to be told what it keeps."""
+    """Fills in what a norm saves before and after, and what others no longer save.
+
+    Args:
+        c: The norm's candidate.
+        finder: The runs.
+        output: Where its output goes.
+        linears: Linear layers that have to be told what it saves, with what they save; None where none has to.
+    """
     assert isinstance(c.form, NormForm)
     ledger, module = finder.ledger, finder.modules[c.name]
     c.own = ledger.within(call.saved for call in output.calls)
@@ -172,8 +180,8 @@ def _account(c: Candidate, finder: Finder, output: _Output, linears: dict[str, s
         c.others = c.sharing = kept
     else:
         c.others = c.sharing = {i for positions in linears.values() for i in positions}
-        # Whoever is no linear layer, or called with something made of the output, keeps what it kept: casts of its own,
-        # or of parts, where the output is not cast as a whole.
+        # A module that is no linear layer, or that takes something made of the output, saves what it saved: casts of
+        # its own, or of parts, where the output is not cast as a whole.
         rest, whole = kept - c.others, output.numel * output.kept_dtype.itemsize
         if rest:
             others = "linear layer"
@@ -199,7 +207,7 @@ def _at(op: Op) -> str:
 
 
 def _who(finder: Finder, uses: list[tuple[Op, Storage]]) -> str:
-    """Who takes it instead, in a few words."""
+    """What takes the output instead, as a clause."""
     for op, _ in uses:
         module = finder.modules.get(op.module or "")
         # Not by getattr: a parametrized weight may be another each time that it is asked for.
@@ -214,7 +222,8 @@ def _who(finder: Finder, uses: list[tuple[Op, Storage]]) -> str:
 def _linears_behind(finder: Finder, name: str, output: _Output) -> dict[str, set[int]]:
     """Linear layers that are called with the very tensor that a norm returned, in the first run, and what they save.
 
-    Of it or a copy in another dtype, that is, and only where the norm keeps all the digits that they compute with.
+    What they save is the result or a copy in another dtype. They are listed only where the norm saves all the digits
+    that they compute with.
     """
     ids = {call.result_id for call in output.calls}
     kept, eps = output.results | output.casts, torch.finfo(output.kept_dtype).eps

@@ -15,7 +15,7 @@ __all__ = ["Decision", "Report"]
 
 @dataclass(frozen=True)
 class Decision:
-    """Of one norm, activation or functional call.
+    """The decision about one norm, activation or functional call.
 
     Attributes:
         name: Qualified name of the module.
@@ -24,8 +24,9 @@ class Decision:
         module: Name of the module's class.
         computes: What it was recognized as.
         action: What was done: ``"2bit"`` or so, ``"inverted"``, ``"two outputs"``, ``"normalized"`` or ``"left"``.
-        reason: In a few words.
-        saved_bytes: By how many bytes of the example run less is kept; 0 where left or where nothing was run.
+        reason: Why, as a clause.
+        saved_bytes: How many bytes less are saved for backward in the example run; 0 where the module is left or
+            nothing was run.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Report:
 
     Attributes:
         decisions: One for each norm, activation and functional call, in the order of the model's modules.
-        saved_before: Bytes kept for the backward pass of the example inputs, in training mode; None where nothing was
+        saved_before: Bytes saved for the backward pass of the example inputs, in training mode; None where nothing was
             run.
         saved_after: The same after the conversion.
         difference: Largest difference of an output from the original model's, relative to that output's norm; None

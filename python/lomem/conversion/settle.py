@@ -12,15 +12,15 @@ from .ledger import Candidate
 
 __all__ = ["settle"]
 
-#: Of conversions that bring the same, the exact ones are preferred, and of these the simplest.
+#: Among conversions that free the same bytes the exact ones are preferred, and among those the simplest.
 _RANKS = {Action.INVERTED: 0, Action.TWO_OUTPUTS: 1, Action.NORMALIZED: 2}
 
 
 def settle(found: list[Candidate], finder: Finder, excluded: Callable[[str], bool]) -> None:
-    """Chooses the conversions with which the fewest bytes are kept, and leaves the others.
+    """Chooses the conversions with which the fewest bytes are saved, and leaves the others.
 
-    What one brings depends on the others: of two norms of one input, either alone brings nothing, and an activation
-    behind a norm that keeps its output brings nothing either.
+    What a conversion frees depends on the others: with two norms of one input, either alone frees nothing, and neither
+    does an activation behind a norm that saves its output.
 
     Args:
         found: All candidates.
@@ -50,7 +50,7 @@ def settle(found: list[Candidate], finder: Finder, excluded: Callable[[str], boo
 
 
 def _left_inside(c: Candidate, found: list[Candidate], finder: Finder, excluded: Callable[[str], bool]) -> str | None:
-    """A module which is left, and would be converted with the one around it: that has the calls in both replaced."""
+    """A module that is left, but whose calls would be replaced together with those of the module around it."""
     for d in found:
         if d.kind is not Kind.NORM and d.left and c.contains(d.name):
             unknown = d.name in finder.callers or d.name not in finder.ran
@@ -72,7 +72,7 @@ def _option(c: Candidate, candidates: list[Candidate], finder: Finder) -> Option
 
 
 def _alone(c: Candidate, chosen: list[Candidate]) -> str | None:
-    """Why nobody else keeps what a norm keeps, the others being converted; None where somebody does."""
+    """Why no other module saves what a norm saves, the others being converted; None where one does."""
     if c.kind is not Kind.NORM:
         return None
     who = {i: [d.name for d in chosen if d is not c and d.drops(i)] for i in c.sharing}
@@ -83,7 +83,7 @@ def _alone(c: Candidate, chosen: list[Candidate]) -> str | None:
 
 
 def _no_gain(c: Candidate, chosen: list[Candidate], finder: Finder) -> str:
-    """Why a candidate brings too little, the others being converted."""
+    """Why a candidate frees too little, the others being converted."""
     ledger = finder.ledger
     if not c.own:
         return "it keeps nothing"
@@ -96,7 +96,7 @@ def _no_gain(c: Candidate, chosen: list[Candidate], finder: Finder) -> str:
             kept.add(ledger.saved[i].storage)
             others.add(ledger.saved[i].module or "")
     for d in chosen:
-        # What such a norm keeps is the same tensor.
+        # Such a norm saves the same tensor.
         if d.kind is Kind.NORM and (mine := c.own & d.sharing):
             kept |= ledger.storages(mine)
             others.add(d.name)
