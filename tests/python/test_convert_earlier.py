@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import lomem
 import pickled_model
@@ -93,3 +94,33 @@ def test_the_default_is_another_one_now(contents):
     name = "ill.up.weight"
     then = contents["gradients"][name]
     assert (gradients[name] - then).norm() > 0.02 * then.norm()
+
+
+#: A report of version 0.1.0, by its `pickle.dumps(report, protocol=0)`.
+REPORT = (
+    b"ccopy_reg\n_reconstructor\np0\n(clomem.conversion._report\nReport\np1\nc__builtin__\nobject\np2\nNtp3\nRp4\n(dp5\n"
+    b"Vdecisions\np6\n(g0\n(clomem.conversion._report\nDecision\np7\ng2\nNtp8\nRp9\n(dp10\nVname\np11\nVa\np12\nsVkind\n"
+    b"p13\nVnorm\np14\nsVmodule\np15\nVLayerNorm\np16\nsVcomputes\np17\nVlayer norm (weight, bias)\np18\nsVaction\n"
+    b"p19\nVinverted\np20\nsVreason\np21\nVits consumers keep its output\np22\nsVsaved_bytes\np23\nI96\nsbg0\n(g7\ng2\n"
+    b"Ntp24\nRp25\n(dp26\ng11\nVb\np27\nsg13\nVactivation\np28\nsg15\nVGELU\np29\nsg17\ng29\nsg19\nVleft\np30\nsg21\n"
+    b"Vit is excluded\np31\nsg23\nI0\nsbtp32\nsVsaved_before\np33\nI200\nsVsaved_after\np34\nI104\nsVdifference\np35\n"
+    b"F0.0\nsVnotes\np36\n(tsb."
+)
+
+
+def test_a_report_loads():
+    report = pickle.loads(REPORT)
+    assert [d.name for d in report.converted] == ["a"]
+    assert [d.name for d in report.left] == ["b"]
+    assert [type(d.action).__name__ for d in report.decisions] == ["Action"] * 2
+    assert report == lomem.conversion.Report(
+        (
+            lomem.conversion.Decision(
+                "a", "norm", "LayerNorm", "layer norm (weight, bias)", "inverted", "its consumers keep its output", 96
+            ),
+            lomem.conversion.Decision("b", "activation", "GELU", "GELU", "left", "it is excluded"),
+        ),
+        200,
+        104,
+        0.0,
+    )

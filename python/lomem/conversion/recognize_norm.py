@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from .forms import NormForm, NotRecognized
@@ -367,8 +367,8 @@ def _fits(shape: tuple[int, ...], axis: int, input_shape: Sequence[int]) -> bool
     return len(shape) == 1 and len(input_shape) > 2 and input_shape[1] == shape[0]
 
 
-def _shape(module: nn.Module, input_shapes: Sequence[Sequence[int]]) -> tuple[int, ...] | str:
-    """Over what a module may normalize, or why that is not known."""
+def _shape(module: nn.Module, input_shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The dimensions over which a module may normalize."""
     tensors = own_tensors(module).values()
     shapes = list(dict.fromkeys(tuple(t.shape) for t in tensors if t.is_floating_point() and t.dim() > 0))
     named = getattr(module, "normalized_shape", None)
@@ -377,31 +377,29 @@ def _shape(module: nn.Module, input_shapes: Sequence[Sequence[int]]) -> tuple[in
             return tuple(named)
         if input_shapes and len(input_shapes[0]) > 0 and input_shapes[0][-1] > 1:
             return (input_shapes[0][-1],)
-        return "nothing says over how many elements it normalizes"
+        raise Refused("nothing says over how many elements it normalizes")
     shape = max(shapes, key=math.prod)
     # Gains, gates and masks may be there beside weight and bias. Matrices may not, of which running would take long.
     small = sum(math.prod(s) == math.prod(shape) for s in shapes) == 1 and len(tensors) <= 8
     if not small or any(not t.is_floating_point() and t.numel() > 1 for t in tensors):
-        return "its parameters are not those of a norm"
+        raise Refused("its parameters are not those of a norm")
     if math.prod(shape) < 2:
-        return "it normalizes single elements"
+        raise Refused("it normalizes single elements")
     if not input_shapes and len(shape) > 1 and tuple(named or ()) != shape:
-        return "nothing says over how many elements it normalizes"
+        raise Refused("nothing says over how many elements it normalizes")
     return shape
 
 
-def _refusal(module: nn.Module) -> str | None:
-    """Why a module need not be run, or None."""
+def _check_kind(module: nn.Module) -> None:
+    """Refuses what need not be run."""
     if uninitialized(module):
-        return "its parameters are not initialized yet"
+        raise Refused("its parameters are not initialized yet")
     if next(module.children(), None) is not None:
-        return "it has submodules"
+        raise Refused("it has submodules")
     if isinstance(module, nn.Linear | nn.Embedding | _ConvNd):
-        return "its parameters are not those of a norm"  # and may be large
+        raise Refused("its parameters are not those of a norm")  # and may be large
     if isinstance(module, _NormBase):
-        batch = "Batch" in next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn"))
-        return f"it is {'a batch' if batch else 'an instance'} norm"
-    return None
+        raise Refused(f"it is {'a batch' if isinstance(module, _BatchNorm) else 'an instance'} norm")
 
 
 def recognize_norm(module: nn.Module, input_shapes: Sequence[Sequence[int]] = ()) -> NormForm | NotRecognized:
@@ -415,14 +413,21 @@ def recognize_norm(module: nn.Module, input_shapes: Sequence[Sequence[int]] = ()
         input_shapes: Of inputs that it was seen with.
     """
     try:
-        reason = _refusal(module)
-        shape = _shape(module, input_shapes) if reason is None else reason
-        if isinstance(shape, str):
-            return NotRecognized(shape, near=False, kind=Kind.NORM)
+        _check_kind(module)
+        shape = _shape(module, input_shapes)
+    except Refused as error:
+        return NotRecognized(error.reason, near=False, kind=Kind.NORM)
+    except Exception as error:  # a module that is like no other
+        return _not_run(error)
+    try:
         with quietly() as generator:
             return _recognize(module, shape, input_shapes, generator)
-    except Exception as error:  # of a module that is like no other
-        return NotRecognized(f"it cannot be run by itself ({type(error).__name__})", near=False, kind=Kind.NORM)
+    except Exception as error:  # a module that is like no other
+        return _not_run(error)
+
+
+def _not_run(error: Exception) -> NotRecognized:
+    return NotRecognized(f"it cannot be run by itself ({type(error).__name__})", near=False, kind=Kind.NORM)
 
 
 def _recognize(

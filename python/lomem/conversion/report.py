@@ -37,6 +37,14 @@ class Decision:
     reason: str
     saved_bytes: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", Kind(self.kind))
+        object.__setattr__(self, "action", Action(self.action))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # pickles of earlier versions hold plain text
+
 
 @dataclass(frozen=True)
 class Report:
