@@ -27,8 +27,8 @@ Batch = dict[str, Tensor]
 #: Arguments of lomem.convert; None leaves the model as it is.
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
-    "activations": {"norms": "keep"},
-    "activations and norms": {},
+    "activations": {"norms": "keep", "criterion": "paper"},
+    "activations and norms": {"criterion": "paper"},
 }
 
 #: Batches of which the saved bytes are the mean: their lengths differ.
