@@ -1,10 +1,7 @@
 """The family of activations with few-bit derivatives: forward bit for bit torch's, codes and gradients from the
 definition, for every function, number of bits and dtype; those of straight pieces equal torch's gradient."""
 
-import copy
-import io
 import math
-import pickle
 import re
 from functools import partial
 
@@ -12,93 +9,24 @@ import lomem
 import pytest
 import torch
 import torch.nn.functional as F
+from activations_helpers import (
+    ALL,
+    BITS,
+    HARD,
+    LF,
+    SMOOTH,
+    assert_same_outcome,
+    expected_gradient,
+    jagged,
+    outcome,
+    quick_gelu,
+    saved_by,
+)
 from helpers import DTYPES, LAYOUTS, SIXTEEN_BIT, all_patterns, in_memory_order, make_input, same_bits
 from lomem import reference
 from torch import nn
 
-LF = lomem.functional
 ops = torch.ops.lomem
-
-
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
-# name -> (function of the library, what it computes, the op's name for it, its parameters)
-SMOOTH = {
-    "gelu": (LF.gelu, F.gelu, "gelu", ()),
-    "gelu-tanh": (partial(LF.gelu, approximate="tanh"), partial(F.gelu, approximate="tanh"), "gelu_tanh", ()),
-    "quick_gelu": (LF.quick_gelu, quick_gelu, "quick_gelu", ()),
-    "silu": (LF.silu, F.silu, "silu", ()),
-    "mish": (LF.mish, F.mish, "mish", ()),
-    "sigmoid": (LF.sigmoid, F.sigmoid, "sigmoid", ()),
-    "tanh": (LF.tanh, F.tanh, "tanh", ()),
-    "tanhshrink": (LF.tanhshrink, F.tanhshrink, "tanhshrink", ()),
-    "softplus": (LF.softplus, F.softplus, "softplus", (1.0, 20.0)),
-    "softplus-parameters": (
-        partial(LF.softplus, beta=1.7, threshold=2.0),
-        partial(F.softplus, beta=1.7, threshold=2.0),
-        "softplus",
-        (1.7, 2.0),
-    ),
-    "softsign": (LF.softsign, F.softsign, "softsign", ()),
-    "logsigmoid": (LF.logsigmoid, F.logsigmoid, "logsigmoid", ()),
-    "elu": (LF.elu, F.elu, "elu", (1.0,)),
-    "elu-parameters": (partial(LF.elu, alpha=1.3), partial(F.elu, alpha=1.3), "elu", (1.3,)),
-    "celu": (LF.celu, F.celu, "celu", (1.0,)),
-    "celu-parameters": (partial(LF.celu, alpha=0.6), partial(F.celu, alpha=0.6), "celu", (0.6,)),
-    "selu": (LF.selu, F.selu, "selu", ()),
-    "hardswish": (LF.hardswish, F.hardswish, "hardswish", ()),
-}
-HARD = {
-    "relu": (LF.relu, F.relu),
-    "leaky_relu": (LF.leaky_relu, F.leaky_relu),
-    "leaky_relu-parameters": (partial(LF.leaky_relu, negative_slope=0.3), partial(F.leaky_relu, negative_slope=0.3)),
-    "leaky_relu-zero": (partial(LF.leaky_relu, negative_slope=0.0), partial(F.leaky_relu, negative_slope=0.0)),
-    "relu6": (LF.relu6, F.relu6),
-    "threshold": (partial(LF.threshold, threshold=0.1, value=-0.7), partial(F.threshold, threshold=0.1, value=-0.7)),
-    "threshold-negative": (
-        partial(LF.threshold, threshold=-2.3, value=9.0),
-        partial(F.threshold, threshold=-2.3, value=9.0),
-    ),
-    "hardtanh": (LF.hardtanh, F.hardtanh),
-    "hardtanh-parameters": (
-        partial(LF.hardtanh, min_val=-0.3, max_val=0.7),
-        partial(F.hardtanh, min_val=-0.3, max_val=0.7),
-    ),
-    "hardsigmoid": (LF.hardsigmoid, F.hardsigmoid),
-    "hardshrink": (LF.hardshrink, F.hardshrink),
-    "hardshrink-parameters": (partial(LF.hardshrink, lambd=0.3), partial(F.hardshrink, lambd=0.3)),
-    "softshrink": (LF.softshrink, F.softshrink),
-    "softshrink-parameters": (partial(LF.softshrink, lambd=0.3), partial(F.softshrink, lambd=0.3)),
-    "softshrink-zero": (partial(LF.softshrink, lambd=0.0), partial(F.softshrink, lambd=0.0)),
-}
-ALL = {**{name: entry[:2] for name, entry in SMOOTH.items()}, **HARD}
-BITS = range(1, 9)
-
-
-def levels_of(step, dtype):
-    return torch.tensor(step.levels, dtype=torch.float64).to(torch.float64 if dtype == torch.float64 else torch.float32)
-
-
-def expected_gradient(x, grad, step):
-    """grad * level[code], computed in float64 and rounded once; with one bit, a level of 0 gives 0."""
-    level = levels_of(step, x.dtype)[reference.step_codes(x, step).long().cpu()].to(x.device).double()
-    product = grad.double() * level
-    return (torch.where(level == 0, 0.0, product) if step.bits == 1 else product).to(x.dtype)
-
-
-def saved_by(op, x):
-    """op(x), and the tensors that it saves."""
-    saved = []
-
-    def keep(tensor):
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = op(x)
-    return y, saved
 
 
 def some_values(dtype, device, step=None):
@@ -194,9 +122,6 @@ def test_across_threads(device):
     assert torch.equal(ops.band_codes(x, -1.0, 0.5), reference.pack_bits(((x >= -1) & (x <= 0.5)).to(torch.uint8), 1))
 
 
-# Straight pieces
-
-
 def at_the_kinks(dtype, device):
     kinks = torch.tensor([0.0, -0.0, 0.1, 0.3, -0.3, 0.5, -0.5, 0.7, 1, -1, 3, -3, 6, -2.3], dtype=torch.float64)
     kinks = kinks.to(dtype)
@@ -260,6 +185,8 @@ KINKS = {
         (0.0,),
     ),
 }
+
+
 # Those whose derivative is continuous, or very nearly.
 SMOOTH_KINKS = {"elu-1.0", "celu-0.3", "celu-1.0", "celu-2.0", *(f"softplus-{beta}-20.0" for beta in (0.5, 1.0, 2.0))}
 
@@ -374,9 +301,6 @@ def test_one_bit(name, device):
         assert [t.nbytes for t in saved] == [math.ceil(n / 8)]
 
 
-# A function of the user's
-
-
 def test_step_activation(device):
     step = lomem.StepFunction((-1.0, 0.0, 2.0), (0.0, 0.25, 0.5, 1.0))
     for dtype in DTYPES:
@@ -487,9 +411,6 @@ def test_fewer_boundaries_than_bits_allow(device):
     assert torch.autograd.grad(y.sum(), x)[0].tolist() == [1, 2, 2, 3, 1]
 
 
-# Step functions of parameters: the scaled ones are those of the scaled function.
-
-
 def primitive_error(function, step):
     """L2 distance of h' to the steps over [-30, 30], on a fine grid."""
     x = torch.linspace(-30, 30, 600_001, dtype=torch.float64).requires_grad_()
@@ -522,32 +443,6 @@ def test_steps_do_not_pass_the_threshold_of_softplus():
 def test_thresholds_that_are_none(threshold):
     with pytest.raises(ValueError, match=r"lomem::.*: threshold is (nan|-inf), expected a number"):
         LF.softplus(torch.ones(2, requires_grad=True), threshold=threshold)
-
-
-# Nested tensors of torch.jagged: torch's own ops are called.
-
-
-def jagged(*rows, width=5):
-    values = [torch.randn(count, width) for count in rows]
-    return torch.nested.nested_tensor(values, layout=torch.jagged).requires_grad_()
-
-
-def outcome(f, x):
-    """f(x) and its gradient, as ordinary tensors, and bytes that are kept; or the type of error."""
-    try:
-        (y, saved), leaf = saved_by(f, x), x
-        (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y) * 0.7)
-    except (RuntimeError, NotImplementedError) as error:
-        return type(error)
-    return y.is_nested, y.values().detach(), grad.values(), sum(t.values().nbytes for t in saved if t.is_nested)
-
-
-def assert_same_outcome(got, want):
-    assert type(got) is type(want)
-    if isinstance(want, tuple):
-        assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(got, want, strict=True))
-    else:
-        assert got is want
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -597,229 +492,3 @@ def test_bad_arguments_with_jagged_tensors():
         LF.gelu(x, "no")
     with pytest.raises(TypeError, match="got a tensor as parameter"):
         LF.leaky_relu(x, torch.tensor(0.1))
-
-
-# Modules
-
-MODULES = {
-    "gelu": (partial(lomem.nn.GELU), nn.GELU()),
-    "gelu-tanh": (partial(lomem.nn.GELU, "tanh"), nn.GELU("tanh")),
-    "silu": (lomem.nn.SiLU, nn.SiLU()),
-    "mish": (lomem.nn.Mish, nn.Mish()),
-    "sigmoid": (lomem.nn.Sigmoid, nn.Sigmoid()),
-    "tanh": (lomem.nn.Tanh, nn.Tanh()),
-    "tanhshrink": (lomem.nn.Tanhshrink, nn.Tanhshrink()),
-    "softplus": (partial(lomem.nn.Softplus, 2.0, threshold=5.0), nn.Softplus(2.0, 5.0)),
-    "softsign": (lomem.nn.Softsign, nn.Softsign()),
-    "logsigmoid": (lomem.nn.LogSigmoid, nn.LogSigmoid()),
-    "elu": (partial(lomem.nn.ELU, 0.5), nn.ELU(0.5)),
-    "celu": (partial(lomem.nn.CELU, 0.5), nn.CELU(0.5)),
-    "selu": (lomem.nn.SELU, nn.SELU()),
-    "hardswish": (lomem.nn.Hardswish, nn.Hardswish()),
-    "relu": (lomem.nn.ReLU, nn.ReLU()),
-    "leaky_relu": (partial(lomem.nn.LeakyReLU, 0.2), nn.LeakyReLU(0.2)),
-    "relu6": (lomem.nn.ReLU6, nn.ReLU6()),
-    "threshold": (partial(lomem.nn.Threshold, 0.1, 20.0), nn.Threshold(0.1, 20.0)),
-    "hardtanh": (partial(lomem.nn.Hardtanh, -2.0, 0.5), nn.Hardtanh(-2.0, 0.5)),
-    "hardsigmoid": (lomem.nn.Hardsigmoid, nn.Hardsigmoid()),
-    "hardshrink": (partial(lomem.nn.Hardshrink, 0.2), nn.Hardshrink(0.2)),
-    "softshrink": (partial(lomem.nn.Softshrink, 0.2), nn.Softshrink(0.2)),
-}
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_modules(name, device):
-    make, plain = MODULES[name]
-    module = make()
-    assert isinstance(module, type(plain))
-    assert not module.state_dict()
-    x = torch.randn(4, 33, device=device)
-    y, saved = saved_by(module, x.clone().requires_grad_())
-    assert same_bits(y.detach(), plain(x))
-    assert len(saved) == 1
-    assert saved[0].nbytes == math.ceil(getattr(module, "bits", 1) * x.numel() / 8)
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert repr(twin) == repr(module)
-        assert torch.equal(twin(x), y)
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_modules_of_jagged_tensors(name):
-    make, plain = MODULES[name]
-    x = jagged(2, 5)
-    assert_same_outcome(outcome(make(), x), outcome(plain, x))
-
-
-def test_modules_cover_the_family():
-    names = {type(make()).__name__ for make, _ in MODULES.values()}
-    assert {type(make()).__module__ for make, _ in MODULES.values()} == {"lomem.nn"}
-    others = {"FewBitActivation", "QuickGELU", "ReGELU2", "ReSiLU2", "StepActivation"}
-    assert names | others == set(lomem.nn.activations.__all__)
-    torch_names = {name.split("-")[0] for name in ALL}
-    others = {"regelu2", "resilu2", "step_activation", "step_function"}
-    assert torch_names | others == set(lomem.functional.activations.__all__)
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_bits_of_modules(bits):
-    module = lomem.nn.GELU(bits=bits)
-    _, saved = saved_by(module, torch.randn(40, requires_grad=True))
-    assert saved[0].nbytes == 5 * bits
-    assert f"bits={bits}" in repr(module)
-
-
-def test_steps_that_no_longer_fit_are_dropped():
-    step = LF.step_function("elu", 2, parameters=(1.0,))
-    module = lomem.nn.ELU(steps=step)
-    module.inplace = False
-    assert module.steps == step
-    module.bits = 2
-    assert module.steps == step
-    module.bits = 5
-    assert module.steps is None
-    assert module.step_function() == LF.step_function("elu", 5, parameters=(1.0,))
-    for name, value in (("alpha", 4.0), ("criterion", "primitive")):
-        module.steps = step
-        assert module.bits == 2
-        setattr(module, name, value)
-        assert module.steps is None
-    with pytest.raises(ValueError, match=r"^lomem.nn.ELU: bits is 0, expected 1 to 8"):
-        module.bits = 0
-    with pytest.raises(ValueError, match=r"^lomem.nn.ELU: steps is a list, expected a lomem.StepFunction"):
-        module.steps = []
-
-
-def test_modules_with_steps(device):
-    step = LF.step_function("gelu", 5, criterion="derivative")
-    module = lomem.nn.GELU(steps=step)
-    assert module.bits == 5
-    x = torch.randn(50, device=device, requires_grad=True)
-    module(x).sum().backward()
-    assert torch.equal(x.grad, expected_gradient(x.detach(), torch.ones_like(x), step))
-    user = lomem.nn.StepActivation(torch.sin, step.boundaries, step.levels)
-    assert "sin, bits=5" in repr(user)
-    x.grad = None
-    user(x).sum().backward()
-    assert torch.equal(x.grad, expected_gradient(x.detach(), torch.ones_like(x), step))
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        *(getattr(lomem.nn, name)(inplace=True) for name in ("SiLU", "Mish", "ELU", "CELU", "SELU", "Hardswish")),
-        *(getattr(lomem.nn, name)(inplace=True) for name in ("ReLU", "LeakyReLU", "ReLU6", "Hardtanh", "Hardsigmoid")),
-        lomem.nn.Threshold(0.1, 20.0, inplace=True),
-    ],
-    ids=lambda module: type(module).__name__,
-)
-def test_inplace(module, device):
-    plain = copy.deepcopy(module)
-    plain.inplace = False
-    x = torch.randn(30, device=device, requires_grad=True)
-    (want,) = torch.autograd.grad(plain(x).sum(), x)
-    inner = x * 1
-    y = module(inner)
-    assert y.data_ptr() == inner.data_ptr()
-    assert torch.equal(y, plain(x))
-    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], want)
-    # What others keep of the input is missed, not silently wrong.
-    square = (inner := x * 1).square()
-    module(inner)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        square.sum().backward()
-
-
-# What torch does to ops (see test_transforms.py for opcheck)
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(6, 8),
-            lomem.nn.GELU(bits=3),
-            nn.Linear(8, 8),
-            lomem.nn.Softplus(2.0, bits=5),
-            nn.Linear(8, 8),
-            lomem.nn.ReLU6(),
-            lomem.nn.ELU(0.5, bits=8),
-        )
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-def gradients(net, f, x):
-    x = x.clone().requires_grad_()
-    net.zero_grad()
-    f(x).square().sum().backward()
-    return [x.grad, *(p.grad.clone() for p in net.parameters())]
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile(backend, device):
-    net = Net().to(device)
-    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=backend)
-    for rows in (4, 5, 9):
-        x = torch.randn(rows, 6, device=device)
-        torch.testing.assert_close(gradients(net, compiled, x), gradients(net, net, x))
-
-
-def test_compile_step_activation(device):
-    def f(x):
-        return LF.step_activation(x, torch.sin, (-1.0, 0.0, 1.0), (0.1, 0.2, 0.3, 0.4))
-
-    x = torch.randn(4, 6, device=device, requires_grad=True)
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    (got,) = torch.autograd.grad(compiled(x).sum(), x)
-    (want,) = torch.autograd.grad(f(x).sum(), x)
-    assert torch.equal(got, want)
-
-
-def test_export(device):
-    net = Net().to(device)
-    x = torch.randn(4, 6, device=device)
-    program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
-    for rows in (4, 7):
-        x = torch.randn(rows, 6, device=device)
-        assert torch.equal(loaded(x), net(x))
-    torch.testing.assert_close(gradients(loaded, loaded, x), gradients(net, net, x))
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint(use_reentrant, device):
-    net = Net().to(device)
-    x = torch.randn(4, 6, device=device)
-    checkpointed = partial(torch.utils.checkpoint.checkpoint, net, use_reentrant=use_reentrant)
-    for got, want in zip(gradients(net, checkpointed, x), gradients(net, net, x), strict=True):
-        assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_autocast_keeps_dtypes(name):
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(8).to(dtype).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            y = ALL[name][0](x)
-        assert y.dtype == dtype
-        assert same_bits(y.detach(), ALL[name][1](x.detach()))
-
-
-@pytest.mark.parametrize("name", ["gelu", "silu", "relu", "hardtanh"])
-def test_gradients_of_gradients(name, device):
-    x = torch.randn(9, dtype=torch.float64, device=device, requires_grad=True)
-    grad = torch.randn(9, dtype=torch.float64, device=device, requires_grad=True)
-    # The gradient is linear in grad_output.
-    assert torch.autograd.gradcheck(lambda g: torch.autograd.grad(ALL[name][0](x), x, g, create_graph=True)[0], grad)
-
-
-@pytest.mark.parametrize("name", ["gelu", "relu"])
-def test_no_tangents(name):
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(torch.randn(3), torch.randn(3))
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            ALL[name][0](dual)

@@ -339,7 +339,9 @@ class TestFamily:
             ops.step_activation(x, "jelu", [], 3)
         with raises("lomem::hard_activation: function is 'gelu', expected one of relu, leaky_relu, ", ValueError):
             ops.hard_activation(x, "gelu", [])
-        with raises("lomem::step_activation: criterion is 'best', expected 'derivative', 'primitive' or 'paper'", ValueError):
+        with raises(
+            "lomem::step_activation: criterion is 'best', expected 'derivative', 'primitive' or 'paper'", ValueError
+        ):
             LF.silu(x, criterion="best")
         with raises("lomem.nn.SiLU: criterion is 'best', expected 'derivative', 'primitive' or 'paper'", ValueError):
             lomem.nn.SiLU(criterion="best")

@@ -81,7 +81,7 @@ def test_demo(tmp_path):
 
 
 def test_demo_without_its_packages_is_one_sentence():
-    script = "import sys; sys.modules['sklearn'] = None; import lomem.commands.cli; sys.exit(lomem.commands.cli.main(['demo']))"
+    script = "import sys; sys.modules['sklearn'] = None; from lomem.commands import cli; sys.exit(cli.main(['demo']))"
     result = run(sys.executable, "-c", script)
     assert result.returncode == 1
     assert re.fullmatch(

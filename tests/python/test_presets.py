@@ -101,7 +101,9 @@ def test_an_unknown_preset_is_told_the_known_ones():
 @pytest.mark.parametrize(("package", "call"), [("transformers", "build"), ("transformers", "batch")])
 def test_a_missing_package_is_named(monkeypatch, package, call):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"lomem.commands.presets needs the package {package}: pip install 'lomem\[models\]'"):
+    with pytest.raises(
+        ImportError, match=rf"lomem.commands.presets needs the package {package}: pip install 'lomem\[models\]'"
+    ):
         getattr(presets.get("vit-b").small(), call)()
 
 

@@ -20,7 +20,6 @@ from ..steps import StepFunction
 from .exchange import Converted
 from .kinds import Criterion, Function, ResultDtype
 from .live import Fixed, fixed, holds
-from .paper import paper
 from .recognize import ActivationForm, LinearForm, NormForm
 
 __all__ = ["MSNorm", "NormPlan", "SharedInput", "StepActivation", "StepCalls", "as_activation"]
@@ -39,9 +38,6 @@ def _in_a_graph() -> bool:
 
 def _few_bit(function: Function, x: Tensor, approximate: str, bits: int, criterion: Criterion) -> Tensor:
     """GELU or SiLU, with the step function of a width and a criterion."""
-    if criterion is Criterion.PAPER:
-        activation, _ = paper(function)
-        return activation(x, approximate) if function is Function.GELU else activation(x)
     if function is Function.GELU:
         return LF.gelu(x, approximate, bits=bits, criterion=criterion.value)
     return LF.silu(x, bits=bits, criterion=criterion.value)
@@ -65,8 +61,6 @@ class Steps(NamedTuple):
     @classmethod
     def of(cls, form: ActivationForm, bits: int, criterion: Criterion, scale: float) -> Steps:
         """Looks them up."""
-        if criterion is Criterion.PAPER:
-            return cls.scaled(paper(form.kind)[1], scale)
         tanh = form.kind is Function.GELU and form.approximate == "tanh"
         name = "gelu_tanh" if tanh else form.kind.value
         return cls.scaled(LF.step_function(name, bits, criterion=criterion.value), scale)

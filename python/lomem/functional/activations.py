@@ -105,12 +105,12 @@ def _few_bit(
 ) -> Tensor:
     if steps is not None:
         bits, criterion = steps.bits, "derivative" if criterion == "paper" else criterion
-    if not (has_torch_function_unary(input) or is_compiling()):
-        # (The values do not depend on the steps.)
-        if steps is None or not (input.requires_grad and torch.is_grad_enabled()):
-            output = _C.step_activation(input, function, parameters, bits, criterion, fast)
-            if output is not NotImplemented:
-                return input.copy_(output) if inplace else output
+    # The values do not depend on the steps.
+    steps_matter = steps is not None and input.requires_grad and torch.is_grad_enabled()
+    if not (steps_matter or has_torch_function_unary(input) or is_compiling()):
+        output = _C.step_activation(input, function, parameters, bits, criterion, fast)
+        if output is not NotImplemented:
+            return input.copy_(output) if inplace else output
     return _few_bit_op(function, input, parameters, bits, criterion, steps, inplace, fast)
 
 
