@@ -1,7 +1,7 @@
-"""What a call costs without gradient: lomem's ops against the torch ops whose forward they are.
+"""Call overhead without gradient: lomem's ops against the torch ops that they replace.
 
-On one element, so that nothing but the call is timed. The two are timed in turns; the figures are
-medians. Needs lomem alone.
+Inputs have one element, so that only the call is timed. The two are timed in turns; the figures are medians. Needs only
+lomem.
 
     python benchmarks/call_overhead.py
 """
