@@ -114,9 +114,9 @@ def table(task: MovieReviews, errors: list[dict[str, Any]], results: list[Result
 def main() -> None:
     """Command line of the example."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, counted from 0 (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="steps of each training run (default: %(default)s)")
-    parser.add_argument("--trained-bits", type=int, nargs="*", default=[1, 2], help="bits of trained models (default: 1 2)")
+    parser.add_argument("--trained-bits", type=int, nargs="*", default=[1, 2], help="their bits (default: 1 2)")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--table", type=Path, help="file for the tables, in Markdown")
     options = parser.parse_args()

@@ -257,7 +257,7 @@ def facts(task: Task) -> dict[str, Any]:
 def main(task: Task, steps: int, seeds: int, methods: Sequence[str]) -> None:
     """Command line of an example: trains, prints the table, and writes it if a path is given."""
     parser = argparse.ArgumentParser(description=task.title)
-    parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds, counted from 0 (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds, from 0 on (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=steps, help="steps of each training run (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(methods))
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="bf16: automatic mixed precision")
