@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="steps of each training run (default: %(default)s)")
-    parser.add_argument("--trained-bits", type=int, nargs="*", default=[1, 2], help="their bits (default: 1 2)")
+    parser.add_argument("--trained-bits", type=int, nargs="*", default=[1, 2], help="bits to train with (default: 1 2)")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--table", type=Path, help="file for the tables, in Markdown")
     options = parser.parse_args()
