@@ -36,7 +36,7 @@ def microseconds(function, x):
 def main():
     torch.set_num_threads(1)
     x = torch.randn(1)
-    print(f"{'microseconds a call':<28}{'lomem':>8}{'torch':>8}{'difference':>12}")
+    print(f"{'microseconds per call':<28}{'lomem':>8}{'torch':>8}{'difference':>12}")
     for name, (ours, theirs) in PAIRS.items():
         pairs = [(microseconds(ours, x), microseconds(theirs, x)) for _ in range(ROUNDS)]
         a, b, difference = (statistics.median(v) for v in (*zip(*pairs, strict=True), [p - q for p, q in pairs]))

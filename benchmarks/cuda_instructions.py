@@ -94,7 +94,7 @@ def main() -> int:
     library = next(arguments.build.rglob("liblomem_cuda.so"))
 
     forward = {}
-    print(f"sm_{arguments.arch}: instructions an element")
+    print(f"sm_{arguments.arch}: instructions per element")
     for mangled, instructions in kernels(library, arguments.arch, ("Step",)):
         name = run("c++filt", mangled)
         if match := re.search(r"StepForward<lomem::(\w+), .*, (?:lomem::)?(\w+)> >", name):
@@ -116,7 +116,7 @@ def main() -> int:
     if not arguments.torch:
         return 0
     different = 0
-    print(f"\nfloating-point instructions an element, beside those of {arguments.torch.name}")
+    print(f"\nfloating-point instructions per element, compared with those of {arguments.torch.name}")
     theirs = [
         (name, instructions)
         for name, instructions in kernels(arguments.torch, arguments.arch, ("GeluCUDAKernelImpl", "silu_kernel"))

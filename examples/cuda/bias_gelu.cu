@@ -122,8 +122,8 @@ int main() {
   }
   const bool right = forward_error < 4e-3 && gradient_error < 4e-3;
   std::printf(
-      "%s it kept for the backward pass %lld bytes instead of %lld; largest relative errors: forward %.1e, gradient "
-      "%.1e (bfloat16 rounds by 3.9e-03): %s\n",
+      "%s it saved %lld bytes instead of %lld for backward; largest relative errors: forward %.1e, gradient %.1e "
+      "(bfloat16 rounds by 3.9e-03): %s\n",
       on_gpu ? "on the GPU" : "no GPU here: on the CPU", static_cast<long long>(lomem::packed_bytes(n, Step::bits)),
       static_cast<long long>(n * sizeof(T)), forward_error, gradient_error, right ? "as it should be" : "wrong");
   return right ? 0 : 1;
