@@ -1,4 +1,4 @@
-# Whether to build CUDA kernels, and for which architectures. Sets LOMEM_WITH_CUDA and LOMEM_CUDA_ARCHS, the
+# Decides whether CUDA kernels are built, and for which architectures. Sets LOMEM_WITH_CUDA and LOMEM_CUDA_ARCHS, the
 # architectures in the notation of TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX").
 set(LOMEM_WITH_CUDA OFF)
 set(LOMEM_CUDA_ARCHS "")
@@ -11,8 +11,8 @@ if(LOMEM_CUDA STREQUAL "OFF" OR (LOMEM_CUDA STREQUAL "AUTO" AND NOT LOMEM_TORCH_
   return()
 endif()
 
-# From a list such as TORCH_CUDA_ARCH_LIST to CMake's: 8.0 is code for that architecture, +PTX is in addition the
-# form that later ones compile.
+# Translates a list in the notation of TORCH_CUDA_ARCH_LIST to CMake's: 8.0 compiles code for that architecture, and
+# +PTX adds the form that later architectures can compile.
 function(lomem_cmake_architectures result)
   set(architectures)
   foreach(arch IN LISTS ARGN)
@@ -30,7 +30,7 @@ function(lomem_cmake_architectures result)
 endfunction()
 
 if(CMAKE_CUDA_ARCHITECTURES MATCHES "^[0-9]")
-  # The builder's choice: the other notation is for people.
+  # The builder's choice of architectures wins; LOMEM_CUDA_ARCHS only reports it.
   foreach(arch IN LISTS CMAKE_CUDA_ARCHITECTURES)
     string(REGEX REPLACE "^([0-9]+)([0-9][af]?)(-real|-virtual)?$" "\\1.\\2" number "${arch}")
     if(arch MATCHES "-real$")
@@ -60,9 +60,9 @@ include(CheckLanguage)
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
   if(LOMEM_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "lomem: LOMEM_CUDA is ON, but there is no CUDA compiler: put nvcc on PATH, or set CUDACXX.")
+    message(FATAL_ERROR "lomem: LOMEM_CUDA is ON, but no CUDA compiler was found: put nvcc on PATH, or set CUDACXX.")
   endif()
-  message(STATUS "lomem: CPU kernels only, for this torch has CUDA but there is no CUDA compiler (nvcc)")
+  message(STATUS "lomem: CPU kernels only: torch has CUDA, but no CUDA compiler (nvcc) was found")
   set(LOMEM_CUDA_ARCHS "")
   return()
 endif()

@@ -1,5 +1,5 @@
-# GoogleTest: the installed one, else a download. (`make test` installs Debian's package first,
-# where apt and root allow it.)
+# Uses the installed GoogleTest, or downloads it. (`make test` first installs Debian's package where apt and root allow
+# it.)
 find_package(GTest QUIET)
 if(NOT GTest_FOUND)
   include(FetchContent)

@@ -1,11 +1,11 @@
 # Finds torch. Sets LOMEM_TORCH_VERSION (major.minor), LOMEM_TORCH_PREFIX and LOMEM_TORCH_CUDA (whether this torch has
-# CUDA), and makes the target lomem_libtorch.
+# CUDA), and defines the target lomem_libtorch.
 #
-# A Python build takes the torch of the Python environment that will run it, and no other. A plain CMake build takes
-# the one in Torch_DIR or on CMAKE_PREFIX_PATH, else that of the Python found.
+# A Python build uses only the torch of the Python environment that will run it. A plain CMake build uses the one in
+# Torch_DIR or on CMAKE_PREFIX_PATH, or otherwise that of the Python it finds.
 #
-# torch's own CMake package is looked at, not loaded: with a CUDA build of torch it fails where there is no CUDA
-# toolkit, which lomem's CPU kernels do not need, and it adds flags of its own choice to CUDA code.
+# torch's own CMake package is inspected, not loaded: with a CUDA build of torch it fails where there is no CUDA
+# toolkit, which lomem's CPU kernels do not need, and it adds its own flags to CUDA code.
 if(NOT SKBUILD AND NOT Torch_DIR AND NOT CMAKE_DISABLE_FIND_PACKAGE_Torch)
   file(TO_CMAKE_PATH "$ENV{CMAKE_PREFIX_PATH}" environment_prefixes)
   find_path(Torch_DIR TorchConfig.cmake
@@ -30,7 +30,7 @@ if(SKBUILD OR (NOT Torch_DIR AND NOT CMAKE_DISABLE_FIND_PACKAGE_Python))
 endif()
 
 if(NOT Torch_DIR OR NOT EXISTS "${Torch_DIR}/TorchConfigVersion.cmake")
-  message(FATAL_ERROR "lomem: no torch in reach: install torch 2.11 or newer in the Python environment that you "
+  message(FATAL_ERROR "lomem: no torch found: install torch 2.11 or newer in the Python environment that you "
     "build with (and pass --no-build-isolation to pip), or put a LibTorch on CMAKE_PREFIX_PATH, or set "
     "-DLOMEM_TORCH=OFF for the header-only core.")
 endif()
@@ -53,15 +53,15 @@ if(LOMEM_torch_cuda_LIBRARY)
   set(LOMEM_TORCH_CUDA ON)
 endif()
 
-# The installed package names torch's own target, `torch`, instead.
+# The installed package uses torch's own target, `torch`, instead.
 add_library(lomem_libtorch INTERFACE)
 target_include_directories(lomem_libtorch SYSTEM INTERFACE
   "${LOMEM_TORCH_PREFIX}/include" "${LOMEM_TORCH_PREFIX}/include/torch/csrc/api/include")
 target_link_libraries(lomem_libtorch INTERFACE
   "${LOMEM_torch_LIBRARY}" "${LOMEM_torch_cpu_LIBRARY}" "${LOMEM_c10_LIBRARY}")
 if(LOMEM_TORCH_CUDA AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
-  # For programs: its kernels register themselves, so no symbol would keep it; and what it needs itself (cuBLAS, ...)
-  # is found at run time. lomem's own libraries do not need it.
+  # Programs need torch_cuda kept explicitly: its kernels register themselves, so no symbol refers to it. Its own
+  # dependencies (cuBLAS, ...) are resolved at run time. lomem's own libraries do not need it.
   target_link_options(lomem_libtorch INTERFACE
     "$<$<STREQUAL:$<TARGET_PROPERTY:TYPE>,EXECUTABLE>:LINKER:--push-state,--no-as-needed,${LOMEM_torch_cuda_LIBRARY},--pop-state,--allow-shlib-undefined>")
 endif()

@@ -1,8 +1,8 @@
-"""Registers, spills and stack of the CUDA kernels, as the compiler reports them.
+"""Reports registers, spills and stack use of the CUDA kernels, as given by the compiler.
 
-As a compiler launcher (`cuda_resources.py --record nvcc ...`), runs the compiler and keeps its report beside the
+As a compiler launcher (`cuda_resources.py --record nvcc ...`), runs the compiler and saves its report next to the
 object file. With a build folder (`cuda_resources.py build/cuda`), prints a table of every kernel and architecture and
-fails where a kernel spills registers or keeps an array in local memory.
+fails if a kernel spills registers or keeps an array in local memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SUFFIX = ".ptxas"
 
 
 class Kernel(NamedTuple):
-    """What the compiler says of one kernel on one architecture."""
+    """The compiler's report on one kernel for one architecture."""
 
     name: str
     arch: str
@@ -29,7 +29,7 @@ class Kernel(NamedTuple):
 
 
 def record(command: list[str]) -> int:
-    """Runs the compiler; keeps what it says of its kernels and passes the rest on."""
+    """Runs the compiler, saves its report on kernels and passes the rest of its output on."""
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     report, other = [], []
     for line in result.stderr.splitlines(keepends=True):
@@ -42,7 +42,7 @@ def record(command: list[str]) -> int:
 
 
 def parse(report: str) -> Iterator[Kernel]:
-    """The kernels of one report."""
+    """Yields the kernels of one report."""
     entry = re.compile(
         r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'.*?"
         r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -55,7 +55,7 @@ def parse(report: str) -> Iterator[Kernel]:
 
 
 def readable(names: list[str]) -> list[str]:
-    """Names as C++ spells them, without the namespaces that all share."""
+    """Demangles names and drops the namespaces that all of them share."""
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     result = []
     for line in text.splitlines():
@@ -67,7 +67,7 @@ def readable(names: list[str]) -> list[str]:
 
 
 def cell(kernel: Kernel | None) -> str:
-    """One kernel on one architecture, in the table."""
+    """Formats one kernel on one architecture as a table cell."""
     if kernel is None:
         return "-"
     spilled = f"+{kernel.spilled_bytes}" if kernel.spilled_bytes else ""
@@ -75,7 +75,7 @@ def cell(kernel: Kernel | None) -> str:
 
 
 def main(folder: Path) -> int:
-    """Prints the table; returns 1 where a kernel uses local memory, 2 where there are no reports."""
+    """Prints the table; returns 1 if a kernel uses local memory, 2 if there are no reports."""
     kernels = [kernel for path in folder.rglob("*" + SUFFIX) for kernel in parse(path.read_text(encoding="utf-8"))]
     if not kernels:
         print(f"no reports under {folder}: build it with LOMEM_CUDA=ON and LOMEM_CUDA_RESOURCES=ON", file=sys.stderr)
@@ -86,7 +86,7 @@ def main(folder: Path) -> int:
         table[kernel.name][kernel.arch] = kernel
     names = readable(list(table))
     width = max(map(len, names))
-    print("registers a thread; +n: bytes spilled; ~n: bytes of stack")
+    print("registers per thread; +n: bytes spilled; ~n: bytes of stack")
     print(f"{'kernel':<{width}}" + "".join(f"{arch:>8}" for arch in archs))
     for name, row in sorted(zip(names, table.values(), strict=True), key=lambda pair: pair[0]):
         cells = [cell(row.get(arch)) for arch in archs]

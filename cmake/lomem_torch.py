@@ -1,7 +1,7 @@
-"""Where torch is and of which version, without importing it.
+"""Finds torch and its version without importing it.
 
 Run as a script, prints the folder of TorchConfig.cmake. As a dynamic-metadata provider, makes the
-wheel require the minor version of torch that it is built against: the C++ interface of torch is
+wheel require the minor version of torch that it is built against, because torch's C++ interface is
 not stable across minor versions.
 """
 
@@ -15,13 +15,13 @@ from pathlib import Path
 
 
 class TorchNotFoundError(RuntimeError):
-    """No torch in the environment that lomem is built for."""
+    """There is no torch in the environment that lomem is built for."""
 
 
 def find_torch() -> tuple[Path, str]:
-    """Folder and version of the torch that a lomem installed from here will run with."""
-    # First the environment of this interpreter: in pip's isolated build it is still the one that
-    # is installed into, though its packages cannot be imported there.
+    """Returns the folder and version of the torch that a lomem installed from here will run with."""
+    # This interpreter's environment comes first: in pip's isolated build it is still the target of the
+    # installation, although its packages cannot be imported there.
     folders = [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin is not None:
@@ -32,8 +32,8 @@ def find_torch() -> tuple[Path, str]:
             if match:
                 return folder, match[1]
     msg = (
-        f"lomem: no torch in reach of {sys.executable}: install torch 2.11 or newer in the environment that lomem is "
-        "to run in; a front end that builds elsewhere needs --no-build-isolation"
+        f"lomem: no torch found for {sys.executable}: install torch 2.11 or newer in the environment that lomem is "
+        "to run in; a front end with an isolated build needs --no-build-isolation"
     )
     raise TorchNotFoundError(msg)
 
@@ -42,18 +42,18 @@ _state = ""
 
 
 def build_state(state: str) -> None:
-    """What is being built, from the build backend."""
+    """Stores what the build backend is building."""
     global _state
     _state = state
 
 
 def dynamic_wheel(_settings: object) -> dict[str, bool]:
-    """That the dependencies of a source distribution are not those of the wheels made of it."""
+    """Says that wheels have other dependencies than the source distribution they are built from."""
     return {"dependencies": True}
 
 
 def dynamic_metadata(_settings: object, _project: object) -> dict[str, list[str]]:
-    """The dependencies."""
+    """Returns the dependencies."""
     if _state == "sdist":
         return {"dependencies": ["torch>=2.11"]}
     try:

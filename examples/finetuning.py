@@ -27,8 +27,8 @@ Batch = dict[str, Tensor]
 #: Arguments of lomem.convert; None leaves the model unconverted.
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
-    "activations": {"norms": "keep"},
-    "activations and norms": {},
+    "activations": {"norms": "keep", "criterion": "paper"},
+    "activations and norms": {"criterion": "paper"},
 }
 
 #: Number of batches over which saved bytes are averaged, because their lengths differ.

@@ -297,29 +297,28 @@ def error_table(ranges: dict, functions: dict) -> str:
 # The header.
 
 TEMPLATE = """\
-// Polynomials of a fast float32 forward of GELU, tanh-GELU and SiLU. Written by
+// Polynomials for a fast float32 forward of GELU, tanh-GELU and SiLU. Written by
 //     python tools/fast_forward.py
-// which says how they are fitted. For the host: device code cannot index a constexpr array at run
-// time.
+// which documents how they are fitted. Host only: device code cannot index a constexpr array at run time.
 //
-// Each is max(x, 0) - W(|x|), X being gelu, gelu_tanh or silu, in float32 operations that are
-// rounded once, fma being the fused multiply-add, so that all instruction sets return the same bits:
+// Each function is max(x, 0) - W(|x|), computed in float32 operations that are each rounded once, so that all
+// instruction sets return the same bits (X is gelu, gelu_tanh or silu, and fma is the fused multiply-add):
 //     a = |x| < X_clamp ? |x| : X_clamp
 //     shifted = fma(a, X_rows_a_unit, tail_magic)         its low five bits are the row: the integer
 //     t = fma(a, X_rows_a_unit, tail_magic - shifted)     next to a * X_rows_a_unit; |t| <= 1/2
 //     w = X_tail[5][row]; w = fma(w, t, X_tail[4][row]); ... ; w = fma(w, t, X_tail[0][row])
 //     y = (x < 0 ? 0 : x) - w
-// Row 0 has no constant: small x keep their relative accuracy. The last row is zero, and so is the
-// result of what is clamped (then the exact W is at most {gelu_flushed}, {tanh_flushed} for tanh-GELU,
-// {silu_flushed} for SiLU). NaN stays NaN, and the sign of zero stays.
+// Row 0 has no constant term, so that small x keep their relative accuracy. The last row is zero, and so is W where |x|
+// is clamped (there the exact W is at most {gelu_flushed}, {tanh_flushed} for tanh-GELU,
+// {silu_flushed} for SiLU). NaN and the sign of zero are preserved.
 //
 // Relative error of the polynomials in exact arithmetic, before rounding to float32:
 //     gelu_tail       {gelu_errors}
 //     gelu_tanh_tail  {tanh_errors}
 //     silu_tail       {silu_errors}
-// Largest error of these operations (float32: of a million numbers a column, from 2^-16
-// to 32; 16 bits: the float32 result rounded once, of all inputs), in ulps of the exact result, and
-// absolute in the first column. fma was emulated: the float64 product and sum, rounded to float32.
+// Largest error of these operations in ulps of the exact result, except in the first column, which is absolute
+// (float32: over a million numbers per column, from 2^-16 to 32; 16 bits: the float32 result rounded once, over all
+// inputs). fma was emulated by the float64 product and sum, rounded to float32.
 {gelu_table}
 //
 {silu_table}

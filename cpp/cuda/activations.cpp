@@ -1,4 +1,4 @@
-// Activations on CUDA: tensors in, kernels on pointers out.
+// Activation ops on CUDA: unpack tensors and launch the kernels on raw pointers.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
@@ -12,8 +12,8 @@
 namespace lomem::detail {
 namespace {
 
-/// The strides that torch's pointwise ops give their output: those of a dense input, but for
-/// dimensions of size 1, whose stride says nothing.
+/// The memory format that gives an output the strides torch's pointwise ops would: those of a dense input, except for
+/// dimensions of size 1, whose stride is meaningless.
 at::MemoryFormat output_format(const at::Tensor& input) {
   return input.is_contiguous()                                 ? at::MemoryFormat::Contiguous
          : input.is_contiguous(at::MemoryFormat::ChannelsLast) ? at::MemoryFormat::ChannelsLast
@@ -25,7 +25,7 @@ std::tuple<at::Tensor, at::Tensor> published_forward(const at::Tensor& input) {
   using Steps = typename Function::PublishedSteps;
   const CudaScope scope(input);
   at::Tensor output = at::empty_like(input, output_format(input));
-  // Otherwise (sliced, expanded) the input is copied to the output's strides, so that one order serves both.
+  // Otherwise (sliced, expanded) the input is copied to the output's strides, so that both are in the same order.
   const at::Tensor dense = input.is_non_overlapping_and_dense() ? input : at::empty_like(output).copy_(input);
   const int64_t n = input.numel();
   at::Tensor codes = at::empty({packed_bytes(n, Steps::bits)}, input.options().dtype(at::kByte));

@@ -1,7 +1,7 @@
-// How the ops call CUDA kernels. Only torch's device-independent interface is used, and the CUDA
-// runtime is linked statically: this library needs no symbol of torch's CUDA libraries, so it
-// builds, and loads, beside every build of torch.
-#ifndef LOMEM_CUDA_CALL_H  // a guard by name: tests/cpp/cuda/on_host.cpp has a header in its place
+// How the ops call CUDA kernels. They use only torch's device-independent interface, and the CUDA runtime is linked
+// statically: this library needs no symbol of torch's CUDA libraries, so it builds against, and loads with, every build
+// of torch.
+#ifndef LOMEM_CUDA_CALL_H  // not #pragma once: tests/cpp/cuda/on_host.cpp substitutes its own header
 #define LOMEM_CUDA_CALL_H
 
 #include <ATen/core/Tensor.h>
@@ -13,12 +13,12 @@
 
 namespace lomem::detail {
 
-/// Makes the device of a tensor current, for allocations and launches.
+/// Makes a tensor's device current, for allocations and launches.
 class CudaScope {
  public:
   explicit CudaScope(const at::Tensor& tensor) : guard_(check(tensor.device())) {
-    // The guard tells torch's copy of the CUDA runtime; this tells the one in this library. A failure
-    // shows at the launch.
+    // The guard informs torch's copy of the CUDA runtime; this call informs the copy in this library. A failure
+    // surfaces at the launch.
     cudaSetDevice(tensor.device().index());
   }
 
@@ -36,7 +36,7 @@ inline cudaStream_t current_stream(const at::Tensor& tensor) {
   return static_cast<cudaStream_t>(implementation.getStream(tensor.device()).native_handle());
 }
 
-/// Raises where a launch failed.
+/// Raises if a launch failed.
 inline void check_launch(const char* op, const at::Tensor& tensor, cudaError_t error) {
   if (error == cudaSuccess) {
     return;

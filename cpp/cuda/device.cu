@@ -1,4 +1,4 @@
-// What the launchers ask of the device and of the build.
+// Queries of the device and the build, used by the launchers.
 #include <lomem/cuda/kernels.h>
 
 #include "device.h"

@@ -3,7 +3,7 @@
 
 namespace lomem::cuda {
 
-/// Its number of multiprocessors; 1 where there is no device, for which launches then fail.
+/// Number of multiprocessors of the current device, or 1 if there is no device, in which case launches fail.
 int multiprocessor_count();
 
 }  // namespace lomem::cuda

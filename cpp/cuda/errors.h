@@ -1,4 +1,4 @@
-// What a launch that failed is called.
+// Messages for failed launches.
 #pragma once
 
 #include <lomem/cuda/kernels.h>
@@ -7,13 +7,13 @@
 
 namespace lomem::detail {
 
-/// Whether an error says that the library holds no code for the GPU.
+/// Whether an error means that the library has no code for the GPU.
 inline bool is_unsupported_gpu(cudaError_t error) {
   return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
          error == cudaErrorUnsupportedPtxVersion;
 }
 
-/// `device` is "cuda:0" or the like, `major` and `minor` its compute capability.
+/// `device` is a name such as "cuda:0"; `major` and `minor` are its compute capability.
 inline std::string unsupported_gpu_message(
     const char* op, const std::string& device, int major, int minor, const std::string& compiled_archs) {
   return std::string(op) + ": " + device + " is a GPU of compute capability " + std::to_string(major) + "." +

@@ -10,7 +10,7 @@ namespace {
 struct CudaNorms {
   using Scope = CudaScope;
 
-  /// Not here: looking at the weights would wait for the device. Where a weight is too small the
+  /// Not checked here: looking at the weights would synchronize with the device. Where a weight is too small the
   /// gradients are NaN (see norm_inverse).
   static void check_recoverable(const char* /*op*/, const OptionalTensor& /*weight*/, const at::Tensor& /*output*/) {}
 

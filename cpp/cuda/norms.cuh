@@ -1,4 +1,4 @@
-// The launchers of the norms: instantiated in two files, which compile side by side.
+// The launchers of the norms, instantiated in two files so that they compile in parallel.
 #pragma once
 
 #include <lomem/cuda/kernels.h>

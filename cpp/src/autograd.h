@@ -1,4 +1,4 @@
-// What the autograd kernels share.
+// Helpers shared by the autograd kernels.
 #pragma once
 
 #include <ATen/FuncTorchTLS.h>
@@ -25,14 +25,13 @@ inline bool requires_grad(const OptionalTensor& tensor) {
   return has_tensor(tensor) && tensor->requires_grad();
 }
 
-/// Whether a call must record its backward pass. Where it need not, the op below autograd is
-/// called and nothing is kept.
+/// Whether a call must record its backward pass. If not, the op below autograd is called and nothing is saved.
 template <class... Tensors>
 bool needs_grad(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
 }
 
-/// Raises for a tensor with a forward-mode tangent, which would else be dropped in silence.
+/// Raises for a tensor with a forward-mode tangent, which would otherwise be dropped silently.
 inline void check_no_tangent(const char* op, const char* argument, const OptionalTensor& tensor) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       !has_tensor(tensor) || !tensor->_fw_grad(/*level=*/0).defined(), op, ": ", argument,
@@ -41,14 +40,14 @@ inline void check_no_tangent(const char* op, const char* argument, const Optiona
 
 using NodePointer = decltype(torch::autograd::Edge::function);
 
-/// The node of a torch::autograd::Function, with a name: torch's own demangles that of its type at every call.
+/// The node of a torch::autograd::Function, with a fixed name: torch's own node demangles its type name at every call.
 template <class F>
 struct FunctionNode : torch::autograd::CppNode<F> {
   std::string name() const override {
     return F::name;
   }
 
-  /// (Nodes are std::shared_ptr's in older versions of torch.)
+  /// (In older versions of torch, nodes are held by std::shared_ptr.)
   template <class Pointer = NodePointer>
   static auto make() {
     if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
@@ -60,8 +59,8 @@ struct FunctionNode : torch::autograd::CppNode<F> {
 };
 
 /// torch::autograd::Function::apply for functions of one tensor whose output is neither their input nor a view of it:
-/// what else that one looks after costs more than a small activation. F::backward gets an undefined gradient as it
-/// comes, and returns one gradient.
+/// the other cases that torch's version handles cost more than a small activation. F::backward receives an undefined
+/// gradient as is, and returns one gradient.
 template <class F, class... Args>
 at::Tensor apply_function(const at::Tensor& input, const Args&... args) {
   const auto& functorch = at::functorch::functorchTLSAccessor();

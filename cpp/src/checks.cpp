@@ -12,7 +12,7 @@ namespace {
 
 constexpr const char* float_dtypes = "float64, float32, bfloat16 or float16";
 
-/// Above this, the number of bits of codes does not fit int64.
+/// Above this, the number of bits of the codes would overflow int64.
 constexpr int64_t max_numel = std::numeric_limits<int64_t>::max() / 16;
 
 bool is_supported_float(at::ScalarType dtype) {
@@ -58,7 +58,7 @@ void check_norm_parameter(
       ", expected normalized_shape ", normalized_shape);
 }
 
-/// What a condition on sizes is, and `otherwise` where they are symbolic: without a guard on them.
+/// The value of a condition on sizes, or `otherwise` if they are symbolic. Adds no guard on them.
 bool known_or(const c10::SymBool& condition, bool otherwise) {
   return condition.maybe_as_bool().value_or(otherwise);
 }
@@ -99,7 +99,7 @@ void check_strided(const char* op, const char* argument, const at::Tensor& tenso
   TORCH_CHECK(
       tensor.layout() == at::kStrided, op, ": ", argument, " has layout ", tensor.layout(),
       ", expected a dense (torch.strided) tensor");
-  // (Without a guard on symbolic sizes.)
+  // (Adds no guard on symbolic sizes.)
   const std::optional<int64_t> numel = tensor.sym_numel().maybe_as_int();
   TORCH_CHECK_VALUE(
       !numel || *numel <= max_numel, op, ": ", argument, " has ", *numel, " elements, expected at most ", max_numel);
@@ -209,7 +209,7 @@ NormSizes check_norm_backward(
       ", expected ", dtype_name(rstd_dtype(input_dtype)), " for input_dtype ", dtype_name(input_dtype));
   TORCH_CHECK(
       rstd.sym_numel() == sizes.rows, op, ": rstd has ", rstd.sym_numel(), " elements, expected ", sizes.rows,
-      ", one a row");
+      ", one per row");
   check_norm_parameter(op, "weight", weight, normalized_shape, "output", output);
   check_norm_parameter(op, "bias", bias, normalized_shape, "output", output);
   return sizes;
@@ -301,7 +301,7 @@ c10::SymInt check_weight_grad(
   const c10::SymInt& proj_dim = compressed.sym_size(0);
   TORCH_CHECK(
       known_or(proj_dim.sym_le(rows), true) && (known_or(proj_dim.sym_ge(1), true) || known_or(rows.sym_eq(0), true)),
-      op, ": compressed has ", proj_dim, " rows, expected 1 to ", rows, ", as many as grad_output");
+      op, ": compressed has ", proj_dim, " rows, expected 1 to ", rows, ", the number of rows of grad_output");
   if (picks_rows) {
     TORCH_CHECK(has_tensor(indices), op, ": indices is missing, expected the indices of the rows of compressed");
     check_strided(op, "indices", *indices);

@@ -1,5 +1,4 @@
-// The rules for arguments, once for every backend. Each error names op, argument, the value it
-// got and the value it wants.
+// Argument checks, shared by all backends. Each error names the op, the argument, its value and the expected value.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,25 +10,25 @@
 
 namespace lomem::detail {
 
-/// Precondition: a dtype that a check below has passed.
+/// Precondition: `dtype` has passed one of the checks below.
 DType to_dtype(at::ScalarType dtype);
 
-/// A strided tensor of at most so many elements that their bits can be counted.
+/// A strided tensor with few enough elements that the number of their bits fits int64.
 void check_strided(const char* op, const char* argument, const at::Tensor& tensor);
 
-/// The same, of a supported floating-point dtype.
+/// The same, and a supported floating-point dtype.
 void check_float_tensor(const char* op, const char* argument, const at::Tensor& tensor);
 
-/// The same, of uint8.
+/// The same as check_strided, and dtype uint8.
 void check_byte_tensor(const char* op, const char* argument, const at::Tensor& tensor);
 
-/// bits in [1, 8].
+/// bits must be in [1, 8].
 void check_bits(const char* op, int64_t bits);
 
-/// At most 2^bits - 1 boundaries, ascending, none NaN.
+/// There must be at most 2^bits - 1 boundaries, ascending, none of them NaN.
 void check_boundaries(const char* op, at::ArrayRef<double> boundaries, int64_t bits);
 
-/// 2^bits - 1 of them: as given, then +infinity, above which nothing is.
+/// The given boundaries, padded to 2^bits - 1 with +infinity, which no input exceeds.
 std::vector<double> filled_boundaries(at::ArrayRef<double> boundaries, int64_t bits);
 
 void check_step_codes(const at::Tensor& input, at::ArrayRef<double> boundaries, int64_t bits);
@@ -41,11 +40,11 @@ void check_step_backward(
 
 void check_unpack(const at::Tensor& packed, int64_t bits, const c10::SymInt& numel);
 
-/// Sizes that follow from an input and its normalized_shape.
+/// Sizes derived from an input and its normalized_shape.
 struct NormSizes {
   c10::SymInt rows = 1;
   c10::SymInt cols = 1;
-  /// Sizes of rstd: the leading dimensions of the input, then ones (as torch's native_layer_norm).
+  /// Sizes of rstd: the leading dimensions of the input, then ones (as in torch's native_layer_norm).
   c10::SymDimVector rstd;
 };
 
@@ -63,17 +62,17 @@ NormSizes check_norm_backward(
 
 struct ProjectionSize;
 
-/// Raises where `size` says not how many rows are kept, or nonsense.
+/// Raises if `size` does not determine how many rows are saved, or is invalid.
 void check_projection_size(const char* op, const ProjectionSize& size);
 
 /// Checks the arguments of a linear layer.
 void check_linear(
     const char* op, const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 
-/// Checks a seed, if there is one; `other` is what it must be on the device of.
+/// Checks a seed, if there is one. It must be on the device of `other`.
 void check_seed(const char* op, const std::optional<at::Tensor>& seed, const char* other_name, const at::Tensor& other);
 
-/// Checks the further arguments of randomized_linear_forward.
+/// Checks the additional arguments of randomized_linear_forward.
 void check_compression(
     const char* op, const at::Tensor& input, const std::optional<at::Tensor>& seed, const c10::SymInt& proj_dim);
 
@@ -85,10 +84,10 @@ c10::SymInt check_weight_grad(
 /// Product of all sizes but the last.
 c10::SymInt leading_rows(const at::Tensor& tensor);
 
-/// dtype of rstd, and so of a norm's statistics, for an input dtype.
+/// dtype of rstd, and hence of a norm's statistics, for a given input dtype.
 at::ScalarType rstd_dtype(at::ScalarType input_dtype);
 
-/// F.rms_norm's default eps: machine epsilon of the type that the input is computed in.
+/// F.rms_norm's default eps: machine epsilon of the type used for computing with the input.
 double default_rms_norm_eps(at::ScalarType input_dtype);
 
 inline bool has_tensor(const std::optional<at::Tensor>& tensor) {

@@ -19,7 +19,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 using OptionalDtype = std::optional<at::ScalarType>;
 using OptionalDoubles = std::optional<at::ArrayRef<double>>;
 
-/// A name as a template argument.
+/// A string as a template argument.
 template <std::size_t size>
 struct OpName {
   char text[size];
@@ -34,11 +34,11 @@ struct Op;
 
 template <OpName op_name, class Result, class... Args>
 struct Op<op_name, Result(Args...)> {
-  /// With the namespace, as errors call it.
+  /// Name with namespace, as used in errors.
   static constexpr const char* name = op_name.text;
 
   Result operator()(Args... args) const {
-    // The handle is looked up once: the dispatcher keeps it valid for the life of the library.
+    // The handle is looked up once; it stays valid for the life of the library.
     static const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(Args...)>();
     return handle.call(std::forward<Args>(args)...);
   }

@@ -1,4 +1,4 @@
-// What follows from the list of ops alone: their schemas, and what they do where no code of their own says it.
+// Registers what follows from the list of ops alone: schemas, and the default behavior of ops.
 #include <ATen/core/boxing/KernelFunction.h>
 #include <ATen/core/stack.h>
 #include <lomem/ops/registration.h>
@@ -57,10 +57,10 @@ void implement(torch::Library& m, Traits trait, const Kernel& kernel) {
   }
 }
 
-// Tensors without kernels: nested, sparse, quantized, of oneDNN's layout, and on devices that the library does not know.
-// torch's own error names the op and two pages of backends.
+// Handles tensors without kernels: nested, sparse, quantized, in oneDNN's layout, or on unknown devices. torch's own
+// error names the op and two pages of backends.
 
-/// The rule of checks.cpp that applies to an argument of this name.
+/// Applies the check of checks.cpp for an argument of this name.
 void check_argument(const char* op, const std::string& name, const at::Tensor& tensor) {
   if (name == "codes" || name == "packed") {
     check_byte_tensor(op, name.c_str(), tensor);
@@ -95,7 +95,7 @@ torch::CppFunction refusal() {
 void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       false, op.schema().name(), ": got a tensor on cuda, expected cpu: this lomem was built without CUDA kernels ",
-      "(build it again beside a CUDA build of torch, with nvcc, or with LOMEM_CUDA=ON)");
+      "(rebuild it against a CUDA build of torch, with nvcc, or with LOMEM_CUDA=ON)");
 }
 
 TORCH_LIBRARY_IMPL(lomem, CUDA, m) {
@@ -106,12 +106,12 @@ TORCH_LIBRARY_IMPL(lomem, CUDA, m) {
 
 TORCH_LIBRARY(lomem, m) {
   for (const OpEntry& op : entries) {
-    const std::vector<at::Tag> op_tags = tags(op);  // (An rvalue would be taken for a kernel.)
+    const std::vector<at::Tag> op_tags = tags(op);  // (An rvalue would be mistaken for a kernel.)
     m.def(op.schema, op_tags);
   }
 }
 
-// Behind every backend that has kernels.
+// Fallback for backends without kernels.
 TORCH_LIBRARY_IMPL(lomem, CompositeExplicitAutograd, m) {
   for (const OpEntry& op : entries) {
     if (op.has(kernels) && !op.has(composite)) {
@@ -120,7 +120,7 @@ TORCH_LIBRARY_IMPL(lomem, CompositeExplicitAutograd, m) {
   }
 }
 
-// Nested tensors are behind none: torch keeps them apart.
+// Nested tensors do not reach that fallback: torch has separate keys for them.
 
 void refuse_nested(torch::Library& m) {
   for (const OpEntry& op : entries) {
@@ -144,7 +144,7 @@ TORCH_LIBRARY_IMPL(lomem, Autograd, m) {
   implement(m, not_differentiable, [] { return torch::autograd::autogradNotImplementedFallback(); });
 }
 
-// Activations keep the dtype of their input under autocast, as torch's do: said here so that it does not rest on a
+// Activations keep the dtype of their input under autocast, like torch's. Registered explicitly so as not to rely on a
 // default.
 
 TORCH_LIBRARY_IMPL(lomem, AutocastCPU, m) {

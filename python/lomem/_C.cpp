@@ -1,5 +1,5 @@
-// lomem._C: facts about the build and the machine, and a short way to the activations. Loading it loads the library,
-// which registers the ops.
+// lomem._C: information about the build and the machine, and fast calls of the activations. Loading it loads the
+// library, which registers the ops.
 #include <lomem/cpu/kernels.h>
 #include <lomem/ops.h>
 #include <lomem/version.h>
@@ -47,15 +47,15 @@ pybind11::list activations() {
   return rows;
 }
 
-// Calls of the activations. They are torch.ops.lomem; but a call that finds its argument types at run time costs as much
-// as a small activation. These take the arguments in one order, without names, and answer NotImplemented where one is of
-// another type: torch.ops says so best.
+// Calls of the activations. They do the same as torch.ops.lomem, where resolving argument types at run time costs as
+// much as a small activation. These take positional arguments in a fixed order, and return NotImplemented if one has
+// another type: torch.ops gives the best error message for that.
 
 PyObject* not_implemented() {
   return Py_NewRef(Py_NotImplemented);
 }
 
-/// Reads a tuple of numbers. False where something in it is none.
+/// Reads a tuple of numbers. Returns false if an item is not a number.
 bool read_numbers(PyObject* tuple, std::vector<double>& values) {
   if (!PyTuple_Check(tuple)) {
     return false;
@@ -78,7 +78,7 @@ bool read_numbers(PyObject* tuple, std::vector<double>& values) {
   return true;
 }
 
-/// Reads a str. It lives as long as the object.
+/// Reads a str. The result is valid as long as the object.
 bool read_text(PyObject* object, std::string_view& text) {
   if (!PyUnicode_Check(object)) {
     return false;
@@ -95,7 +95,7 @@ bool read_text(PyObject* object, std::string_view& text) {
 
 template <class Call>
 PyObject* call_without_gil(PyObject* input, const Call& call) {
-  // A copy: while others run, one may swap the tensor out of the object.
+  // A copy, because another thread may replace the tensor in the object while the GIL is released.
   const at::Tensor tensor = THPVariable_Unpack(input);
   at::Tensor result;
   {
@@ -163,28 +163,28 @@ PyMethodDef fast_methods[] = {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build and run-time facts of lomem, and calls of its activations.";
+  m.doc() = "Build and run-time information of lomem, and calls of its activations.";
   m.attr("version") = LOMEM_VERSION;
   m.attr("torch_version") = LOMEM_TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
-  m.def("cpu_capability", &lomem::cpu::capability, "Instruction set that lomem's CPU kernels run with.");
+  m.def("cpu_capability", &lomem::cpu::capability, "Instruction set that lomem's CPU kernels use.");
   m.def(
       "cuda_archs", &cuda_archs,
       "CUDA architectures that kernels were compiled for, in the notation of TORCH_CUDA_ARCH_LIST; none in a build "
       "without CUDA.");
   m.def(
       "step_function", &step_function,
-      "Boundaries and levels that the library has for a function of lomem::step_activation.");
+      "Boundaries and levels of the library's step function for a function of lomem::step_activation.");
   m.def(
       "activations", &activations,
       "The table of activations: (name, ((parameter, default or None), ...), is_exact, is_published).");
   if (PyModule_AddFunctions(m.ptr(), fast_methods) != 0) {
     throw pybind11::error_already_set();
   }
-  m.def("manual_seed", &lomem::manual_seed, "Begins lomem's stream of seeds anew.");
-  m.def("random_state", &lomem::random_state, "Where the stream of seeds began and how many were drawn since.");
-  m.def("set_random_state", &lomem::set_random_state, "Goes on from such a state.");
+  m.def("manual_seed", &lomem::manual_seed, "Restarts lomem's stream of seeds.");
+  m.def("random_state", &lomem::random_state, "Start of the stream of seeds and number of seeds drawn since.");
+  m.def("set_random_state", &lomem::set_random_state, "Resumes from a state that random_state returned.");
   m.def(
       "begin_random_stream", &lomem::detail::begin_random_stream,
-      "Begins the stream of seeds at the position of torch's default CPU generator.");
+      "Starts the stream of seeds at the position of torch's default CPU generator.");
 }

@@ -653,9 +653,11 @@ def test_modules_of_jagged_tensors(name):
 def test_modules_cover_the_family():
     names = {type(make()).__name__ for make, _ in MODULES.values()}
     assert {type(make()).__module__ for make, _ in MODULES.values()} == {"lomem.nn"}
-    assert names | {"FewBitActivation", "QuickGELU", "StepActivation"} == set(lomem.nn.activations.__all__)
+    others = {"FewBitActivation", "QuickGELU", "ReGELU2", "ReSiLU2", "StepActivation"}
+    assert names | others == set(lomem.nn.activations.__all__)
     torch_names = {name.split("-")[0] for name in ALL}
-    assert torch_names | {"step_activation", "step_function"} == set(lomem.functional.activations.__all__)
+    others = {"regelu2", "resilu2", "step_activation", "step_function"}
+    assert torch_names | others == set(lomem.functional.activations.__all__)
 
 
 @pytest.mark.parametrize("bits", BITS)

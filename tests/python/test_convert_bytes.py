@@ -164,7 +164,7 @@ def convert(model, x, **options):
     """The report, of nothing where there is nothing to convert."""
     try:
         return lomem.convert(model, x, check=False, **options)
-    except lomem.conversion.convert.NothingToConvertError:
+    except lomem.conversion.NothingToConvertError:
         return lomem.convert(model, x, dry_run=True, **options)
 
 

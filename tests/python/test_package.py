@@ -127,7 +127,7 @@ def test_no_torch_is_one_sentence(tmp_path):
     for command in (["cmake/lomem_torch.py"], ["-c", metadata_hook]):
         result = run(tmp_path / "empty/bin/python", *command, cwd=ROOT)
         assert result.returncode == 1
-        assert re.fullmatch(r"lomem: no torch in reach of \S+: install torch .*\n", result.stderr)
+        assert re.fullmatch(r"lomem: no torch found for \S+: install torch .*\n", result.stderr)
 
 
 def test_requirements_of_wheel_and_source_distribution():

@@ -1307,8 +1307,14 @@ def test_errors_of_the_halves():
         ops.randomized_linear_forward(x, x[:, 1:], None, seed, 3)
     compressed, indices = compress(x, seed, 3, "crs")
     for arguments, message in [
-        ((grad[:2], compressed, indices, seed), "compressed has 3 rows, expected 1 to 2, as many as grad_output"),
-        ((grad, compressed[:0], indices[:0], seed), "compressed has 0 rows, expected 1 to 9, as many as grad_output"),
+        (
+            (grad[:2], compressed, indices, seed),
+            "compressed has 3 rows, expected 1 to 2, the number of rows of grad_output",
+        ),
+        (
+            (grad, compressed[:0], indices[:0], seed),
+            "compressed has 0 rows, expected 1 to 9, the number of rows of grad_output",
+        ),
         ((grad, compressed[0], indices, seed), "compressed has shape [6], expected (proj_dim, in_features)"),
         (
             (grad, compressed.double(), indices, seed),

@@ -228,13 +228,14 @@ def test_export_keeps_the_public_ops(training, device):
     net = Net().to(device).train(training)
     x = torch.randn(4, 6, device=device)
     program = torch.export.export(net, (x,), dynamic_shapes={"x": {0: torch.export.Dim("rows")}})
-    for exported in (program, program.run_decompositions()):
+    # Decomposed, regelu2 and resilu2 are what they are made of.
+    for exported, activations in (
+        (program, ("regelu2", "resilu2")),
+        (program.run_decompositions(), ("step_activation", "step_activation")),
+    ):
         names = [str(node.target) for node in exported.graph.nodes if "lomem" in str(node.target)]
         assert names == [
-            "lomem.ms_layer_norm.default",
-            "lomem.regelu2.default",
-            "lomem.ms_rms_norm.default",
-            "lomem.resilu2.default",
+            f"lomem.{op}.default" for op in ("ms_layer_norm", activations[0], "ms_rms_norm", activations[1])
         ]
     other = torch.randn(7, 6, device=device)
     torch.testing.assert_close(program.module()(other), net(other))
@@ -313,9 +314,12 @@ def test_double_backward_of_norms_is_refused(op, device):
         first.sum().backward()
 
 
+# The op that refuses, and what calls it.
 PUBLIC = {
     "regelu2": LF.regelu2,
     "resilu2": LF.resilu2,
+    "step_activation": lambda x: LF.mish(x),
+    "hard_activation": lambda x: LF.relu(x),
     "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (6,)),
     "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (6,)),
 }
@@ -337,7 +341,8 @@ def test_functorch_gradients_raise(name, device):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_forward_mode_raises(name, device):
     x = torch.randn(4, 6, device=device)
-    match = f"lomem::{name}: input has a forward-mode tangent"
+    op = "step_activation" if name in ("regelu2", "resilu2") else name
+    match = f"lomem::{op}: input has a forward-mode tangent"
     with pytest.raises(NotImplementedError, match=match):
         torch.func.jvp(PUBLIC[name], (x,), (x,))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=match):

@@ -1,4 +1,4 @@
-// Everything.
+// Includes all of lomem.
 #pragma once
 
 #include <lomem/core.h>

@@ -1,4 +1,4 @@
-// torch::nn modules.
+// The torch::nn modules.
 #pragma once
 
 #include <lomem/nn/activations.h>

@@ -1,4 +1,4 @@
-// The one place the version is written: CMake and the Python build read these three lines.
+// The only place with the version: CMake and the Python build read these three lines.
 #pragma once
 
 #define LOMEM_VERSION_MAJOR 0

@@ -1,4 +1,4 @@
-// Gradients of the activations, from codes. Codes follow the memory order of the forward's output.
+// Gradients of the activations, computed from codes. Codes are in the memory order of the forward's output.
 #include "../autograd.h"
 
 #include <algorithm>
@@ -10,10 +10,10 @@
 namespace lomem::detail {
 namespace {
 
-/// The permutation that makes a dense tensor row-major, or nothing where it is already.
+/// The permutation that makes a dense tensor row-major, or nothing if it already is.
 std::vector<int64_t> memory_order(const at::Tensor& dense) {
-  // Sizes may be symbolic and depend on data. Where they leave it open whether the tensor is row-major, the strides are
-  // sorted: the order that comes out is right either way.
+  // Sizes may be symbolic and data-dependent. If they leave open whether the tensor is row-major, the strides are
+  // sorted: the resulting order is right either way.
   if (dense.is_contiguous_or_false()) {
     return {};
   }
@@ -40,8 +40,8 @@ int64_t bits_of(size_t levels) {
   return bits;
 }
 
-/// An activation whose derivative is levels[code]: codes are saved, and beside them the levels and, of the output, only
-/// how it lies in memory.
+/// An activation whose derivative is levels[code]. Saves the codes, the levels and, of the output, only its memory
+/// order.
 template <class Function>
 struct FewBitFunction : torch::autograd::Function<Function> {
   static constexpr bool is_traceable = true;
@@ -50,7 +50,7 @@ struct FewBitFunction : torch::autograd::Function<Function> {
       AutogradContext* ctx, const at::Tensor& codes, const at::Tensor& output, const c10::List<double>& levels) {
     ctx->save_for_backward({codes});
     ctx->saved_data["levels"] = levels;
-    // (Row-major is not said: an entry costs more than a small activation.)
+    // (Not stored for row-major outputs: an entry costs more than a small activation.)
     const std::vector<int64_t> order = memory_order(output);
     if (!order.empty()) {
       ctx->saved_data["order"] = order;
@@ -62,7 +62,7 @@ struct FewBitFunction : torch::autograd::Function<Function> {
     if (!grad_output.defined()) {
       return {at::Tensor()};
     }
-    // By differentiable operations, for gradients of gradients.
+    // Uses differentiable operations, for gradients of gradients.
     const at::Tensor codes = ctx->get_saved_variables()[0];
     const std::vector<double> levels = ctx->saved_data["levels"].toDoubleVector();
     const int64_t bits = bits_of(levels.size());
@@ -82,8 +82,8 @@ struct StepActivation : FewBitFunction<StepActivation> {
       AutogradContext* ctx, const at::Tensor& input, std::string_view function, Doubles parameters, int64_t bits,
       std::string_view criterion, const ResolvedSteps& steps, bool fast) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    // The step function is spelled out: compilers keep what they trace, and a later version of the library, whose
-    // tables may differ, must not meet the levels of this one with boundaries of its own.
+    // The step function is passed explicitly: compilers save what they trace, and a later version of the library, whose
+    // tables may differ, must not combine the levels of this version with its own boundaries.
     auto [output, codes] = ops::step_activation_forward(
         input, function, parameters, bits, criterion, Doubles(steps.steps.boundaries), Doubles(steps.steps.levels),
         fast);
@@ -132,7 +132,7 @@ at::Tensor hard_activation_autograd(const at::Tensor& input, std::string_view fu
   return ops::hard_activation(input, function, parameters);
 }
 
-/// grad_output -> grad_output * levels[codes] is linear and its own adjoint, so that it is its own backward pass.
+/// grad_output -> grad_output * levels[codes] is linear and self-adjoint, so it is its own backward pass.
 struct StepActivationBackward : torch::autograd::Function<StepActivationBackward> {
   static constexpr bool is_traceable = true;
 

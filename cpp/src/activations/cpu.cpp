@@ -1,4 +1,4 @@
-// Activations on the CPU: tensors in, kernels on pointers out.
+// Activation ops on the CPU: unpack tensors and run the kernels on raw pointers.
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty_like.h>
@@ -20,17 +20,17 @@ namespace {
 
 // Codes ---------------------------------------------------------------------------------------------------------------
 
-// (Past the dispatcher, which costs as much as a small activation.)
+// (Bypasses the dispatcher, which costs as much as a small activation.)
 at::Tensor empty_codes(int64_t n, int64_t bits) {
   return at::Tensor(at::detail::empty_cpu({packed_bytes(n, static_cast<int>(bits))}, at::kByte));
 }
 
-/// Makes the codes of some elements: the same ones whatever the thread does with subnormal numbers.
+/// Computes the codes of some elements. The result does not depend on how the thread treats subnormal numbers.
 class Encoder {
  public:
   using Published = void (*)(DType, const void* x, int64_t n, uint8_t* packed);
 
-  /// `published`: the kernel of a step function that is known at compile time, null for other boundaries.
+  /// `published` is the kernel of a step function known at compile time; null for other boundaries.
   Encoder(Doubles boundaries, int64_t bits, Published published = nullptr)
       : bits_(static_cast<int>(bits)), published_(published) {
     if (published == nullptr) {
@@ -42,7 +42,7 @@ class Encoder {
     return bits_;
   }
 
-  /// Of x[0, n), which are elements `first` and following of all that are packed. `first`: a multiple of group_size.
+  /// Encodes x[0, n), the elements from index `first` on of the whole input. `first` is a multiple of group_size.
   void operator()(DType dtype, const void* x, int64_t first, int64_t n, uint8_t* packed) const {
     const SubnormalsScope as_they_are(Subnormals::kept());
     uint8_t* const target = packed + first / group_size * bits_;
@@ -59,7 +59,7 @@ class Encoder {
   Published published_;
 };
 
-/// Calls encode(dtype, x, begin, count, packed) for ranges of `n` elements from `x` on.
+/// Calls encode(dtype, x, begin, count, packed) for ranges that cover the `n` elements at `x`.
 template <class Encode>
 void encode_all(const Encode& encode, at::ScalarType scalar_type, const void* x, int64_t n, uint8_t* packed) {
   const DType dtype = to_dtype(scalar_type);
@@ -94,37 +94,37 @@ at::Tensor band_codes_cpu(const at::Tensor& input, double low, double high) {
 
 // Values and codes in one pass ----------------------------------------------------------------------------------------
 
-// The torch op in tiles, so that the codes of a tile are made while it is in the cache: x is then read
-// from memory once. A tile must give the bits that one call gives. Most of torch's kernels evaluate
-// what is left over at the end of a thread's range by another formula, so that last bits depend on
-// where ranges end. What does not:
-//   - GELU of float32 and bfloat16 is oneDNN's, which treats every element alike (but not one alone);
+// Runs the torch op in tiles, so that the codes of a tile are computed while it is in the cache and x is read from
+// memory only once. A tile must give the same bits as a single call. Most of torch's kernels evaluate the remainder at
+// the end of a thread's range by another formula, so the last bits depend on where ranges end. Exceptions:
+//   - GELU of float32 and bfloat16 is oneDNN's, which treats every element alike (except in a call
+//     with only one element);
 //   - SiLU of 16-bit types: the formulas differ by less than rounding shows, for all 65,536 inputs;
-//   - one thread: there is one range, and tiles that are multiples of every vector's length leave only
-//     its own end over.
-// Said of x86, where the tests look at them.
+//   - one thread: there is only one range, and with tiles that are multiples of every vector length, the only remainder
+//     is that of the range itself.
+// This holds for x86, where the tests check it.
 
 struct Tiling {
-  bool with_threads;     // else with one thread only
+  bool with_threads;     // if false, only with one thread
   int64_t largest_tile;  // in elements
-  int64_t least_input;   // smaller ones, which stay in the last cache, are faster whole
+  int64_t least_input;   // smaller inputs, which stay in the last-level cache, are faster untiled
 };
 
 constexpr int64_t smallest_tile = int64_t{1} << 16;
 
-/// Tiles that the cache of a core holds.
+/// Tiles that fit in a core's cache.
 constexpr Tiling by_vectors(bool with_threads) {
   return {with_threads, int64_t{1} << 17, int64_t{1} << 19};
 }
 
-/// Large ones: a call of oneDNN costs what some 30,000 elements cost.
+/// Large tiles: a call of oneDNN costs as much as about 30,000 elements.
 constexpr Tiling by_onednn{true, int64_t{1} << 19, int64_t{1} << 23};
 
 bool is_onednn(at::ScalarType dtype) {
   return (dtype == at::kFloat || dtype == at::kBFloat16) && at::hasMKLDNN() && at::globalContext().userEnabledMkldnn();
 }
 
-// (Past the dispatcher.)
+// (These bypass the dispatcher.)
 
 struct GELUValues {
   static Tiling tiling(at::ScalarType dtype) {
@@ -191,8 +191,8 @@ int64_t tile_elements(int64_t n, const Tiling& tiling) {
   return std::clamp(several_a_thread, smallest_tile, tiling.largest_tile) / cache_line_elements * cache_line_elements;
 }
 
-/// A tensor with the strides of what torch's elementwise ops make of a dense `input`: theirs are not the input's where
-/// a dimension of one element has another stride.
+/// A tensor with the strides of the result of torch's elementwise ops for a dense `input`. They differ from the input's
+/// strides where a dimension of size 1 has an unusual stride.
 at::Tensor empty_result(const at::Tensor& input) {
   if (input.is_contiguous()) {
     return at::Tensor(at::detail::empty_cpu(input.sizes(), input.scalar_type()));
@@ -203,7 +203,7 @@ at::Tensor empty_result(const at::Tensor& input) {
   return at::empty_like(input);
 }
 
-/// A 1-D tensor of `count` elements at `data`, which somebody else owns.
+/// A 1-D tensor of `count` elements at `data`, which it does not own.
 at::Tensor view_of(void* data, int64_t count, const at::Tensor& like) {
   return at::from_blob(data, {count}, at::TensorOptions().dtype(like.scalar_type()));
 }
@@ -220,14 +220,14 @@ std::tuple<at::Tensor, at::Tensor> forward_in_tiles(
   auto* y = static_cast<char*>(output.mutable_data_ptr());
   auto* packed = codes.mutable_data_ptr<uint8_t>();
 
-  // The last tile takes what is left, so that none is short.
+  // The last tile takes the remainder, so that no tile is short.
   const int64_t tile_size = tile_elements(n, tiling);
   const int64_t tiles = n / tile_size;
   at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
     for (int64_t tile = first; tile < last; ++tile) {
       const int64_t begin = tile * tile_size;
       const int64_t count = tile + 1 == tiles ? n - begin : tile_size;
-      // (Not written to: there is no tensor of constant data.)
+      // (from_blob takes no pointer to const, but the data is not written to.)
       const at::Tensor source = view_of(const_cast<char*>(x + begin * size), count, input);
       at::Tensor target = view_of(y + begin * size, count, input);
       Values<Function>::value_out(target, source);
@@ -237,8 +237,8 @@ std::tuple<at::Tensor, at::Tensor> forward_in_tiles(
   return {output, codes};
 }
 
-/// The fast forward into `output`, and, where `codes` is not null, codes of the published step function. Returns false
-/// where there is no fast kernel.
+/// Computes the fast forward into `output` and, if `codes` is not null, codes of the published step function. Returns
+/// false if there is no fast kernel.
 template <class Function>
 bool run_fast(const at::Tensor& input, at::Tensor& output, uint8_t* codes) {
   const DType dtype = to_dtype(input.scalar_type());
@@ -246,7 +246,7 @@ bool run_fast(const at::Tensor& input, at::Tensor& output, uint8_t* codes) {
   const auto* x = static_cast<const char*>(input.const_data_ptr());
   auto* y = static_cast<char*>(output.mutable_data_ptr());
   const bool stream = cpu::should_stream(input.nbytes());
-  // (Without elements: whether there is a kernel.)
+  // (A call with no elements tells whether there is a kernel.)
   if (!cpu::fast_forward<Function>(dtype, x, 0, y, nullptr, false)) {
     return false;
   }
@@ -258,7 +258,7 @@ bool run_fast(const at::Tensor& input, at::Tensor& output, uint8_t* codes) {
   return true;
 }
 
-/// Strided inputs take the strict way, which knows what strides torch's results have.
+/// Strided inputs take the exact path, which produces the strides of torch's results.
 bool may_be_fast(const at::Tensor& input) {
   return input.is_non_overlapping_and_dense();
 }
@@ -284,10 +284,10 @@ std::tuple<at::Tensor, at::Tensor> fused_forward(
     return forward_in_tiles<Function>(input, tiling, encode);
   }
 
-  // The torch op on the very tensor that came in: torch picks its kernel by strides, and kernels differ in last bits.
+  // Calls the torch op on the original tensor: torch picks its kernel by strides, and kernels differ in the last bits.
   const at::Tensor output = Values<Function>::value(input);
-  // The output is dense, and has the input's strides if that is dense too; otherwise (sliced, expanded) the input is
-  // copied to the output's strides, so that one order serves both.
+  // The output is dense and, if the input is dense too, has its strides; otherwise (sliced, expanded) the input is
+  // copied to the output's strides, so that both are in the same order.
   const at::Tensor dense = input.strides() == output.strides() ? input : at::empty_like(output).copy_(input);
   at::Tensor codes = empty_codes(n, bits);
   encode_all(encode, input.scalar_type(), dense.const_data_ptr(), n, codes.mutable_data_ptr<uint8_t>());
@@ -302,7 +302,7 @@ std::tuple<at::Tensor, at::Tensor> fused_activation_forward_cpu(
   });
 }
 
-/// Where no gradient is needed: the same values as with one.
+/// Used if no gradient is needed. The values are the same as with a gradient.
 at::Tensor step_activation_cpu(
     const at::Tensor& input, std::string_view function, Doubles parameters, int64_t bits, std::string_view criterion,
     OptionalDoubles boundaries, OptionalDoubles levels, bool fast) {

@@ -1,10 +1,11 @@
-// The step functions that the library ships. Written by tools/step_tables.py: do not edit.
+// The step functions that ship with the library. Written by tools/step_tables.py: do not edit.
 //
-// Uniform density on the line, but for one bit of sigmoid and softsign: their asymptotes are parallel, so both levels
-// would be 0. These tables are best under the standard normal density, their outer levels free.
+// They are optimal under a uniform density on the line, except for one bit of sigmoid and softsign: their asymptotes
+// are parallel, so both levels would be 0. Those tables are optimal under the standard normal density, with free outer
+// levels.
 //
-// `exp` is e^x - 1 below 0 and x above. Its last boundary is 0: its levels below, times alpha, suit an ELU.
-// (With one bit and `primitive`, h~ is its asymptotes, which do not meet there.)
+// `exp` is e^x - 1 below 0 and x above. Its last boundary is 0: its levels below 0, times alpha, work for an ELU.
+// (With one bit and `primitive`, h~ consists of its asymptotes, which do not meet there.)
 
 // clang-format off
 #include "data.h"

@@ -1,9 +1,9 @@
-// The step functions that the library ships, as data.
+// The step functions that ship with the library, as data.
 #pragma once
 #include <string_view>
 namespace lomem::detail {
-/// Boundaries and levels of `bits` bits that minimise `criterion` ("primitive" or "derivative") of `function` on the
-/// line; `error`: the L2 norm that is left.
+/// Boundaries and levels of `bits` bits that minimize `criterion` ("primitive" or "derivative") for `function` on the
+/// line; `error` is the remaining L2 norm.
 struct StepTable {
   std::string_view function;
   std::string_view criterion;

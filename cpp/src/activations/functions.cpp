@@ -1,4 +1,4 @@
-// What the C++ functions of the activations call.
+// Implementation of the activations' C++ functions.
 #include <lomem/ops/activations.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -19,7 +19,7 @@ int64_t bits_for(size_t levels) {
   return bits;
 }
 
-/// A function of the caller's. Its codes are in row-major order, as its gradient is read.
+/// A user-supplied function. Its codes are in row-major order, the order in which its gradient is read.
 struct UserActivation : torch::autograd::Function<UserActivation> {
   static at::Tensor forward(
       torch::autograd::AutogradContext* ctx, const at::Tensor& input,
@@ -34,7 +34,7 @@ struct UserActivation : torch::autograd::Function<UserActivation> {
     TORCH_CHECK_VALUE(
         output.sym_sizes() == input.sym_sizes(), "lomem::step_activation: function returns shape ", output.sym_sizes(),
         ", expected that of its argument, ", input.sym_sizes());
-    // (What shares memory with the input would be taken for it.)
+    // (An output that shares memory with the input would be mistaken for it.)
     return output.is_alias_of(input) ? output.clone() : output;
   }
 
@@ -48,7 +48,7 @@ struct UserActivation : torch::autograd::Function<UserActivation> {
   }
 };
 
-/// The arguments of an op that say which step function.
+/// Calls an op with the arguments that select the step function.
 template <class Op>
 auto call(
     const Op& op, const at::Tensor& input, std::string_view function, detail::Doubles parameters,

@@ -1,4 +1,4 @@
-// The functions of fused_activation_forward.
+// The functions that fused_activation_forward supports.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,7 +12,7 @@
 
 namespace lomem::detail {
 
-/// visit(Type<GELU>{}) or so for the function of that name.
+/// Calls visit(Type<GELU>{}) or similar with the function of that name.
 template <class Visitor>
 auto visit_fused(std::string_view function, Visitor&& visit) {
   if (function == "gelu") {
@@ -33,7 +33,7 @@ inline void check_fused_forward(const at::Tensor& input, at::ArrayRef<double> bo
   check_boundaries(op, boundaries, bits);
 }
 
-/// Whether these are the boundaries of the step function for which kernels of `Function` are compiled.
+/// Whether `boundaries` are those of the step function that the kernels of `Function` are compiled for.
 template <class Function>
 bool are_published_boundaries(at::ArrayRef<double> boundaries) {
   using Steps = typename Function::PublishedSteps;

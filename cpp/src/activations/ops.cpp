@@ -1,4 +1,4 @@
-// The activations on every backend, made of other ops. And the names of LowMemoryBP.
+// The activations on every backend, composed of other ops, and the ops named as in LowMemoryBP.
 #include "ops.h"
 
 #include <ATen/ops/empty_like.h>
@@ -13,7 +13,7 @@
 namespace lomem::detail {
 
 at::Tensor activation_value(const Activation& activation, const at::Tensor& input, Doubles parameters) {
-  // (For some of them autocast would have float32.)
+  // (Autocast would run some of them in float32.)
   const c10::impl::ExcludeDispatchKeyGuard keep_dtype(c10::autocast_dispatch_keyset);
   return activation.value(input, parameters);
 }

@@ -14,7 +14,7 @@
 namespace lomem::detail {
 namespace {
 
-/// Where f, of opposite signs at both ends, passes 0: to the last digit.
+/// Zero of f, which has opposite signs at both ends, to the last digit.
 template <class F>
 double root(const F& f, double low, double high) {
   const bool rises = f(low) < f(high);
@@ -29,8 +29,8 @@ double root(const F& f, double low, double high) {
 
 // ELU -------------------------------------------------------------------------------------------------
 
-/// Ends of the straight line that is nearest to a function on an interval, from the integrals of the function and of
-/// the function times the distance from the interval's begin.
+/// Endpoints of the straight line that is closest to a function on an interval, computed from the integrals of the
+/// function and of the function times the distance from the start of the interval.
 struct Line {
   double left;
   double right;
@@ -40,21 +40,22 @@ Line nearest_line(double length, double integral, double moment) {
   return {(4 * integral - 6 * moment / length) / length, (6 * moment / length - 2 * integral) / length};
 }
 
-/// That to e^x from 0 to `length`.
+/// The line closest to e^x from 0 to `length`.
 Line line_to_exp(double length) {
   const double rise = std::expm1(length);
   return nearest_line(length, rise, length + (length - 1) * rise);
 }
 
-/// That to an ELU from a < 0 to b > 0.
+/// The line closest to an ELU from a < 0 to b > 0.
 Line line_to_elu(double alpha, double a, double b) {
   const double below = alpha * (a - std::expm1(a));
   const double first = alpha * ((1 - a) * std::exp(a) - 1 + a * a / 2);  // the integral of x times the function
   return nearest_line(b - a, below + b * b / 2, first - a * below + b * b * (b / 3 - a / 2));
 }
 
-/// The knots of the best h~ for e^x, from its first one on: each is where the line that is nearest to e^x behind the
-/// knot before begins at the value at which the one before it ends. In units of e^x at the first knot.
+/// The knots of the best h~ for e^x, starting at the first one. Each knot is placed so that the line closest to e^x
+/// between the previous knot and this one starts at the value at which the line before it ends. Values are in units of
+/// e^x at the first knot.
 struct Tail {
   std::vector<double> knots;
   std::vector<double> values;
@@ -65,7 +66,7 @@ Tail tail_of_exp(size_t pieces) {
   for (size_t i = 0; i < pieces; ++i) {
     const double unit = std::exp(tail.knots.back());
     const double value = tail.values.back() / unit;
-    // (The line to a short piece begins at about 1 - length^2 / 12.)
+    // (The line closest to a short piece starts at about 1 - length^2 / 12.)
     const double length = root(
         [&](double l) { return line_to_exp(l).left - value; }, std::sqrt(1 - value), 4 * std::sqrt(12 * (1 - value)));
     tail.knots.push_back(tail.knots.back() + length);
@@ -74,9 +75,9 @@ Tail tail_of_exp(size_t pieces) {
   return tail;
 }
 
-/// The square of what is left of an ELU.
+/// The squared error that a step function leaves for an ELU.
 double elu_error(double alpha, const StepFunction& steps, bool primitive) {
-  // Gauss and Legendre's
+  // Gauss-Legendre quadrature.
   constexpr double at[] = {-0.9061798459386640, -0.5384693101056831, 0, 0.5384693101056831, 0.9061798459386640};
   constexpr double weight[] = {
       0.2369268850561891, 0.4786286704993665, 0.5688888888888889, 0.4786286704993665, 0.2369268850561891};
@@ -103,7 +104,7 @@ double elu_error(double alpha, const StepFunction& steps, bool primitive) {
   return error;
 }
 
-/// From the places and values of the knots.
+/// Step function from the positions and values of the knots.
 StepFunction from_knots(const std::vector<double>& knots, const std::vector<double>& values) {
   StepFunction steps{knots, {0}};
   for (size_t i = 1; i < knots.size(); ++i) {
@@ -113,7 +114,7 @@ StepFunction from_knots(const std::vector<double>& knots, const std::vector<doub
   return steps;
 }
 
-/// Where f passes 0 on one of many equal parts of an interval.
+/// Zeros of f, searched in many equal parts of an interval.
 template <class F>
 std::vector<double> roots(const F& f, double low, double high) {
   constexpr int parts = 512;
@@ -148,15 +149,15 @@ std::vector<StepFunction> free_of_zero(double alpha, size_t boundaries) {
     found.push_back(from_knots(knots, values));
   };
 
-  // The last knot below 0: there, h~ meets x.
+  // If the last knot is below 0, h~ meets x there.
   const auto miss = [&](double begin) { return value_of(begin, last) - (begin + tail.knots[last]); };
   const double highest = -tail.knots[last];
   for (const double begin : roots(miss, highest - 4 - std::abs(std::log(alpha)), highest)) {
     add(begin, begin + tail.knots[last]);
   }
 
-  // The last knot above 0: the line that is nearest to the function from the knot before to there ends on x. One ends
-  // there if alpha is above 1, and the knot before has to be where it begins.
+  // If the last knot is above 0, the line closest to the function between the previous knot and the last one ends on x.
+  // There is such an end if alpha is above 1, and the previous knot must be where the line starts.
   const double piece = tail.knots[last] - tail.knots[last - 1];
   const auto end_of = [&](double a) -> std::optional<double> {
     const auto ends = roots([&](double b) { return line_to_elu(alpha, a, b).right - b; }, 0, 16 * piece);
@@ -169,7 +170,7 @@ std::vector<StepFunction> free_of_zero(double alpha, size_t boundaries) {
   };
   for (const double begin : roots(gap, highest - piece, -tail.knots[last - 1] - piece / 512)) {
     const std::optional<double> end = end_of(begin + tail.knots[last - 1]);
-    if (end && std::abs(gap(begin)) < 1e-9) {  // (not where the ends begin to exist)
+    if (end && std::abs(gap(begin)) < 1e-9) {  // (otherwise gap only jumps, where ends begin to exist)
       add(begin, *end);
     }
   }
@@ -191,8 +192,8 @@ StepFunction find_elu(double alpha, Criterion criterion, int64_t bits) {
       candidates.push_back(std::move(steps));
     }
   } else if (alpha > 0) {
-    // Below 0 the derivative is e^(x + log(alpha)), and what is best up to the last boundary does not depend on how far
-    // the exponential goes on behind it.
+    // Below 0 the derivative is e^(x + log(alpha)), and the optimum up to the last boundary does not depend on how far
+    // the exponential extends beyond it.
     StepFunction shifted = shipped_steps("elu", criterion, bits);
     for (double& boundary : shifted.boundaries) {
       boundary -= std::log(alpha);
@@ -216,7 +217,7 @@ double sigmoid(double x) {
   return 1 / (1 + std::exp(-x));
 }
 
-/// The square of what Criterion::derivative leaves, with the last boundary at or below the threshold.
+/// The squared error of a step function for Criterion::derivative, with its last boundary at or below the threshold.
 double softplus_error(double threshold, const StepFunction& steps) {
   const double first = steps.boundaries.front();
   double error = softplus(first) - sigmoid(first);
@@ -229,11 +230,11 @@ double softplus_error(double threshold, const StepFunction& steps) {
   return error;
 }
 
-/// The best one for Criterion::derivative with its last boundary at the threshold: a level is the mean of the derivative between
-/// its boundaries, a boundary is where the derivative is the mean of two levels; so the first one determines all
-/// others.
+/// The best step function for Criterion::derivative with its last boundary at the threshold: a level is the mean of the
+/// derivative between its boundaries, and at a boundary the derivative is the mean of two levels, so the first boundary
+/// determines all others.
 StepFunction ending_at(double threshold, size_t boundaries) {
-  /// Nothing where the last one would lie above the threshold.
+  /// Empty if the last boundary would be above the threshold.
   const auto from = [&](double first) -> std::optional<StepFunction> {
     StepFunction steps{{first}, {0}};
     while (steps.boundaries.size() < boundaries) {
@@ -243,7 +244,7 @@ StepFunction ending_at(double threshold, size_t boundaries) {
       if (excess(threshold) < 0) {
         return std::nullopt;
       }
-      // (At a itself it is 0 too: it falls up to where the derivative is the level.)
+      // (The excess is 0 at a as well: it falls up to where the derivative equals the level.)
       const double lowest = level < 1 ? std::log(level / (1 - level)) : threshold;
       steps.levels.push_back(level);
       steps.boundaries.push_back(lowest < threshold ? root(excess, lowest, threshold) : threshold);
@@ -264,7 +265,7 @@ StepFunction ending_at(double threshold, size_t boundaries) {
 }
 
 StepFunction find_softplus(double threshold, int64_t bits) {
-  if (threshold < -37) {  // the derivative is e^x up to there, but for less than a rounding
+  if (threshold < -37) {  // up to there the derivative is e^x, to within rounding
     StepFunction steps = shipped_steps("exp", Criterion::derivative, bits);
     for (size_t i = 0; i < steps.boundaries.size(); ++i) {
       steps.boundaries[i] += threshold;
@@ -274,7 +275,7 @@ StepFunction find_softplus(double threshold, int64_t bits) {
   }
   const StepFunction smooth = shipped_steps("softplus", Criterion::derivative, bits);
   StepFunction ending = ending_at(threshold, smooth.boundaries.size());
-  // What is best up to the last boundary does not depend on where behind it the derivative becomes 1.
+  // The optimum up to the last boundary does not depend on where beyond it the derivative becomes 1.
   const bool fits = smooth.boundaries.back() <= threshold;
   return fits && softplus_error(threshold, smooth) <= softplus_error(threshold, ending) ? smooth : ending;
 }
@@ -300,7 +301,7 @@ StepFunction elu_steps(double alpha, Criterion criterion, int64_t bits) {
 }
 
 StepFunction softplus_steps(double threshold, Criterion criterion, int64_t bits) {
-  // From 20 on, torch's default, the jump is below 2^-28.
+  // For thresholds of at least 20, torch's default, the jump is below 2^-28.
   if (threshold >= 20 || criterion == Criterion::primitive) {
     return shipped_steps("softplus", criterion, bits);
   }

@@ -1,4 +1,4 @@
-// Which step function an activation has: the library's, found once, or the caller's.
+// Selects the step function of an activation: the library's, computed once, or a user-supplied one.
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -29,7 +29,7 @@ Criterion parse_criterion(const char* op, const Activation& activation, std::str
       activation.name, ", which has no published step function");
   TORCH_CHECK_VALUE(
       bits == published_bits, op, ": bits is ", bits, ", expected ", published_bits,
-      " for criterion 'paper', whose step functions are published for it alone");
+      " for criterion 'paper', whose published step functions all have that many bits");
   return Criterion::paper;
 }
 
@@ -37,8 +37,8 @@ StepFunction make_steps(const Activation& activation, Criterion criterion, int64
   return criterion == Criterion::paper ? activation.paper() : activation.steps(criterion, bits, parameters);
 }
 
-/// What was found before, so that it is found once: for some parameters that takes a third of a second. Entries are
-/// added and never change.
+/// Caches step functions, because for some parameters finding one takes a third of a second. Entries are added and
+/// never change.
 class Registry {
  public:
   std::shared_ptr<const ResolvedSteps> get(
@@ -63,7 +63,7 @@ class Registry {
  private:
   using Key = std::tuple<const Activation*, Criterion, int64_t, double, double>;
 
-  /// A program that changes a parameter in every step must not fill the memory.
+  /// Limits the memory of a program that changes a parameter in every step.
   static constexpr size_t most = 4096;
 
   std::shared_mutex mutex_;

@@ -1,4 +1,4 @@
-// What each activation computes, and what stands in for its derivative.
+// What each activation computes, and which step function approximates its derivative.
 #include "table.h"
 
 #include <ATen/autocast_mode.h>
@@ -45,7 +45,7 @@ constexpr double quick_gelu_scale = 1.702;
 
 // Step functions ------------------------------------------------------------------------------------------------------
 
-/// The step function of a h(x / width), where `steps` is that of h: the levels scale with a / width.
+/// The step function of a h(x / width), given the `steps` of h: the levels scale with a / width.
 StepFunction scaled(StepFunction steps, double width, double level_scale) {
   for (double& boundary : steps.boundaries) {
     boundary *= width;
@@ -95,7 +95,7 @@ StepFunction logsigmoid_steps(Criterion criterion, int64_t bits, Doubles /*param
 
 StepFunction elu_row_steps(Criterion criterion, int64_t bits, Doubles p) {
   StepFunction steps = elu_steps(p[0], criterion, bits);
-  for (double& boundary : steps.boundaries) {  // the search misses the one at the kink by a rounding
+  for (double& boundary : steps.boundaries) {  // the search is off by a rounding at the kink
     boundary = std::abs(boundary) < 1e-12 ? 0 : boundary;
   }
   return steps;
@@ -103,8 +103,8 @@ StepFunction elu_row_steps(Criterion criterion, int64_t bits, Doubles p) {
 
 StepFunction hardswish_steps(Criterion criterion, int64_t bits, Doubles /*parameters*/) {
   StepFunction steps = shipped_steps("hardswish", criterion, bits);
-  // At 3 torch's derivative is that of the piece on the right. An input at a boundary has the level on the left, so this
-  // one lies below 3, as float32 inputs are compared.
+  // At 3 torch's derivative is that of the piece on the right. An input at a boundary gets the level on the left, so
+  // this boundary must be below 3 in float32, in which inputs are compared.
   const auto jump = std::find(steps.boundaries.begin(), steps.boundaries.end(), 3.0);
   if (jump != steps.boundaries.end()) {
     *jump = std::nextafter(3.0f, 0.0f);
@@ -119,7 +119,7 @@ void check_positive(const char* op, const char* parameter, double value) {
 
 // Bands ---------------------------------------------------------------------------------------------------------------
 
-// Comparisons happen in the arithmetic type, in which x > c is x >= the next number above c.
+// Comparisons happen in the arithmetic type, in which x > c is equivalent to x >= the next number above c.
 
 double next(double x, double towards, at::ScalarType dtype) {
   return dtype == at::kDouble ? std::nextafter(x, towards)
@@ -134,7 +134,7 @@ double below(double x, at::ScalarType dtype) {
   return next(x, -infinity, dtype);
 }
 
-/// A parameter of the element type.
+/// A parameter rounded to the element type.
 double rounded(double x, at::ScalarType dtype) {
   return visit_dtype(to_dtype(dtype), [&](auto element) {
     using T = typename decltype(element)::type;
@@ -143,7 +143,7 @@ double rounded(double x, at::ScalarType dtype) {
 }
 
 Band threshold_band(Doubles p, at::ScalarType dtype, bool cuda) {
-  // torch's CPU kernel compares with the float32 threshold, its CUDA kernel with that of the element type.
+  // torch's CPU kernel compares with the float32 threshold, its CUDA kernel with the threshold in the element type.
   return {-infinity, cuda ? rounded(p[0], dtype) : p[0], 0, 1};
 }
 
@@ -250,7 +250,7 @@ std::vector<Activation> make_table() {
        .band = [](Doubles p, at::ScalarType dtype, bool) { return between(p[0], p[1], 1, dtype); }},
       {.name = "hardsigmoid",
        .value = [](const Tensor& x, Doubles) { return at::hardsigmoid(x); },
-       // (torch computes with the float32 of 1/6.)
+       // (torch computes with 1/6 in float32.)
        .band = [](Doubles, at::ScalarType dtype, bool) { return between(-3, 3, 1.0f / 6.0f, dtype); }},
       {.name = "hardshrink",
        .parameters = {{"lambd", 0.5}},

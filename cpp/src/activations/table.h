@@ -1,4 +1,4 @@
-// The table of activations: what each one computes, and what stands in for its derivative.
+// The table of activations: what each one computes, and which step function approximates its derivative.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,24 +15,24 @@ namespace lomem::detail {
 
 using Doubles = at::ArrayRef<double>;
 
-/// A parameter of an activation, in the order in which its op takes them.
+/// A parameter of an activation, in the op's argument order.
 struct Parameter {
   std::string_view name;
-  double default_value;  // NaN where there is none
+  double default_value;  // NaN if there is none
 };
 
 inline constexpr double no_default = std::numeric_limits<double>::quiet_NaN();
 
-/// Which step function stands in for a smooth derivative.
+/// Which step function approximates a smooth derivative.
 enum class Criterion {
-  derivative,  ///< The one that is nearest to the derivative in the mean square over the line (arXiv:2202.00441).
-  primitive,   ///< The one whose integral is nearest to the activation (arXiv:2406.16282).
-  paper,       ///< The published one of arXiv:2406.16282, of 2 bits. Not every activation has one.
+  derivative,  ///< The one closest to the derivative in the mean square over the line (arXiv:2202.00441).
+  primitive,   ///< The one whose integral is closest to the activation (arXiv:2406.16282).
+  paper,       ///< The one published in arXiv:2406.16282, with 2 bits. Not every activation has one.
 };
 
 std::string_view name_of(Criterion criterion);
 
-/// A derivative of two values: one for low <= x <= high, another one elsewhere.
+/// A derivative with two values: one for low <= x <= high, another one elsewhere.
 struct Band {
   double low;
   double high;
@@ -43,20 +43,20 @@ struct Band {
 struct Activation {
   std::string_view name;
   std::vector<Parameter> parameters = {};
-  /// What torch computes. Autocast is off: an activation keeps its input's dtype.
+  /// Computes what torch computes. Runs with autocast off: an activation keeps its input's dtype.
   at::Tensor (*value)(const at::Tensor& input, Doubles parameters);
-  /// Raises where a parameter has no derivative that makes sense. May be null.
+  /// Raises if a parameter has no meaningful derivative. May be null.
   void (*check)(const char* op, Doubles parameters) = nullptr;
 
-  /// Of a smooth activation: the step function of 1 to 8 bits for "derivative" and "primitive".
+  /// For smooth activations: the step function of 1 to 8 bits for "derivative" and "primitive".
   StepFunction (*steps)(Criterion criterion, int64_t bits, Doubles parameters) = nullptr;
-  /// The one for "paper". May be null.
+  /// The step function for "paper". May be null.
   StepFunction (*paper)() = nullptr;
-  /// Whether fused_activation_forward knows it. Others are the torch op, and codes of its input.
+  /// Whether fused_activation_forward supports it. Otherwise the op runs the torch op and then encodes its input.
   bool fused = false;
 
-  /// Of an activation whose derivative has two values, null for others: the band as torch's backward kernels for this
-  /// dtype and device compare.
+  /// For activations whose derivative has two values, null for others: the band, with the comparisons of torch's
+  /// backward kernels for this dtype and device.
   Band (*band)(Doubles parameters, at::ScalarType dtype, bool cuda) = nullptr;
 
   bool is_exact() const {
@@ -64,27 +64,27 @@ struct Activation {
   }
 };
 
-/// All of them.
+/// All activations.
 const std::vector<Activation>& activations();
 
-/// The smooth activation that is called `name`, with its parameters checked. Errors name op and argument.
+/// Returns the smooth activation called `name` and checks its parameters. Errors name op and argument.
 const Activation& find_activation(const char* op, std::string_view name, Doubles parameters);
 
-/// The activation of that name whose derivative has two values.
+/// The same for activations whose derivative has two values.
 const Activation& find_hard_activation(const char* op, std::string_view name, Doubles parameters);
 
 Band band_of(const Activation& activation, Doubles parameters, at::ScalarType dtype, bool cuda);
 
-/// A step function at full width: 2^bits - 1 boundaries and 2^bits levels.
+/// A step function of full width: 2^bits - 1 boundaries and 2^bits levels.
 struct ResolvedSteps {
   explicit ResolvedSteps(StepFunction steps);
 
   StepFunction steps;
-  /// The levels once more, as autograd saves them without a copy.
+  /// A copy of the levels in the form in which autograd saves them without copying.
   c10::List<double> saved_levels;
 };
 
-/// Which step function an op is asked for: arguments of the op, as they come.
+/// Arguments of an op that select a step function, as passed by the user.
 struct StepArguments {
   int64_t bits;
   std::string_view criterion;
@@ -92,15 +92,15 @@ struct StepArguments {
   std::optional<Doubles> levels;
 };
 
-/// Raises where the arguments name no step function. Resolves none.
+/// Raises if the arguments do not select a step function. Does not compute one.
 void check_step_arguments(const char* op, const Activation& activation, const StepArguments& arguments);
 
-/// The library's step function, or the caller's where boundaries and levels are given. Those that the library has are
-/// made once.
+/// The library's step function, or a user-supplied one if boundaries and levels are given. The library's step functions
+/// are computed once.
 std::shared_ptr<const ResolvedSteps> resolve_steps(
     const char* op, const Activation& activation, Doubles parameters, const StepArguments& arguments);
 
-/// boundaries: 2^bits - 1 at most, ascending; levels: one more. Raises otherwise.
+/// Raises unless there are at most 2^bits - 1 ascending boundaries and one more level than boundaries.
 void check_steps(const char* op, Doubles boundaries, Doubles levels, int64_t bits);
 
 }  // namespace lomem::detail

@@ -1,5 +1,5 @@
-// The kernels of one instruction set. There is a table for each that the compiler can make; which one
-// runs is decided at run time (kernels.cpp).
+// The kernels of one instruction set. There is one table per instruction set that the compiler supports; the one to use
+// is chosen at run time (kernels.cpp).
 #pragma once
 
 #include <lomem/core/dtype.h>
@@ -9,16 +9,16 @@
 
 namespace lomem::cpu {
 
-/// Plain pointers to the kernels that kernels.h declares. `stream`: stores go past the caches.
+/// Pointers to the kernels declared in kernels.h. With `stream`, stores bypass the caches.
 struct KernelTable {
   using Encode = void (*)(DType, const void* x, std::int64_t n, std::uint8_t* packed);
-  /// Null where the instruction set has no fused multiply-add. `packed` may be null. Not for float64.
+  /// Null if the instruction set has no fused multiply-add. `packed` may be null. Not for float64.
   using FastForward = void (*)(DType, const void* x, std::int64_t n, void* y, std::uint8_t* packed, bool stream);
   using NormForwardRows = void (*)(const NormForward&, std::int64_t begin, std::int64_t end, bool stream);
   using NormBackwardRows = void (*)(
       const NormBackward&, std::int64_t begin, std::int64_t end, double* grad_weight, double* grad_bias, bool stream);
 
-  /// Of an activation that is made together with the codes of its published step function.
+  /// For an activation whose values can be computed together with the codes of its published step function.
   struct Fused {
     Encode encode;
     FastForward fast_forward;
@@ -49,10 +49,10 @@ extern const KernelTable avx512_kernels;
 extern const KernelTable avx512_bf16_kernels;
 #endif
 
-/// Tables that this CPU can run, best first; null after the last.
+/// Tables that this CPU can run, best first, terminated by null.
 const KernelTable* const* runnable_kernels();
 
-/// The table that runs: the best one, or what ATEN_CPU_CAPABILITY asks for.
+/// The table in use: the best one, or the one that ATEN_CPU_CAPABILITY selects.
 const KernelTable& kernels();
 
 }  // namespace lomem::cpu

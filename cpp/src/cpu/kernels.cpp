@@ -1,4 +1,4 @@
-// Which kernels run, and the small ones that need no instruction set of their own.
+// Selects the kernels, and defines small ones that do not depend on the instruction set.
 #include <lomem/cpu/kernels.h>
 
 #include <algorithm>
@@ -65,8 +65,8 @@ struct Runnable {
   }
 };
 
-/// The best table, or, where ATEN_CPU_CAPABILITY names a lesser one, the best up to that: as torch's
-/// own kernels.
+/// The best table or, if ATEN_CPU_CAPABILITY names a lower one, the best up to that one, as torch does for its own
+/// kernels.
 const KernelTable& choose() {
   const KernelTable* const* table = runnable_kernels();
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
@@ -84,7 +84,7 @@ const KernelTable& choose() {
   return **table;
 }
 
-/// What the system says, in bytes; 0 where it does not. (sysconf's figure can be that of all sockets.)
+/// Cache size as reported by the system, in bytes; 0 if it reports none. (sysconf may report the sum over all sockets.)
 std::size_t read_cache_bytes() {
 #if defined(__linux__)
   std::size_t largest = 0;

@@ -1,4 +1,4 @@
-// Work of at least this many elements is worth a thread.
+// Parallel loops. Fewer elements than elements_per_thread are not worth a thread.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -9,7 +9,7 @@
 #include "subnormals.h"
 
 #ifndef _OPENMP
-// Without it at::parallel_for compiles to a serial loop, silently.
+// Without OpenMP, at::parallel_for silently compiles to a serial loop.
 #error "compile the CPU ops with OpenMP"
 #endif
 
@@ -17,10 +17,10 @@ namespace lomem::detail {
 
 inline constexpr int64_t elements_per_thread = 32768;
 
-/// A multiple of every vector's length and of the codes of a byte: ranges that begin there stay aligned.
+/// A multiple of every vector length and of the number of codes in a byte: ranges that start there stay aligned.
 inline constexpr int64_t cache_line_elements = 64;
 
-/// at::parallel_for, whose threads treat subnormal numbers as the calling one does.
+/// at::parallel_for whose threads treat subnormal numbers like the calling thread.
 template <class Body>
 void parallel_for(int64_t n, int64_t grain, const Body& body) {
   const Subnormals mode = Subnormals::of_this_thread();
@@ -30,7 +30,7 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
   });
 }
 
-/// Calls body(begin, end) for ranges of elements of [0, n) that begin at multiples of `unit`.
+/// Calls body(begin, end) for ranges of elements of [0, n) that start at multiples of `unit`.
 template <class Body>
 void parallel_over_elements(int64_t n, int64_t unit, const Body& body) {
   parallel_for((n + unit - 1) / unit, elements_per_thread / unit, [&](int64_t begin, int64_t end) {

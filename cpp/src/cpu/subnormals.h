@@ -1,5 +1,5 @@
-// What a thread does with subnormal numbers. torch.set_flush_denormal says it of the thread that calls it, not of
-// those that help it.
+// How a thread treats subnormal numbers. torch.set_flush_denormal affects only the thread that calls it, not its worker
+// threads.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace lomem::detail {
 
-/// The bits of the thread's control register that turn subnormal numbers into 0.
+/// The bits of the thread's control register that flush subnormal numbers to 0.
 class Subnormals {
  public:
   static Subnormals kept() {
@@ -58,8 +58,8 @@ class Subnormals {
   Register bits_;
 };
 
-/// While alive, this thread treats subnormal numbers so. (Kernels are called through pointers: no arithmetic of theirs
-/// moves out of the scope.)
+/// While alive, sets how this thread treats subnormal numbers. (Kernels are called through pointers, so none of their
+/// arithmetic can be moved out of the scope.)
 class SubnormalsScope {
  public:
   explicit SubnormalsScope(Subnormals wanted) : before_(Subnormals::read()) {

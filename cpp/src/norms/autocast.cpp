@@ -1,6 +1,6 @@
-// Autocast of the norms: computed in float32 from whatever comes in, emitted in the autocast
-// dtype. torch's own policy for norms emits float32, of which every linear layer that follows
-// then saves a cast copy of its own, and nothing is shared.
+// Autocast of the norms: they compute in float32 from any input dtype and return the autocast dtype. torch's own policy
+// for norms returns float32; every following linear layer would then save its own cast copy, and nothing would be
+// shared.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -9,7 +9,7 @@
 namespace lomem::detail {
 namespace {
 
-/// A dtype that the caller names wins. As everywhere in autocast, float64 is left alone.
+/// An explicit dtype argument wins. As everywhere in autocast, float64 is left unchanged.
 OptionalDtype output_dtype(const at::Tensor& input, OptionalDtype dtype, at::DeviceType device) {
   if (dtype || !input.is_floating_point() || input.scalar_type() == at::kDouble) {
     return dtype;

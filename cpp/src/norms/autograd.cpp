@@ -4,8 +4,7 @@
 namespace lomem::detail {
 namespace {
 
-/// Which of up to three leading tensor arguments need a gradient. autograd numbers only the
-/// tensors that are present.
+/// Which of up to three leading tensor arguments need a gradient. autograd counts only the tensors that are present.
 template <size_t count>
 std::array<bool, count> gradient_mask(AutogradContext* ctx, const std::array<bool, count>& present) {
   std::array<bool, count> mask{};
@@ -33,8 +32,7 @@ struct MSLayerNorm : torch::autograd::Function<MSLayerNorm> {
       const OptionalTensor& bias, double eps, OptionalDtype dtype) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [output, rstd] = ops::ms_layer_norm_forward(input, normalized_shape, weight, bias, eps, dtype);
-    // The output, not the input: the next linear layer saves the same storage, so this costs
-    // nothing.
+    // Save the output, not the input: the next linear layer saves the same storage, so this costs nothing.
     ctx->save_for_backward({output, rstd, tensor_or_undefined(weight), tensor_or_undefined(bias)});
     ctx->saved_data["normalized_shape"] = normalized_shape.vec();
     ctx->saved_data["input_dtype"] = input.scalar_type();
@@ -104,7 +102,7 @@ at::Tensor ms_rms_norm_autograd(
   return ops::ms_rms_norm(input, normalized_shape, weight, eps, dtype);
 }
 
-// The norms have no second derivative: their backward ops raise when they are differentiated (ops.def).
+// The norms have no second derivative: differentiating their backward ops raises an error (ops.def).
 TORCH_LIBRARY_IMPL(lomem, Autograd, m) {
   m.impl("ms_layer_norm", &ms_layer_norm_autograd);
   m.impl("ms_rms_norm", &ms_rms_norm_autograd);

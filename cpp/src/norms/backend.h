@@ -1,13 +1,12 @@
-// The norm ops of a backend: arguments are checked and tensors allocated here, once; a backend
-// computes.
+// The norm ops of a backend. Arguments are checked and tensors allocated here; the backend only computes.
 //
 //     struct Backend {
 //       /// Alive while tensors on the device of `like` are allocated and kernels launched.
 //       struct Scope { explicit Scope(const at::Tensor& like); };
-//       /// Raises where the backward pass could not recover its input from `output`.
+//       /// Raises if the backward pass could not recover its input from `output`.
 //       static void check_recoverable(const char* op, const OptionalTensor& weight, const at::Tensor& output);
 //       template <Norm> static void forward(const char* op, const NormForward&, int64_t rows, const at::Tensor& like);
-//       /// grad_weight and grad_bias have no data where they are not needed.
+//       /// grad_weight and grad_bias have no data if they are not needed.
 //       template <Norm> static void backward(
 //           const char* op, const NormBackward&, int64_t rows, const MutableArray& grad_weight,
 //           const MutableArray& grad_bias, const at::Tensor& like);

@@ -20,9 +20,8 @@ struct CpuNorms {
     explicit Scope(const at::Tensor& /*like*/) {}
   };
 
-  /// The backward pass recovers the normalised input by dividing the saved output by weight. Where
-  /// weight is 0, or so small that the output is mostly subnormal, that is refused: a clamped weight
-  /// would give wrong gradients.
+  /// The backward pass recovers the normalized input by dividing the saved output by weight. Raises if a weight is 0,
+  /// or so small that the output is mostly subnormal: clamping the weight instead would give wrong gradients.
   static void check_recoverable(const char* op, const OptionalTensor& weight, const at::Tensor& output) {
     if (!has_tensor(weight)) {
       return;
@@ -35,8 +34,8 @@ struct CpuNorms {
           false, op, ": weight is ", gamma.flatten()[index].item<double>(), " at element ", index,
           ", expected magnitudes of at least ", smallest,
           ", the smallest normal number of the output's dtype: the backward pass divides by weight (use torch's "
-          "norm for this layer; in a model that lomem.convert changed, call lomem.restore and lomem.convert again, "
-          "which then keeps this norm's normalized input)");
+          "norm for this layer; in a model converted by lomem.convert, call lomem.restore and lomem.convert again, "
+          "which then saves this norm's normalized input)");
     }
   }
 
@@ -61,8 +60,8 @@ struct CpuNorms {
       return;
     }
 
-    // Blocks of rows, whose number does not depend on the number of threads, sum into buffers of
-    // their own; a second pass adds the blocks in order. Small blocks would cost more than their rows.
+    // Blocks of rows, whose number does not depend on the number of threads, are summed into separate buffers; a second
+    // pass adds the blocks in order. Small blocks would cost more than their rows.
     constexpr int64_t max_blocks = 64;
     constexpr int64_t min_block_elements = int64_t{1} << 17;
     constexpr int64_t max_buffer_elements = int64_t{1} << 22;

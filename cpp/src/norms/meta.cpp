@@ -1,4 +1,4 @@
-// Shapes of the norms, with symbolic sizes.
+// Shapes of the norms' results, with symbolic sizes.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 

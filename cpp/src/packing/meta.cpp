@@ -1,4 +1,4 @@
-// Shapes of packing, with symbolic sizes.
+// Shapes of packing's results, with symbolic sizes.
 #include <ATen/ops/empty.h>
 #include <lomem/core/packing.h>
 #include <torch/library.h>

@@ -1,5 +1,5 @@
-// Autocast of the randomized linear layer: as of torch's linear layers, all arguments are cast to the autocast dtype,
-// in which the rows are then compressed and kept.
+// Autocast of the randomized linear layer: as for torch's linear layers, all arguments are cast to the autocast dtype.
+// The rows are then compressed and saved in that dtype.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 

@@ -14,15 +14,15 @@ namespace {
 
 constexpr const char* op_name = "lomem::randomized_linear";
 
-/// The fraction nearest to `ratio`, in (0, 1], of those with a denominator of at most 2^20: best approximation by
-/// continued fractions, as Python's Fraction.limit_denominator. (0.2 is 1/5: with integers, sizes may be symbolic.)
+/// The fraction nearest to `ratio`, in (0, 1], with a denominator of at most 2^20: best approximation by continued
+/// fractions, like Python's Fraction.limit_denominator. (0.2 becomes 1/5: integer arithmetic allows symbolic sizes.)
 std::pair<int64_t, int64_t> nearest_fraction(double ratio) {
   constexpr int64_t limit = int64_t{1} << 20;
   int64_t p0 = 0, q0 = 1, p1 = 1, q1 = 0;
   double rest = ratio;
   for (;;) {
     const double whole = std::floor(rest);
-    // Of the last convergent and the last semiconvergent within the limit, the nearer one.
+    // The nearer one of the last convergent and the last semiconvergent within the limit.
     if (whole * static_cast<double>(q1) + static_cast<double>(q0) > limit) {
       const int64_t k = (limit - q0) / q1;
       const int64_t p = p0 + k * p1;
@@ -43,12 +43,12 @@ std::pair<int64_t, int64_t> nearest_fraction(double ratio) {
   }
 }
 
-/// How many of `rows` rows are kept.
+/// How many of `rows` rows are saved.
 c10::SymInt projection_dim(const ProjectionSize& size, const c10::SymInt& rows) {
   c10::SymInt result = size.dim.value_or(0);
   if (size.ratio) {
     const auto [p, q] = nearest_fraction(*size.ratio);
-    result = (rows * (2 * p) + q) / (2 * q);  // rounded, halves up
+    result = (rows * (2 * p) + q) / (2 * q);  // rounded half up
   }
   result = result.max(size.min.value_or(1));
   if (size.max) {
@@ -69,9 +69,9 @@ c10::SymDimVector with_last(c10::SymIntArrayRef sizes, const c10::SymInt& last) 
   return result;
 }
 
-/// at::linear and its gradients but for that of the weight, to the bit: by the ops that it takes where the weight
-/// requires a gradient. (Below autograd at::linear itself takes others, for some layouts: it asks which tensors require
-/// one.)
+/// at::linear and its gradients except for the weight's, bit for bit, using the ops that at::linear calls if the weight
+/// requires a gradient. (Below autograd, at::linear itself calls different ops for some layouts, because it checks
+/// which tensors require a gradient.)
 struct RandomizedLinear : torch::autograd::Function<RandomizedLinear> {
   static constexpr bool is_traceable = true;
 
@@ -84,8 +84,8 @@ struct RandomizedLinear : torch::autograd::Function<RandomizedLinear> {
     auto [output, compressed, indices, used_seed] =
         ops::randomized_linear_forward(rows, weight, adds_to_matrix ? bias : std::nullopt, seed, proj_dim, matmul);
     const bool has_indices = picks_rows(parse_matmul(op_name, matmul));
-    // The seed too comes from the op. Whatever a checkpoint or a compiler runs again or keeps, it is the one of
-    // `compressed`.
+    // The seed also comes from the op, so that it always matches `compressed`, whatever a checkpoint or a compiler
+    // recomputes or saves.
     ctx->save_for_backward(
         {compressed, has_indices ? indices : at::Tensor(), used_seed, input.requires_grad() ? weight : at::Tensor()});
     ctx->saved_data["matmul"] = std::string(matmul);
@@ -93,7 +93,7 @@ struct RandomizedLinear : torch::autograd::Function<RandomizedLinear> {
     ctx->saved_data["adds_to_matrix"] = adds_to_matrix;
     ctx->saved_data["is_column_major"] = is_column_major(rows);
     const at::Tensor result = at::_unsafe_view_symint(output, with_last(input.sym_sizes(), weight.sym_size(0)));
-    // Not in place: a selective checkpoint may keep what the op returned.
+    // Not in place: a selective checkpoint may save the op's output.
     return adds_to_matrix ? result : result.add(*bias);
   }
 
@@ -102,7 +102,7 @@ struct RandomizedLinear : torch::autograd::Function<RandomizedLinear> {
     const at::Tensor& grad = grad_outputs[0];
     const at::Tensor grad_rows = grad.reshape_symint({leading_rows(grad), grad.sym_size(-1)});
     variable_list gradients(6);
-    // Of torch's ops, so that these two have derivatives of their own. That of the weight has none, and says so.
+    // Uses torch's ops, so that these two gradients are differentiable. The weight gradient is not, and raises.
     if (ctx->needs_input_grad(0)) {
       const at::Tensor& weight = saved[3];
       const at::Tensor grad_input =
@@ -114,7 +114,7 @@ struct RandomizedLinear : torch::autograd::Function<RandomizedLinear> {
       gradients[1] = ops::randomized_linear_weight_grad(
           grad_rows, saved[0], indices, saved[2], ctx->saved_data["matmul"].toStringRef());
     }
-    // (Of tensors that are there alone.)
+    // (needs_input_grad counts only the tensors that are present.)
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) {
       const at::Tensor& summed = ctx->saved_data["adds_to_matrix"].toBool() ? grad_rows : grad;
       gradients[2] = at::sum_to(summed, c10::SymIntArrayRef{grad.sym_size(-1)});
@@ -135,7 +135,7 @@ at::Tensor randomized_linear_autograd(
   if (needs_grad(weight)) {
     const c10::SymInt rows = leading_rows(input);
     const c10::SymInt kept = projection_dim(size, rows);
-    // Symbolic sizes are not asked, or the graph would be one of these sizes: the op decides when it runs.
+    // Symbolic sizes are not tested, because that would specialize the graph to them: the op decides when it runs.
     const bool keeps_all = size.ratio == 1.0 || kept.sym_ge(rows).maybe_as_bool().value_or(false);
     if (!keeps_all) {
       check_no_tangent(op_name, "input", input);
@@ -145,7 +145,7 @@ at::Tensor randomized_linear_autograd(
       return RandomizedLinear::apply(input, weight, bias, seed, kept, matmul);
     }
   }
-  // Nothing to compress: torch's own op with torch's own gradients.
+  // Nothing to compress: use torch's own op and gradients.
   return at::linear(input, weight, bias);
 }
 

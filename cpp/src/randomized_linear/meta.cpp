@@ -1,4 +1,4 @@
-// Shapes of the randomized linear layer, with symbolic sizes. (Of randomized_linear itself: at::linear's own.)
+// Shapes of the randomized linear layer's results, with symbolic sizes. (randomized_linear itself uses at::linear's.)
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 

@@ -38,7 +38,7 @@ RandomizedLinearImpl::RandomizedLinearImpl(RandomizedLinearOptions options) : op
 }
 
 void RandomizedLinearImpl::reset() {
-  // As torch::nn::Linear, which draws the same numbers in the same order.
+  // Like torch::nn::Linear, which draws the same numbers in the same order.
   const torch::nn::Linear linear(
       torch::nn::LinearOptions(options.in_features(), options.out_features()).bias(options.bias()));
   weight = register_parameter("weight", linear->weight.detach());

@@ -1,4 +1,4 @@
-// The randomized linear layer on every backend: ATen ops, no kernels of its own.
+// The randomized linear layer on every backend, in ATen ops without custom kernels.
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
@@ -15,7 +15,7 @@ at::Tensor as_rows(const at::Tensor& tensor) {
   return tensor.reshape({leading_rows(tensor).expect_int(), tensor.size(-1)});
 }
 
-/// Where no gradient is needed: the torch op itself.
+/// Used if no gradient is needed: the torch op itself.
 at::Tensor randomized_linear_exact(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, std::string_view matmul,
     std::optional<int64_t> proj_dim, std::optional<double> proj_dim_ratio, std::optional<int64_t> proj_dim_min,
@@ -32,7 +32,7 @@ std::tuple<at::Tensor, at::Tensor> compress(
     RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, const at::Tensor& seed) {
   const at::TensorOptions index = rows.options().dtype(at::kLong);
   if (proj_dim >= rows.size(0)) {
-    // All of them. (Ops are functional: a copy.)
+    // All rows. (Ops are functional, so this is a copy.)
     return {rows.clone(at::MemoryFormat::Contiguous), at::arange(picks_rows(matmul) ? rows.size(0) : 0, index)};
   }
   if (picks_rows(matmul)) {
@@ -41,7 +41,7 @@ std::tuple<at::Tensor, at::Tensor> compress(
   return {project_rows(matmul, rows, proj_dim, seed), at::empty({0}, index)};
 }
 
-/// The given seed (ops are functional: a copy), or one that is drawn where there is something to compress.
+/// The given seed (copied, because ops are functional), or a new one if there is something to compress.
 at::Tensor used_seed(const char* op, const at::Tensor& input, const OptionalTensor& seed, int64_t proj_dim) {
   if (has_tensor(seed)) {
     return seed->clone();

@@ -1,4 +1,4 @@
-// How many rows the weight gradient of the randomized linear layer is estimated from.
+// Number of rows from which the weight gradient of the randomized linear layer is estimated.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 namespace lomem::detail {
 
-/// `dim`, or `ratio` of all rows; then at least `min` and at most `max`.
+/// `dim` rows, or the fraction `ratio` of all rows; then at least `min` and at most `max`.
 struct ProjectionSize {
   std::optional<int64_t> dim;
   std::optional<double> ratio;

@@ -11,16 +11,16 @@
 namespace lomem::detail {
 namespace {
 
-/// Words that a CPU's thread makes at a time: they, and what is made of them, stay in its cache.
+/// Number of words that a CPU thread generates at a time: they and what is computed from them stay in its cache.
 constexpr int64_t cached_words = int64_t{1} << 15;
-/// And other devices: enough for all their cores, and small beside what is made of them.
+/// The same for other devices: enough for all their cores, and small compared to what is computed from them.
 constexpr int64_t device_words = int64_t{1} << 20;
 
-/// As mix(uint64_t), in place.
+/// mix(uint64_t) on each element, in place.
 void mix(at::Tensor& words) {
   at::Tensor shifted = at::empty_like(words);
   for (const auto& [shift, multiplier] : mix_steps) {
-    // int64 shifts in signs, which the mask takes away.
+    // int64 shifts copy the sign bit; the mask clears those bits.
     at::bitwise_right_shift_out(shifted, words, shift);
     shifted.bitwise_and_(static_cast<int64_t>(~uint64_t{0} >> shift));
     words.bitwise_xor_(shifted);
@@ -71,8 +71,8 @@ at::Tensor RandomNumbers::normal(at::IntArrayRef sizes, const at::TensorOptions&
   for (int64_t first = 0; first < count; first += block) {
     const int64_t size = std::min(block, count - first);
     const at::Tensor halves = words(size).view(at::kInt).view({size, 2});
-    // The magnitude of the one half, in (0, 2^31]: its smallest values are as fine as its largest, so that the tails
-    // are; 0 stands for half of 1.
+    // The magnitude of the first half, in (0, 2^31]: its small values are as fine-grained as its large ones, which
+    // makes the tails accurate. 0 is replaced by half of 1.
     at::Tensor radius = halves.select(1, 0).to(options.dtype()).abs_().clamp_min_(0.5);
     radius.mul_(0x1p-31).log_().mul_(-2).sqrt_();
     const at::Tensor angle = halves.select(1, 1).to(options.dtype()).mul_(std::numbers::pi * 0x1p-31);
@@ -99,7 +99,7 @@ at::Tensor RandomNumbers::uniform(int64_t count) {
 }
 
 at::Tensor RandomNumbers::permutation(int64_t count) {
-  // Two of n words are equal with a probability of n^2 / 2^65: then the first stays first.
+  // Two of n words are equal with a probability of n^2 / 2^65. In that case the first one stays first.
   return words(count).argsort(/*stable=*/true, /*dim=*/0, /*descending=*/false);
 }
 

@@ -21,10 +21,10 @@ namespace lomem {
 namespace detail {
 namespace {
 
-/// What seeds are made of, beside the initial seed of torch's default CPU generator.
+/// Determines seeds, together with the initial seed of torch's default CPU generator.
 struct Stream {
   std::mutex mutex;
-  /// Where it begins, and how many seeds were drawn since.
+  /// Start of the stream, and number of seeds drawn since.
   uint64_t key = 0;
   uint64_t count = 0;
 };
@@ -41,7 +41,7 @@ void begin(uint64_t key, uint64_t count = 0) {
   seeds.count = count;
 }
 
-/// A number for where torch's default CPU generator stands.
+/// A number that identifies the current position of torch's default CPU generator.
 uint64_t position_of_default_generator() {
   at::Generator generator = at::detail::getDefaultCPUGenerator();
   at::mt19937 engine;
@@ -72,7 +72,7 @@ uint64_t next_number() {
   return mix(mix(mix(torch_seed + golden_step) + seeds.key) + golden_step * ++seeds.count);
 }
 
-/// A counter for each device, kept until the process ends: a device may end before it.
+/// One counter per device, never destroyed: its device may shut down first.
 struct Counters {
   std::mutex mutex;
   std::map<std::pair<at::DeviceType, at::DeviceIndex>, at::Tensor> tensors;
@@ -94,7 +94,7 @@ at::Tensor find_counter(at::Device device) {
   return found == known.tensors.end() ? at::Tensor() : found->second;
 }
 
-/// Whether a graph is captured on the device's current stream. Unknown with versions of torch that cannot be asked.
+/// Whether the device's current stream is capturing a graph. Unknown in versions of torch that offer no way to check.
 template <class Guard>
 std::optional<bool> captures(const Guard& guard, at::Device device) {
   if constexpr (requires(const c10::Stream& s) {
@@ -114,7 +114,7 @@ bool may_be_captured(at::Device device) {
   return !device.is_cpu() && !device.is_meta();
 }
 
-/// Not so of the devices of fake tensors, which need not be there.
+/// False for devices of fake tensors, which need not exist.
 bool is_in_use(at::Device device) {
   if (!at::isAccelerator(device.type())) {
     return false;
@@ -133,7 +133,7 @@ void prepare_seeds(at::Device device) {
   if (find_counter(place).defined() || captures(place).value_or(false)) {
     return;
   }
-  // A tensor of the device and nothing else, whatever traces.
+  // A plain tensor on the device, even while tracing.
   const c10::InferenceMode no_inference(false);
   const c10::impl::ExcludeDispatchKeyGuard no_modes(
       c10::DispatchKeySet(
@@ -159,7 +159,7 @@ at::Tensor draw_seed(const char* op, at::Device device) {
   at::Tensor counter = find_counter(place);
   TORCH_CHECK(
       counter.defined(), op, ": ", place,
-      " captures a graph before any seed was drawn there, expected one run of a randomized layer without capture "
+      " is capturing a graph before any seed was drawn on it, expected one run of a randomized layer outside capture "
       "first");
   const at::Tensor seed = counter.add(number);
   counter.add_(static_cast<int64_t>(golden_step));

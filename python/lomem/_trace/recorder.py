@@ -1,4 +1,4 @@
-"""What a model does while it runs: its ops, the storages they make, and what autograd keeps of them.
+"""What a model does while it runs: its ops, the storages they make, and what autograd saves of them.
 
 The ground of :mod:`lomem.memory` and :mod:`lomem.conversion`, which only read what is recorded here.
 """
@@ -6,9 +6,8 @@ The ground of :mod:`lomem.memory` and :mod:`lomem.conversion`, which only read w
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -20,16 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
+
+from .hooks import ModulePath, SavedTensorsBlock
 
 __all__ = [
-    "ModulePath",
     "Op",
     "Recorder",
     "Saved",
     "Storage",
-    "hook_after",
-    "hook_before",
     "inner_tensors",
     "storages_of",
 ]
@@ -90,54 +87,6 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return () if tensor.is_nested or is_lazy(tensor) else tuple(tensor.shape)
 
 
-# A ScriptModule refuses these methods by name, since hooks are no part of what is compiled. Those around the call of a
-# whole one are Python's, and run.
-def hook_before(module: nn.Module, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
-    """``module.register_forward_pre_hook``, of ScriptModules too."""
-    return nn.Module.register_forward_pre_hook(module, hook, **options)
-
-
-def hook_after(module: nn.Module, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
-    """``module.register_forward_hook``, of ScriptModules too."""
-    return nn.Module.register_forward_hook(module, hook, **options)
-
-
-class ModulePath:
-    """Context manager that knows which submodule of a model runs: the innermost one, by its first name."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._stack: list[str] = []
-
-    @property
-    def path(self) -> str | None:
-        """Qualified name of the innermost running module: ``""`` for the model itself, None outside of it."""
-        return self._stack[-1] if self._stack else None
-
-    def __enter__(self) -> ModulePath:
-        self._handles = []
-        for name, module in self._model.named_modules():
-
-            def enter(module: nn.Module, args: Any, name: str = name) -> None:
-                self._stack.append(name)
-
-            def leave(module: nn.Module, args: Any, output: Any) -> None:
-                self._stack.pop()
-
-            self._handles.append(hook_before(module, enter, prepend=True))
-            # Also where the module raises: checkpointing leaves a recomputed forward by an exception.
-            self._handles.append(hook_after(module, leave, always_call=True))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._stack.clear()
-
-
 @dataclass(eq=False)
 class Storage:
     """A storage that was seen, also after its end.
@@ -146,8 +95,8 @@ class Storage:
         nbytes: Its size.
         born: Index of the op that made it, -1 where it was there before.
         died: Index of the last op before its end (or the number of ops so far, when seen at rest); None while it lives.
-        dtype: Of the tensor by which it was first seen.
-        shape: Of that tensor.
+        dtype: Dtype of the tensor by which it was first seen.
+        shape: Shape of that tensor.
         copy_of: The storage of which a dtype conversion made it.
         label: What the user of the recorder says of it (``"parameter"`` and the like).
     """
@@ -187,11 +136,11 @@ class Saved:
     """One tensor that autograd saved.
 
     Attributes:
-        storage: Of the tensor.
+        storage: Storage of the tensor.
         module: Where it was saved.
         op: Number of ops recorded before it: the op that saves an input comes next, that of an output was the last.
-        dtype: Of the tensor.
-        shape: Of the tensor.
+        dtype: Dtype of the tensor.
+        shape: Shape of the tensor.
     """
 
     storage: Storage
@@ -208,47 +157,6 @@ _DEVICE = torch.ops.prim.device.default
 def _written_arguments(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
     arguments = enumerate(func._schema.arguments)
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
-
-
-class _Recorders(threading.local):
-    def __init__(self) -> None:
-        self.active: list[Callable[[Tensor], None]] = []
-
-
-_recorders = _Recorders()
-
-
-def _pack(tensor: Tensor) -> Tensor:
-    # torch calls the innermost hooks only, so they speak for all blocks around them.
-    for record in _recorders.active:
-        record(tensor)
-    # Not the tensor itself: an op that keeps its own result would keep itself, and a graph that no backward pass frees
-    # would stay for ever. torch makes the result of unpacking what the tensor was in the graph.
-    return tensor.detach()
-
-
-class SavedTensorsBlock:
-    """Context manager that calls a function with every tensor that autograd saves inside it.
-
-    Blocks may be nested, and each is called; other saved-tensor hooks around the innermost block are not (torch calls
-    the innermost alone), and those inside it (of checkpointing) hide from it what they replace.
-    """
-
-    def __init__(self, record: Callable[[Tensor], None]) -> None:
-        self._record = record
-
-    def __enter__(self) -> SavedTensorsBlock:
-        _recorders.active.append(self._record)
-        # Hooks that do not refer to a recorder: a cycle through the graph would keep its storages alive.
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(_pack, lambda t: t)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._hooks.__exit__(kind, error, traceback)
-        _recorders.active.remove(self._record)
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-// Memory for measurements: tensors on the CPU get the block of their size that was freed last.
+// Memory allocator for measurements: a new CPU tensor gets the most recently freed block of its size.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
@@ -52,7 +52,7 @@ class LastFreedFirst final : public c10::Allocator {
   }
 
  private:
-  /// Before each block. As long as a cache line: what follows is aligned as torch's own blocks are.
+  /// Precedes each block. As long as a cache line, so that blocks are aligned like torch's own.
   struct alignas(64) Header {
     std::size_t bytes;
   };
@@ -87,10 +87,10 @@ class LastFreedFirst final : public c10::Allocator {
 
 PYBIND11_MODULE(_reused_memory, m) {
   using lomem::detail::LastFreedFirst;
-  m.doc() = "The memory of the benchmark's tensors.";
+  m.doc() = "Memory allocator for the benchmark's tensors.";
   m.def(
       "reuse", [] { c10::SetCPUAllocator(&LastFreedFirst::instance(), /*priority=*/1); },
-      "From now on tensors on the CPU get the block of their size that was freed last. The system gets none back.");
+      "Makes new CPU tensors take the most recently freed block of their size. Nothing is returned to the system.");
   m.def(
-      "release", [] { LastFreedFirst::instance().release(); }, "Gives the system the blocks that no tensor has.");
+      "release", [] { LastFreedFirst::instance().release(); }, "Returns the blocks that no tensor uses to the system.");
 }

@@ -176,7 +176,7 @@ def _cast_once(model: nn.Module, subject: Subject) -> None:
     if dtype is None:
         return
     for decision in planned.converted:
-        if decision.action == "inverted":
+        if decision.action is conversion.Action.INVERTED:
             model.get_submodule(decision.name).register_forward_hook(lambda module, args, output: output.to(dtype))
 
 

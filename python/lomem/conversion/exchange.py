@@ -13,11 +13,23 @@ import copyreg
 import functools
 import inspect
 import weakref
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, TypeAlias
 
 from torch import nn
 
-__all__ = ["Converted", "exchange", "give_back", "is_converted", "original_class", "unexchangeable", "wrapped_since"]
+__all__ = [
+    "Changes",
+    "Converted",
+    "exchange",
+    "exchange_all",
+    "give_all_back",
+    "give_back",
+    "is_converted",
+    "original_class",
+    "unexchangeable",
+    "wrapped_since",
+]
 
 
 class Converted(nn.Module):
@@ -57,7 +69,7 @@ def _new(mixin: type[Converted], original: type[nn.Module], *arguments: Any) -> 
 
 
 class _ConvertedType(type):
-    """Of converted classes: every instance of the original class counts as one.
+    """The type of converted classes: every instance of the original class counts as an instance.
 
     Tools look a class up by its name in a model (FSDP's wrapping does), and then for its instances. They find either
     class, and are to find all modules.
@@ -155,3 +167,25 @@ def give_back(module: nn.Module) -> None:
     for name in module.lomem_attributes:
         module.__dict__.pop(name, None)
     module.__class__ = module.lomem_original  # type: ignore[assignment]
+
+
+#: Mixins and their attributes, by the names of modules.
+Changes: TypeAlias = Mapping[str, tuple[type[Converted], Mapping[str, Any]]]
+
+
+def exchange_all(modules: Mapping[str, nn.Module], changes: Iterable[Changes]) -> None:
+    """Makes all changes, of a module that several name the last one.
+
+    Args:
+        modules: All modules of a model, by name.
+        changes: What is to be made of some.
+    """
+    for name, (mixin, attributes) in {n: change for c in changes for n, change in c.items()}.items():
+        exchange(modules[name], mixin, **attributes)
+
+
+def give_all_back(modules: Iterable[nn.Module]) -> None:
+    """Undoes all of them."""
+    for module in modules:
+        if is_converted(module):
+            give_back(module)

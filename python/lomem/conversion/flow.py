@@ -6,75 +6,25 @@ import contextlib
 import functools
 import gc
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .._trace.recorder import Op, Recorder, Storage, hook_after, hook_before
+from .._trace.batch import Batch
+from .._trace.hooks import hook_after, hook_before
+from .._trace.keeps import COPIES
+from .._trace.recorder import Op, Recorder, Storage
 from .._trace.state import preserved
 from .modules import as_activation
 
-__all__ = ["ActivationCall", "Call", "Flow", "Inputs", "as_inputs", "trace", "untouched"]
-
-_aten = torch.ops.aten
-
-#: Matrix products by their overload packet, with the position of the operand that is the activation.
-PRODUCTS: dict[Any, tuple[int, ...]] = {
-    _aten.mm: (0, 1),
-    _aten.bmm: (0, 1),
-    _aten.addmm: (1, 2),
-    _aten.baddbmm: (1, 2),
-    _aten.convolution: (0,),
-    _aten.linear: (0,),
-    _aten._scaled_dot_product_flash_attention_for_cpu: (0, 1, 2),
-    _aten._scaled_dot_product_flash_attention: (0, 1, 2),
-    _aten._scaled_dot_product_efficient_attention: (0, 1, 2),
-    _aten._scaled_dot_product_cudnn_attention: (0, 1, 2),
-    _aten._scaled_dot_product_fused_attention_overrideable: (0, 1, 2),
-}
-
-#: Copies whose elements are those of the argument, in another dtype or order.
-COPIES = (_aten._to_copy, _aten.clone, _aten.roll)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a model is called with."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def call(self, model: nn.Module) -> Any:
-        """Runs the model."""
-        return model(*self.args, **self.kwargs)
-
-    def tensors(self) -> list[Tensor]:
-        """All of them."""
-        return [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
-
-
-def as_inputs(name: str, value: Any) -> Inputs:
-    """Example inputs as a user may write them.
-
-    Args:
-        name: Of function and argument, for the message.
-        value: A tensor, a tuple or list of arguments, or a mapping of keyword arguments.
-    """
-    if isinstance(value, Tensor):
-        return Inputs((value,), {})
-    if isinstance(value, Mapping):
-        return Inputs((), dict(value))
-    if isinstance(value, tuple | list):
-        return Inputs(tuple(value), {})
-    raise ValueError(
-        f"{name} is a {type(value).__name__}, expected a tensor, a tuple of arguments or a dict of keyword arguments"
-    )
+__all__ = ["ActivationCall", "Call", "Flow", "modes", "runs", "trace", "untouched"]
 
 
 @dataclass(eq=False)
@@ -82,18 +32,18 @@ class Call:
     """One call of a module.
 
     Attributes:
-        name: Of the module.
+        name: Name of the module.
         start: Number of ops recorded before it.
-        shapes: Of its tensor arguments.
+        shapes: Shapes of its tensor arguments.
         single: Whether one tensor is its only argument.
         end: Number of ops recorded at its end.
         input_id: Identity of its first argument, comparable with `result_id` of calls of the same run.
         result_id: Identity of its result.
         result: Storage of its result, where that is one tensor.
-        dtype: Of the result.
-        numel: Of the result.
-        requires_grad: Of the result.
-        saved: Positions of what autograd saved meanwhile, in the recorder's list; hooks of the module left out.
+        dtype: Dtype of the result.
+        numel: Number of elements of the result.
+        requires_grad: Whether the result requires a gradient.
+        saved: Positions in the recorder's list of what autograd saved meanwhile, without what the module's hooks save.
         transformed: Whether it is part of a function transform (vmap and the like).
     """
 
@@ -118,8 +68,8 @@ class ActivationCall:
 
     Attributes:
         replaced: Whether a converted module would replace it.
-        module: Name of the innermost module that runs, None outside of all.
-        numel: Of the argument.
+        module: Name of the innermost module that runs, None outside all modules.
+        numel: Number of elements of the argument.
         ops: Positions of its ops.
         saved: Positions of what autograd saved meanwhile.
     """
@@ -142,7 +92,7 @@ def _names_dtype(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _address(tensor: Tensor) -> int | None:
-    # Of the storage object, as the recorder has it.
+    # The address of the storage object, by which the recorder knows it.
     if tensor.layout != torch.strided or tensor.is_nested or torch._C._are_functorch_transforms_active():
         return None
     return tensor.untyped_storage()._cdata
@@ -152,7 +102,7 @@ class _Calls(TorchFunctionMode):
     """Notes calls of functions that cannot be told from ops.
 
     Attributes:
-        results: Of the modules that are watched, by the addresses of their storages.
+        results: Results of the watched modules, by the addresses of their storages.
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -185,7 +135,7 @@ class Flow:
 
     Attributes:
         recorder: Its ops, storages and saved tensors.
-        calls: Of the modules that were watched.
+        calls: Calls of the modules that were watched.
         activations: Calls of torch's GELU and SiLU that converted modules see; none of runs without gradients.
         asked: Storages of which a module asked the dtype, or cast them to their own; none of runs without gradients.
         escaped: Storages that outlive the run: in its output, or stashed somewhere.
@@ -207,11 +157,11 @@ class Flow:
         self.escaped.update(call.result for call in self.calls if call.result is not None)
 
     def calls_of(self, name: str) -> list[Call]:
-        """Of one module."""
+        """The calls of one module."""
         return [call for call in self.calls if call.name == name]
 
     def ops_inside(self, call: Call) -> list[Op]:
-        """That ran while a call did."""
+        """The ops that ran during a call."""
         return self.recorder.ops[call.start : call.end]
 
     def uses(self, storage: Storage, after: int) -> Iterator[tuple[Op, Storage]]:
@@ -278,7 +228,7 @@ def _nothing_between() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, training: bool, inputs: Inputs) -> Iterator[None]:
+def untouched(model: nn.Module, training: bool, inputs: Batch) -> Iterator[None]:
     """Lets a model run, and leaves it, random state and autocast's cache as they were.
 
     Args:
@@ -300,7 +250,7 @@ def untouched(model: nn.Module, training: bool, inputs: Inputs) -> Iterator[None
         torch.clear_autocast_cache()
 
 
-def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training: bool, grad: bool) -> Flow:
+def trace(model: nn.Module, inputs: Batch, watched: Iterable[str], *, training: bool, grad: bool) -> Flow:
     """Runs a model's forward pass once, and records it.
 
     Args:
@@ -374,3 +324,50 @@ def trace(model: nn.Module, inputs: Inputs, watched: Iterable[str], *, training:
         gc.collect()  # slow, and no cycle holds them most of the time
     flow.escaped.update(storage for storage in recorder.living() if storage in results)
     return flow
+
+
+def modes(model: nn.Module) -> tuple[bool, ...]:
+    """The modes in which a model can be run: training, and where nothing forbids it evaluation."""
+    # Quantized weights are not run in evaluation mode: bitsandbytes packs them anew there on the CPU, with fewer digits
+    # and for good.
+    quantized = any(not p.is_floating_point() for p in model.parameters())
+    return (True,) if quantized else (True, False)
+
+
+def _run(model: nn.Module, inputs: Batch, watched: Iterable[str], training: bool, grad: bool) -> Flow:
+    try:
+        return trace(model, inputs, watched, training=training, grad=grad)
+    except Exception as error:
+        mode = "training" if training else "evaluation"
+        raise RuntimeError(
+            f"lomem.convert: example_inputs do not run in {mode} mode: {type(error).__name__}: {error}"
+        ) from error
+
+
+def runs(model: nn.Module, inputs: Batch, watched: list[str]) -> list[Flow]:
+    """The runs that a conversion looks at, the first of them in training mode with gradients.
+
+    Args:
+        model: Left as it was, but for lazy modules, which get their parameters.
+        inputs: What it is called with.
+        watched: Names of the modules whose calls are recorded.
+    """
+    # With gradients for what is saved; without for what escapes in objects that hide tensors; evaluation mode for the
+    # ways that training does not go.
+    _initialize(model, inputs)
+    flows = [_run(model, inputs, watched, training=True, grad=True)]
+    for training in modes(model):
+        try:
+            flows.append(_run(model, inputs, watched, training, grad=False))
+        except RuntimeError:
+            if not training:
+                raise
+            flows[0].hide_nothing()  # it needs gradients in training (`retain_grad`)
+    return flows
+
+
+def _initialize(model: nn.Module, inputs: Batch) -> None:
+    # Lazy modules get their parameters from a first run, by whomever. It cannot be undone.
+    if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        with torch.no_grad():
+            inputs.call(model)

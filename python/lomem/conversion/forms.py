@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
+
+from .kinds import Function, Kind, ResultDtype
 
 __all__ = ["ActivationForm", "LinearForm", "NormForm", "NotRecognized"]
 
@@ -21,8 +23,8 @@ class NormForm:
         shape: The normalized dimensions.
         axis: -1: the last dimensions are normalized. 1: the channels of (batch, channels, ...).
         ranks: Numbers of dimensions of inputs of which all this is known.
-        dtype: Of the result: "input", "weight" or "promote" (of both).
-        autocast_dtype: The same under autocast, or "float32" or "autocast".
+        dtype: Where the result's dtype comes from: the input, the weight or the promotion of both.
+        autocast_dtype: The same under autocast, where the result may also be of float32 or of autocast's dtype.
         eps_name: Name of the attribute that eps is read from at each call, None where no attribute is.
     """
 
@@ -34,9 +36,17 @@ class NormForm:
     shape: tuple[int, ...]
     axis: int
     ranks: tuple[int, ...]
-    dtype: str
-    autocast_dtype: str
+    dtype: ResultDtype
+    autocast_dtype: ResultDtype
     eps_name: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "autocast_dtype"):
+            object.__setattr__(self, name, ResultDtype(getattr(self, name)))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # pickles of earlier versions hold plain text
 
     @property
     def what(self) -> str:
@@ -55,7 +65,7 @@ class ActivationForm:
     """GELU, or ``x * sigmoid(scale * x)``.
 
     Attributes:
-        kind: "gelu" or "silu".
+        kind: Which of the two it is.
         approximate: Of a GELU, "none" or "tanh".
         scale: Of a SiLU: 1, or 1.702 for QuickGELU.
         torch_op: Whether the result is torch's own op's, bit for bit. Else the module's own forward has to run.
@@ -65,7 +75,7 @@ class ActivationForm:
         inplace_name: The same of ``inplace``.
     """
 
-    kind: str
+    kind: Function
     approximate: str = "none"
     scale: float = 1.0
     torch_op: bool = True
@@ -74,13 +84,20 @@ class ActivationForm:
     approximate_name: str | None = None
     inplace_name: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", Function(self.kind))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # pickles of earlier versions hold plain text
+
     @property
     def what(self) -> str:
         """With its article, for sentences."""
-        return "a GELU" if self.kind == "gelu" else "a SiLU"
+        return "a GELU" if self.kind is Function.GELU else "a SiLU"
 
     def __str__(self) -> str:
-        if self.kind == "gelu":
+        if self.kind is Function.GELU:
             return "GELU" if self.approximate == "none" else "GELU (tanh)"
         return "SiLU" if self.scale == 1 else f"x * sigmoid({self.scale:.4g} x)"
 
@@ -113,4 +130,4 @@ class NotRecognized:
 
     reason: str
     near: bool
-    kind: Literal["norm", "activation"]
+    kind: Kind

@@ -21,7 +21,7 @@ _CONTAINERS = (tuple, list, dict, set)
 
 
 class _Present:
-    """Of a parameter or buffer: it is there, whatever it holds."""
+    """Stands for a parameter or buffer that is there, whatever it holds."""
 
 
 def _is_plain(value: Any) -> bool:

@@ -16,10 +16,11 @@ from torch.overrides import TorchFunctionMode
 from .. import functional as LF
 from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.handover import current_hooks, itself, linear_of_offered, offer, take
-from ..reference import REGELU2, RESILU2
 from ..steps import StepFunction
 from .exchange import Converted
+from .kinds import Criterion, Function, ResultDtype
 from .live import Fixed, fixed, holds
+from .paper import paper
 from .recognize import ActivationForm, LinearForm, NormForm
 
 __all__ = ["MSNorm", "NormPlan", "SharedInput", "StepActivation", "StepCalls", "as_activation"]
@@ -36,36 +37,94 @@ def _in_a_graph() -> bool:
     return is_compiling() or torch.jit.is_tracing()
 
 
-def _gelu(input: Tensor, approximate: str = "none", *, bits: int) -> Tensor:
-    return LF.regelu2(input, approximate) if bits == 2 else LF.gelu(input, approximate, bits=bits)
+def _few_bit(function: Function, x: Tensor, approximate: str, bits: int, criterion: Criterion) -> Tensor:
+    """GELU or SiLU, with the step function of a width and a criterion."""
+    if criterion is Criterion.PAPER:
+        activation, _ = paper(function)
+        return activation(x, approximate) if function is Function.GELU else activation(x)
+    if function is Function.GELU:
+        return LF.gelu(x, approximate, bits=bits, criterion=criterion.value)
+    return LF.silu(x, bits=bits, criterion=criterion.value)
 
 
-def _silu(input: Tensor, *, bits: int) -> Tensor:
-    return LF.resilu2(input) if bits == 2 else LF.silu(input, bits=bits)
+class Steps(NamedTuple):
+    """The step function of a module that computes no single op of torch's, resolved for one scale.
+
+    Attributes:
+        function: That of the module's function of scale 1.
+        scale: The one that boundaries and levels are of.
+        boundaries: With that scale, ascending.
+        levels: In the same order.
+    """
+
+    function: StepFunction
+    scale: float
+    boundaries: tuple[float, ...]
+    levels: tuple[float, ...]
+
+    @classmethod
+    def of(cls, form: ActivationForm, bits: int, criterion: Criterion, scale: float) -> Steps:
+        """Looks them up."""
+        if criterion is Criterion.PAPER:
+            return cls.scaled(paper(form.kind)[1], scale)
+        tanh = form.kind is Function.GELU and form.approximate == "tanh"
+        name = "gelu_tanh" if tanh else form.kind.value
+        return cls.scaled(LF.step_function(name, bits, criterion=criterion.value), scale)
+
+    @classmethod
+    def scaled(cls, function: StepFunction, scale: float) -> Steps:
+        """The same for another scale: the derivative of ``h(s x) / s`` is ``h'(s x)``."""
+        order = 1 if scale > 0 else -1
+        boundaries = tuple(c / scale for c in function.boundaries)[::order]
+        return cls(function, scale, boundaries, function.levels[::order])
 
 
-def _steps(form: ActivationForm, bits: int) -> StepFunction:
-    """Of the function that a form is, stretched."""
-    if bits == 2:
-        return REGELU2 if form.kind == "gelu" else RESILU2
-    tanh = form.kind == "gelu" and form.approximate == "tanh"
-    return LF.step_function("gelu_tanh" if tanh else form.kind, bits)
+def _is_scale(value: Any) -> bool:
+    """Whether a SiLU can be stretched by it."""
+    return isinstance(value, int | float) and math.isfinite(value) and value != 0
 
 
-class StepActivation(Converted):
-    """An activation whose backward pass keeps few bits an element; its forward is the original one, bit for bit."""
+class _FewBit(Converted):
+    """A converted module that saves a few bits per element.
+
+    Attributes:
+        lomem_bits: How many.
+        lomem_criterion: What the step function is fitted to.
+    """
+
+    lomem_bits: int = 2
+    lomem_criterion: Criterion = Criterion.DERIVATIVE
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        if "lomem_bits" in vars(self) and "lomem_criterion" not in vars(self):
+            # Pickled by a version without criteria, in which 2 bits were the paper's.
+            two = self.lomem_bits == 2
+            self.__dict__["lomem_criterion"] = Criterion.PAPER if two else Criterion.DERIVATIVE
+
+
+class StepActivation(_FewBit):
+    """An activation that saves a few bits per element for backward; its forward is the original one, bit for bit."""
 
     lomem_prefix = "Step"
-    lomem_attributes = ("lomem_activation", "lomem_bits", "lomem_fixed")
+    lomem_attributes = ("lomem_activation", "lomem_bits", "lomem_criterion", "lomem_steps", "lomem_fixed")
     lomem_activation: ActivationForm | None = None
-    lomem_bits: int = 2
+    lomem_steps: Steps | None = None
     lomem_fixed: Fixed = ()
 
     @staticmethod
-    def attributes(module: nn.Module, form: ActivationForm, bits: int) -> dict[str, Any]:
-        """Of a module that becomes one."""
+    def attributes(module: nn.Module, form: ActivationForm, bits: int, criterion: Criterion) -> dict[str, Any]:
+        """The attributes of a module that becomes one."""
+        scale = form.scale if form.scale_name is None else getattr(module, form.scale_name)
+        resolved = not form.torch_op and _is_scale(scale)
         live = (form.scale_name, form.approximate_name, form.inplace_name)
-        return {"lomem_activation": form, "lomem_bits": bits, "lomem_fixed": fixed(module, live)}
+        return {
+            "lomem_activation": form,
+            "lomem_bits": bits,
+            "lomem_criterion": criterion,
+            "lomem_steps": Steps.of(form, bits, criterion, scale) if resolved else None,
+            "lomem_fixed": fixed(module, live),
+        }
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the original."""
@@ -84,18 +143,23 @@ class StepActivation(Converted):
         x = values[0]
         if not form.torch_op:
             scale = form.scale if form.scale_name is None else getattr(self, form.scale_name)
-            if not (isinstance(scale, int | float) and math.isfinite(scale) and scale != 0):
+            if not _is_scale(scale):
                 return super().forward(*args, **kwargs)  # no silu, stretched
-            # No single op of torch's. (The derivative of silu(s x) / s is silu'(s x).)
-            steps = _steps(form, self.lomem_bits)
-            order = 1 if scale > 0 else -1
-            boundaries = [c / scale for c in steps.boundaries][::order]
-            return LF.step_activation(x, super().forward, boundaries, steps.levels[::order])
+            steps = self._steps(form, scale)
+            return LF.step_activation(x, super().forward, steps.boundaries, steps.levels)
         approximate = form.approximate if form.approximate_name is None else getattr(self, form.approximate_name)
         inplace = form.inplace if form.inplace_name is None else getattr(self, form.inplace_name)
-        bits = self.lomem_bits
-        result = _gelu(x, approximate, bits=bits) if form.kind == "gelu" else _silu(x, bits=bits)
+        result = _few_bit(form.kind, x, approximate, self.lomem_bits, self.lomem_criterion)
         return x.copy_(result) if inplace else result
+
+    def _steps(self, form: ActivationForm, scale: float) -> Steps:
+        # The scale may change between calls.
+        steps = self.lomem_steps
+        if steps is None:
+            steps = self.lomem_steps = Steps.of(form, self.lomem_bits, self.lomem_criterion, scale)
+        elif steps.scale != scale:
+            steps = self.lomem_steps = Steps.scaled(steps.function, scale)
+        return steps
 
 
 _aten = torch.ops.aten
@@ -111,7 +175,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Activation(NamedTuple):
     """A call of torch's GELU or SiLU."""
 
-    kind: str
+    function: Function
     input: Tensor
     approximate: str
     inplace: bool
@@ -134,7 +198,7 @@ def as_activation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     wrong = options or len(args) > 1 + (func is F.silu) or approximate not in ("none", "tanh")
     if wrong or not isinstance(x, Tensor):
         return None
-    return Activation("gelu" if gelu else "silu", x, approximate, bool(inplace), _can_be_replaced(x))
+    return Activation(Function.GELU if gelu else Function.SILU, x, approximate, bool(inplace), _can_be_replaced(x))
 
 
 def _can_be_replaced(x: Tensor) -> bool:
@@ -149,9 +213,9 @@ def _can_be_replaced(x: Tensor) -> bool:
 class _Redirect(TorchFunctionMode):
     """Calls of torch's GELU and SiLU become those of lomem."""
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, criterion: Criterion) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.criterion = bits, criterion
         self.hooks = None if is_compiling() else current_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -160,7 +224,7 @@ class _Redirect(TorchFunctionMode):
         if call is None or not call.replaced or not self.lasts():
             return func(*args, **kwargs)
         x = call.input
-        result = _gelu(x, call.approximate, bits=self.bits) if call.kind == "gelu" else _silu(x, bits=self.bits)
+        result = _few_bit(call.function, x, call.approximate, self.bits, self.criterion)
         return x.copy_(result) if call.inplace else result
 
     def lasts(self) -> bool:
@@ -171,18 +235,17 @@ class _Redirect(TorchFunctionMode):
         return is_compiling() or current_hooks() is self.hooks
 
 
-class StepCalls(Converted):
+class StepCalls(_FewBit):
     """A module whose forward calls torch's GELU or SiLU."""
 
     lomem_prefix = "StepCalls"
-    lomem_attributes = ("lomem_bits",)
-    lomem_bits: int = 2
+    lomem_attributes = ("lomem_bits", "lomem_criterion")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
-        # A mode, and be it one that does nothing, keeps torch from its faster ways in evaluation.
+        # Any mode, even one that does nothing, keeps torch from its faster ways in evaluation.
         redirected = torch.is_grad_enabled() and not torch.jit.is_tracing()
-        with _Redirect(self.lomem_bits) if redirected else contextlib.nullcontext():
+        with _Redirect(self.lomem_bits, self.lomem_criterion) if redirected else contextlib.nullcontext():
             return super().forward(*args, **kwargs)
 
 
@@ -193,9 +256,9 @@ class NormPlan:
     Attributes:
         form: What the original computes.
         inverted: Whether the normalized input is recovered from the output, as ``(output - beta) / gamma``. Else the
-            normalized input is kept, and linear layers that follow take their weights' gradients from it.
+            normalized input is saved, and linear layers that follow take their weights' gradients from it.
         low_precision: Whether all consumers compute in the autocast dtype, so that it can be emitted there.
-        shared: Whether there are linear layers that take what is kept, beside the result: under autocast where not
+        shared: Whether there are linear layers that take what is saved, beside the result: under autocast where not
             all consumers are of low precision, and where the norm is not inverted.
         takers: How many linear layers were called with one result, at most.
     """
@@ -207,21 +270,21 @@ class NormPlan:
     takers: int = 0
 
     def dtype(self, input: Tensor, weight: Tensor | None) -> torch.dtype | None:
-        """Of the result; None for the op's own choice, which is the autocast dtype under autocast."""
+        """Dtype of the result; None for the op's own choice, which is the autocast dtype under autocast."""
         autocast = autocast_dtype(input.device.type) is not None
         if autocast and self.low_precision and input.dtype != torch.float64:
             return None
         rule = self.form.autocast_dtype if autocast else self.form.dtype
-        if rule == "autocast":
+        if rule is ResultDtype.AUTOCAST:
             return None
-        if rule == "float32":
+        if rule is ResultDtype.FLOAT32:
             return torch.float32
-        if rule == "input" or weight is None:
+        if rule is ResultDtype.INPUT or weight is None:
             return input.dtype
-        return weight.dtype if rule == "weight" else torch.promote_types(input.dtype, weight.dtype)
+        return weight.dtype if rule is ResultDtype.WEIGHT else torch.promote_types(input.dtype, weight.dtype)
 
     def kept_dtype(self, device: str, dtype: torch.dtype) -> torch.dtype:
-        """Of what is kept, where that is not the result itself, of which the dtype is given."""
+        """Dtype of what is saved in place of a result of the given dtype."""
         low = autocast_dtype(device)
         return dtype if low is None or low.itemsize >= dtype.itemsize or dtype == torch.float64 else low
 
@@ -268,7 +331,7 @@ def _affine(kept: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 class _NormOfTwoOutputs(torch.autograd.Function):
-    """A norm that gives its result, which it does not keep, and what it keeps.
+    """A norm that returns its result, which it does not save, and what it saves.
 
     That is the result in another dtype, or the normalized input.
     """
@@ -318,7 +381,7 @@ class _NormOfTwoOutputs(torch.autograd.Function):
 
 
 class MSNorm(Converted):
-    """A norm that keeps its output for the backward pass, which its consumers keep anyway."""
+    """A norm that saves its output for backward, which its consumers save anyway."""
 
     lomem_prefix = "MS"
     lomem_attributes = ("lomem_norm", "lomem_fixed")
@@ -327,7 +390,7 @@ class MSNorm(Converted):
 
     @staticmethod
     def attributes(module: nn.Module, plan: NormPlan) -> dict[str, Any]:
-        """Of a module that becomes one."""
+        """The attributes of a module that becomes one."""
         return {"lomem_norm": plan, "lomem_fixed": fixed(module, (plan.form.eps_name,))}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -384,7 +447,7 @@ class MSNorm(Converted):
 
 
 class SharedInput(Converted):
-    """A linear layer behind a norm that keeps something else than its result."""
+    """A linear layer behind a norm that saves something other than its result."""
 
     lomem_prefix = "SharedInput"
     lomem_attributes = ("lomem_linear", "lomem_fixed")
@@ -393,7 +456,7 @@ class SharedInput(Converted):
 
     @staticmethod
     def attributes(module: nn.Module, form: LinearForm) -> dict[str, Any]:
-        """Of a module that becomes one."""
+        """The attributes of a module that becomes one."""
         return {"lomem_linear": form, "lomem_fixed": fixed(module)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -411,7 +474,7 @@ class SharedInput(Converted):
         device = x.device.type
         low = None if x.dtype == torch.float64 else autocast_dtype(device)
         dtype = low or x.dtype
-        # Nor where this layer computes with more digits than are kept.
+        # Nor where this layer computes with more digits than are saved.
         few = torch.finfo(kept[0].dtype).eps > torch.finfo(dtype).eps  # type: ignore[union-attr]
         if few or not _needs_gradient(weight) or (low is None and weight.dtype != x.dtype):
             return super().forward(*args, **kwargs)

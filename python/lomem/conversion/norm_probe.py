@@ -55,6 +55,7 @@ class Setting:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
+        """All dtypes in which something is computed."""
         return {self.weight, self.input, *({BF16} if self.autocast else ())}
 
     def relative(self, result: torch.dtype) -> float:
@@ -66,6 +67,7 @@ class Setting:
         return max(torch.finfo(d).tiny * torch.finfo(d).eps for d in {*self.dtypes, result, F32})
 
     def eps(self, form: NormForm) -> float:
+        """The number that a norm adds here."""
         if form.eps is not None:
             return form.eps
         return torch.finfo(F64 if self.input == F64 else F32).eps
@@ -93,6 +95,7 @@ _WEIGHTS = (-2.0, 0.0, -0.0, -0.5, 0.05, 5.0, 100.0, -1.0, -1e4, 1e4, 1e-6, -1e-
 
 
 def statistics(x: Tensor, dims: tuple[int, ...], centred: bool) -> tuple[Tensor, Tensor]:
+    """The input less its mean, and the mean square of that; with no mean for an RMS norm."""
     centre = x.mean(dims, keepdim=True) if centred else torch.zeros((), dtype=x.dtype)
     return x - centre, (x - centre).square().mean(dims, keepdim=True)
 
@@ -192,20 +195,24 @@ class Probe:
         return result
 
     def fit(self, values: Tensor) -> Tensor:
+        """Weights in the shape in which they multiply an input."""
         return values.reshape(self.shape if self.axis == -1 else (*self.shape, *[1] * (self.rank - 2)))
 
     def affine(self, form: NormForm, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Gamma and beta."""
         gamma = torch.ones((), dtype=F64) if form.gamma is None else self.fit(values[form.gamma]) + form.one_plus
         beta = torch.zeros((), dtype=F64) if form.beta is None else self.fit(values[form.beta])
         return gamma, beta
 
     def expected(self, form: NormForm, values: Mapping[str, Tensor], x: Tensor, eps: float) -> Tensor:
+        """The norm's result, in float64."""
         x, square = statistics(x, self.dims, form.centred)
         gamma, beta = self.affine(form, values)
         return x * (square + eps).rsqrt() * gamma + beta
 
 
 def close(a: Tensor, b: Tensor, relative: float) -> bool:
+    """Whether a result is finite and near to another one, relative to the norm of that."""
     return bool(torch.isfinite(a).all()) and (a.double() - b).norm().item() <= relative * b.norm().item()
 
 

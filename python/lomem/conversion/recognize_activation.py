@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .forms import ActivationForm, NotRecognized
+from .kinds import Function, Kind
 from .witness import (
     ACTIVATION_OPS,
     MODES,
@@ -41,7 +42,7 @@ _ROUNDINGS = 4
 
 
 def _function(form: ActivationForm) -> Callable[[Tensor], Tensor]:
-    if form.kind == "gelu":
+    if form.kind is Function.GELU:
         return functools.partial(F.gelu, approximate=form.approximate)
     return F.silu if form.scale == 1 else lambda x: x * torch.sigmoid(form.scale * x)
 
@@ -91,13 +92,13 @@ def _ordinarily(module: nn.Module) -> tuple[ActivationForm, torch.dtype]:
 
 
 def _forms(at_one: float) -> Iterator[ActivationForm]:
-    yield ActivationForm("gelu")
-    yield ActivationForm("gelu", "tanh")
+    yield ActivationForm(Function.GELU)
+    yield ActivationForm(Function.GELU, "tanh")
     if 0 < at_one < 1:
         # Of x * sigmoid(s * x), s by its value at 1.
         scale = round(math.log(at_one / (1 - at_one)), 6)
         if abs(scale) > 1e-3:  # else it is half of x
-            yield ActivationForm("silu", scale=scale)
+            yield ActivationForm(Function.SILU, scale=scale)
 
 
 def _check_runs(module: nn.Module, form: ActivationForm, runs: dict[torch.dtype, list[Run]]) -> ActivationForm:
@@ -169,7 +170,7 @@ def _check_gradient(module: nn.Module, form: ActivationForm, base: torch.dtype) 
 
 
 def _is_torch_op(form: ActivationForm, runs: dict[torch.dtype, list[Run]]) -> bool:
-    if (form.kind == "silu" and form.scale != 1) or len(runs) < len(_DTYPES):
+    if (form.kind is Function.SILU and form.scale != 1) or len(runs) < len(_DTYPES):
         return False
     for dtype, in_dtype in runs.items():
         expected = _function(form)(_everything(dtype))
@@ -192,6 +193,11 @@ def _follows(module: nn.Module, name: str, value: object, form: ActivationForm, 
     return torch.allclose(result.value.double(), _function(form)(x.double()), rtol=1e-6, atol=1e-6)
 
 
+def _is_near(value: object, scale: float) -> bool:
+    """Whether an attribute may be what a scale was read from."""
+    return isinstance(value, int | float) and math.isclose(value, scale, rel_tol=1e-4)
+
+
 def _with_names(module: nn.Module, form: ActivationForm, dtype: torch.dtype) -> ActivationForm:
     """The form with the attributes that it is read from at each call."""
     for name, value in attributes(module).items():
@@ -200,11 +206,11 @@ def _with_names(module: nn.Module, form: ActivationForm, dtype: torch.dtype) -> 
             # Written only where gradients allow: as torch's own op does it.
             if _follows(module, name, not value, other, dtype):
                 form = replace(form, inplace_name=name)
-        elif form.kind == "gelu" and value == form.approximate:
+        elif form.kind is Function.GELU and value == form.approximate:
             other = replace(form, approximate="tanh" if value == "none" else "none")
             if _follows(module, name, other.approximate, other, dtype):
                 form = replace(form, approximate_name=name)
-        elif form.kind == "silu" and isinstance(value, int | float) and math.isclose(value, form.scale, rel_tol=1e-4):
+        elif form.kind is Function.SILU and _is_near(value, form.scale):
             other = replace(form, scale=2.375)
             if _follows(module, name, other.scale, other, dtype):
                 form = replace(form, scale=float(value), scale_name=name)
@@ -223,11 +229,11 @@ def recognize_activation(module: nn.Module) -> ActivationForm | NotRecognized:
     try:
         reason = _refusal(module)
         if reason is not None:
-            return NotRecognized(reason, near=False, kind="activation")
+            return NotRecognized(reason, near=False, kind=Kind.ACTIVATION)
         with quietly():
             return _recognize(module)
     except Exception as error:  # of a module that is like no other
-        return NotRecognized(f"it cannot be run by itself ({type(error).__name__})", near=False, kind="activation")
+        return NotRecognized(f"it cannot be run by itself ({type(error).__name__})", near=False, kind=Kind.ACTIVATION)
 
 
 def _refusal(module: nn.Module) -> str | None:
@@ -244,11 +250,11 @@ def _recognize(module: nn.Module) -> ActivationForm | NotRecognized:
     try:
         form, base = _ordinarily(module)
     except Refused as error:
-        return NotRecognized(error.reason, near=False, kind="activation")
+        return NotRecognized(error.reason, near=False, kind=Kind.ACTIVATION)
     try:
         return _recognized(module, form, base)
     except Refused as error:
-        return NotRecognized(error.reason, near=True, kind="activation")
+        return NotRecognized(error.reason, near=True, kind=Kind.ACTIVATION)
 
 
 def _recognized(module: nn.Module, form: ActivationForm, base: torch.dtype) -> ActivationForm:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from .forms import NormForm, NotRecognized
+from .kinds import Kind, ResultDtype
 from .norm_probe import (
     BF16,
     CPU,
@@ -55,7 +56,8 @@ def _forms(probe: Probe) -> Iterator[NormForm]:
     for centred in (False, True):
         for gamma, one_plus in gammas:
             for beta in (None, *(name for name in names if name != gamma)):
-                yield NormForm(centred, gamma, one_plus, beta, 0.0, probe.shape, probe.axis, (probe.rank,), "", "")
+                shape, ranks, unknown = probe.shape, (probe.rank,), ResultDtype.INPUT
+                yield NormForm(centred, gamma, one_plus, beta, 0.0, shape, probe.axis, ranks, unknown, unknown)
 
 
 def _ordinarily(probe: Probe) -> NormForm:
@@ -296,22 +298,23 @@ def _is_gradient(
     return all(close(g, e, relative) for g, e in zip(grads[1:], expected[1:], strict=True))
 
 
-_RULES = {
-    "input": lambda s: s.input,
-    "weight": lambda s: s.weight,
-    "promote": lambda s: torch.promote_types(s.input, s.weight),
-    "float32": lambda s: F32,
-    "autocast": lambda s: BF16,
+_RULES: dict[ResultDtype, Callable[[Setting], torch.dtype]] = {
+    ResultDtype.INPUT: lambda s: s.input,
+    ResultDtype.WEIGHT: lambda s: s.weight,
+    ResultDtype.PROMOTE: lambda s: torch.promote_types(s.input, s.weight),
+    ResultDtype.FLOAT32: lambda s: F32,
+    ResultDtype.AUTOCAST: lambda s: BF16,
 }
 
 
-def _dtype_rule(seen: Mapping[Setting, torch.dtype], autocast: bool) -> str:
+def _dtype_rule(seen: Mapping[Setting, torch.dtype], autocast: bool) -> ResultDtype:
     """How the result's dtype follows from those of input and weight."""
     # Of float64 too, if nothing is cast.
     relevant = {s: d for s, d in seen.items() if s.autocast == autocast and s.input != F64}
-    for name, rule in _RULES.items():
-        if (autocast or name != "autocast") and relevant and all(rule(s) == d for s, d in relevant.items()):
-            return name
+    for where, rule in _RULES.items():
+        possible = relevant and (autocast or where is not ResultDtype.AUTOCAST)
+        if possible and all(rule(s) == d for s, d in relevant.items()):
+            return where
     raise Refused("the dtype of its result follows no known rule")
 
 
@@ -333,11 +336,11 @@ def _try(probe: Probe) -> NormForm | NotRecognized:
     try:
         form = _ordinarily(probe)
     except _Far as error:
-        return NotRecognized(error.reason, near=False, kind="norm")
+        return NotRecognized(error.reason, near=False, kind=Kind.NORM)
     try:
         return _recognized(probe, form)
     except Refused as error:
-        return NotRecognized(error.reason, near=True, kind="norm")
+        return NotRecognized(error.reason, near=True, kind=Kind.NORM)
 
 
 def _normalizes_samples(probe: Probe) -> bool:
@@ -364,8 +367,8 @@ def _fits(shape: tuple[int, ...], axis: int, input_shape: Sequence[int]) -> bool
     return len(shape) == 1 and len(input_shape) > 2 and input_shape[1] == shape[0]
 
 
-def _shape(module: nn.Module, input_shapes: Sequence[Sequence[int]]) -> tuple[int, ...] | str:
-    """Over what a module may normalize, or why that is not known."""
+def _shape(module: nn.Module, input_shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The dimensions over which a module may normalize."""
     tensors = own_tensors(module).values()
     shapes = list(dict.fromkeys(tuple(t.shape) for t in tensors if t.is_floating_point() and t.dim() > 0))
     named = getattr(module, "normalized_shape", None)
@@ -374,31 +377,29 @@ def _shape(module: nn.Module, input_shapes: Sequence[Sequence[int]]) -> tuple[in
             return tuple(named)
         if input_shapes and len(input_shapes[0]) > 0 and input_shapes[0][-1] > 1:
             return (input_shapes[0][-1],)
-        return "nothing says over how many elements it normalizes"
+        raise Refused("nothing says over how many elements it normalizes")
     shape = max(shapes, key=math.prod)
     # Gains, gates and masks may be there beside weight and bias. Matrices may not, of which running would take long.
     small = sum(math.prod(s) == math.prod(shape) for s in shapes) == 1 and len(tensors) <= 8
     if not small or any(not t.is_floating_point() and t.numel() > 1 for t in tensors):
-        return "its parameters are not those of a norm"
+        raise Refused("its parameters are not those of a norm")
     if math.prod(shape) < 2:
-        return "it normalizes single elements"
+        raise Refused("it normalizes single elements")
     if not input_shapes and len(shape) > 1 and tuple(named or ()) != shape:
-        return "nothing says over how many elements it normalizes"
+        raise Refused("nothing says over how many elements it normalizes")
     return shape
 
 
-def _refusal(module: nn.Module) -> str | None:
-    """Why a module need not be run, or None."""
+def _check_kind(module: nn.Module) -> None:
+    """Refuses what need not be run."""
     if uninitialized(module):
-        return "its parameters are not initialized yet"
+        raise Refused("its parameters are not initialized yet")
     if next(module.children(), None) is not None:
-        return "it has submodules"
+        raise Refused("it has submodules")
     if isinstance(module, nn.Linear | nn.Embedding | _ConvNd):
-        return "its parameters are not those of a norm"  # and may be large
+        raise Refused("its parameters are not those of a norm")  # and may be large
     if isinstance(module, _NormBase):
-        batch = "Batch" in next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn"))
-        return f"it is {'a batch' if batch else 'an instance'} norm"
-    return None
+        raise Refused(f"it is {'a batch' if isinstance(module, _BatchNorm) else 'an instance'} norm")
 
 
 def recognize_norm(module: nn.Module, input_shapes: Sequence[Sequence[int]] = ()) -> NormForm | NotRecognized:
@@ -412,14 +413,21 @@ def recognize_norm(module: nn.Module, input_shapes: Sequence[Sequence[int]] = ()
         input_shapes: Of inputs that it was seen with.
     """
     try:
-        reason = _refusal(module)
-        shape = _shape(module, input_shapes) if reason is None else reason
-        if isinstance(shape, str):
-            return NotRecognized(shape, near=False, kind="norm")
+        _check_kind(module)
+        shape = _shape(module, input_shapes)
+    except Refused as error:
+        return NotRecognized(error.reason, near=False, kind=Kind.NORM)
+    except Exception as error:  # a module that is like no other
+        return _not_run(error)
+    try:
         with quietly() as generator:
             return _recognize(module, shape, input_shapes, generator)
-    except Exception as error:  # of a module that is like no other
-        return NotRecognized(f"it cannot be run by itself ({type(error).__name__})", near=False, kind="norm")
+    except Exception as error:  # a module that is like no other
+        return _not_run(error)
+
+
+def _not_run(error: Exception) -> NotRecognized:
+    return NotRecognized(f"it cannot be run by itself ({type(error).__name__})", near=False, kind=Kind.NORM)
 
 
 def _recognize(
@@ -428,7 +436,7 @@ def _recognize(
     ranks = sorted({len(s) for s in input_shapes}) or [len(shape) + 1]
     axes = [axis for axis in (-1, 1) if all(_fits(shape, axis, s) for s in input_shapes)]
     reason = "its parameters have another shape than those of a norm of its input"
-    refused = NotRecognized(reason, near=False, kind="norm")
+    refused = NotRecognized(reason, near=False, kind=Kind.NORM)
     for axis in axes if len(shape) == 1 else axes[:1]:
         probes = [Probe(module, shape, axis, rank, generator) for rank in ranks if axis == -1 or rank > 2]
         tried = [_try(probe) for probe in probes or [Probe(module, shape, axis, 4, generator)]]
@@ -443,7 +451,7 @@ def _recognize(
             continue
         if any(replace(form, ranks=()) != replace(forms[0], ranks=()) for form in forms):
             reason = "it computes other things of inputs with other numbers of dimensions"
-            return NotRecognized(reason, near=True, kind="norm")
+            return NotRecognized(reason, near=True, kind=Kind.NORM)
         return replace(forms[0], ranks=tuple(form.ranks[0] for form in forms))
     rank = max(ranks)
     if 1 in axes or (input_shapes and len(input_shapes[0]) > 2 and not own_tensors(module)):

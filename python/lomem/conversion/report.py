@@ -8,31 +8,42 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .._units import size
+from .kinds import Action, Kind, Text
 
 __all__ = ["Decision", "Report"]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Of one norm, activation or functional call.
+    """The decision about one norm, activation or functional call.
 
     Attributes:
         name: Qualified name of the module.
-        kind: ``"norm"``, ``"activation"`` or ``"call"`` (of ``F.gelu`` or ``F.silu`` in the module's forward).
+        kind: What it is about: ``"norm"``, ``"activation"`` or ``"call"`` (of ``F.gelu`` or ``F.silu`` in the module's
+            forward).
         module: Name of the module's class.
         computes: What it was recognized as.
-        action: ``"2bit"`` or so, ``"inverted"``, ``"two outputs"``, ``"normalized"`` or ``"left"``.
-        reason: In a few words.
-        saved_bytes: By how many bytes of the example run less is kept; 0 where left or where nothing was run.
+        action: What was done: ``"2bit"`` or so, ``"inverted"``, ``"two outputs"``, ``"normalized"`` or ``"left"``.
+        reason: Why, as a clause.
+        saved_bytes: How many bytes less are saved for backward in the example run; 0 where the module is left or
+            nothing was run.
     """
 
     name: str
-    kind: str
+    kind: Kind
     module: str
     computes: str
-    action: str
+    action: Action
     reason: str
     saved_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", Kind(self.kind))
+        object.__setattr__(self, "action", Action(self.action))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # pickles of earlier versions hold plain text
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Report:
 
     Attributes:
         decisions: One for each norm, activation and functional call, in the order of the model's modules.
-        saved_before: Bytes kept for the backward pass of the example inputs, in training mode; None where nothing was
+        saved_before: Bytes saved for the backward pass of the example inputs, in training mode; None where nothing was
             run.
         saved_after: The same after the conversion.
         difference: Largest difference of an output from the original model's, relative to that output's norm; None
@@ -58,16 +69,16 @@ class Report:
     @property
     def converted(self) -> tuple[Decision, ...]:
         """What was changed."""
-        return tuple(d for d in self.decisions if d.action != "left")
+        return tuple(d for d in self.decisions if d.action is not Action.LEFT)
 
     @property
     def left(self) -> tuple[Decision, ...]:
         """What was not."""
-        return tuple(d for d in self.decisions if d.action == "left")
+        return tuple(d for d in self.decisions if d.action is Action.LEFT)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self)
+        return asdict(self, dict_factory=lambda items: {k: str(v) if isinstance(v, Text) else v for k, v in items})
 
     def to_json(self) -> str:
         """As JSON."""
@@ -101,7 +112,7 @@ class Report:
             result.add_column(heading, justify="right" if heading in ("number", "size") else "left", overflow="fold")
         for d, number, nbytes in rows:
             saved = size(-nbytes) if nbytes else ""
-            result.add_row(d.name or "(the model)", str(number), d.module, d.computes, d.action, saved, d.reason)
+            result.add_row(d.name or "(the model)", str(number), d.module, d.computes, str(d.action), saved, d.reason)
         return result
 
     def _summary(self) -> list[str]:

@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from .._trace.batch import as_batch
 from .._trace.state import preserved
-from ..memory._run import arguments, check_model, tensors_in
+from ..memory._run import check_model, tensors_in
 from ..nn import FewBitActivation, StepActivation
 
 Layer: TypeAlias = FewBitActivation | StepActivation
@@ -46,10 +46,10 @@ def watch(
     count = 0
     with preserved(model), _hooked(layers, loss is not None, seen):
         for batch in batches:
-            args, kwargs = tree_map_only(Tensor, Tensor.detach, arguments(function, batch))
+            given = as_batch(function, "batch", batch).map(Tensor.detach)
             count += 1
             with torch.set_grad_enabled(loss is not None):
-                output = model(*args, **kwargs)
+                output = given.call(model)
                 if loss is not None:
                     scalar(function, loss(output)).backward()
                     model.zero_grad(set_to_none=True)

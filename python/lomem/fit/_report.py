@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from .._trace.batch import as_batch
 from .._trace.state import module_state, preserved, restore_module
 from ..memory._report import Report, Section
-from ..memory._run import arguments
 from ..steps import StepFunction
 from ._fit import CRITERIA, fit, measured
 from ._functions import Function
@@ -274,10 +273,10 @@ def _of_parameters(name: str, model: nn.Module, layers: Any, batches: list[Any],
 
 def _add_gradients(name: str, model: nn.Module, batch: Any, loss: Loss, total: dict[str, Tensor]) -> None:
     """Adds the parameters' gradients on a batch, in float64, and leaves the model as it was."""
-    args, kwargs = tree_map_only(Tensor, Tensor.detach, arguments(name, batch))
+    given = as_batch(name, "batch", batch).map(Tensor.detach)
     with preserved(model), torch.enable_grad():
         torch.manual_seed(0)  # the same dropout for both
-        scalar(name, loss(model(*args, **kwargs))).backward()
+        scalar(name, loss(given.call(model))).backward()
         for parameter, value in model.named_parameters():
             if value.grad is not None:
                 so_far = total.get(parameter)

@@ -47,6 +47,8 @@ __all__ = [
 
 _step_activation = torch.ops.lomem.step_activation.default
 _hard_activation = torch.ops.lomem.hard_activation.default
+_regelu2 = torch.ops.lomem.regelu2.default
+_resilu2 = torch.ops.lomem.resilu2.default
 _step_codes = torch.ops.lomem.step_codes.default
 _step_activation_backward = torch.ops.lomem.step_activation_backward.default
 
@@ -367,6 +369,10 @@ def regelu2(input: Tensor, approximate: str = "none", *, fast: bool = False) -> 
         A tensor of the shape, dtype and strides that ``F.gelu`` returns. Saved for backward: ``ceil(numel / 4)``
         bytes.
     """
+    if has_torch_function_unary(input) or is_compiling():  # graphs keep the name
+        if is_jagged(input):
+            return F.gelu(input, approximate=approximate)
+        return _regelu2(input, approximate=approximate, fast=fast)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"lomem.functional.regelu2: approximate is {approximate!r}, expected 'none' or 'tanh'")
     return _few_bit("gelu" if approximate == "none" else "gelu_tanh", input, (), 2, "paper", None, fast=fast)
@@ -387,6 +393,10 @@ def resilu2(input: Tensor, *, fast: bool = False) -> Tensor:
         A tensor of the shape, dtype and strides that ``F.silu`` returns. Saved for backward: ``ceil(numel / 4)``
         bytes.
     """
+    if has_torch_function_unary(input) or is_compiling():
+        if is_jagged(input):
+            return F.silu(input)
+        return _resilu2(input, fast=fast)
     return _few_bit("silu", input, (), 2, "paper", None, fast=fast)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ._run import Loss, Run, arguments
+from .._trace.batch import as_batch
+from ._run import Loss, Run
 
 __all__ = ["measured_peak"]
 
@@ -66,9 +67,9 @@ def train_and_read(
     memory = torch.get_device_module(device)
     with torch.device(device):
         model = build_fn().to(device)
-        args, kwargs = arguments(function, batch_fn())
+        batch = as_batch(function, "batch", batch_fn())
     made = optimizer([p for p in model.parameters() if p.requires_grad]) if optimizer is not None else None
-    run = Run(function, model, args, kwargs, loss, autocast)
+    run = Run(function, model, batch, loss, autocast)
     for _ in range(2):  # the optimizer's state is made in the first step
         model.zero_grad(set_to_none=True)
         memory.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Whether the outputs of norms are kept by somebody else too, and if not, why."""
+"""Whether the outputs of norms are saved by another module too, and if not, why."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .._trace.handover import offered
-from .._trace.recorder import Op, Recorder, Storage, hook_after
+from .._trace.hooks import hook_after
+from .._trace.keeps import COPIES, DROPOUTS, saves_operands
+from .._trace.recorder import Op, Recorder, Storage
 from ..nn import MSLayerNorm, MSRMSNorm
 from ._report import dtype_name
 from ._run import tensors_in
 
 _NORMS = (MSLayerNorm, MSRMSNorm, nn.LayerNorm, nn.RMSNorm)
-#: Ops that keep an operand where the other one needs a gradient.
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "_convolution", "mkldnn_linear")
-_COPIES = ("_to_copy", "clone")
-_DROPOUTS = ("native_dropout", "_fused_dropout")
+#: Ops that draw the mask of a dropout which is written out.
+_RANDOM = frozenset({torch.ops.aten.bernoulli, torch.ops.aten.bernoulli_})
 
 
 @dataclass
@@ -31,8 +31,8 @@ class NormOutput:
     Attributes:
         module: Qualified name of the norm.
         kind: Its class.
-        nbytes: Of the output's storage.
-        dtype: Of the output.
+        nbytes: Bytes of the output's storage.
+        dtype: Dtype of the output.
         kept_by_norm: Whether the norm itself saved the output for the backward pass, as memory-sharing norms do.
         shared_with: The other modules that saved the very same storage.
         reasons: Why those that take the output and do not share it do not.
@@ -48,7 +48,7 @@ class NormOutput:
 
     @property
     def shared(self) -> bool:
-        """Whether another module keeps the output anyway, so that it costs the norm nothing."""
+        """Whether another module saves the output anyway, so that it costs the norm nothing."""
         return bool(self.shared_with)
 
 
@@ -70,7 +70,7 @@ class NormCalls:
             if is_norm(module):
 
                 def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                    # A converted norm may keep, and share, something else than its result.
+                    # A converted norm may save, and share, something other than its result.
                     for tensor in offered(output)[:1] or tensors_in(output):
                         for storage in self._recorder.records(tensor):
                             self._calls.append((name, module, storage, len(self._recorder.ops)))
@@ -130,7 +130,7 @@ class _Explain:
         for index, op in enumerate(recorder.ops):
             for storage in op.inputs:
                 self._consumers.setdefault(storage, []).append((index, op))
-            if _name(op).startswith("bernoulli"):
+            if op.func._overloadpacket in _RANDOM:
                 self._random.update(op.outputs)
 
     def savers(self, storage: Storage) -> list[str]:
@@ -149,13 +149,13 @@ class _Explain:
             why: list[str] = []
             if isinstance(module, _DropoutNd):
                 why = [f"the dropout `{where}` is between"]
-            elif _name(op) in _DROPOUTS or any(s in self._random for s in op.inputs):
+            elif op.func._overloadpacket in DROPOUTS or any(s in self._random for s in op.inputs):
                 why = [f"a dropout in `{where}` is between"]
-            elif _name(op) in _COPIES:
+            elif op.func._overloadpacket in COPIES:
                 why = list(self._copy(storage, op.outputs[0], index, norm))
             elif where in savers:
                 continue
-            elif _name(op) in _PRODUCTS:
+            elif saves_operands(op.func):
                 why = [self._unsaved_product(op, where)]
             else:
                 others[f"{_name(op)} in `{where}`"] = None

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._trace.batch import as_batch
 from .._trace.recorder import Op, Recorder, Storage
 from .._trace.state import preserved
 from .._units import size
 from ._norms import module_name
 from ._profile import is_weight_copy, was_there
 from ._report import Report, Section, dtype_name
-from ._run import BUFFER, PARAMETER, Loss, Run, arguments, tensors_in, translated
+from ._run import BUFFER, PARAMETER, Loss, Run, tensors_in, translated
 
 __all__ = ["CATEGORIES", "Peak", "StepPeak", "measure_step", "step_peak"]
 
@@ -162,8 +163,7 @@ def measure_step(
     autocast: torch.dtype | None,
 ) -> StepPeak:
     """:func:`step_peak` in the name of another function."""
-    args, kwargs = arguments(function, batch)
-    run = Run(function, model, args, kwargs, loss, autocast)
+    run = Run(function, model, as_batch(function, "batch", batch), loss, autocast)
     if optimizer is not None:
         _check_optimizer(function, model, optimizer)
     if not isinstance(steps, int) or steps < 1:

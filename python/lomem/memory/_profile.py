@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._trace.batch import Batch
 from .._trace.recorder import Recorder, Storage
 from .._trace.state import preserved
 from .._units import size
@@ -177,7 +178,7 @@ def profile(model: nn.Module, *args: Any, loss: Loss | None = None, **kwargs: An
             of its floating-point tensors that need gradients.
         **kwargs: Its keyword arguments.
     """
-    run = Run("lomem.memory.profile", model, args, kwargs, loss)
+    run = Run("lomem.memory.profile", model, Batch(args, kwargs), loss)
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.fake_mode() or contextlib.nullcontext())
         stack.enter_context(preserved(model, inputs=run.inputs))

@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from .._trace.autocast import autocast_dtype, autocast_to
+from .._trace.batch import Batch
 from .._trace.recorder import Recorder
 
 #: What makes a scalar of a model's output.
@@ -37,20 +38,6 @@ def check_model(function: str, model: Any) -> None:
             raise ValueError(f"{function}: {name} of model has no shape yet, expected a model that ran once")
 
 
-def arguments(function: str, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch as positional and keyword arguments."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch), {}
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    raise TypeError(
-        f"{function}: batch is of type {type(batch).__name__}, expected a dict of keyword arguments, "
-        "a tuple or list of positional ones, or a tensor"
-    )
-
-
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors among the leaves of nested containers."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
@@ -62,8 +49,7 @@ class Run:
     Args:
         function: The public function, for errors.
         model: What runs.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        batch: Its arguments.
         loss: Makes a scalar of its output.
         autocast: Dtype under which the forward pass runs; by default that of the block around.
 
@@ -77,8 +63,7 @@ class Run:
         self,
         function: str,
         model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        batch: Batch,
         loss: Loss | None,
         autocast: torch.dtype | None = None,
     ) -> None:
@@ -89,8 +74,8 @@ class Run:
             raise TypeError(f"{function}: autocast is {autocast!r}, expected a torch.dtype such as torch.bfloat16")
         self.function, self.model, self._loss = function, model, loss
         # Leaves of their own: a backward pass must not enter the caller's graph, nor leave gradients in his tensors.
-        self._args, self._kwargs = tree_map_only(Tensor, _leaf, (args, kwargs))
-        self.inputs = tensors_in((self._args, self._kwargs))
+        self._batch = batch.map(_leaf)
+        self.inputs = self._batch.tensors()
         first = next(iter([*model.parameters(), *self.inputs]), None)
         self.device = torch.device("cpu") if first is None else first.device
         kind = self.device.type
@@ -107,7 +92,7 @@ class Run:
         fake = self.fake_mode() is not None
         try:
             with self._autocast(self.autocast), translated(self.function, fake):
-                output = self.model(*self._args, **self._kwargs)
+                output = self._batch.call(self.model)
                 loss = self._default_loss(output) if self._loss is None else self._loss(output)
         finally:
             torch.clear_autocast_cache()

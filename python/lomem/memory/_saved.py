@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .._trace.recorder import SavedTensorsBlock, storages_of
+from .._trace.hooks import SavedTensorsBlock
+from .._trace.recorder import storages_of
 from ._run import no_hooks, refuses_hooks
 
 __all__ = ["SavedForBackward", "saved_for_backward"]

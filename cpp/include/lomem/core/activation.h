@@ -1,9 +1,8 @@
-// Activation functions, as torch's CUDA kernels evaluate them: the same operations in the same
-// order and type, so that a kernel that computes them beside something else returns the same bits.
-// (ATen evaluates 16-bit inputs in float32. Its CPU kernels use other formulas: on the CPU the
-// torch op itself is called.)
+// Activation functions, evaluated as torch's CUDA kernels do: the same operations in the same order and type, so that a
+// kernel that fuses them with other work returns the same bits. (ATen evaluates 16-bit inputs in float32. Its CPU
+// kernels use other formulas, so on the CPU the torch op itself is called.)
 //
-// Each names its published step function, for which kernels that make values and codes at once are compiled.
+// PublishedSteps is the published step function; kernels that compute values and codes in one pass are compiled for it.
 #pragma once
 
 #include <lomem/config.h>
@@ -13,7 +12,7 @@
 
 namespace lomem {
 
-/// x * Phi(x), Phi the standard normal distribution function.
+/// x * Phi(x), where Phi is the standard normal distribution function.
 struct GELU {
   using PublishedSteps = ReGELU2;
 
@@ -24,7 +23,7 @@ struct GELU {
   }
 };
 
-/// GELU with a tanh in place of erf (approximate="tanh").
+/// GELU with tanh instead of erf (approximate="tanh").
 struct GELUTanh {
   using PublishedSteps = ReGELU2;
 

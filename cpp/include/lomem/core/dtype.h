@@ -1,4 +1,4 @@
-// Floating-point element types, their arithmetic types, and conversions between them.
+// Floating-point element types, their arithmetic types and conversions between them.
 #pragma once
 
 #include <lomem/config.h>
@@ -11,9 +11,8 @@
 #include <cuda_fp16.h>
 #endif
 
-// In device code, outside constant expressions, conversions are the hardware's: one instruction
-// where the portable form takes ten. Both round to nearest even and differ in the bits of a NaN
-// alone.
+// In device code, outside constant expressions, conversions use the hardware's instructions: one where the portable
+// form takes ten. Both round to nearest even; they differ only in the bits of a NaN.
 #if defined(__CUDA_ARCH__)
 #define LOMEM_CONVERT_IN_HARDWARE(result)   \
   if (!__builtin_is_constant_evaluated()) { \
@@ -28,8 +27,8 @@ namespace lomem {
 /// The element types that every kernel accepts.
 enum class DType : std::uint8_t { float64, float32, bfloat16, float16 };
 
-/// 16-bit elements as stored. Arithmetic happens after `to_compute`. Pointers to CUDA's __half and
-/// __nv_bfloat16, or to c10's types, may be cast to pointers to these: the bits are the same.
+/// A 16-bit element as stored. Arithmetic happens after `to_compute`. Pointers to CUDA's __half and __nv_bfloat16, or
+/// to c10's types, may be cast to pointers to these types: the bits are the same.
 struct bfloat16 {
   std::uint16_t bits;
 };
@@ -37,7 +36,7 @@ struct float16 {
   std::uint16_t bits;
 };
 
-/// Type in which an element is compared and multiplied: double for double, float for the rest.
+/// Type in which elements are compared and multiplied: double for double, float for all others.
 template <class T>
 struct compute_type {
   using type = float;
@@ -53,7 +52,7 @@ LOMEM_HOST_DEVICE constexpr std::size_t element_size(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
-/// Smallest normal number: below it, digits are lost.
+/// Smallest normal number. Smaller numbers lose precision.
 LOMEM_HOST_DEVICE constexpr double smallest_normal(DType dtype) {
   return dtype == DType::float64 ? 0x1p-1022 : dtype == DType::float16 ? 0x1p-14 : 0x1p-126;
 }
@@ -64,7 +63,7 @@ struct Type {
   using type = T;
 };
 
-/// Calls visitor(Type<T>{}) with the element type of `dtype`. Host only, as visit_bits.
+/// Calls visitor(Type<T>{}) with the element type of `dtype`. Host only, like visit_bits.
 template <class Visitor>
 constexpr decltype(auto) visit_dtype(DType dtype, Visitor&& visitor) {
   switch (dtype) {
@@ -97,8 +96,8 @@ LOMEM_HOST_DEVICE constexpr float to_compute(bfloat16 x) {
 }
 LOMEM_HOST_DEVICE constexpr float to_compute(float16 x) {
   LOMEM_CONVERT_IN_HARDWARE(__half2float(__ushort_as_half(x.bits)))
-  // Selects, not branches, so that loops vectorise; integer steps, so that flush-to-zero modes
-  // cannot touch subnormal inputs.
+  // Selects instead of branches, so that loops vectorize; integer operations, so that flush-to-zero modes cannot affect
+  // subnormal inputs.
   const std::uint32_t sign = (x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = x.bits & 0x7fffu;
   constexpr std::uint32_t rebias = (127u - 15u) << 23;
@@ -108,8 +107,8 @@ LOMEM_HOST_DEVICE constexpr float to_compute(float16 x) {
   return __builtin_bit_cast(float, sign | (magnitude < 0x0400u ? subnormal : normal));
 }
 
-/// Rounds to nearest even once. NaN stays NaN, with its sign and the payload that fits (as the
-/// instructions of x86 and Arm have it).
+/// Rounds once, to nearest even. NaN stays NaN and keeps its sign and as much of its payload as fits, like the x86 and
+/// Arm instructions.
 template <class T>
 LOMEM_HOST_DEVICE constexpr T from_compute(compute_t<T> x);
 
@@ -135,8 +134,8 @@ LOMEM_HOST_DEVICE constexpr float16 from_compute<float16>(float x) {
   const std::uint32_t u = __builtin_bit_cast(std::uint32_t, x);
   const std::uint32_t sign = (u >> 16) & 0x8000u;
   const std::uint32_t magnitude = u & 0x7fffffffu;
-  // Below 2^-14 the result counts units of 2^-24, the spacing of floats in [0.5, 1): adding 0.5
-  // rounds to it. (Selected away above 2^-14, where the sum is clamped to keep it finite.)
+  // Below 2^-14 the result counts units of 2^-24, the spacing of floats in [0.5, 1): adding 0.5 rounds to that spacing.
+  // (Above 2^-14 this result is not selected; its input is clamped there to keep the sum finite.)
   const std::uint32_t small = magnitude < 0x38800000u ? magnitude : 0u;
   const std::uint32_t subnormal =
       __builtin_bit_cast(std::uint32_t, __builtin_bit_cast(float, small) + 0.5f) - 0x3f000000u;
@@ -147,15 +146,15 @@ LOMEM_HOST_DEVICE constexpr float16 from_compute<float16>(float x) {
   return float16{static_cast<std::uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite))};
 }
 
-/// A double rounded once to T. Through float alone, 16-bit types would be rounded twice.
+/// Rounds a double to T once. Going through float would round 16-bit types twice.
 template <class T>
 LOMEM_HOST_DEVICE constexpr T from_double(double x) {
   if constexpr (sizeof(T) >= sizeof(float)) {
     return static_cast<T>(x);
   } else {
-    // First to 14 significant bits by rounding to odd: towards zero, with the last bit set where that
-    // was inexact. It then tells the second rounding on which side of a tie x lay. 14 bits are exact
-    // in float down to half the smallest subnormal of either type, and integer steps vectorise.
+    // First round to 14 significant bits by rounding to odd: towards zero, with the last bit set if the result is
+    // inexact. That bit tells the second rounding on which side of a tie x was. 14 bits are exact in float down to half
+    // the smallest subnormal of either type, and integer operations vectorize.
     constexpr std::uint64_t dropped = (std::uint64_t{1} << (52 - 13)) - 1;
     const std::uint64_t u = __builtin_bit_cast(std::uint64_t, x);
     const std::uint64_t odd = (u | ((u & dropped) + dropped)) & ~dropped;

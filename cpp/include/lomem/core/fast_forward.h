@@ -1,8 +1,7 @@
-// A fast float32 forward of GELU, tanh-GELU and SiLU: max(x, 0) - W(|x|), with W by a table of minimax
-// polynomials in place of erf, tanh and exp. How far the results are from the exact functions stands in
-// fast_forward_tables.h.
+// A fast float32 forward of GELU, tanh-GELU and SiLU: max(x, 0) - W(|x|), with W evaluated by a table of minimax
+// polynomials instead of erf, tanh and exp. fast_forward_tables.h lists the errors with respect to the exact functions.
 //
-// Not what torch computes: only where a user asks for it (`fast`).
+// The results differ from torch's: used only when requested (`fast`).
 #pragma once
 
 #include <lomem/config.h>
@@ -14,7 +13,7 @@
 
 namespace lomem::fast {
 
-// The formula is written for `Lanes`: one float, or a vector of them.
+// The formula is a template over `Lanes`, which is one float or a vector of floats.
 //
 //     struct Lanes {
 //       using Floats, Words;                            // float and uint32_t, or vectors of them
@@ -23,7 +22,7 @@ namespace lomem::fast {
 //       static Floats min_magnitude(Floats a, Floats b);  // |a| < b ? |a| : b
 //       static Words bits(Floats a);
 //       struct Table {
-//         explicit Table(const float (&entries)[32]);   // which outlive it
+//         explicit Table(const float (&entries)[32]);   // must outlive the table
 //         Floats at(Words row) const;                   // entries[row % 32]
 //       };
 //     };
@@ -80,7 +79,7 @@ class ByTable {
   LOMEM_HOST_DEVICE Floats operator()(Floats x) const {
     const Floats zero{};
     const Floats a = Lanes::min_magnitude(x, clamp_);
-    // Adding this number leaves the row in the last bits of the sum.
+    // Adding tail_magic leaves the row in the low bits of the sum.
     const Floats shifted = Lanes::fma(a, scale_, zero + tail_magic);
     const auto row = Lanes::bits(shifted);
     const Floats t = Lanes::fma(a, scale_, tail_magic - shifted);
@@ -104,7 +103,7 @@ class ByTable {
   typename Lanes::Table c5_;
 };
 
-// Each has what evaluates it: make that once, outside of a loop.
+// Each has a member template `on`, which returns the evaluator. Create it once, outside of loops.
 
 /// x * Phi(x).
 struct GELU {
@@ -114,7 +113,7 @@ struct GELU {
   }
 };
 
-/// GELU with a tanh in place of erf.
+/// GELU with tanh instead of erf.
 struct GELUTanh {
   template <class Lanes>
   LOMEM_HOST_DEVICE static ByTable<Lanes> on() {
@@ -130,7 +129,7 @@ struct SiLU {
   }
 };
 
-/// Function's value of one float.
+/// Value of Function for a single float.
 template <class Function>
 LOMEM_HOST_DEVICE inline float value(float x) {
   return Function::template on<ScalarLanes>()(x);

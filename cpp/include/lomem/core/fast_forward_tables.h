@@ -1,26 +1,25 @@
-// Polynomials of a fast float32 forward of GELU, tanh-GELU and SiLU. Written by
+// Polynomials for a fast float32 forward of GELU, tanh-GELU and SiLU. Written by
 //     python tools/fast_forward.py
-// which says how they are fitted. For the host: device code cannot index a constexpr array at run
-// time.
+// which documents how they are fitted. Host only: device code cannot index a constexpr array at run time.
 //
-// Each is max(x, 0) - W(|x|), X being gelu, gelu_tanh or silu, in float32 operations that are
-// rounded once, fma being the fused multiply-add, so that all instruction sets return the same bits:
+// Each function is max(x, 0) - W(|x|), computed in float32 operations that are each rounded once, so that all
+// instruction sets return the same bits (X is gelu, gelu_tanh or silu, and fma is the fused multiply-add):
 //     a = |x| < X_clamp ? |x| : X_clamp
 //     shifted = fma(a, X_rows_a_unit, tail_magic)         its low five bits are the row: the integer
 //     t = fma(a, X_rows_a_unit, tail_magic - shifted)     next to a * X_rows_a_unit; |t| <= 1/2
 //     w = X_tail[5][row]; w = fma(w, t, X_tail[4][row]); ... ; w = fma(w, t, X_tail[0][row])
 //     y = (x < 0 ? 0 : x) - w
-// Row 0 has no constant: small x keep their relative accuracy. The last row is zero, and so is the
-// result of what is clamped (then the exact W is at most 9.3e-14, 7.2e-19 for tanh-GELU,
-// 5.2e-9 for SiLU). NaN stays NaN, and the sign of zero stays.
+// Row 0 has no constant term, so that small x keep their relative accuracy. The last row is zero, and so is W where |x|
+// is clamped (there the exact W is at most 9.3e-14, 7.2e-19 for tanh-GELU,
+// 5.2e-9 for SiLU). NaN and the sign of zero are preserved.
 //
 // Relative error of the polynomials in exact arithmetic, before rounding to float32:
 //     gelu_tail       2.3e-08 for |x| < 3.5, 1.7e-06 for |x| < 5.5, 2.1e-05 everywhere
 //     gelu_tanh_tail  2.8e-08 for |x| < 3.5, 1.1e-05 for |x| < 5.5, 7.0e-04 everywhere
 //     silu_tail       2.8e-07 everywhere
-// Largest error of these operations (float32: of a million numbers a column, from 2^-16
-// to 32; 16 bits: the float32 result rounded once, of all inputs), in ulps of the exact result, and
-// absolute in the first column. fma was emulated: the float64 product and sum, rounded to float32.
+// Largest error of these operations in ulps of the exact result, except in the first column, which is absolute
+// (float32: over a million numbers per column, from 2^-16 to 32; 16 bits: the float32 result rounded once, over all
+// inputs). fma was emulated by the float64 product and sum, rounded to float32.
 //                                 x < -5.5  -5.5 .. -3.375     -3.375 .. 0           x > 0
 //     GELU       float32           2.5e-13        35.3 ulp         1.6 ulp         1.1 ulp
 //     GELU       bfloat16          2.2e-10       0.498 ulp       0.500 ulp       0.500 ulp

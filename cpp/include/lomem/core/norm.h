@@ -1,11 +1,10 @@
 // Norms whose backward pass needs their output instead of their input (MS-BP).
 //
-// y = (x - mean) * rstd (LayerNorm) or x * rstd (RMSNorm), with rstd = 1 / sqrt(m + eps), m the
-// biased variance or the mean square of the row. In y alone,
+// y = (x - mean) * rstd (LayerNorm) or x * rstd (RMSNorm), with rstd = 1 / sqrt(m + eps), where m is the biased
+// variance or the mean square of the row. In terms of y,
 //     grad_x = rstd * (g - mean(g) - y * mean(g * y)),
-// without the mean(g) term for RMSNorm. The next linear layer keeps the norm's output anyway, so
-// the norm itself costs one rstd a row. With an affine output z = gamma * y + beta the row is
-// y = (z - beta) / gamma and g = gamma * grad_z.
+// without the mean(g) term for RMSNorm. The next linear layer saves the norm's output anyway, so the norm itself only
+// adds one rstd per row. With an affine output z = gamma * y + beta, y = (z - beta) / gamma and g = gamma * grad_z.
 //
 // Source: Yang et al., ICML 2024, arXiv:2406.16282 (memory-sharing backpropagation).
 #pragma once
@@ -18,7 +17,7 @@
 
 namespace lomem {
 
-/// Layer normalisation centres the row, RMS normalisation does not.
+/// Layer normalization centers the row, RMS normalization does not.
 enum class Norm { layer, rms };
 
 /// `moment` is the variance (LayerNorm) or the mean square (RMSNorm) of the row.
@@ -27,15 +26,15 @@ LOMEM_HOST_DEVICE inline C norm_rstd(C moment, C eps) {
   return C(1) / std::sqrt(moment + eps);
 }
 
-/// Variance of n elements from sums of d = x - mean and of its squares. The second term is what
-/// rounding left in the mean. Rounding does not make it negative; NaN stays NaN.
+/// Variance of n elements from the sums of d = x - mean and of d^2. The second term corrects for the rounding error of
+/// the mean. Rounding does not make the result negative; NaN stays NaN.
 template <class C>
 LOMEM_HOST_DEVICE constexpr C norm_variance(C sum_of_squares, C sum, C n) {
   const C variance = (sum_of_squares - sum * sum / n) / n;
   return variance < C(0) ? C(0) : variance;
 }
 
-/// y. RMSNorm passes mean = 0.
+/// y. For RMSNorm, pass mean = 0.
 template <class C>
 LOMEM_HOST_DEVICE constexpr C norm_value(C x, C mean, C rstd) {
   return (x - mean) * rstd;
@@ -47,30 +46,29 @@ LOMEM_HOST_DEVICE constexpr C norm_affine(C y, C gamma, C beta) {
   return y * gamma + beta;
 }
 
-/// y from the saved z. Needs gamma != 0. Loses digits where |beta| >> |gamma|. Takes 1 / gamma,
-/// which is the same for every row.
+/// y from the saved z. Requires gamma != 0. Loses precision where |beta| >> |gamma|. Takes 1 / gamma, which is the same
+/// for every row.
 template <class C>
 LOMEM_HOST_DEVICE constexpr C norm_recover(C z, C inverse_gamma, C beta) {
   return (z - beta) * inverse_gamma;
 }
 
-/// 1 / gamma for `norm_recover`, or NaN for a gamma so small that z holds no digits of y: the
-/// gradients of such a channel are then NaN, never wrong in silence. `smallest` is the smallest
-/// normal number of z's dtype.
+/// 1 / gamma for `norm_recover`, or NaN if gamma is so small that z has no digits of y left: the gradients of such a
+/// channel are then NaN instead of silently wrong. `smallest` is the smallest normal number of z's dtype.
 template <class C>
 LOMEM_HOST_DEVICE inline C norm_inverse(C gamma, C smallest) {
   return std::fabs(gamma) < smallest ? static_cast<C>(NAN) : C(1) / gamma;
 }
 
-/// grad_x. RMSNorm passes mean_g = 0.
+/// grad_x. For RMSNorm, pass mean_g = 0.
 template <class C>
 LOMEM_HOST_DEVICE constexpr C norm_gradient(C g, C y, C rstd, C mean_g, C mean_gy) {
   return rstd * (g - mean_g - y * mean_gy);
 }
 
-/// Rows of `cols` elements. `weight` and `bias` have `cols` elements, or no data where absent
-/// (RMSNorm has no bias). Each of these arrays may have a dtype of its own. rstd has one element a
-/// row, is float32 or float64, and is always there.
+/// Rows of `cols` elements. `weight` and `bias` have `cols` elements, or no data if absent (RMSNorm has no bias). Each
+/// of these arrays may have a different dtype. rstd has one element per row, is float32 or float64, and must be
+/// present.
 struct NormForward {
   Array input;
   Array weight;
@@ -81,7 +79,7 @@ struct NormForward {
   double eps = 0;
 };
 
-/// `output` and `rstd` are what norm_forward wrote. No `grad_input` data: it is not computed.
+/// `output` and `rstd` are the results of norm_forward. If `grad_input` has no data, it is not computed.
 struct NormBackward {
   Array grad_output;
   Array output;

@@ -1,11 +1,11 @@
 // k-bit codes, k = 1..8, packed into bytes.
 //
-// Layout: element i occupies bits [k*i, k*i + k) of a little-endian bit stream, that is bit b of
-// the stream is bit b % 8 of byte b / 8. For k = 2: bits [2*(i%4), 2*(i%4) + 1] of byte i/4.
-// n codes take ceil(k*n / 8) bytes; padding bits of the last byte are 0.
+// Layout: element i occupies bits [k*i, k*i + k) of a little-endian bit stream, in which bit b is bit b % 8 of
+// byte b / 8. For k = 2, that is bits [2*(i%4), 2*(i%4) + 1] of byte i/4. n codes take ceil(k*n / 8) bytes; padding
+// bits of the last byte are 0.
 //
-// Eight codes take exactly k bytes, so a group of eight starts on a byte boundary whatever k is:
-// ranges that begin at a multiple of `group_size` can be packed and unpacked independently.
+// Eight codes take exactly k bytes, so a group of eight starts on a byte boundary for every k: ranges that begin at a
+// multiple of `group_size` can be packed and unpacked independently.
 #pragma once
 
 #include <lomem/config.h>
@@ -18,19 +18,19 @@ inline constexpr int min_bits = 1;
 inline constexpr int max_bits = 8;
 inline constexpr int group_size = 8;
 
-/// Bytes of `numel` packed codes. `Int` is int64_t or a symbolic integer.
+/// Number of bytes of `numel` packed codes. `Int` is int64_t or a symbolic integer.
 template <class Int>
 LOMEM_HOST_DEVICE constexpr Int packed_bytes(Int numel, int bits) {
   return (numel * bits + 7) / 8;
 }
 
-/// Largest code of `bits` bits.
+/// Largest code that fits in `bits` bits.
 LOMEM_HOST_DEVICE constexpr std::uint8_t max_code(int bits) {
   return static_cast<std::uint8_t>((1u << bits) - 1u);
 }
 
-/// The stream of `count` <= 8 codes, of which code 0 has the lowest bits. Bits of a code above
-/// `bits` are ignored.
+/// Bit stream of `count` <= 8 codes, with code 0 in the lowest bits. Bits of a code beyond the lowest `bits` are
+/// ignored.
 template <int bits>
 LOMEM_HOST_DEVICE constexpr std::uint64_t pack_word(const std::uint8_t* codes, int count = group_size) {
   static_assert(min_bits <= bits && bits <= max_bits);
@@ -41,15 +41,15 @@ LOMEM_HOST_DEVICE constexpr std::uint64_t pack_word(const std::uint8_t* codes, i
   return word;
 }
 
-/// Code j = 0..7 of such a stream.
+/// Code j = 0..7 of a stream made by pack_word.
 template <int bits>
 LOMEM_HOST_DEVICE constexpr std::uint8_t unpack_word(std::uint64_t word, int j) {
   static_assert(min_bits <= bits && bits <= max_bits);
   return static_cast<std::uint8_t>((word >> (bits * j)) & max_code(bits));
 }
 
-/// Packs `count` <= 8 codes; writes packed_bytes(count, bits) bytes and no other.
-/// Bits of a code above `bits` are ignored.
+/// Packs `count` <= 8 codes; writes exactly packed_bytes(count, bits) bytes. Bits of a code beyond the lowest `bits`
+/// are ignored.
 template <int bits>
 LOMEM_HOST_DEVICE constexpr void pack_group(const std::uint8_t* codes, int count, std::uint8_t* packed) {
   const std::uint64_t word = pack_word<bits>(codes, count);
@@ -59,7 +59,7 @@ LOMEM_HOST_DEVICE constexpr void pack_group(const std::uint8_t* codes, int count
   }
 }
 
-/// Four 2-bit codes in one byte.
+/// Packs four 2-bit codes into one byte.
 LOMEM_HOST_DEVICE constexpr std::uint8_t pack2(std::uint8_t c0, std::uint8_t c1, std::uint8_t c2, std::uint8_t c3) {
   return static_cast<std::uint8_t>((c0 & 3u) | (c1 & 3u) << 2 | (c2 & 3u) << 4 | (c3 & 3u) << 6);
 }
@@ -69,7 +69,7 @@ LOMEM_HOST_DEVICE constexpr std::uint8_t unpack2(std::uint8_t packed, int j) {
   return static_cast<std::uint8_t>((packed >> (2 * j)) & 3u);
 }
 
-/// Unpacks `count` <= 8 codes; reads packed_bytes(count, bits) bytes and no other.
+/// Unpacks `count` <= 8 codes; reads exactly packed_bytes(count, bits) bytes.
 template <int bits>
 LOMEM_HOST_DEVICE constexpr void unpack_group(const std::uint8_t* packed, int count, std::uint8_t* codes) {
   const int bytes = packed_bytes(count, bits);
@@ -120,14 +120,14 @@ LOMEM_HOST_DEVICE constexpr void unpack(const std::uint8_t* packed, std::int64_t
   }
 }
 
-/// A number of bits as a type, so that a runtime value can select a template.
+/// A number of bits as a type, so that a run-time value can select a template.
 template <int bits_>
 struct Bits {
   static constexpr int value = bits_;
 };
 
-/// Calls visitor(Bits<bits>{}). Precondition: bits in [1, 8]. Host only: what it selects are
-/// instantiations, of kernels too.
+/// Calls visitor(Bits<bits>{}). Precondition: bits in [1, 8]. Host only: it selects template instantiations, including
+/// kernels.
 template <class Visitor>
 constexpr decltype(auto) visit_bits(int bits, Visitor&& visitor) {
   switch (bits) {

@@ -1,14 +1,13 @@
 // Step functions: few-bit derivatives of activation functions (Approx-BP).
 //
-// The derivative of an activation h is replaced by that of h~(x) = sum_i a_i max(x - c_i, 0), a
-// step function with 2^k levels. The backward pass needs, of each element, only
+// The derivative of an activation h is replaced by that of h~(x) = sum_i a_i max(x - c_i, 0), a step function with 2^k
+// levels. For each element, the backward pass needs only
 //     code(x) = #{i : x > c_i}                 (k bits; ties count as not greater, NaN has code 0)
-// and computes grad_input = grad_output * level[code], level[j] = a_1 + ... + a_j.
+// and computes grad_input = grad_output * level[code], with level[j] = a_1 + ... + a_j.
 //
-// Source: Yang et al., "Reducing Fine-Tuning Memory Overhead by Approximate and Memory-Sharing
-// Backpropagation", ICML 2024, arXiv:2406.16282. The constants minimise the integral of
-// (h - h~)^2 over the real line under sum a_i = 1 and sum a_i c_i = 0 (to 1e-4 of its value; the
-// tests check).
+// Source: Yang et al., "Reducing Fine-Tuning Memory Overhead by Approximate and Memory-Sharing Backpropagation", ICML
+// 2024, arXiv:2406.16282. The constants minimize the integral of (h - h~)^2 over the real line under sum a_i = 1 and
+// sum a_i c_i = 0 (to within 1e-4 of its value; the tests check this).
 #pragma once
 
 #include <lomem/config.h>
@@ -19,17 +18,17 @@
 
 namespace lomem {
 
-/// A step function with three boundaries, four levels and two bits an element.
+/// A step function with three boundaries and four levels, at two bits per element.
 ///
-/// `Constants` has the double members c1 < c2 < c3 and a1, a2, a3. (Scalars, not arrays: a
-/// constexpr array member indexed at run time has no definition in device code.)
+/// `Constants` has the double members c1 < c2 < c3 and a1, a2, a3. (Scalars instead of arrays: a constexpr array member
+/// indexed at run time has no definition in device code.)
 template <class Constants>
 struct TwoBitStep {
   static constexpr int bits = 2;
   static constexpr int levels = 4;
 
-  /// Number of boundaries below x. float64 compares with the boundaries as given, the other
-  /// dtypes with their float32 roundings; 16-bit inputs are upcast exactly.
+  /// Number of boundaries below x. float64 is compared with the boundaries as given, the other dtypes with the
+  /// boundaries rounded to float32; 16-bit inputs are upcast exactly.
   template <class T>
   LOMEM_HOST_DEVICE static constexpr std::uint8_t code(T x) {
     using C = compute_t<T>;
@@ -44,12 +43,12 @@ struct TwoBitStep {
     return i == 0 ? Constants::c1 : i == 1 ? Constants::c2 : Constants::c3;
   }
 
-  /// Derivative on the step `code` (0..3), summed in double.
+  /// Derivative of step `code` (0..3), summed in double.
   LOMEM_HOST_DEVICE static constexpr double level(int code) {
     return (code > 0 ? Constants::a1 : 0.0) + (code > 1 ? Constants::a2 : 0.0) + (code > 2 ? Constants::a3 : 0.0);
   }
 
-  /// h~(x), the sum of ReLUs whose derivative the levels are.
+  /// h~(x), the sum of ReLUs whose derivative is the step function.
   LOMEM_HOST_DEVICE static constexpr double primitive(double x) {
     return Constants::a1 * relu(x - Constants::c1) + Constants::a2 * relu(x - Constants::c2) +
            Constants::a3 * relu(x - Constants::c3);
@@ -90,9 +89,9 @@ struct ReSiLU2Constants {
 using ReGELU2 = TwoBitStep<ReGELU2Constants>;
 using ReSiLU2 = TwoBitStep<ReSiLU2Constants>;
 
-/// The code of x among boundaries that are known at run time: #{i : x > boundaries[i]}, found in `bits`
-/// comparisons without a branch. `boundaries` are 2^bits - 1, ascending; equal ones and infinities are
-/// allowed (so that fewer can be filled up with +infinity).
+/// Code of x among boundaries known at run time: #{i : x > boundaries[i]}, found in `bits` branchless comparisons.
+/// There are 2^bits - 1 ascending `boundaries`; duplicates and infinities are allowed (so that fewer boundaries can be
+/// padded with +infinity).
 template <int bits, class C>
 LOMEM_HOST_DEVICE constexpr std::uint8_t search_code(C x, const C* boundaries) {
   int code = 0;
@@ -102,20 +101,19 @@ LOMEM_HOST_DEVICE constexpr std::uint8_t search_code(C x, const C* boundaries) {
   return static_cast<std::uint8_t>(code);
 }
 
-/// The one-bit code of a function whose derivative has one value in an interval and another one
-/// outside it (hardtanh, relu, ...): 1 for low <= x <= high. NaN has code 0.
+/// One-bit code of a function whose derivative has one value inside an interval and another one outside (hardtanh,
+/// relu, ...): 1 for low <= x <= high. NaN has code 0.
 template <class C>
 LOMEM_HOST_DEVICE constexpr std::uint8_t band_code(C x, C low, C high) {
   return static_cast<std::uint8_t>(static_cast<int>(x >= low) & static_cast<int>(x <= high));
 }
 
-/// grad_output * level: one product in the arithmetic type, then one rounding to T. For float64
-/// and float32 that is the product rounded once. For 16-bit T the float32 product is rounded
-/// again; for the levels of ReGELU2 and ReSiLU2 the result is the exact product rounded once for
-/// every bfloat16 and float16 gradient (the tests enumerate them).
+/// grad_output * level: a product in the arithmetic type, then one rounding to T. For float64 and float32 that is the
+/// product rounded once. For 16-bit T the float32 product is rounded again; for the levels of ReGELU2 and ReSiLU2 the
+/// result is the exact product rounded once for every bfloat16 and float16 gradient (the tests enumerate them).
 ///
-/// With one bit, a level of 0 gives 0 whatever the gradient is, infinite or NaN, as the derivatives of
-/// torch's relu and its kin do.
+/// With one bit, a level of 0 gives 0 for every gradient, even infinite or NaN, like the derivatives of torch's relu
+/// and similar functions.
 template <int bits, class T>
 LOMEM_HOST_DEVICE constexpr T step_gradient(T grad_output, compute_t<T> level) {
   using C = compute_t<T>;
@@ -126,10 +124,10 @@ LOMEM_HOST_DEVICE constexpr T step_gradient(T grad_output, compute_t<T> level) {
   }
 }
 
-/// Codes of x[0, n), packed: Step::bits bits an element in the layout of packing.h.
+/// Packed codes of x[0, n): Step::bits bits per element in the layout of packing.h.
 template <class Step, class T>
 LOMEM_HOST_DEVICE constexpr void step_encode(const T* x, std::int64_t n, std::uint8_t* packed) {
-  // Codes go through a small buffer: both loops then vectorise.
+  // Codes go through a small buffer so that both loops vectorize.
   constexpr int tile = 256;
   static_assert(tile % group_size == 0);
   std::uint8_t codes[tile] = {};
@@ -142,7 +140,7 @@ LOMEM_HOST_DEVICE constexpr void step_encode(const T* x, std::int64_t n, std::ui
   }
 }
 
-/// Codes of x[0, n) among 2^bits - 1 ascending boundaries, packed.
+/// Packed codes of x[0, n) among 2^bits - 1 ascending boundaries.
 template <int bits, class T>
 LOMEM_HOST_DEVICE constexpr void step_search_encode(
     const T* x, std::int64_t n, const compute_t<T>* boundaries, std::uint8_t* packed) {
@@ -157,7 +155,7 @@ LOMEM_HOST_DEVICE constexpr void step_search_encode(
       values[j] = to_compute(x[begin + j]);
       below[j] = 0;
     }
-    // search_code of all elements at once: these loops vectorise.
+    // search_code of all elements at once, so that these loops vectorize.
     for (int half = 1 << (bits - 1); half > 0; half /= 2) {
       for (int j = 0; j < count; ++j) {
         below[j] += values[j] > boundaries[below[j] + half - 1] ? half : 0;
@@ -170,7 +168,7 @@ LOMEM_HOST_DEVICE constexpr void step_search_encode(
   }
 }
 
-/// One-bit codes of x[0, n), packed: whether low <= x <= high.
+/// Packed one-bit codes of x[0, n): whether low <= x <= high.
 template <class T>
 LOMEM_HOST_DEVICE constexpr void band_encode(
     const T* x, std::int64_t n, compute_t<T> low, compute_t<T> high, std::uint8_t* packed) {

@@ -1,5 +1,5 @@
-// Kernels on plain pointers: no torch types, no allocation, no threads of their own. A caller
-// splits the work over threads; results do not depend on the split.
+// Kernels on plain pointers: no torch types, no allocation, no threads. The caller splits the work over threads;
+// results do not depend on the split.
 #pragma once
 
 #include <lomem/config.h>
@@ -12,16 +12,16 @@
 
 namespace lomem::cpu {
 
-/// Instruction set that the kernels run with: DEFAULT (the compiler's baseline), AVX2, AVX512 or
-/// AVX512_BF16. The best one that the CPU has; as for torch's kernels, the environment variable
-/// ATEN_CPU_CAPABILITY (default, avx2, avx512) asks for a lesser one. All give the same bytes.
+/// Instruction set that the kernels use: DEFAULT (the compiler's baseline), AVX2, AVX512 or AVX512_BF16. This is the
+/// best one that the CPU has; as with torch's kernels, the environment variable ATEN_CPU_CAPABILITY (default, avx2,
+/// avx512) can select a lower one. All of them produce the same bytes.
 LOMEM_API const char* capability();
 
-/// Whether an output of so many bytes is better stored past the caches: it would not stay in them.
-/// Kernels that take `stream` do that where it is true; results do not depend on it.
+/// Whether an output of this size should be stored past the caches, because it would not stay in them. Pass the result
+/// as `stream` to the kernels that take it; results do not depend on it.
 LOMEM_API bool should_stream(std::size_t output_bytes);
 
-/// packed[0, packed_bytes(n, 2)) = codes of x[0, n), of the published step function of an activation. Function is GELU,
+/// packed[0, packed_bytes(n, 2)) = codes of x[0, n) for the published step function of an activation. Function is GELU,
 /// GELUTanh or SiLU.
 template <class Function>
 LOMEM_API void step_encode(DType dtype, const void* x, std::int64_t n, std::uint8_t* packed);
@@ -33,25 +33,24 @@ LOMEM_API void step_encode<GELUTanh>(DType, const void*, std::int64_t, std::uint
 template <>
 LOMEM_API void step_encode<SiLU>(DType, const void*, std::int64_t, std::uint8_t*);
 
-/// The same for boundaries known at run time: 2^bits - 1, ascending, no NaN, each rounded once to the
+/// The same for boundaries known at run time: 2^bits - 1 ascending numbers, none of them NaN, each rounded once to the
 /// arithmetic type of `dtype`. bits = 1..8.
 LOMEM_API void step_search_encode(
     DType dtype, const void* x, std::int64_t n, const double* boundaries, int bits, std::uint8_t* packed);
 
-/// packed[0, packed_bytes(n, 1)) = whether low <= x <= high, of x[0, n). `low` and `high` are rounded
-/// once to the arithmetic type of `dtype`.
+/// packed[0, packed_bytes(n, 1)) = codes of x[0, n), 1 where low <= x <= high. `low` and `high` are rounded once to the
+/// arithmetic type of `dtype`.
 LOMEM_API void band_encode(DType dtype, const void* x, std::int64_t n, double low, double high, std::uint8_t* packed);
 
-/// grad_input[i] = grad_output[i] * levels[code i] for i in [0, n). `levels` has 2^bits entries,
-/// of which each is rounded once to the arithmetic type of `dtype`. bits = 1..8; with one bit, a level
-/// of 0 gives 0 whatever the gradient is.
+/// grad_input[i] = grad_output[i] * levels[code i] for i in [0, n). `levels` has 2^bits entries, each rounded once to
+/// the arithmetic type of `dtype`. bits = 1..8; with one bit, a level of 0 gives 0 for every gradient.
 LOMEM_API void step_decode_multiply(
     DType dtype, const void* grad_output, const std::uint8_t* packed, const double* levels, int bits, std::int64_t n,
     void* grad_input, bool stream = false);
 
-/// y[i] = Function(x[i]) by fast_forward.h, and, where `packed` is not null, the codes of step_encode<Function> in the
-/// same pass. Results of 16-bit types are the float32 result rounded once. Returns false, and does nothing, for float64
-/// and where the CPU has no fused multiply-add.
+/// y[i] = Function(x[i]) by fast_forward.h and, if `packed` is not null, the codes of step_encode<Function> in the same
+/// pass. Results of 16-bit types are the float32 result rounded once. Returns false and does nothing for float64 and on
+/// CPUs without fused multiply-add.
 template <class Function>
 LOMEM_API bool fast_forward(
     DType dtype, const void* x, std::int64_t n, void* y, std::uint8_t* packed, bool stream = false);
@@ -63,14 +62,14 @@ LOMEM_API bool fast_forward<GELUTanh>(DType, const void*, std::int64_t, void*, s
 template <>
 LOMEM_API bool fast_forward<SiLU>(DType, const void*, std::int64_t, void*, std::uint8_t*, bool);
 
-/// Packs n codes of `bits` = 1..8 bits. Returns the bitwise or of all codes, so that a caller can
-/// refuse codes that do not fit.
+/// Packs n codes of `bits` = 1..8 bits. Returns the bitwise OR of all codes, so that the caller can reject codes that
+/// do not fit.
 LOMEM_API std::uint8_t pack_bits(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed);
 
 /// Unpacks n codes of `bits` = 1..8 bits.
 LOMEM_API void unpack_bits(const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes);
 
-/// output and rstd of rows [begin, end).
+/// Computes output and rstd of rows [begin, end).
 template <Norm norm>
 LOMEM_API void norm_forward(const NormForward& args, std::int64_t begin, std::int64_t end, bool stream = false);
 
@@ -79,7 +78,7 @@ LOMEM_API void norm_forward<Norm::layer>(const NormForward&, std::int64_t, std::
 template <>
 LOMEM_API void norm_forward<Norm::rms>(const NormForward&, std::int64_t, std::int64_t, bool);
 
-/// grad_input of rows [begin, end). Adds the rows' share of the weight and bias gradients to
+/// Computes grad_input of rows [begin, end). Adds these rows' contributions to the weight and bias gradients to
 /// grad_weight[0, cols) and grad_bias[0, cols); either may be null.
 template <Norm norm>
 LOMEM_API void norm_backward(
@@ -91,7 +90,7 @@ LOMEM_API void norm_backward<Norm::layer>(const NormBackward&, std::int64_t, std
 template <>
 LOMEM_API void norm_backward<Norm::rms>(const NormBackward&, std::int64_t, std::int64_t, double*, double*, bool);
 
-/// Index of the first of n elements that is below `magnitude` in absolute value, or -1.
+/// Index of the first of n elements whose magnitude is below `magnitude`, or -1.
 LOMEM_API std::int64_t find_below(const Array& array, std::int64_t n, double magnitude);
 
 /// Rounds n doubles into target[offset, offset + n).

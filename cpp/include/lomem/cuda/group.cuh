@@ -1,15 +1,14 @@
 // Groups of threads that work together: a warp or a block.
 //
-// What groups do is a `Work`: an object that is passed to the kernel by value, with
-//     using C                                      what is added up: float or double
+// A group executes a `Work`, an object that is passed to the kernel by value, with
+//     using C                                      type of the sums: float or double
 //     struct State                                 what a thread keeps in registers
-//     void operator()(int64_t i, Group&) const     item i of the work, by one group
-//     static constexpr bool by_warps, by_blocks    which groups it is written for
+//     void operator()(int64_t i, Group&) const     processes item i with one group
+//     static constexpr bool by_warps, by_blocks    group types it supports
 // A group has `threads` and
-//     sum<count>(phase)   runs phase(thread, State&) -> Sums in every thread; returns the sum of all
+//     sum<count>(phase)   runs phase(thread, State&) -> Sums in every thread; returns the sum over all threads
 //     each(phase)         runs phase(thread, State&) in every thread
-// Sums are made in a fixed order: within each warp by halving distances, then over the warps in
-// the same way.
+// Sums are added in a fixed order: within each warp by halving distances, then over the warps in the same way.
 #pragma once
 
 #include <lomem/config.h>
@@ -42,8 +41,8 @@ struct Sums {
   }
 };
 
-/// A group of `threads`, a multiple of 32, that one host thread executes. For tests. (Marked for the
-/// device as well, where nothing calls it, since the code that calls it is.)
+/// A group of `threads`, a multiple of 32, executed by one host thread. For tests. (Marked for the device as well
+/// because its callers are, although nothing calls it there.)
 template <class State>
 struct HostGroup {
   static constexpr int max_threads = max_block_threads;
@@ -89,7 +88,7 @@ struct HostGroup {
   State states[max_threads];
 };
 
-/// Executes `count` items of work on the CPU, for tests.
+/// Executes `count` items of work on the CPU. For tests.
 template <class Work>
 void execute_groups_on_host(const Work& work, std::int64_t count, int threads) {
   for (std::int64_t i = 0; i < count; ++i) {
@@ -100,7 +99,7 @@ void execute_groups_on_host(const Work& work, std::int64_t count, int threads) {
 
 #if defined(__CUDACC__)
 
-/// The sum over a warp, in all its threads.
+/// Sum over a warp, returned to all its threads.
 template <class C, int count>
 __device__ Sums<C, count> warp_sum(Sums<C, count> sums) {
   for (int distance = warp_size / 2; distance > 0; distance /= 2) {
@@ -135,7 +134,7 @@ struct WarpGroup {
   }
 };
 
-/// A block. One in a kernel; all its threads must call sum().
+/// A block. At most one per kernel; all threads of the block must call sum().
 template <class State, class C>
 struct BlockGroup {
   __device__ BlockGroup() : threads(static_cast<int>(blockDim.x)) {}
@@ -143,8 +142,8 @@ struct BlockGroup {
   template <int count, class Phase>
   __device__ auto sum(const Phase& phase) {
     static_assert(count <= 2);
-    // Two buffers in turn, so that one barrier a sum is enough: who reads the one has passed the
-    // barrier of the other.
+    // Two buffers are used in turn, so that one barrier per sum is enough: a thread that reads one buffer has passed
+    // the barrier of the other.
     __shared__ Sums<C, 2> buffers[2][warp_size];
     const int thread = static_cast<int>(threadIdx.x);
     auto sums = warp_sum(phase(thread, state));
@@ -176,7 +175,7 @@ struct BlockGroup {
 
 inline constexpr int warps_per_block = 4;
 
-// (The second number of launch bounds: see launch.cuh.)
+// (launch.cuh explains the second launch bound.)
 template <class Work>
 __global__ void __launch_bounds__(warps_per_block* warp_size, 2)
     warps_kernel(const __grid_constant__ Work work, std::int64_t count) {
@@ -193,9 +192,8 @@ __global__ void __launch_bounds__(max_block_threads, 1) blocks_kernel(const __gr
   work(static_cast<std::int64_t>(blockIdx.x), group);
 }
 
-/// Launches `count` > 0 items of work for groups of `threads`: a warp, or a block of up to
-/// max_block_threads. Work that never goes to warps, or to blocks, says so and gets no kernel for
-/// them.
+/// Launches `count` > 0 items of work for groups of `threads`: a warp, or a block of up to max_block_threads. If the
+/// work does not support warps, or blocks, no kernel is compiled for them.
 template <class Work>
 cudaError_t launch_groups(const Work& work, std::int64_t count, int threads, cudaStream_t stream) {
   if constexpr (Work::by_warps) {

@@ -1,5 +1,5 @@
-// CUDA kernels on plain device pointers: no torch types, no allocation. Each call enqueues work on
-// `stream`, of the current device, and returns without waiting for it.
+// CUDA kernels on plain device pointers: no torch types, no allocation. Each call enqueues work on `stream`, which
+// belongs to the current device, and returns without waiting.
 #pragma once
 
 #include <lomem/config.h>
@@ -13,11 +13,11 @@
 
 namespace lomem::cuda {
 
-/// Architectures that the kernels were compiled for, as in TORCH_CUDA_ARCH_LIST: "8.0 9.0+PTX".
+/// Architectures that the kernels were compiled for, in the notation of TORCH_CUDA_ARCH_LIST: "8.0 9.0+PTX".
 LOMEM_API const char* compiled_archs();
 
-/// output = Function(input) and the packed codes of its published step function, of n elements. Function: GELU, GELUTanh
-/// or SiLU.
+/// output = Function(input) and the packed codes of its published step function, for n elements. Function is GELU,
+/// GELUTanh or SiLU.
 template <class Function>
 LOMEM_API cudaError_t
 step_forward(DType dtype, const void* input, std::int64_t n, void* output, std::uint8_t* codes, cudaStream_t stream);
@@ -29,8 +29,8 @@ extern template cudaError_t step_forward<GELUTanh>(
 extern template cudaError_t step_forward<SiLU>(
     DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
 
-/// Codes of n elements among 2^bits - 1 ascending boundaries, on the host, of which each is rounded once
-/// to the arithmetic type of `dtype`. bits = 1..8.
+/// Codes of n elements among 2^bits - 1 ascending boundaries in host memory, each rounded once to the arithmetic type
+/// of `dtype`. bits = 1..8.
 LOMEM_API cudaError_t step_encode(
     DType dtype, const void* input, std::int64_t n, const double* boundaries, int bits, std::uint8_t* codes,
     cudaStream_t stream);
@@ -39,15 +39,13 @@ LOMEM_API cudaError_t step_encode(
 LOMEM_API cudaError_t band_encode(
     DType dtype, const void* input, std::int64_t n, double low, double high, std::uint8_t* codes, cudaStream_t stream);
 
-/// grad_input[i] = grad_output[i] * levels[code i] for i in [0, n). `levels`, on the host, has
-/// 2^bits entries, of which each is rounded once to the arithmetic type of `dtype`. bits = 1..8; with one bit, a level
-/// of 0 gives 0 whatever the gradient is.
+/// grad_input[i] = grad_output[i] * levels[code i] for i in [0, n). `levels`, in host memory, has 2^bits entries, each
+/// rounded once to the arithmetic type of `dtype`. bits = 1..8; with one bit, a level of 0 gives 0 for every gradient.
 LOMEM_API cudaError_t step_backward(
     DType dtype, const void* grad_output, const std::uint8_t* codes, const double* levels, int bits, std::int64_t n,
     void* grad_input, cudaStream_t stream);
 
-/// Packs n codes of `bits` = 1..8 bits. A code that does not fit stops the kernel with a
-/// device-side assertion.
+/// Packs n codes of `bits` = 1..8 bits. A code that does not fit stops the kernel with a device-side assertion.
 LOMEM_API cudaError_t
 pack_bits(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed, cudaStream_t stream);
 
@@ -55,7 +53,7 @@ pack_bits(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* pac
 LOMEM_API cudaError_t
 unpack_bits(const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes, cudaStream_t stream);
 
-/// output and rstd of `rows` rows.
+/// Computes output and rstd of `rows` rows.
 template <Norm norm>
 LOMEM_API cudaError_t norm_forward(const NormForward& args, std::int64_t rows, cudaStream_t stream);
 
@@ -64,11 +62,11 @@ extern template cudaError_t norm_forward<Norm::rms>(const NormForward&, std::int
 
 struct NormParameterGradients;  // norm_plan.h
 
-/// Bytes of workspace that norm_backward needs on the current device, for exactly these arguments.
+/// Number of bytes of workspace that norm_backward needs on the current device for exactly these arguments.
 LOMEM_API std::int64_t norm_backward_workspace(
     const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters);
 
-/// grad_input of `rows` rows, and the gradients of weight and bias.
+/// Computes grad_input of `rows` rows and the gradients of weight and bias.
 template <Norm norm>
 LOMEM_API cudaError_t norm_backward(
     const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters, cudaStream_t stream);

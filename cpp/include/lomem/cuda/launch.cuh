@@ -1,12 +1,12 @@
-// From a body to a kernel.
+// Turns a body into a kernel.
 //
 // A body is an object that is passed to the kernel by value, with
-//     struct Shared                                            what the threads of a block share
-//     int64_t blocks() const                                   0 where there is nothing to do
-//     void prepare(int64_t block, int thread, Shared&) const   fills it; then the block synchronises
+//     struct Shared                                            data shared by the threads of a block
+//     int64_t blocks() const                                   0 if there is no work
+//     void prepare(int64_t block, int thread, Shared&) const   fills Shared; then the block synchronizes
 //     void operator()(int64_t block, int thread, const Shared&) const
-// Threads exchange nothing else: executing all blocks and threads one after the other, on the CPU,
-// gives the same result.
+// Threads exchange no other data, so executing all blocks and threads one after the other on the CPU gives the same
+// result.
 #pragma once
 
 #include <lomem/config.h>
@@ -18,10 +18,10 @@ namespace lomem::cuda {
 
 inline constexpr int threads_per_block = 256;
 
-/// What a body with nothing to share has as Shared.
+/// Shared of a body that shares no data.
 struct Nothing {};
 
-/// Executes a body on the CPU, for tests.
+/// Executes a body on the CPU. For tests.
 template <class Body>
 void execute_on_host(const Body& body) {
   const std::int64_t blocks = body.blocks();
@@ -38,7 +38,7 @@ void execute_on_host(const Body& body) {
 
 #if defined(__CUDACC__)
 
-// Without the second number the compiler spills registers to reach an occupancy of its own choice.
+// Without the second launch bound, the compiler spills registers to reach an occupancy that it chose itself.
 template <class Body>
 __global__ void __launch_bounds__(threads_per_block, 2) body_kernel(const __grid_constant__ Body body) {
   __shared__ typename Body::Shared shared;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(threads_per_block, 2) body_kernel(const __grid
   body(block, thread, shared);
 }
 
-/// Launches body.blocks() blocks, or nothing where there is no work.
+/// Launches body.blocks() blocks, or nothing if there is no work.
 template <class Body>
 cudaError_t launch(const Body& body, cudaStream_t stream) {
   const std::int64_t blocks = body.blocks();

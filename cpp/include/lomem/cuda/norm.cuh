@@ -1,12 +1,12 @@
-// Norms: bodies of CUDA kernels, for groups of threads that work on a row together.
+// Norms: bodies of CUDA kernels, for groups of threads that process a row together.
 //
-// The body of a row is written once, as phases between which the group adds up what its threads
-// found (see group.cuh). On the device each thread runs the phases with its state in registers; on
-// the host, for tests, one thread runs each phase for all threads of the group.
+// The code for a row is written once, as phases between which the group adds up the results of its threads (see
+// group.cuh). On the device each thread runs the phases with its state in registers; on the host, for tests, one thread
+// runs each phase for all threads of the group.
 //
-// Arithmetic is in C: float, or double where any array is float64. dtypes of the arrays are run-time
-// values: the branch on them is the same for a whole grid and costs little beside memory, and one
-// kernel serves every mix of dtypes.
+// Arithmetic is in C: float, or double if any array is float64. The dtypes of the arrays are run-time values: branching
+// on them is uniform across a grid and cheap compared to the memory access, and one kernel serves every combination of
+// dtypes.
 #pragma once
 
 #include <lomem/core/norm.h>
@@ -18,9 +18,9 @@
 
 namespace lomem::cuda {
 
-/// Elements of a row are dealt out in vectors of `width` elements; vector k of thread t is vector
-/// k * threads + t of the row. The number of columns is a multiple of `width`. A thread keeps
-/// `vectors` vectors in registers, or, with vectors = 0, none: it reads the row again in each phase.
+/// How the elements of a row are distributed: in vectors of `width` elements, where vector k of thread t is vector
+/// k * threads + t of the row. The number of columns is a multiple of `width`. A thread keeps `vectors` vectors in
+/// registers or, if vectors = 0, none: it then reads the row again in each phase.
 template <class C_, int width_, int vectors_>
 struct Tiling {
   using C = C_;
@@ -30,7 +30,7 @@ struct Tiling {
   static constexpr int elements = in_registers ? width * vectors : width;
 };
 
-/// Which elements of a row are whose.
+/// Which elements of a row belong to which thread.
 struct Place {
   std::int64_t row;
   std::int64_t cols;
@@ -47,8 +47,8 @@ struct Place {
 
 namespace detail {
 
-/// Calls visitor(Type<T>{}) with the element type of `dtype`. Where arithmetic is in float there is
-/// no float64: see plan_forward and plan_backward.
+/// Calls visitor(Type<T>{}) with the element type of `dtype`. float64 does not occur with float arithmetic: see
+/// plan_forward and plan_backward.
 template <class C, class Visitor>
 LOMEM_HOST_DEVICE constexpr void visit_element_type(DType dtype, Visitor&& visitor) {
   if constexpr (sizeof(C) == sizeof(double)) {
@@ -96,7 +96,7 @@ LOMEM_HOST_DEVICE void store(const MutableArray& array, std::int64_t offset, con
   });
 }
 
-/// All vectors of a thread, so that their loads are in flight together. 0 beyond the row.
+/// Loads all vectors of a thread, so that the loads are in flight together. Elements beyond the row are 0.
 template <class Tiling>
 LOMEM_HOST_DEVICE void load_row(const Array& array, const Place& place, typename Tiling::C* values) {
   using C = typename Tiling::C;
@@ -117,8 +117,7 @@ LOMEM_HOST_DEVICE void load_row(const Array& array, const Place& place, typename
   });
 }
 
-/// All vectors of a thread of two arrays. Where both have the same dtype, their loads are in flight
-/// together.
+/// Loads all vectors of a thread from two arrays. If both have the same dtype, their loads are in flight together.
 template <class Tiling>
 LOMEM_HOST_DEVICE void load_rows(
     const Array& a, const Array& b, const Place& place, typename Tiling::C* a_values, typename Tiling::C* b_values) {
@@ -165,7 +164,7 @@ LOMEM_HOST_DEVICE void for_each_vector(const Place& place, Visitor&& visit) {
   }
 }
 
-/// A sum of many terms. Compensated (Kahan), so that a thread may add thousands.
+/// Compensated (Kahan) sum, so that a thread may add thousands of terms.
 template <class C>
 struct LongSum {
   C sum = 0;
@@ -188,7 +187,7 @@ LOMEM_HOST_DEVICE C sum_of(const C* values) {
   return sum;
 }
 
-/// weight and bias of some columns: 1 and 0 where there is none.
+/// Weight and bias of a few columns; 1 and 0 if absent.
 template <class C, int width>
 struct Affine {
   C gamma[width];
@@ -225,13 +224,13 @@ LOMEM_HOST_DEVICE void store_scalar(const MutableArray& array, std::int64_t inde
 
 }  // namespace detail
 
-/// What a thread keeps of a row in the forward pass.
+/// What a thread keeps for a row in the forward pass.
 template <class Tiling>
 struct NormForwardState {
   typename Tiling::C x[Tiling::elements];
 };
 
-/// One row of the forward pass.
+/// Processes one row in the forward pass.
 template <Norm norm, class Tiling, class Group>
 LOMEM_HOST_DEVICE void norm_forward_row(const NormForward& args, std::int64_t row, Group& group) {
   using C = typename Tiling::C;
@@ -266,7 +265,7 @@ LOMEM_HOST_DEVICE void norm_forward_row(const NormForward& args, std::int64_t ro
     mean = total[0] / n;
   }
 
-  // Sums of the squared distances from the mean and, for LayerNorm, of the distances.
+  // Sums of the squared differences from the mean and, for LayerNorm, of the differences.
   constexpr int moments = norm == Norm::layer ? 2 : 1;
   const auto spread = group.template sum<moments>([&](int thread, State& state) {
     const Place p = place(thread);
@@ -297,7 +296,7 @@ LOMEM_HOST_DEVICE void norm_forward_row(const NormForward& args, std::int64_t ro
   });
   const C sum_of_distances = norm == Norm::layer ? spread[moments - 1] : C(0);
   const C rstd = norm_rstd(norm_variance(spread[0], sum_of_distances, n), static_cast<C>(args.eps));
-  // What rounding left in the mean. Subtracted from small numbers, so that no digit of it is lost.
+  // The rounding error of the mean. It is subtracted from small numbers, so none of its digits are lost.
   const C rest = sum_of_distances / n;
 
   group.each([&](int thread, State& state) {
@@ -322,7 +321,7 @@ LOMEM_HOST_DEVICE void norm_forward_row(const NormForward& args, std::int64_t ro
   });
 }
 
-/// Rows of the forward pass. A row is read again in float only where it is too long for a warp.
+/// Forward pass over rows. In float, a row is read again only if it is too long for a warp.
 template <Norm norm, class Tiling>
 struct NormForwardRows {
   using C = typename Tiling::C;
@@ -340,7 +339,7 @@ struct NormForwardRows {
 
 namespace detail {
 
-/// What it takes to recover y from z in some columns.
+/// What is needed to recover y from z in a few columns.
 template <class C, int width>
 struct Recovery {
   Affine<C, width> affine;
@@ -356,8 +355,7 @@ struct Recovery {
 
 }  // namespace detail
 
-/// What a thread keeps of a row in the backward pass and, with `parameters`, of its columns in all
-/// rows.
+/// What a thread keeps for a row in the backward pass and, with `parameters`, for its columns over all rows.
 template <class Tiling, bool parameters>
 struct NormBackwardState {
   using C = typename Tiling::C;
@@ -371,8 +369,8 @@ struct NormBackwardState {
   C grad_bias[columns] = {};
 };
 
-/// One row of the backward pass. With `parameters`, which needs rows in registers, adds the row's
-/// share of the weight and bias gradients to the state.
+/// Processes one row in the backward pass. With `parameters`, which requires rows in registers, adds the row's
+/// contribution to the weight and bias gradients to the state.
 template <Norm norm, class Tiling, bool parameters, class Group>
 LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t row, Group& group) {
   static_assert(!parameters || Tiling::in_registers);
@@ -382,9 +380,9 @@ LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t 
   const C n = static_cast<C>(args.cols);
   const auto place = [&](int thread) { return Place{row, args.cols, thread, group.threads}; };
   const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
-  // Early, so that it is there when it is needed.
+  // Loaded early, so that it has arrived when it is needed.
   const C rstd = detail::load_scalar<C>(args.rstd, row);
-  // From grad_z and z of a vector to g = gamma * grad_z and y.
+  // Turns grad_z and z of a vector into g = gamma * grad_z and y.
   const auto recover = [&](const Place& p, std::int64_t k, int at, State& state) {
     if constexpr (parameters) {
       for (int j = at; j < at + width; ++j) {
@@ -463,7 +461,7 @@ LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t 
   });
 }
 
-/// Rows of the backward pass, without the sums for weight and bias.
+/// Backward pass over rows, without the sums for weight and bias.
 template <Norm norm, class Tiling>
 struct NormBackwardRows {
   using C = typename Tiling::C;
@@ -479,9 +477,8 @@ struct NormBackwardRows {
   }
 };
 
-/// Sums over rows for the gradients of weight and bias, stage 1 of 2: partial sums of strips of
-/// rows, each `cols` elements of C. Stage 2 adds the strips in order, so the result does not
-/// depend on how threads are scheduled.
+/// Sums over rows for the gradients of weight and bias, stage 1 of 2: partial sums over strips of rows, each with
+/// `cols` elements of C. Stage 2 adds the strips in order, so the result does not depend on how threads are scheduled.
 template <class C>
 struct StripSums {
   C* grad_weight = nullptr;  // (strips, cols), or null
@@ -489,15 +486,15 @@ struct StripSums {
   std::int64_t strips = 0;
 };
 
-/// Rows [begin(s), begin(s + 1)) are those of strip s.
+/// Strip s consists of rows [begin(s), begin(s + 1)).
 LOMEM_HOST_DEVICE constexpr std::int64_t strip_begin(std::int64_t strip, std::int64_t strips, std::int64_t rows) {
-  // Without the product strip * rows, which may overflow.
+  // Avoids the product strip * rows, which may overflow.
   return strip * (rows / strips) + (strip < rows % strips ? strip : rows % strips);
 }
 
 namespace detail {
 
-/// Some columns of a strip's sums. The workspace is aligned, and cols a multiple of `width`.
+/// Stores a few columns of a strip's sums. The workspace is aligned, and cols is a multiple of `width`.
 template <int width, class C>
 LOMEM_HOST_DEVICE void store_sums(
     const StripSums<C>& sums, std::int64_t offset, const C* grad_weight, const C* grad_bias) {
@@ -518,13 +515,12 @@ LOMEM_HOST_DEVICE void store_sums(
 
 }  // namespace detail
 
-/// Strips of rows: gradients of the input, and the strips' sums, in one pass.
+/// Backward pass over strips of rows: gradients of the input and the strips' sums, in one pass.
 template <Norm norm, class Tiling>
 struct NormBackwardStrips {
   using C = typename Tiling::C;
   using State = NormBackwardState<Tiling, true>;
-  // A thread keeps gradient, output and two sums of its elements: few elements, or it runs out of
-  // registers.
+  // A thread keeps gradient, output and two sums for each element: with more elements it would run out of registers.
   static constexpr bool by_warps = Tiling::in_registers && Tiling::elements <= 16 && sizeof(C) == sizeof(float);
   static constexpr bool by_blocks = by_warps && Tiling::elements <= 8;
 
@@ -535,7 +531,7 @@ struct NormBackwardStrips {
   template <class Group>
   LOMEM_HOST_DEVICE void operator()(std::int64_t strip, Group& group) const {
     constexpr int width = Tiling::width;
-    // A thread works on the same columns of all rows.
+    // A thread works on the same columns in all rows.
     group.each([&](int thread, State& state) {
       const Place p{strip, args.cols, thread, group.threads};
       detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int at) {
@@ -560,8 +556,8 @@ struct NormBackwardStrips {
   }
 };
 
-/// Stage 1 for rows that do not fit in registers: a body (see launch.cuh) that reads the rows once
-/// more. A thread sums `width` columns of one strip.
+/// Stage 1 for rows that do not fit in registers: a body (see launch.cuh) that reads the rows once more. A thread sums
+/// `width` columns of one strip.
 template <class C, int width>
 struct StripSumsBody {
   using Shared = Nothing;
@@ -602,7 +598,7 @@ struct StripSumsBody {
   }
 };
 
-/// Stage 2: a body that adds the strips of each column in a fixed order and rounds the sum.
+/// Stage 2: a body that adds the strips of each column in a fixed order and rounds the result.
 template <class C>
 struct AddStripsBody {
   static constexpr int columns = 8;

@@ -1,6 +1,6 @@
-// Which kernels for which rows: how many threads work on a row, in vectors of which width, how much
-// of it each keeps in registers, and what runs after what. Host code: a `Runner` launches the kernels
-// or, for tests, executes them on the CPU.
+// Chooses the kernels for given rows: how many threads work on a row, with what vector width, how much of it each
+// thread keeps in registers, and in what order kernels run. Host code: a `Runner` launches the kernels or, for tests,
+// executes them on the CPU.
 #pragma once
 
 #include <lomem/core/norm.h>
@@ -18,10 +18,10 @@ namespace lomem::cuda {
 struct NormPlan {
   bool in_double = false;
   int width = 1;
-  /// Elements that a thread keeps in registers; 0: the row is read again in each phase.
+  /// Number of elements that a thread keeps in registers; 0 if the row is read again in each phase.
   int elements = 0;
   int threads = warp_size;
-  /// The sums for weight and bias are made in the same pass over the rows.
+  /// Whether the sums for weight and bias are computed in the same pass over the rows.
   bool parameters = false;
 };
 
@@ -32,7 +32,7 @@ constexpr int threads_for(std::int64_t cols, int elements) {
   return static_cast<int>(std::clamp<std::int64_t>(warps * warp_size, warp_size, max_block_threads));
 }
 
-/// Arrays of the size of the input decide the width; weight and bias only have to be aligned.
+/// Arrays of the size of the input determine the width; weight and bias only have to be aligned.
 inline int vector_width(
     std::int64_t cols, bool in_double, std::initializer_list<Array> arrays, std::initializer_list<Array> parameters) {
   std::size_t largest = 2;
@@ -59,9 +59,9 @@ inline Array as_array(const MutableArray& array) {
   return {array.data, array.dtype};
 }
 
-/// Rows whose threads keep them in registers where they can.
+/// Plans rows that threads keep in registers if possible.
 inline NormPlan plan_rows(NormPlan plan, std::int64_t cols) {
-  // Up to 1024 columns a warp works on a row, which needs no barrier.
+  // Up to 1024 columns, a warp works on a row, which needs no barrier.
   const auto warp_fits = [&](int elements) { return cols <= std::int64_t{elements} * warp_size; };
   if (plan.in_double) {
     plan.elements = plan.width > 1 && warp_fits(16) ? 16 : 0;
@@ -89,7 +89,7 @@ inline NormPlan plan_forward(const NormForward& args) {
   return detail::plan_rows(plan, args.cols);
 }
 
-/// `parameters`: the sums for weight and bias are needed too.
+/// `parameters`: whether the sums for weight and bias are needed too.
 inline NormPlan plan_backward(const NormBackward& args, bool parameters) {
   const Array grad_input = detail::as_array(args.grad_input);
   NormPlan plan;
@@ -97,7 +97,7 @@ inline NormPlan plan_backward(const NormBackward& args, bool parameters) {
   plan.width = detail::vector_width(
       args.cols, plan.in_double, {args.grad_output, args.output, grad_input}, {args.weight, args.bias});
   if (parameters && !plan.in_double && plan.width > 1 && args.cols <= 8 * max_block_threads) {
-    // Few elements a thread: it keeps gradient, output and two sums of each.
+    // Few elements per thread, because it keeps gradient, output and two sums for each.
     plan.parameters = true;
     plan.elements = args.cols > 8 * warp_size && args.cols <= 16 * warp_size ? 16 : 8;
     plan.threads = detail::threads_for(args.cols, plan.elements);
@@ -106,14 +106,14 @@ inline NormPlan plan_backward(const NormBackward& args, bool parameters) {
   return detail::plan_rows(plan, args.cols);
 }
 
-/// How many strips of rows the sums for weight and bias are made in, on a device with
-/// `multiprocessors`. Few rows are not worth a strip.
+/// Number of strips of rows in which the sums for weight and bias are computed on a device with `multiprocessors`. A
+/// few rows are not worth a strip.
 inline std::int64_t plan_strips(const NormPlan& plan, std::int64_t rows, std::int64_t cols, int multiprocessors) {
   constexpr std::int64_t min_rows = 4;
   std::int64_t strips = 0;
   if (plan.parameters) {
-    // As many groups as fit on the device at once (by their registers: 65536 a multiprocessor), so
-    // that none waits for another to end.
+    // As many groups as fit on the device at once (limited by their registers: 65536 per multiprocessor), so that none
+    // waits for another to finish.
     const int groups = plan.threads != warp_size ? std::max(1, 640 / plan.threads) : plan.elements == 16 ? 12 : 16;
     strips = std::int64_t{multiprocessors} * groups;
   } else {
@@ -123,9 +123,8 @@ inline std::int64_t plan_strips(const NormPlan& plan, std::int64_t rows, std::in
   return std::clamp<std::int64_t>(strips, 1, std::max<std::int64_t>(1, rows / min_rows));
 }
 
-/// Gradients of weight and bias; without data where they are not needed. `workspace`, on the
-/// device, has norm_backward_bytes() bytes (for the launchers of kernels.h: those of
-/// norm_backward_workspace()), aligned to 16.
+/// Gradients of weight and bias; without data if not needed. `workspace`, in device memory, has norm_backward_bytes()
+/// bytes (norm_backward_workspace() bytes for the launchers of kernels.h), aligned to 16.
 struct NormParameterGradients {
   MutableArray grad_weight;
   MutableArray grad_bias;
@@ -164,7 +163,7 @@ decltype(auto) visit_tiling(const NormPlan& plan, Visitor&& visitor) {
 //     Error body(const Body&)                                          see launch.cuh
 //     Error groups(const Work&, int64_t count > 0, int threads)        see group.cuh
 
-/// Executes everything on the CPU, as on a device of `multiprocessors`. For tests.
+/// Executes everything on the CPU, as a device with `multiprocessors` would. For tests.
 struct HostRunner {
   using Error = bool;
   static constexpr Error ok = true;
@@ -216,8 +215,8 @@ typename Runner::Error run_norm_forward(const NormForward& args, std::int64_t ro
   });
 }
 
-/// Bytes of the workspace of run_norm_backward. They depend on dtypes, sizes and pointers (which of
-/// them are null, how they are aligned): pass what will be run.
+/// Size of the workspace of run_norm_backward in bytes. It depends on dtypes, sizes and pointers (which of them are
+/// null and how they are aligned): pass the arguments of the actual run.
 inline std::int64_t norm_backward_bytes(
     const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters, int multiprocessors) {
   if (!parameters.needed()) {
@@ -242,7 +241,7 @@ typename Runner::Error run_rows(
   });
 }
 
-/// The strips' sums: with the rows, in one pass, or in a pass of their own after them.
+/// Computes the strips' sums, either in the same pass as the rows or in a separate pass after them.
 template <Norm norm, class C, class Runner>
 typename Runner::Error run_strips(
     const NormBackward& args, std::int64_t rows, const NormPlan& plan, const StripSums<C>& sums, const Runner& runner) {
@@ -262,7 +261,7 @@ typename Runner::Error run_strips(
       }
       return runner.body(StripSumsBody<C, Tiling::width>{args, rows, sums});
     } else {
-      return Runner::ok;  // plan.in_double says which C
+      return Runner::ok;  // plan.in_double selects C
     }
   });
 }
@@ -294,7 +293,7 @@ typename Runner::Error run_backward(
 
 }  // namespace detail
 
-/// Without rows, the gradients of weight and bias are 0.
+/// With no rows, the gradients of weight and bias are 0.
 template <Norm norm, class Runner>
 typename Runner::Error run_norm_backward(
     const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters, const Runner& runner) {

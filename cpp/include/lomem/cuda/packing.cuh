@@ -1,5 +1,5 @@
-// Packing of codes of 1 to 8 bits: bodies of CUDA kernels (see launch.cuh). A thread works on
-// groups of eight codes, which take whole bytes.
+// Packing of codes of 1 to 8 bits: bodies of CUDA kernels (see launch.cuh). A thread works on groups of eight codes,
+// which take whole bytes.
 #pragma once
 
 #include <lomem/core/packing.h>
@@ -11,9 +11,9 @@
 
 namespace lomem::cuda {
 
-/// How groups are dealt out: neighbouring threads take neighbouring groups.
+/// How groups are distributed: neighboring threads take neighboring groups.
 struct GroupGrid {
-  /// Independent loads that a thread has in flight.
+  /// Number of independent loads that a thread has in flight.
   static constexpr int groups_per_thread = 2;
   static constexpr std::int64_t block_groups = std::int64_t{groups_per_thread} * threads_per_block;
   static constexpr std::int64_t block_codes = block_groups * group_size;
@@ -21,23 +21,23 @@ struct GroupGrid {
   LOMEM_HOST_DEVICE static constexpr std::int64_t blocks(std::int64_t n) {
     return (n + block_codes - 1) / block_codes;
   }
-  /// Index of the group that is number `g` of a thread.
+  /// Index of group number `g` of a thread.
   LOMEM_HOST_DEVICE static constexpr std::int64_t group(std::int64_t block, int thread, int g) {
     return block * block_groups + g * threads_per_block + thread;
   }
   LOMEM_HOST_DEVICE static constexpr bool is_full(std::int64_t block, std::int64_t n) {
     return (block + 1) * block_codes <= n;
   }
-  /// Codes of a group: fewer in the last one, none beyond.
+  /// Number of codes in a group: fewer in the last one, none beyond it.
   LOMEM_HOST_DEVICE static constexpr int count(std::int64_t group, std::int64_t n) {
     const std::int64_t rest = n - group * group_size;
     return static_cast<int>(rest < 0 ? 0 : rest < group_size ? rest : group_size);
   }
 };
 
-/// Packs n codes. Codes that do not fit in `bits` bits stop the kernel with an assertion, as an
-/// index out of bounds does in torch: there is no result that a caller could be given without
-/// waiting for the device. (Executed on the CPU, for tests, it drops their high bits.)
+/// Packs n codes. Codes that do not fit in `bits` bits stop the kernel with an assertion, like an index out of bounds
+/// in torch: a result could only be reported to the caller by waiting for the device. (Executed on the CPU, for tests,
+/// it drops the excess bits.)
 template <int bits>
 struct PackBits {
   using Grid = GroupGrid;
@@ -100,7 +100,7 @@ struct PackBits {
 #if defined(__CUDA_ARCH__)
     if constexpr (bits < max_bits) {
       if (any > max_code(bits)) {
-        // Not assert(): release builds keep this one.
+        // Not assert(): this check stays in release builds.
         __assert_fail("lomem::pack_bits: every code fits in the given number of bits", __FILE__, __LINE__, "pack_bits");
       }
     }

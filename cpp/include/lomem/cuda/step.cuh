@@ -1,8 +1,7 @@
-// Step activations: bodies of CUDA kernels (see launch.cuh), and the parts to fuse codes into
-// kernels of one's own.
+// Step activations: bodies of CUDA kernels (see launch.cuh), and building blocks to fuse codes into other kernels.
 //
-// A thread works on units: the fewest consecutive elements that fill 16 bytes and whole bytes of
-// codes. So no two threads touch the same byte, and every access is one vector.
+// A thread works on units: the smallest number of consecutive elements that fill 16 bytes and whole bytes of codes. So
+// no two threads touch the same byte, and every access is one vector.
 #pragma once
 
 #include <lomem/core/activation.h>
@@ -38,10 +37,10 @@ struct Unit {
   static_assert(elements <= group_size);
 };
 
-/// Independent loads that a thread has in flight.
+/// Number of independent loads that a thread has in flight.
 inline constexpr int units_per_thread = 2;
 
-/// How units are dealt out: neighbouring threads take neighbouring units.
+/// How units are distributed: neighboring threads take neighboring units.
 template <class T, int bits>
 struct UnitGrid {
   static constexpr int elements = Unit<T, bits>::elements;
@@ -51,7 +50,7 @@ struct UnitGrid {
   LOMEM_HOST_DEVICE static constexpr std::int64_t blocks(std::int64_t n) {
     return (n + block_elements - 1) / block_elements;
   }
-  /// Index of the unit that is number `u` of a thread.
+  /// Index of unit number `u` of a thread.
   LOMEM_HOST_DEVICE static constexpr std::int64_t unit(std::int64_t block, int thread, int u) {
     return block * block_units + u * threads_per_block + thread;
   }
@@ -62,7 +61,7 @@ struct UnitGrid {
 
 namespace detail {
 
-/// Whether two elements are compared by one instruction: bfloat16 from Hopper on.
+/// Whether one instruction compares two elements: bfloat16 on Hopper and later.
 template <class T>
 LOMEM_HOST_DEVICE constexpr bool compares_pairs() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -72,7 +71,7 @@ LOMEM_HOST_DEVICE constexpr bool compares_pairs() {
 #endif
 }
 
-/// 0xffff in each half of `pair` that is greater than `boundary`, else 0. NaN is not greater.
+/// 0xffff in each half of `pair` that is greater than `boundary`, otherwise 0. NaN is not greater.
 template <class T>
 LOMEM_HOST_DEVICE inline std::uint32_t greater_mask(std::uint32_t pair, T boundary) {
 #if defined(__CUDA_ARCH__)
@@ -96,15 +95,15 @@ LOMEM_HOST_DEVICE inline std::uint32_t greater_mask(std::uint32_t pair, T bounda
 #endif
 }
 
-/// Eight 2-bit codes of 16-bit elements, two elements an instruction.
+/// Eight 2-bit codes of 16-bit elements, two elements per instruction.
 template <class Step, class T>
 LOMEM_HOST_DEVICE inline std::uint64_t encode_pairs(const Vector<T, 8>& x) {
-  // x > c for a c between two neighbours of T is x > the lower of them.
+  // For c between two neighboring values of T, x > c is equivalent to x > the lower of them.
   constexpr T c1 = largest_not_above<T>(static_cast<float>(Step::boundary(0)));
   constexpr T c2 = largest_not_above<T>(static_cast<float>(Step::boundary(1)));
   constexpr T c3 = largest_not_above<T>(static_cast<float>(Step::boundary(2)));
-  // Element 0 takes bits 0 and 1 of the low half, element 1 bits 2 and 3 of the high half; pair p
-  // lies 4 * p bits above.
+  // Element 0 uses bits 0 and 1 of the low half, element 1 uses bits 2 and 3 of the high half; pair p is shifted by
+  // 4 * p bits.
   constexpr std::uint32_t low_bits = 0x00040001u;
   constexpr std::uint32_t high_bits = low_bits << 1;
   std::uint32_t halves = 0;
@@ -113,7 +112,7 @@ LOMEM_HOST_DEVICE inline std::uint64_t encode_pairs(const Vector<T, 8>& x) {
     const std::uint32_t m1 = greater_mask(pair, c1);
     const std::uint32_t m2 = greater_mask(pair, c2);
     const std::uint32_t m3 = greater_mask(pair, c3);
-    // The number of masks set, in binary: m1 covers m2 covers m3.
+    // Number of masks that are set, in binary: m1 includes m2, which includes m3.
     halves |= ((m1 ^ m2 ^ m3) & (low_bits << (4 * p))) | (m2 & (high_bits << (4 * p)));
   }
   return (halves | halves >> 16) & 0xffffu;
@@ -121,8 +120,8 @@ LOMEM_HOST_DEVICE inline std::uint64_t encode_pairs(const Vector<T, 8>& x) {
 
 }  // namespace detail
 
-/// The packed codes of `count` = 1, 2, 4 or 8 elements, code 0 in the lowest bits. (Of fewer
-/// elements than a vector: Step::code of each, and pack_group.)
+/// The packed codes of `count` = 1, 2, 4 or 8 elements, with code 0 in the lowest bits. (For fewer elements than a
+/// vector, use Step::code for each, and pack_group.)
 template <class Step, class T, int count>
 LOMEM_HOST_DEVICE std::uint64_t encode(const Vector<T, count>& x) {
   static_assert(
@@ -140,7 +139,7 @@ LOMEM_HOST_DEVICE std::uint64_t encode(const Vector<T, count>& x) {
   }
 }
 
-/// output = Function(input), and the codes of input.
+/// output = Function(input), and the codes of the input.
 template <class Function, class Step, class T>
 struct StepForward {
   using Grid = UnitGrid<T, Step::bits>;
@@ -215,13 +214,13 @@ struct StepForward {
   }
 };
 
-/// Codes among 2^bits - 1 ascending boundaries that are known at run time.
+/// Codes among 2^bits - 1 ascending boundaries known at run time.
 template <class T, int bits_>
 struct SearchCoder {
   static constexpr int bits = bits_;
   using C = compute_t<T>;
 
-  // (Searched in shared memory: constant memory would serialise what threads look up.)
+  // (Searched in shared memory: threads' look-ups in constant memory would be serialized.)
   struct Shared {
     C values[max_code(bits)];
   };
@@ -261,7 +260,7 @@ struct BandCoder {
   }
 };
 
-/// Packed codes of the input, and nothing else.
+/// Computes only the packed codes of the input.
 template <class Coder, class T>
 struct StepEncode {
   using Grid = UnitGrid<T, Coder::bits>;
@@ -320,7 +319,7 @@ struct StepEncode {
       return;
     }
     const int count = static_cast<int>(n - begin < elements ? n - begin : elements);
-    // (No array: it would be indexed by what is known at run time, and lie in memory.)
+    // (No array: its index is known only at run time, so it would be placed in local memory.)
     std::uint64_t word = 0;
     for (int j = 0; j < count; ++j) {
       const std::uint8_t code = coder.code(input[begin + j], shared);
@@ -345,8 +344,8 @@ struct StepBackward {
   struct Levels {
     C values[level_count];
   };
-  // Up to four levels are selected between in registers. More are looked up, which constant memory
-  // would serialise.
+  // With up to four levels, the level is selected in registers. More are looked up in shared memory; constant memory
+  // would serialize the look-ups.
   static constexpr bool looked_up = bits > 2;
   using Shared = std::conditional_t<looked_up, Levels, Nothing>;
 
@@ -357,7 +356,7 @@ struct StepBackward {
   bool aligned;
   Levels levels;
 
-  /// `levels_` has 2^bits entries, of which each is rounded once.
+  /// `levels_` has 2^bits entries, each rounded once.
   StepBackward(
       const T* grad_output_, const std::uint8_t* codes_, const double* levels_, std::int64_t n_, T* grad_input_)
       : grad_output(grad_output_),

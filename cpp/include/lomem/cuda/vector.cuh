@@ -1,7 +1,7 @@
-// Memory access by whole vectors: up to 16 bytes an instruction.
+// Memory access by whole vectors of up to 16 bytes per instruction.
 //
-// Everything in lomem/cuda is a template for host and device, so that the bodies of kernels can be
-// executed, and tested, without a GPU.
+// Everything in lomem/cuda is a template for host and device, so that the bodies of kernels can be executed and tested
+// without a GPU.
 #pragma once
 
 #include <lomem/config.h>
@@ -12,7 +12,7 @@
 
 namespace lomem::cuda {
 
-/// Bytes of the widest load and store.
+/// Size of the widest load and store in bytes.
 inline constexpr int max_access = 16;
 
 /// `count` elements, aligned for the widest access that they fill.
@@ -29,7 +29,7 @@ struct alignas(sizeof(T) * count < max_access ? sizeof(T) * count : max_access) 
   }
 };
 
-/// Whether a vector access is possible at `pointer`, or it is null.
+/// Whether `pointer` allows vector access, or is null.
 LOMEM_HOST_DEVICE inline bool is_aligned(const void* pointer, int alignment) {
   return reinterpret_cast<std::uintptr_t>(pointer) % static_cast<unsigned>(alignment) == 0;
 }
@@ -39,7 +39,7 @@ using Unsigned = std::conditional_t<
     bytes == 1, std::uint8_t,
     std::conditional_t<bytes == 2, std::uint16_t, std::conditional_t<bytes == 4, std::uint32_t, std::uint64_t>>>;
 
-/// Precondition: `source` is aligned as Vector<T, count> is.
+/// Precondition: `source` is aligned like Vector<T, count>.
 template <int count, class T>
 LOMEM_HOST_DEVICE Vector<T, count> load_vector(const T* source) {
 #if defined(__CUDA_ARCH__)
@@ -51,13 +51,13 @@ LOMEM_HOST_DEVICE Vector<T, count> load_vector(const T* source) {
 #endif
 }
 
-/// Precondition: `target` is aligned as Vector<T, count> is.
+/// Precondition: `target` is aligned like Vector<T, count>.
 template <int count, class T>
 LOMEM_HOST_DEVICE void store_vector(T* target, const Vector<T, count>& vector) {
 #if defined(__CUDA_ARCH__)
   constexpr int width = alignof(Vector<T, count>);
   if constexpr (width >= 4) {
-    // The intrinsic keeps a store whole, which the compiler else may take apart into elements.
+    // The intrinsic keeps the store whole, which the compiler might otherwise split into elements.
     using Word = std::conditional_t<width == max_access, uint4, std::conditional_t<width == 8, uint2, unsigned>>;
     Word words[sizeof(vector) / width];
     memcpy(words, &vector, sizeof(vector));
@@ -72,8 +72,7 @@ LOMEM_HOST_DEVICE void store_vector(T* target, const Vector<T, count>& vector) {
 #endif
 }
 
-/// Alignment that store_bytes<bytes> and load_bytes<bytes> need: the widest access that divides
-/// `bytes`.
+/// Alignment that store_bytes<bytes> and load_bytes<bytes> require: the widest access that divides `bytes`.
 template <int bytes>
 inline constexpr int bytes_alignment = bytes & -bytes;
 

@@ -15,7 +15,7 @@ namespace lomem::nn {
 
 struct NoOptions {};
 
-/// The module of an activation `Function`, which names its options and the call.
+/// Module of an activation `Function`, which defines its options and the call.
 template <class Function>
 class FewBitImpl : public torch::nn::Cloneable<FewBitImpl<Function>> {
  public:
@@ -37,7 +37,7 @@ class FewBitImpl : public torch::nn::Cloneable<FewBitImpl<Function>> {
   FewBit few_bit;
 };
 
-/// The same without bits to choose.
+/// The same for activations with a fixed number of bits.
 template <class Function>
 class FixedBitsImpl : public torch::nn::Cloneable<FixedBitsImpl<Function>> {
  public:
@@ -62,9 +62,9 @@ class FixedBitsImpl : public torch::nn::Cloneable<FixedBitsImpl<Function>> {
 
 namespace detail {
 
-// (Qualified calls: ATen has functions of the same names, which argument-dependent look-up would find.)
+// (Calls are qualified: ATen has functions of the same names, which argument-dependent lookup would find.)
 
-/// Overwrites the input where the options say so. (A temporary of its size is made either way.)
+/// Overwrites the input if the options ask for it. (A temporary of its size is created either way.)
 template <class Options>
 torch::Tensor in_place(const torch::Tensor& input, const torch::Tensor& output, const Options& options) {
   return options.inplace() ? input.copy_(output) : output;
@@ -228,7 +228,7 @@ struct Softshrink {
 
 }  // namespace detail
 
-// In place of the modules of torch::nn, with their options:
+// Replacements for the modules of torch::nn, with the same options:
 //   lomem::nn::GELU(torch::nn::GELUOptions().approximate("tanh"), lomem::FewBit{.bits = 4})
 TORCH_MODULE_IMPL(GELU, FewBitImpl<detail::GELU>);
 TORCH_MODULE_IMPL(QuickGELU, FewBitImpl<detail::QuickGELU>);
@@ -253,13 +253,13 @@ TORCH_MODULE_IMPL(Hardsigmoid, FixedBitsImpl<detail::Hardsigmoid>);
 TORCH_MODULE_IMPL(Hardshrink, FixedBitsImpl<detail::Hardshrink>);
 TORCH_MODULE_IMPL(Softshrink, FixedBitsImpl<detail::Softshrink>);
 
-/// Options of ReGELU2: `approximate`, "none" or "tanh"; `fast`, see FewBit.
+/// Options of ReGELU2: `approximate` is "none" or "tanh"; see FewBit for `fast`.
 struct ReGELU2Options {
   TORCH_ARG(std::string, approximate) = "none";
   TORCH_ARG(bool, fast) = false;
 };
 
-/// Options of ReSiLU2: `fast`, see FewBit.
+/// Options of ReSiLU2: see FewBit for `fast`.
 struct ReSiLU2Options {
   TORCH_ARG(bool, fast) = false;
 };
@@ -289,11 +289,11 @@ struct ReSiLU2 {
 
 }  // namespace detail
 
-/// lomem::regelu2 as a module, in place of torch::nn::GELU.
+/// lomem::regelu2 as a module, a replacement for torch::nn::GELU.
 using ReGELU2Impl = FixedBitsImpl<detail::ReGELU2>;
 TORCH_MODULE(ReGELU2);
 
-/// lomem::resilu2 as a module, in place of torch::nn::SiLU.
+/// lomem::resilu2 as a module, a replacement for torch::nn::SiLU.
 using ReSiLU2Impl = FixedBitsImpl<detail::ReSiLU2>;
 TORCH_MODULE(ReSiLU2);
 

@@ -12,8 +12,8 @@
 
 namespace lomem::nn {
 
-/// Options of RandomizedLinear: torch::nn::LinearOptions with those of RandomizedLinearArgs. One of `proj_dim` and
-/// `proj_dim_ratio` must be given.
+/// Options of RandomizedLinear: those of torch::nn::LinearOptions and RandomizedLinearArgs. Exactly one of `proj_dim`
+/// and `proj_dim_ratio` must be given.
 struct LOMEM_API RandomizedLinearOptions {
   RandomizedLinearOptions(int64_t in_features, int64_t out_features);
 
@@ -27,8 +27,8 @@ struct LOMEM_API RandomizedLinearOptions {
   TORCH_ARG(std::optional<int64_t>, proj_dim_max) = std::nullopt;
 };
 
-/// lomem::randomized_linear as a module, in place of torch::nn::Linear, with its parameters. In evaluation mode it is
-/// torch's linear layer.
+/// lomem::randomized_linear as a module, a replacement for torch::nn::Linear with the same parameters. In evaluation
+/// mode it is torch's linear layer.
 class LOMEM_API RandomizedLinearImpl : public torch::nn::Cloneable<RandomizedLinearImpl> {
  public:
   explicit RandomizedLinearImpl(RandomizedLinearOptions options);
@@ -37,9 +37,9 @@ class LOMEM_API RandomizedLinearImpl : public torch::nn::Cloneable<RandomizedLin
   torch::Tensor forward(const torch::Tensor& input);
 
   RandomizedLinearOptions options;
-  /// Of shape (out_features, in_features).
+  /// Shape (out_features, in_features).
   torch::Tensor weight;
-  /// Of shape (out_features); undefined where there is none.
+  /// Shape (out_features); undefined if there is no bias.
   torch::Tensor bias;
 };
 TORCH_MODULE(RandomizedLinear);

@@ -12,8 +12,8 @@
 
 namespace lomem::nn {
 
-/// Options of MSLayerNorm: torch::nn::LayerNormOptions with `bias` and `output_dtype`.
-/// `elementwise_affine` is off by default, as in LowMemoryBP.
+/// Options of MSLayerNorm: those of torch::nn::LayerNormOptions, plus `bias` and `output_dtype`. `elementwise_affine`
+/// is off by default, as in LowMemoryBP.
 struct LOMEM_API MSLayerNormOptions {
   /* implicit */ MSLayerNormOptions(std::vector<int64_t> normalized_shape);                            // NOLINT
   /* implicit */ MSLayerNormOptions(int64_t size) : MSLayerNormOptions(std::vector<int64_t>{size}) {}  // NOLINT
@@ -25,7 +25,7 @@ struct LOMEM_API MSLayerNormOptions {
   TORCH_ARG(std::optional<torch::Dtype>, output_dtype) = std::nullopt;
 };
 
-/// lomem::ms_layer_norm as a module, in place of torch::nn::LayerNorm.
+/// lomem::ms_layer_norm as a module, a replacement for torch::nn::LayerNorm.
 class LOMEM_API MSLayerNormImpl : public torch::nn::Cloneable<MSLayerNormImpl> {
  public:
   explicit MSLayerNormImpl(int64_t size);
@@ -36,7 +36,7 @@ class LOMEM_API MSLayerNormImpl : public torch::nn::Cloneable<MSLayerNormImpl> {
   torch::Tensor forward(const torch::Tensor& input);
 
   MSLayerNormOptions options;
-  /// Of shape `normalized_shape`; undefined where there is none.
+  /// Shape `normalized_shape`; undefined if there is none.
   torch::Tensor weight;
   torch::Tensor bias;
 };
@@ -64,7 +64,7 @@ class LOMEM_API MSRMSNormImpl : public torch::nn::Cloneable<MSRMSNormImpl> {
   torch::Tensor forward(const torch::Tensor& input);
 
   MSRMSNormOptions options;
-  /// Of shape `normalized_shape`; undefined where there is none.
+  /// Shape `normalized_shape`; undefined if there is none.
   torch::Tensor weight;
 };
 TORCH_MODULE(MSRMSNorm);

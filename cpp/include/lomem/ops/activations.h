@@ -1,7 +1,7 @@
-// Activations whose backward pass saves a few bits per element. Their results are torch's, bit for bit, in every dtype
-// and layout; they are differentiable and the same ops as torch.ops.lomem in Python.
+// Activations that save a few bits per element for the backward pass. Their results match torch's bit for bit in every
+// dtype and layout; they are differentiable and the same ops as torch.ops.lomem in Python.
 //
-// Every function raises c10::Error that names op, argument, the value it got and the value it wants.
+// Every function throws a c10::Error that names the op, the argument, its value and the expected value.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,16 +20,16 @@
 
 namespace lomem {
 
-/// How many bits per element an activation saves, and which step function stands in for its derivative.
+/// How many bits per element an activation saves, and which step function approximates its derivative.
 struct LOMEM_API FewBit {
-  /// 1 to 8. Saved for backward: ceil(bits * numel / 8) bytes.
+  /// 1 to 8; ceil(bits * numel / 8) bytes are saved for backward.
   int64_t bits = 3;
   /// "derivative", "primitive" or "paper"; see step_function.
   std::string criterion = "derivative";
-  /// In place of the library's; 2^bits - 1 boundaries at most.
+  /// Replaces the library's step function; at most 2^bits - 1 boundaries.
   std::optional<StepFunction> steps = std::nullopt;
-  /// Allows the values of core/fast_forward.h, which a CPU computes faster, in place of torch's. Only GELU and SiLU have
-  /// them; where there is no such kernel, nothing changes.
+  /// Allows the approximate values of core/fast_forward.h, which are faster on CPUs, in place of torch's. Only GELU and
+  /// SiLU have them; if there is no such kernel, the option has no effect.
   bool fast = false;
 };
 
@@ -42,22 +42,22 @@ LOMEM_API at::Tensor few_bit_activation(
     const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters, int64_t bits,
     std::string_view criterion, bool fast);
 
-/// GELU or SiLU with its published step function. `op`: for errors.
+/// GELU or SiLU with its published step function. `op` is used in error messages.
 LOMEM_API at::Tensor published_activation(
     const char* op, const at::Tensor& input, std::string_view function, bool fast);
 
 LOMEM_API at::Tensor exact_activation(
     const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters);
 
-/// The function that GELU with `approximate` is. `op`: for errors.
+/// Name of the function that GELU with `approximate` computes. `op` is used in error messages.
 LOMEM_API std::string_view gelu_function(const char* op, std::string_view approximate);
 
-/// A row of the table of activations, for those who describe it.
+/// A row of the table of activations, for documentation and tests.
 struct ActivationFacts {
   std::string name;
-  /// Names and defaults, in the order in which the op takes them.
+  /// Names and defaults, in the op's argument order.
   std::vector<std::pair<std::string, std::optional<double>>> parameters;
-  /// Whether the gradient is exact, at 1 bit per element.
+  /// Whether the gradient is exact (1 bit per element).
   bool is_exact;
   /// Whether there is a step function for criterion "paper".
   bool is_published;
@@ -67,9 +67,10 @@ LOMEM_API std::vector<ActivationFacts> activation_facts();
 
 }  // namespace detail
 
-// `input`: any shape and strides; float64, float32, bfloat16 or float16. Other arguments: those of torch.
+// `input` may have any shape and strides; its dtype is float64, float32, bfloat16 or float16. Other arguments are those
+// of torch.
 
-/// `approximate`: "none" or "tanh".
+/// `approximate` is "none" or "tanh".
 inline at::Tensor gelu(const at::Tensor& input, std::string_view approximate = "none", const FewBit& few_bit = {}) {
   return detail::few_bit_activation(input, detail::gelu_function("lomem::gelu", approximate), {}, few_bit);
 }
@@ -99,7 +100,7 @@ inline at::Tensor tanhshrink(const at::Tensor& input, const FewBit& few_bit = {}
   return detail::few_bit_activation(input, "tanhshrink", {}, few_bit);
 }
 
-/// `beta`: positive.
+/// `beta` must be positive.
 inline at::Tensor softplus(
     const at::Tensor& input, double beta = 1, double threshold = 20, const FewBit& few_bit = {}) {
   return detail::few_bit_activation(input, "softplus", {beta, threshold}, few_bit);
@@ -117,7 +118,7 @@ inline at::Tensor elu(const at::Tensor& input, double alpha = 1, const FewBit& f
   return detail::few_bit_activation(input, "elu", alpha, few_bit);
 }
 
-/// `alpha`: positive.
+/// `alpha` must be positive.
 inline at::Tensor celu(const at::Tensor& input, double alpha = 1, const FewBit& few_bit = {}) {
   return detail::few_bit_activation(input, "celu", alpha, few_bit);
 }
@@ -130,7 +131,7 @@ inline at::Tensor hardswish(const at::Tensor& input, const FewBit& few_bit = {})
   return detail::few_bit_activation(input, "hardswish", {}, few_bit);
 }
 
-// The names of LowMemoryBP: 2 bits per element, with the step functions of arXiv:2406.16282.
+// Functions named as in LowMemoryBP: 2 bits per element, with the step functions of arXiv:2406.16282.
 
 /// gelu with criterion "paper".
 inline at::Tensor regelu2(const at::Tensor& input, std::string_view approximate = "none", bool fast = false) {
@@ -143,8 +144,8 @@ inline at::Tensor resilu2(const at::Tensor& input, bool fast = false) {
   return detail::published_activation("lomem::resilu2", input, "silu", fast);
 }
 
-// Activations whose derivative has two values: they save 1 bit per element, and their gradient is torch's, at the kinks
-// too.
+// Activations whose derivative has two values: they save 1 bit per element, and their gradient equals torch's, even at
+// the kinks.
 
 inline at::Tensor relu(const at::Tensor& input) {
   return detail::exact_activation(input, "relu", {});
@@ -178,21 +179,23 @@ inline at::Tensor softshrink(const at::Tensor& input, double lambda = 0.5) {
   return detail::exact_activation(input, "softshrink", lambda);
 }
 
-/// function(input) with the derivative of `steps`. `function` works element by element; it is called without a gradient.
+/// function(input) with the derivative of `steps`. `function` must be elementwise; it is called with gradients
+/// disabled.
 LOMEM_API at::Tensor step_activation(
     const at::Tensor& input, const std::function<at::Tensor(const at::Tensor&)>& function, const StepFunction& steps);
 
-// The halves of which the differentiable functions are made, for training code with a backward pass of its own.
+// The two halves of the differentiable functions, for training code with its own backward pass.
 
 /// The activation that step_function calls `function`, and the codes of its input: `few_bit.bits` bits per element in
 /// the memory order of the output.
 LOMEM_API std::tuple<at::Tensor, at::Tensor> step_activation_forward(
     const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters, const FewBit& few_bit);
 
-/// Packed codes of `bits` bits in the row-major order of `input`, 1-D uint8: how many boundaries are below each element.
+/// Packed codes of `bits` bits in the row-major order of `input`, 1-D uint8: the number of boundaries below each
+/// element.
 LOMEM_API at::Tensor step_codes(const at::Tensor& input, at::ArrayRef<double> boundaries, int64_t bits);
 
-/// grad_output * levels[codes], with codes in row-major order of grad_output. Serves every activation; `levels` has
+/// grad_output * levels[codes], with codes in row-major order of grad_output. Works for every activation; `levels` has
 /// 2^bits entries.
 LOMEM_API at::Tensor step_activation_backward(
     const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits);

@@ -1,7 +1,7 @@
-// Norms whose backward pass saves their output, which the next linear layer saves anyway. Differentiable, and the same ops
-// as torch.ops.lomem in Python.
+// Norms that save their output for backward, which the next linear layer saves anyway. They are differentiable, and the
+// same ops as torch.ops.lomem in Python.
 //
-// Every function raises c10::Error that names op, argument, the value it got and the value it wants.
+// Every function throws a c10::Error that names the op, the argument, its value and the expected value.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,19 +12,19 @@
 
 namespace lomem {
 
-/// Layer normalisation over the last dimensions, whose backward pass keeps its output, which the
-/// next linear layer keeps anyway, and one float a row (arXiv:2406.16282, MS-LayerNorm).
+/// Layer normalization over the last dimensions. Saves for backward its output, which the next linear layer saves
+/// anyway, and one float per row (arXiv:2406.16282, MS-LayerNorm).
 ///
-/// `weight`, `bias`: of shape `normalized_shape`, of any floating-point dtype; with a gradient,
-/// no element of `weight` may be 0. `dtype`: of the output; by default the autocast dtype where
-/// autocast is on, else the input's.
+/// `weight` and `bias` have shape `normalized_shape` and any floating-point dtype; if a gradient is needed, no element
+/// of `weight` may be 0. `dtype` is the dtype of the output; the default is the autocast dtype if autocast is on,
+/// otherwise the input's dtype.
 LOMEM_API at::Tensor ms_layer_norm(
     const at::Tensor& input, at::IntArrayRef normalized_shape, const std::optional<at::Tensor>& weight = std::nullopt,
     const std::optional<at::Tensor>& bias = std::nullopt, double eps = 1e-5,
     std::optional<at::ScalarType> dtype = std::nullopt);
 
-/// RMS normalisation over the last dimensions; keeps what ms_layer_norm keeps (arXiv:2406.16282,
-/// MS-RMSNorm). `eps`: by default machine epsilon of float32 (float64 for a float64 input).
+/// RMS normalization over the last dimensions; saves the same as ms_layer_norm (arXiv:2406.16282, MS-RMSNorm). `eps`
+/// defaults to the machine epsilon of float32 (float64 for a float64 input).
 LOMEM_API at::Tensor ms_rms_norm(
     const at::Tensor& input, at::IntArrayRef normalized_shape, const std::optional<at::Tensor>& weight = std::nullopt,
     std::optional<double> eps = std::nullopt, std::optional<at::ScalarType> dtype = std::nullopt);

@@ -1,4 +1,4 @@
-// Keeps the library, which registers the ops when it is loaded, in programs that call them only through the dispatcher.
+// Keeps the library linked into programs that call the ops only through the dispatcher. Loading it registers the ops.
 #pragma once
 
 #include <lomem/config.h>
@@ -6,7 +6,7 @@
 namespace lomem::detail {
 
 /// Referenced by every translation unit that includes a header of ops, so that a linker that drops libraries without
-/// referenced symbols keeps this one and with it the ops' registration.
+/// referenced symbols keeps this one, and with it the registration of the ops.
 LOMEM_API extern const int registration;
 [[maybe_unused]] [[gnu::used]] static const int* const keep_registration = &registration;
 

@@ -1,5 +1,5 @@
-// The kernel table of one instruction set, LOMEM_CPU_CAPABILITY. This file is compiled once for each
-// (CMakeLists.txt of the folder above).
+// The kernel table of one instruction set, LOMEM_CPU_CAPABILITY. This file is compiled once per instruction set (see
+// CMakeLists.txt in the parent folder).
 #include <lomem/core/activation.h>
 
 #include "../kernel_table.h"

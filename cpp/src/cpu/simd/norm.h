@@ -1,9 +1,9 @@
-// Norms. Float64 rows are computed in double; others in float32, but for what is added up over a row, which is added in
-// double after at most 32 terms, and for the mean, which is a near number and the rest, to twice the digits of float32:
-// else results would lose digits where |mean| >> standard deviation.
+// Norms. Rows with float64 are computed in double, others in float32, except that sums over a row are accumulated in
+// double after at most 32 terms, and that the mean is represented by two numbers, a nearby one and the rest, to twice
+// the digits of float32. Otherwise results would lose digits where |mean| >> standard deviation.
 //
-// A row is read from memory once, and what is needed again is kept in a buffer. Of 16-bit elements, two rows are
-// computed at a time, so that one is loaded while the other waits for its sums.
+// A row is read from memory once; what is needed again is kept in a buffer. For 16-bit elements, two rows are computed
+// at a time, so that one is loaded while the other waits for its sums.
 #pragma once
 
 #include <lomem/core/norm.h>
@@ -13,20 +13,20 @@
 namespace lomem::cpu {
 namespace {
 
-/// Rows up to this length are kept between passes, and parameters up to this length are converted
-/// once for all rows. Longer ones are read and converted again.
+/// Rows up to this length are kept between passes, and parameters up to this length are converted once for all rows.
+/// Longer ones are read and converted again.
 constexpr std::int64_t kept_cols = 4096;
 
-/// Two rows of up to this length stay in the first cache beside what belongs to them.
+/// Two rows of up to this length fit in the L1 cache together with the data they need.
 constexpr std::int64_t paired_cols = 2048;
 
-/// (The padding keeps rows apart in the cache: at a distance of 4 KiB, stores and loads collide.)
+/// (The padding keeps rows apart in the cache: stores and loads that are 4 KiB apart collide.)
 template <class C>
 struct alignas(64) KeptRow {
   C values[kept_cols + 5 * 64 / sizeof(C)];
 };
 
-/// norm_inverse of each lane.
+/// norm_inverse for each lane.
 inline Floats inverse_of(const Floats& gamma, float smallest) {
   const Floats magnitude = bits_of<Floats>(bits_of<Words>(gamma) & 0x7fffffffu);
   return magnitude < smallest ? broadcast(NAN) : 1.0f / gamma;
@@ -41,7 +41,7 @@ inline Floats inverse_of(const Floats& gamma, float smallest) {
   return load_as<double>(values);
 }
 
-/// Weight, bias and 1 / weight as C: 1, 0 and 1 where there are none.
+/// Weight, bias and 1 / weight as C; 1, 0 and 1 if absent.
 template <class C, bool keep>
 class Parameters;
 
@@ -76,7 +76,7 @@ class Parameters<C, true> {
  public:
   Parameters(const Array& weight, const Array& bias, std::int64_t cols, double smallest) {
     const Parameters<C, false> source(weight, bias, cols, smallest);
-    // Zeros behind the row: what is loaded there must not make NaN of zeros.
+    // Zeros beyond the row, so that loads there do not turn zeros into NaN.
     for (std::int64_t j = 0; j < padded(cols); j += lanes) {
       const Partial part = part_of(cols - j);
       store_as<C>(source.gamma(j, part), gammas_.values + j, false);
@@ -108,7 +108,8 @@ struct NoParameters {
   NoParameters(const Array&, const Array&, std::int64_t, double) {}
 };
 
-/// What a kernel is compiled for. `C`: arithmetic; `T`: elements of input and output, or Any.
+/// Types that a kernel is compiled for. `C` is the arithmetic type; `T` is the element type of input and output, or
+/// Any.
 template <Norm norm_, class C_, class T_, bool affine_, bool keep_>
 struct NormTypes {
   static constexpr Norm norm = norm_;
@@ -120,10 +121,10 @@ struct NormTypes {
   using V = Vector<C>;
   using Parameters = std::conditional_t<affine, cpu::Parameters<C, keep>, NoParameters>;
 
-  /// The backward pass reads float32 rows again from the cache: two kept copies would not fit beside them.
+  /// The backward pass reads float32 rows from the cache again: two kept copies would not fit next to them.
   static constexpr bool keep_backward = keep && !std::is_same_v<T, float>;
 
-  /// Rows at a time. (Two of float32 were slower: one keeps the memory busy.)
+  /// Number of rows processed at a time. (Two rows of float32 were slower: one saturates the memory.)
   static constexpr int rows = keep && sizeof(T) == 2 ? 2 : 1;
 };
 
@@ -140,13 +141,13 @@ inline void store_rstd(double rstd, const MutableArray& array, std::int64_t row)
   }
 }
 
-/// Whether float32 sums of squares gave `moment` all its digits: no square overflowed, none that matters was subnormal,
-/// and no difference of two finite elements was infinite, which makes NaN.
+/// Whether float32 sums of squares gave `moment` to full precision: no square overflowed, none that matters was
+/// subnormal, and no difference of two finite elements was infinite, which makes NaN.
 inline bool is_exact_enough(double moment, double eps) {
   return moment <= 1e36 && moment + eps >= 1e-28;
 }
 
-/// The mean of the first elements of a row, to which the mean of all is near but for rows of a kind.
+/// The mean of the first elements of a row. It is close to the mean of the whole row except for unusual rows.
 template <class C, class T>
 inline C first_mean(const Source<C, T>& input, std::int64_t row, std::int64_t cols) {
   const std::int64_t n = cols < partial_sums ? cols : partial_sums;
@@ -157,15 +158,16 @@ inline C first_mean(const Source<C, T>& input, std::int64_t row, std::int64_t co
   return n > 0 ? static_cast<C>(total[0] / static_cast<double>(n)) : C(0);
 }
 
-/// How the mean of a row is found. At once: sums are taken of distances from the mean of the row's first elements; the
-/// variance then is the mean square of these distances less the square of their mean, which loses digits if that is
-/// much of it. Before: the mean is known, to twice the digits of C, when the squares are added.
+/// How the mean of a row is found. at_once: sums are taken of differences from the mean of the row's first elements.
+/// The variance is then the mean square of these differences minus the square of their mean, which loses digits if the
+/// latter is a large part of the former. before: the mean is known, to twice the digits of C, when the squares are
+/// added.
 enum class MeanFound { at_once, before };
 
-/// What came of rows: they are there; their mean must be found before; C has too small a range for them.
+/// Outcome of processing rows: done, the mean must be found before, or the range of C is too small for them.
 enum class Outcome { done, mean_too_far, out_of_range };
 
-/// `count` rows from `row` on.
+/// Processes `count` rows starting at `row`.
 template <class Types, int count, MeanFound mean_found>
 inline Outcome norm_forward_block(
     const NormForward& args, std::int64_t row, const typename Types::Parameters& parameters,
@@ -178,7 +180,7 @@ inline Outcome norm_forward_block(
   const Source<C, typename Types::T> input(args.input);
   const Target<C, typename Types::T> output(args.output, stream);
 
-  // Where distances are taken from: a C, and where the mean is known, another for what that lacks.
+  // The reference point of the differences: a C and, if the mean is known, a second C with the remainder.
   V high[count];
   V low[count];
   if constexpr (Types::centred) {
@@ -214,7 +216,7 @@ inline Outcome norm_forward_block(
     }
   };
 
-  // Of distances at even places (0 for RMSNorm), of their squares at odd ones.
+  // Even entries are sums of differences (0 for RMSNorm), odd entries are sums of their squares.
   double totals[2 * count];
   sum_over<C>(cols, totals, [&](auto& sums, std::int64_t j, auto vector, auto part) __attribute__((always_inline)) {
     for_rows<count>([&](auto r) __attribute__((always_inline)) {
@@ -241,7 +243,7 @@ inline Outcome norm_forward_block(
     if (sizeof(C) < sizeof(double) && !is_exact_enough(moment, args.eps)) {
       return Outcome::out_of_range;
     }
-    // (Also where double overflows and both are NaN.)
+    // (Also true if double overflows and both are NaN.)
     if (!before && !(mean * mean <= moment)) {
       return Outcome::mean_too_far;
     }
@@ -297,7 +299,7 @@ void norm_forward_rows(const NormForward& args, std::int64_t begin, std::int64_t
           Outcome::done) {
         row += Types::rows;
       } else {
-        // One by one, so that a row's result does not depend on its neighbours.
+        // One by one, so that a row's result does not depend on its neighbors.
         for (int r = 0; r < Types::rows; ++r) {
           one_row();
         }
@@ -312,7 +314,7 @@ void norm_forward_rows(const NormForward& args, std::int64_t begin, std::int64_t
   }
 }
 
-/// Loads what the backward pass of a row starts from.
+/// Loads the inputs of the backward pass of a row.
 template <class Types>
 struct BackwardSource {
   using C = typename Types::C;
@@ -327,7 +329,7 @@ struct BackwardSource {
     return grad_output.load(i, part);
   }
 
-  /// The normalised input.
+  /// The normalized input.
   template <class Part>
   V y(std::int64_t i, std::int64_t j, Part part) const {
     const V z = output.load(i, part);
@@ -348,7 +350,7 @@ struct BackwardSource {
   }
 };
 
-/// What the backward pass of a row needs twice.
+/// Values that the backward pass of a row needs twice.
 template <class C>
 struct BackwardRow {
   C mean_g;
@@ -357,8 +359,8 @@ struct BackwardRow {
   KeptRow<C> y;
 };
 
-/// Sums over rows for the gradients of weight and bias. Where rows are kept, at most 32 terms are added
-/// in C before they are added in double.
+/// Sums over rows for the gradients of weight and bias. If rows are kept, at most 32 terms are added in C before they
+/// are added in double.
 template <class C, bool keep>
 class ParameterSums {
  public:
@@ -379,7 +381,7 @@ class ParameterSums {
     }
   }
 
-  /// After `rows` more rows.
+  /// Must be called after each `rows` rows.
   void count(int rows) {
     rows_ += rows;
     if (rows_ >= most_rows) {
@@ -423,8 +425,8 @@ class ParameterSums {
   KeptRow<C> biases_;
 };
 
-/// Sums over each of `count` rows from `row` on, and, where `parameters` says so, over rows. Keeps what
-/// is loaded.
+/// Computes the sums over each of `count` rows starting at `row` and, with `parameters`, the sums over rows. Keeps the
+/// loaded data.
 template <class Types, int count, bool parameters>
 inline void norm_backward_sums(
     const BackwardSource<Types>& source, std::int64_t row, std::int64_t cols,
@@ -433,7 +435,7 @@ inline void norm_backward_sums(
   using C = typename Types::C;
   using V = typename Types::V;
   const BackwardSource<Types> from = source;
-  // Of g at even places (none for RMSNorm, whose mean_g is 0), of g * y at odd ones.
+  // Even entries are sums of g (0 for RMSNorm, whose mean_g is 0), odd entries are sums of g * y.
   double totals[2 * count];
   sum_over<C>(cols, totals, [&](auto& sums, std::int64_t j, auto vector, auto part) __attribute__((always_inline)) {
     V weight_terms{};
@@ -442,7 +444,7 @@ inline void norm_backward_sums(
       const V grad = from.grad((row + r.value) * cols + j, part);
       const V y = from.y((row + r.value) * cols + j, j, part);
       const V g = from.scaled(grad, j, part);
-      // (float32 alone, without weights, is fastest as the hardware fetches it.)
+      // (float32 without weights is fastest with hardware prefetching only.)
       if constexpr (sizeof(typename Types::T) == 2 || Types::affine) {
         from.grad_output.prefetch((row + count + r.value) * cols + j, vector);
         from.output.prefetch((row + count + r.value) * cols + j, vector);
@@ -531,7 +533,7 @@ void norm_backward_rows(
       }
     }
   };
-  // (Weights and sums of long rows leave no room anyway: better two rows for each time that they are loaded.)
+  // (Weights and sums of long rows exceed the cache anyway: process two rows each time they are loaded.)
   if (Types::rows > 1 && (Types::affine || args.cols <= paired_cols)) {
     for_blocks(Index<Types::rows>{});
   }
@@ -544,7 +546,8 @@ void norm_backward_rows(
   }
 }
 
-/// Calls visitor(NormTypes<...>{}) with the types for rows of `dtype`, `same` saying that all rows are: else Any.
+/// Calls visitor(NormTypes<...>{}) with the types for rows of `dtype`, or Any unless `same`, i.e. all rows have that
+/// dtype.
 template <Norm norm, class Visitor>
 inline void visit_norm_types(DType dtype, bool same, bool in_double, bool affine, bool keep, Visitor&& visitor) {
   const auto visit = [&](auto arithmetic, auto element, auto keeps) {
@@ -576,7 +579,7 @@ inline bool is_float64(const Array& array) {
   return array.data != nullptr && array.dtype == DType::float64;
 }
 
-/// Whether the rows of an output may be stored past the cache: vectors begin at multiples of their size.
+/// Whether the rows of an output may be stored past the caches: vectors must start at multiples of their size.
 template <class T>
 inline bool can_stream(const MutableArray& array, std::int64_t cols) {
   return is_aligned(array.data, lanes * sizeof(T)) && cols % lanes == 0;

@@ -1,5 +1,5 @@
-// Packing and unpacking: a group of eight codes is a 64-bit word whose bytes are squeezed to `bits`
-// bits each, or spread again.
+// Packing and unpacking: a group of eight codes is a 64-bit word whose bytes are squeezed to `bits` bits each, or
+// spread again.
 #pragma once
 
 #include <lomem/core/packing.h>
@@ -9,17 +9,17 @@
 namespace lomem::cpu {
 namespace {
 
-#if defined(__AVX512F__)  // every CPU that has it has a fast pext
+#if defined(__AVX512F__)  // every CPU with AVX-512 has a fast pext
 
 constexpr std::uint64_t every_byte = 0x0101010101010101u;
 
-/// Eight codes, one a byte, to 8 * bits bits. Bits of a code above `bits` are ignored.
+/// Squeezes eight codes, one per byte, into 8 * bits bits. Bits of a code beyond the lowest `bits` are ignored.
 template <int bits>
 inline std::uint64_t squeeze(std::uint64_t codes) {
   return _pext_u64(codes, every_byte * max_code(bits));
 }
 
-/// The inverse. Bits of `word` above 8 * bits are ignored.
+/// The inverse of squeeze. Bits of `word` above 8 * bits are ignored.
 template <int bits>
 inline std::uint64_t spread(std::uint64_t word) {
   return _pdep_u64(word, every_byte * max_code(bits));
@@ -27,18 +27,18 @@ inline std::uint64_t spread(std::uint64_t word) {
 
 #else
 
-/// The lowest `width` bits of each part of a word that has 2 * `half` bits.
+/// Mask of the lowest `width` bits of each part of a word; parts have 2 * `half` bits.
 template <int half, int width>
 constexpr std::uint64_t lowest =
     ~std::uint64_t{0} / (~std::uint64_t{0} >> (64 - 2 * half)) * ((std::uint64_t{1} << width) - 1u);
 
-/// In each such part: `width` bits of its upper half join those of its lower half.
+/// In each such part, moves `width` bits of the upper half next to those of the lower half.
 template <int half, int width>
 inline std::uint64_t join(std::uint64_t x) {
   return (x & lowest<half, width>) | (x >> (half - width) & lowest<half, width> << width);
 }
 
-/// The inverse.
+/// The inverse of join.
 template <int half, int width>
 inline std::uint64_t separate(std::uint64_t x) {
   return (x & lowest<half, width>) | (x & lowest<half, width> << width) << (half - width);
@@ -60,7 +60,7 @@ template <int bits>
 inline std::uint8_t pack_groups(const std::uint8_t* codes, std::int64_t n, std::uint8_t* packed) {
   std::uint64_t any = 0;
   std::int64_t i = 0;
-  // Whole words are stored, of which the next group overwrites what is too much: all but the last ones.
+  // Whole words are stored; the next group overwrites the excess bytes. The last groups are stored exactly.
   for (; i + 2 * 64 <= n; i += group_size) {
     const auto group = load<std::uint64_t>(codes + i);
     any |= group;

@@ -1,5 +1,5 @@
-// Rows of elements: loading and storing them whatever their dtypes, vector by vector, and adding up over them in an
-// order that no instruction set changes.
+// Rows of elements: loading and storing them in any dtype, vector by vector, and summing them in an order that does not
+// depend on the instruction set.
 #pragma once
 
 #include <lomem/core/dtype.h>
@@ -9,7 +9,7 @@
 namespace lomem::cpu {
 namespace {
 
-/// An element type that is known at run time alone: a predictable branch a vector.
+/// An element type known only at run time: costs a predictable branch per vector.
 struct Any {};
 
 template <int i>
@@ -17,7 +17,7 @@ struct Index {
   static constexpr int value = i;
 };
 
-/// Of the vectors of `partial_sums` elements, those that begin a cache line are asked for.
+/// Whether a vector starts a cache line. Of the vectors of `partial_sums` elements, only those are prefetched.
 template <class T, int vector>
 constexpr bool begins_line(Index<vector> /*vector*/) {
   return vector * lanes * sizeof(T) % 64 == 0;
@@ -41,7 +41,7 @@ struct Source {
   }
 };
 
-/// Calls visitor(Type<T>{}) for a dtype that C can hold: where there is float64, C is double.
+/// Calls visitor(Type<T>{}) for a dtype that C can hold: if float64 occurs, C is double.
 template <class C, class Visitor>
 inline void visit_dtype_within(DType dtype, Visitor&& visitor) {
   switch (dtype) {
@@ -86,7 +86,7 @@ struct Target {
   void store(std::int64_t i, const Vector<C>& x, Part part) const {
     store_as<C>(x, data + i, stream, part);
   }
-  /// For a store to come: else it waits for the line to be read.
+  /// Prefetches for a later store, which would otherwise wait for the line to be read.
   template <int vector>
   void prefetch(std::int64_t i, Index<vector> index) const {
     if (!stream && begins_line<T>(index)) {
@@ -112,14 +112,14 @@ struct Target<C, Any> {
   void prefetch(std::int64_t /*i*/, Index<vector> /*index*/) const {}
 };
 
-/// Sums over a row have an order that no instruction set changes: of each 1024 elements, element j is
-/// added to partial sum j % 32, and the partial sums are added in double, pairwise, halves first.
+/// Sums over a row are added in an order that does not depend on the instruction set: within each 1024 elements,
+/// element j is added to partial sum j % 32, and the partial sums are added in double, pairwise, halves first.
 constexpr int partial_sums = 32;
 constexpr int sum_vectors = partial_sums / lanes;
 constexpr std::int64_t sum_cols = 1024;
 
-/// Calls body(Index<0>{}), body(Index<1>{}), ... for the vectors of `partial_sums` elements: with
-/// constant indices, partial sums stay in registers.
+/// Calls body(Index<0>{}), body(Index<1>{}), ... for the vectors of `partial_sums` elements: with constant indices,
+/// partial sums stay in registers.
 template <class Body>
 inline __attribute__((always_inline)) void unroll(Body&& body) {
   body(Index<0>{}), body(Index<1>{});
@@ -132,7 +132,7 @@ inline __attribute__((always_inline)) void unroll(Body&& body) {
   static_assert(sum_vectors == 2 || sum_vectors == 4 || sum_vectors == 8);
 }
 
-/// Calls body(Index<0>{}) to body(Index<count - 1>{}), for the rows of a block.
+/// Calls body(Index<0>{}) to body(Index<count - 1>{}) for the rows of a block.
 template <int count, class Body>
 inline __attribute__((always_inline)) void for_rows(Body&& body) {
   if constexpr (count > 1) {
@@ -150,7 +150,7 @@ struct Sum {
     partial[vector] += x;
   }
 
-  /// (Inlined always: where its address escapes, a sum is stored and loaded for every addition.)
+  /// (Always inlined: if the address of a sum escapes, it is stored and loaded for every addition.)
   __attribute__((always_inline)) double total() const {
     Doubles sum[sum_vectors];
     unroll([&](auto i) __attribute__((always_inline)) {
@@ -169,18 +169,18 @@ struct Sum {
   }
 };
 
-/// The part of a vector that `left` elements fill, which may be none.
+/// The part of a vector filled by the `left` remaining elements, which may be empty.
 inline Partial part_of(std::int64_t left) {
   return {left < 0 ? 0 : left < lanes ? static_cast<int>(left) : lanes};
 }
 
-/// Where the last vector ends that for_each_vector visits.
+/// Number of columns up to the end of the last vector that for_each_vector visits.
 inline std::int64_t padded(std::int64_t cols) {
   return (cols + partial_sums - 1) / partial_sums * partial_sums;
 }
 
-/// Calls body(j, vector, part) for the vectors of elements [begin, end), and for empty ones up to the next
-/// multiple of `partial_sums`.
+/// Calls body(j, vector, part) for the vectors of elements [begin, end), and for empty ones up to the next multiple of
+/// `partial_sums`.
 template <class Body>
 inline __attribute__((always_inline)) void for_each_vector(std::int64_t begin, std::int64_t end, Body&& body) {
   std::int64_t j = begin;
@@ -194,8 +194,7 @@ inline __attribute__((always_inline)) void for_each_vector(std::int64_t begin, s
   }
 }
 
-/// Adds terms over the columns of some rows: `totals[i]` gets the sum over j of what body adds to
-/// sums[i].
+/// Adds terms over the columns of some rows: `totals[i]` becomes the sum over j of what `body` adds to sums[i].
 template <class C, int count, class Body>
 inline __attribute__((always_inline)) void sum_over(std::int64_t cols, double (&totals)[count], Body&& body) {
   for (int i = 0; i < count; ++i) {

@@ -1,4 +1,4 @@
-// Codes among boundaries that are known at run time, and codes of bands.
+// Codes among boundaries known at run time, and codes of bands.
 #pragma once
 
 #include <lomem/core/packing.h>
@@ -13,12 +13,11 @@ namespace {
 
 #if defined(__AVX2__)
 
-// A binary search in registers. Comparison s = 0, 1, ... decides bit bits-1-s of the code; the boundary that it takes
-// depends on the comparisons before. Their results are kept lowest bit first, so that they are themselves the index
-// into the 2^s boundaries of comparison s, which permutations look up. The path that comes out at the end is the code
-// with its bits reversed.
+// A binary search in registers. Comparison s = 0, 1, ... decides bit bits-1-s of the code; which boundary it uses
+// depends on the previous comparisons. Their results are stored lowest bit first, so that they form the index into the
+// 2^s boundaries of comparison s, which permutations look up. The resulting path is the code with its bits reversed.
 
-/// The boundary that comparison `step` takes after the results `path`.
+/// The boundary used by comparison `step` after the results `path`.
 constexpr int boundary_of_path(int bits, int step, int path) {
   int code = 0;
   for (int s = 0; s < step; ++s) {
@@ -47,7 +46,7 @@ struct FloatLanes {
     return static_cast<float>(c);
   }
 
-  /// `value` joins the path where x is above the boundaries.
+  /// Adds `value` to the path where x is above the boundaries.
   Integers join_where_above(Integers path, Integers boundaries, int value, Mask& above) const {
     above = _mm512_cmp_ps_mask(x, _mm512_castsi512_ps(boundaries), _CMP_GT_OQ);
     return _mm512_mask_or_epi32(path, above, path, _mm512_set1_epi32(value));
@@ -74,7 +73,7 @@ struct FloatLanes {
   }
 };
 
-/// 16-bit elements, which are compared as the integers that key() makes of them.
+/// 16-bit elements, which are compared as integers computed by key().
 template <class T>
 struct HalfLanes {
   using Boundary = std::int16_t;
@@ -130,7 +129,7 @@ struct FloatLanes {
   using Integers = __m256i;
   using Mask = __m256i;
   static constexpr int log_count = 3;
-  /// Among more than 2^this boundaries, gathering is faster than looking up.
+  /// With more than 2^most_looked_up boundaries, a gather is faster than looking up.
   static constexpr int most_looked_up = 4;
 
   __m256 x;
@@ -164,7 +163,7 @@ struct FloatLanes {
   }
   /// The low bytes of paths[0], paths[1], ...
   static __m256i bytes(const Integers (&paths)[4]) {
-    // Packing works within halves of a register: the groups of four come out as 0 2 4 6 1 3 5 7.
+    // Packing works within halves of a register: groups of four come out in the order 0 2 4 6 1 3 5 7.
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     return _mm256_permutevar8x32_epi32(
         _mm256_packus_epi16(_mm256_packus_epi32(paths[0], paths[1]), _mm256_packus_epi32(paths[2], paths[3])), order);
@@ -176,7 +175,7 @@ using SearchLanes = FloatLanes;
 
 #endif
 
-/// The boundaries of all comparisons in the order of paths.
+/// The boundaries of all comparisons, in path order.
 template <int bits, class Lanes>
 class SearchTable {
  public:
@@ -184,7 +183,7 @@ class SearchTable {
   SearchTable(Type<T> /*element*/, const double* boundaries) {
     for (int step = 0; step < bits; ++step) {
       for (int i = 0; i < entries(step); ++i) {
-        // (A register that is not full repeats itself.)
+        // (Entries repeat if they do not fill a register.)
         const int path = i % (1 << step);
         table_[first(step) + i] = Lanes::template boundary<T>(boundaries[boundary_of_path(bits, step, path)]);
       }
@@ -200,7 +199,7 @@ class SearchTable {
     return paths(x, above);
   }
 
-  /// Results of the comparisons besides.
+  /// Also returns the results of the comparisons.
   Integers paths(const Lanes& x, Mask (&above)[bits]) const {
     Integers path{};
     search<0>(x, path, above);
@@ -229,7 +228,7 @@ class SearchTable {
     }
   }
 
-  /// Among the 2^width boundaries from `table` on.
+  /// Looks up the boundary among the 2^width boundaries starting at `table`.
   template <int width>
   Integers among(Integers path, const typename Lanes::Boundary* table, const Mask* above) const {
     if constexpr (width == 0) {
@@ -250,7 +249,7 @@ class SearchTable {
   alignas(64) typename Lanes::Boundary table_[first(bits)];
 };
 
-/// The lowest `bits` bits of a byte in reverse order, from its nibbles.
+/// Reverses the lowest `bits` bits of a byte by looking up its nibbles.
 template <int bits>
 struct ReversedBits {
   alignas(16) std::uint8_t low[16] = {};
@@ -268,7 +267,7 @@ struct ReversedBits {
   }
 };
 
-/// For each byte, the table's entry of its lowest four bits, of which none are set above.
+/// For each byte, the table's entry for its lowest four bits. The upper four bits must be 0.
 inline Words look_up_nibbles(const std::uint8_t (&table)[16], const Words& index) {
   const __m128i entries = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
 #if defined(__AVX512F__)
@@ -278,7 +277,7 @@ inline Words look_up_nibbles(const std::uint8_t (&table)[16], const Words& index
 #endif
 }
 
-/// Reverses the lowest `bits` bits of each byte, of which no others are set.
+/// Reverses the lowest `bits` bits of each byte. The other bits must be 0.
 template <int bits>
 inline Words reverse_bits(const Words& bytes) {
   static constexpr ReversedBits<bits> tables;
@@ -293,10 +292,10 @@ inline Words reverse_bits(const Words& bytes) {
 
 #if defined(__AVX512F__)
 
-/// Stores the codes of as many elements as a mask has bits: comparison s is bit bits-1-s of each.
+/// Stores the codes of as many elements as a mask has bits: comparison s gives bit bits-1-s of each code.
 template <int bits, class Mask>
 inline void store_codes(const Mask (&above)[bits], std::uint8_t* packed) {
-  constexpr int chunk = 16;  // elements, whose codes a word holds
+  constexpr int chunk = 16;  // number of elements whose codes fit in a word
   static_assert(chunk * bits <= 64);
   constexpr std::uint64_t lowest = [] {
     std::uint64_t result = 0;
@@ -316,7 +315,7 @@ inline void store_codes(const Mask (&above)[bits], std::uint8_t* packed) {
 
 #endif
 
-/// Codes of 64 elements, one a byte. (Put together in registers: a load of what was stored in parts waits for them.)
+/// Codes of 64 elements, one per byte. (Assembled in registers, because a load of data stored in parts stalls.)
 template <int bits, class Lanes, class T>
 inline void search_64(const SearchTable<bits, Lanes>& table, const T* x, std::uint8_t* codes) {
   constexpr int count = 1 << Lanes::log_count;
@@ -337,7 +336,7 @@ void step_search_encode_elements(const T* x, std::int64_t n, const double* bound
   const SearchTable<bits, Lanes> table(Type<T>{}, boundaries);
   std::int64_t whole = 0;
 #if defined(__AVX512F__)
-  if constexpr (bits <= 4) {  // beyond, bytes are faster
+  if constexpr (bits <= 4) {  // with more bits, going through bytes is faster
     constexpr int count = 1 << Lanes::log_count;
     for (; whole + count <= n; whole += count) {
       prefetch_ahead(x + whole, count * sizeof(T));

@@ -13,13 +13,13 @@ namespace {
 
 // Codes ----------------------------------------------------------------------------------------------
 
-/// The bits of a 16-bit float in an order that integers have: a > b as floats is key(a) > key(b), but
-/// for -0, which lies below 0, and NaN, which lies beyond the infinities.
+/// Maps the bits of a 16-bit float to an integer with the same order: a > b as floats if and only if key(a) > key(b),
+/// except for -0, which is below 0, and NaN, which is beyond the infinities.
 constexpr std::int16_t key(std::uint16_t bits) {
   return static_cast<std::int16_t>(bits < 0x8000u ? bits : bits ^ 0x7fffu);
 }
 
-/// The key that the keys of what is above the boundary c exceed.
+/// The key such that exactly the elements above the boundary c have greater keys.
 template <class T>
 constexpr std::int16_t key_of_largest_not_above(float c) {
   const std::uint16_t bits = largest_not_above<T>(c).bits;
@@ -36,13 +36,13 @@ constexpr std::int16_t key_of_infinity = std::is_same_v<T, bfloat16> ? 0x7f80 : 
 
 #if defined(__AVX512F__)
 
-/// 32 codes from their bits.
+/// 32 codes from their low and high bits.
 inline std::uint64_t interleave(std::uint32_t low, std::uint32_t high) {
   return _pdep_u64(low, 0x5555555555555555u) | _pdep_u64(high, 0xaaaaaaaaaaaaaaaau);
 }
 
-/// Bits of the codes of 16 elements. Whether x is above the boundary in the middle is the high bit; that decides which
-/// of the other two boundaries gives the low one.
+/// Bits of the codes of 16 elements. Comparing x with the middle boundary gives the high bit, which selects the
+/// boundary whose comparison gives the low bit.
 struct CodeBits {
   __mmask16 low;
   __mmask16 high;
@@ -95,7 +95,7 @@ inline std::uint64_t encode_32(const T* x) {
 
 #elif defined(__AVX2__)
 
-/// 32 codes, one a byte, to 8 bytes. (No pdep: it is slow on CPUs that have AVX2 and no more.)
+/// Packs 32 codes, one per byte, into 8 bytes. (Avoids pdep, which is slow on CPUs that have AVX2 but not AVX-512.)
 inline std::uint64_t pack_32(__m256i codes) {
   const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0401));
   const __m256i quads = _mm256_madd_epi16(pairs, _mm256_set1_epi32(0x00100001));
@@ -111,7 +111,7 @@ inline std::uint64_t pack_32(__m256i codes) {
 template <class Step, class T>
 inline std::uint64_t encode_32(const T* x) {
   if constexpr (sizeof(T) == 2) {
-    // -code in each lane: a comparison gives -1.
+    // -code in each lane, because a comparison gives -1.
     const auto negated = [&](const T* from) {
       const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
       const __m256i keys =
@@ -136,7 +136,7 @@ inline std::uint64_t encode_32(const T* x) {
     };
     const __m256i low = _mm256_packs_epi32(negated(x), negated(x + 8));
     const __m256i high = _mm256_packs_epi32(negated(x + 16), negated(x + 24));
-    // Packing works within halves of a register: the groups of four come out as 0 2 4 6 1 3 5 7.
+    // Packing works within halves of a register: groups of four come out in the order 0 2 4 6 1 3 5 7.
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     const __m256i codes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
     return pack_32(_mm256_sub_epi8(_mm256_setzero_si256(), codes));
@@ -178,8 +178,8 @@ void step_encode(DType dtype, const void* x, std::int64_t n, std::uint8_t* packe
 
 #if defined(__AVX2__)
 
-/// For each of `lanes` codes of `bits` bits: which byte of their stream it begins in (and the next one,
-/// where it may reach into it), and at which bit.
+/// For each of `lanes` codes of `bits` bits: the byte of their stream in which it starts (and the next byte, if it may
+/// extend into it), and the starting bit.
 template <int bits>
 struct CodePlaces {
   alignas(64) std::int8_t bytes[lanes * 4];
@@ -197,14 +197,14 @@ struct CodePlaces {
   }
 };
 
-/// Bytes that are loaded for `lanes` codes, whatever `bits`.
+/// Number of bytes loaded for `lanes` codes, for any `bits`.
 constexpr int code_bytes_loaded = lanes;
 
 #if defined(__AVX512F__)
 using Register = __m512;
 using IntegerRegister = __m512i;
 
-/// Codes in the low bits of the lanes; what lies above them is not cleared.
+/// Codes in the low bits of the lanes. The bits above are not cleared.
 template <int bits>
 inline IntegerRegister load_codes(const std::uint8_t* packed) {
   static constexpr CodePlaces<bits> places;
@@ -218,7 +218,7 @@ inline IntegerRegister load_codes(const std::uint8_t* packed) {
       _mm512_shuffle_epi8(stream, _mm512_load_si512(places.bytes)), _mm512_load_si512(places.shifts));
 }
 
-/// levels[code], from registers.
+/// Looks up levels[code] in registers.
 template <int bits>
 class Levels {
  public:
@@ -243,7 +243,7 @@ class Levels {
     return _mm512_load_ps(table_ + 16 * i);
   }
 
-  /// Among the 2^width levels from register `first` on.
+  /// Looks up the level among the 2^width levels starting at register `first`.
   template <int width>
   Register among(IntegerRegister codes, int first) const {
     if constexpr (width == 5) {
@@ -311,7 +311,7 @@ void step_decode_multiply_elements(
   if constexpr (sizeof(T) <= 4) {
     const Levels<bits> table(levels);
     const bool streams = stream && is_aligned(grad_input, lanes * sizeof(T));
-    // Whole registers of codes are loaded, which end before the codes do.
+    // Codes are loaded in whole registers, which must not extend beyond the codes.
     const std::int64_t loadable = packed_bytes(n, bits) - code_bytes_loaded;
     const std::int64_t most = loadable < 0 ? 0 : loadable / (lanes / 8 * bits) + 1;
     const std::int64_t vectors = n / lanes < most ? n / lanes : most;
@@ -371,7 +371,7 @@ struct VectorLanes {
     return bits_of<Floats>(_mm512_fmadd_ps(bits_of<__m512>(a), bits_of<__m512>(b), bits_of<__m512>(c)));
   }
   static Floats min_magnitude(const Floats& a, const Floats& b) {
-    // The smaller magnitude, without a sign; of NaN and a number, the number.
+    // The smaller magnitude, without sign; if one operand is NaN, the other one.
     return bits_of<Floats>(_mm512_range_ps(bits_of<__m512>(a), bits_of<__m512>(b), 0b1010));
   }
   static Floats max(const Floats& a, const Floats& b) {
@@ -380,7 +380,7 @@ struct VectorLanes {
 
   class Table {
    public:
-    /// (The compiler is not to know that these are constants: it would load them again at every use.)
+    /// (Hides from the compiler that these are constants: it would otherwise load them again at every use.)
     explicit Table(const float (&entries)[32]) : low_(_mm512_loadu_ps(entries)), high_(_mm512_loadu_ps(entries + 16)) {
       asm("" : "+v"(low_), "+v"(high_));
     }
@@ -429,7 +429,7 @@ struct VectorLanes {
   }
 };
 
-/// y = Function(x) and, where `codes` says so, codes of x.
+/// y = Function(x) and, if `codes`, the codes of x.
 template <class Function, class Step, bool codes, class T>
 void fast_forward_elements(const T* x, std::int64_t n, T* y, std::uint8_t* packed, bool stream) {
   const bool streams = stream && is_aligned(y, lanes * sizeof(T));
@@ -452,7 +452,7 @@ void fast_forward_elements(const T* x, std::int64_t n, T* y, std::uint8_t* packe
 #if defined(__AVX512F__)
     const std::int64_t encoded = i;
 #else
-    const std::int64_t encoded = begin;  // of what has just been read
+    const std::int64_t encoded = begin;  // the whole tile, which was just read
 #endif
     for (; i < end; i += lanes) {
       const Partial part{end - i < lanes ? static_cast<int>(end - i) : lanes};
@@ -487,7 +487,7 @@ constexpr KernelTable::FastForward fast_forward_kernel = &fast_forward<Function,
 
 #else
 
-/// None without fused multiply-add: torch's own are faster there.
+/// There are no kernels without fused multiply-add: torch's own are faster there.
 template <class Function, class Step>
 constexpr KernelTable::FastForward fast_forward_kernel = nullptr;
 

@@ -1,13 +1,13 @@
-// Vectors of the instruction set that a file is compiled for, by GCC's and Clang's vector extensions;
-// intrinsics where those have no word for an instruction.
+// Vectors of the instruction set that a file is compiled for, using the vector extensions of GCC and Clang, and
+// intrinsics for instructions that the extensions cannot express.
 //
-// Every instruction set gives the same bytes: elementwise operations are IEEE's, sums have an order of
-// their own (norm.h), and nothing is contracted to a fused multiply-add.
+// Every instruction set gives the same bytes: elementwise operations follow IEEE 754, sums have a fixed order (norm.h),
+// and nothing is contracted to a fused multiply-add.
 //
-// For the files of this folder alone. They are compiled once for each instruction set, so all that
-// they instantiate has internal linkage: a weak symbol that was compiled for AVX-512 could be picked
-// for a CPU without it. Hence the anonymous namespaces, no functions of the standard library, and core
-// functions that are always inlined (LOMEM_HOST_DEVICE in config.h). A test looks at the symbols.
+// Only for the files of this folder. They are compiled once per instruction set, so everything they instantiate must
+// have internal linkage: the linker could pick a weak symbol compiled for AVX-512 on a CPU without it. Hence the
+// anonymous namespaces, no functions of the standard library, and core functions that are always inlined
+// (LOMEM_HOST_DEVICE in config.h). A test checks the symbols.
 #pragma once
 
 #include <lomem/core/dtype.h>
@@ -150,7 +150,7 @@ inline Floats to_floats(const Doubles& x) {
 #endif
 }
 
-/// Sum of all lanes, halves first.
+/// Sum of all lanes, adding halves first.
 inline double sum_of_lanes(const Doubles& x) {
   const HalfDoubles sum = x.first + x.second;
 #if defined(__AVX512F__)
@@ -171,8 +171,8 @@ inline bool is_aligned(const void* pointer, std::size_t alignment) {
   return reinterpret_cast<std::uintptr_t>(pointer) % alignment == 0;
 }
 
-/// Stores a vector; past the caches where `stream` says so, which needs an address that is a multiple
-/// of the vector's size, and a stream_fence() before another thread reads it.
+/// Stores a vector. With `stream`, the store bypasses the caches, which requires an address that is a multiple of the
+/// vector's size, and a stream_fence() before another thread reads it.
 template <class V>
 inline void store(const V& v, void* target, bool stream) {
   if (stream) {
@@ -195,10 +195,11 @@ inline void store(const V& v, void* target, bool stream) {
   std::memcpy(target, &v, sizeof(V));
 }
 
-/// Asks for the lines 2 KiB behind those at [from, from + bytes). The hardware looks ahead too, but not beyond a page:
-/// where there is little to compute and the last cache answers, a quarter of the time went there.
+/// Prefetches the lines 2 KiB beyond [from, from + bytes). The hardware prefetches too, but not beyond a page: where
+/// there is little to compute and the last-level cache delivers the data, a quarter of the time was spent waiting
+/// there.
 inline void prefetch_ahead(const void* from, std::int64_t bytes) {
-  // (As a number, for it may lie beyond the array. Nothing is fetched then.)
+  // (Computed as an integer, because it may be beyond the array. Nothing is fetched then.)
   const auto ahead = reinterpret_cast<std::uintptr_t>(from) + 2048;
   for (std::int64_t line = 0; line < bytes; line += 64) {
     __builtin_prefetch(reinterpret_cast<const void*>(ahead + line));
@@ -211,7 +212,7 @@ inline void stream_fence() {
 #endif
 }
 
-// (Compilers make three instructions of what these are one of.)
+// (Each of these is one instruction, but compilers generate three.)
 
 inline Words to_words(const Halves& x) {
 #if defined(__AVX512F__)
@@ -223,7 +224,7 @@ inline Words to_words(const Halves& x) {
 #endif
 }
 
-/// The low halves of words that are below 2^16.
+/// The low halves of words, which must be below 2^16.
 inline Halves to_halves(const Words& x) {
 #if defined(__AVX512F__)
   return bits_of<Halves>(_mm512_cvtepi32_epi16(bits_of<__m512i>(x)));
@@ -254,11 +255,11 @@ inline Floats to_floats(const Halves& x, float16 /*type*/) {
 #endif
 }
 
-/// Roundings to nearest even, to what from_compute gives.
+/// Round to nearest even, with the same results as from_compute.
 inline Halves from_floats(const Floats& x, bfloat16 /*type*/) {
   const Words u = bits_of<Words>(x);
 #if defined(__AVX512BF16__)
-  // The instruction takes subnormal numbers for 0.
+  // The instruction treats subnormal numbers as 0.
   if (__builtin_expect(_mm512_fpclass_ps_mask(bits_of<__m512>(x), 0x20) == 0, 1)) {
     return bits_of<Halves>(_mm512_cvtneps_pbh(bits_of<__m512>(x)));
   }
@@ -318,7 +319,7 @@ inline void store_as(const Vector<C>& x, T* target, bool stream) {
   }
 }
 
-/// Two vectors, for neighbouring places.
+/// Stores two vectors to consecutive places.
 template <class T>
 inline void store_two(const Floats& first, const Floats& second, T* target, bool stream) {
 #if defined(__AVX512BF16__)
@@ -336,7 +337,7 @@ inline void store_two(const Floats& first, const Floats& second, T* target, bool
   store_as<float>(second, target + lanes, stream);
 }
 
-/// All lanes of a vector, or as many as are left.
+/// Selects all lanes of a vector, or only the remaining ones.
 struct Full {};
 struct Partial {
   int count;
@@ -370,7 +371,7 @@ template <class C, class T>
   }
 }
 
-/// x, with 0 in the lanes that are no part.
+/// x, with 0 in the lanes that are not part of it.
 template <class V>
 inline V only(const V& x, Full) {
   return x;

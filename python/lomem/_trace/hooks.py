@@ -1,0 +1,103 @@
+"""Hooks of modules and of saved tensors that hide nothing from one another."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["ModulePath", "SavedTensorsBlock", "hook_after", "hook_before"]
+
+
+# A ScriptModule refuses these methods by name, since hooks are no part of what is compiled. Those around the call of a
+# whole one are Python's, and run.
+def hook_before(module: nn.Module, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+    """``module.register_forward_pre_hook``, of ScriptModules too."""
+    return nn.Module.register_forward_pre_hook(module, hook, **options)
+
+
+def hook_after(module: nn.Module, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+    """``module.register_forward_hook``, of ScriptModules too."""
+    return nn.Module.register_forward_hook(module, hook, **options)
+
+
+class ModulePath:
+    """Context manager that knows which submodule of a model runs: the innermost one, by its first name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._stack: list[str] = []
+
+    @property
+    def path(self) -> str | None:
+        """Qualified name of the innermost running module: ``""`` for the model itself, None outside of it."""
+        return self._stack[-1] if self._stack else None
+
+    def __enter__(self) -> ModulePath:
+        self._handles = []
+        for name, module in self._model.named_modules():
+
+            def enter(module: nn.Module, args: Any, name: str = name) -> None:
+                self._stack.append(name)
+
+            def leave(module: nn.Module, args: Any, output: Any) -> None:
+                self._stack.pop()
+
+            self._handles.append(hook_before(module, enter, prepend=True))
+            # Also where the module raises: checkpointing leaves a recomputed forward by an exception.
+            self._handles.append(hook_after(module, leave, always_call=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._stack.clear()
+
+
+class _Recorders(threading.local):
+    def __init__(self) -> None:
+        self.active: list[Callable[[Tensor], None]] = []
+
+
+_recorders = _Recorders()
+
+
+def _pack(tensor: Tensor) -> Tensor:
+    # torch calls the innermost hooks only, so they speak for all blocks around them.
+    for record in _recorders.active:
+        record(tensor)
+    # Not the tensor itself: an op that keeps its own result would keep itself, and a graph that no backward pass frees
+    # would stay for ever. torch makes the result of unpacking what the tensor was in the graph.
+    return tensor.detach()
+
+
+class SavedTensorsBlock:
+    """Context manager that calls a function with every tensor that autograd saves inside it.
+
+    Blocks may be nested, and each is called; other saved-tensor hooks around the innermost block are not (torch calls
+    the innermost alone), and those inside it (of checkpointing) hide from it what they replace.
+    """
+
+    def __init__(self, record: Callable[[Tensor], None]) -> None:
+        self._record = record
+
+    def __enter__(self) -> SavedTensorsBlock:
+        _recorders.active.append(self._record)
+        # Hooks that do not refer to a recorder: a cycle through the graph would keep its storages alive.
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(_pack, lambda t: t)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._hooks.__exit__(kind, error, traceback)
+        _recorders.active.remove(self._record)

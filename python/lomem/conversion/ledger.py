@@ -1,0 +1,109 @@
+"""What may be converted, and what is saved for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .._trace.recorder import Storage
+from .exchange import Converted
+from .flow import Flow
+from .forms import ActivationForm, NormForm
+from .kinds import Action, Kind
+
+__all__ = ["Candidate", "Ledger"]
+
+
+@dataclass(eq=False)
+class Candidate:
+    """Something that may be converted.
+
+    Attributes:
+        name: Name of the module.
+        kind: Whether it is a norm, an activation or calls of activations.
+        form: What it computes.
+        action: What would become of it; LEFT where that is decided already.
+        reason: Why, as a clause.
+        changes: Mixins and their attributes, by the module's name.
+        own: What it saves, as positions in the ledger.
+        others: What other modules save, and no longer save once it is converted.
+        sharing: Those of the others that then save the tensor which it saves.
+        takers: A clause that says that no other module saves what it would save, and why.
+        added: Bytes that it saves once it is converted.
+        gain: Bytes that the model saves less; a part of those that several candidates free together.
+        least: What its conversion must free more than, the others being what they are.
+    """
+
+    name: str
+    kind: Kind
+    form: NormForm | ActivationForm | str
+    action: Action = Action.LEFT
+    reason: str = ""
+    changes: dict[str, tuple[type[Converted], dict[str, Any]]] = field(default_factory=dict)
+    own: set[int] = field(default_factory=set)
+    others: set[int] = field(default_factory=set)
+    sharing: set[int] = field(default_factory=set)
+    takers: str = ""
+    added: int = 0
+    gain: int = 0
+    least: int = 0
+
+    def leave(self, reason: str) -> None:
+        """Decides against it."""
+        self.action, self.reason, self.changes, self.gain = Action.LEFT, reason, {}, 0
+
+    @property
+    def left(self) -> bool:
+        """Whether it is decided against."""
+        return self.action is Action.LEFT
+
+    def drops(self, position: int) -> bool:
+        """Whether something is no longer saved once it is converted."""
+        return position in self.own or position in self.others
+
+    def contains(self, name: str) -> bool:
+        """Whether a module is inside it."""
+        return name != self.name and (not self.name or name.startswith(f"{self.name}."))
+
+
+def _is_weight(storage: Storage) -> bool:
+    while storage.copy_of is not None:
+        storage = storage.copy_of
+    return storage.label == "parameter"
+
+
+class Ledger:
+    """What was saved for backward in one run, without parameters, inputs and copies of weights.
+
+    Args:
+        flow: The run.
+
+    Attributes:
+        saved: What was saved, by its position in the recorder's list.
+        positions: The positions of each storage, which is saved as long as one of them is.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        everything = enumerate(flow.recorder.saved)
+        self.saved = {i: s for i, s in everything if s.storage.label is None and not _is_weight(s.storage)}
+        self.positions: dict[Storage, list[int]] = {}
+        for i, saved in self.saved.items():
+            self.positions.setdefault(saved.storage, []).append(i)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is saved."""
+        return sum(storage.nbytes for storage in self.positions)
+
+    def within(self, ranges: Iterable[range]) -> set[int]:
+        """The positions in some ranges."""
+        return {i for positions in ranges for i in positions if i in self.saved}
+
+    def of(self, storages: Iterable[Storage]) -> set[int]:
+        """The positions of some storages."""
+        return {i for storage in storages for i in self.positions.get(storage, ())}
+
+    def storages(self, positions: Iterable[int]) -> set[Storage]:
+        """The storages at some positions."""
+        return {self.saved[i].storage for i in positions}

@@ -1,0 +1,245 @@
+"""What would become of norms."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from .._trace.keeps import KEEPS, saves_operands
+from .._trace.recorder import Op, Storage
+from .finder import Finder
+from .flow import Call
+from .forms import NormForm
+from .kinds import Action, Kind
+from .ledger import Candidate
+from .modules import MSNorm, NormPlan, SharedInput
+
+__all__ = ["CONDITIONING", "plan_norm"]
+
+#: A channel's normalized input is recovered from the output where abs(beta) is at most this many times abs(gamma): of
+#: the output's digits at most log2(1 + 8) = 3.2 bits are beta's.
+CONDITIONING = 8.0
+
+
+def _real(tensor: Tensor) -> Tensor | None:
+    # The values of fake and meta tensors are not known.
+    return tensor.detach() if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" else None
+
+
+def badly_conditioned(module: nn.Module, form: NormForm, dtype: torch.dtype) -> str | None:
+    """Why the normalized input cannot be recovered from the output, or None where it can.
+
+    Args:
+        module: The norm.
+        form: What it computes.
+        dtype: Dtype of the output that is saved.
+    """
+    if form.gamma is None:
+        return None
+    gamma = _real(getattr(module, form.gamma))
+    if gamma is None:
+        return None
+    gamma = (gamma.double() + form.one_plus).abs()
+    # Six bits above the smallest normal number: outputs of normalized inputs of 1/64 and more have all their digits.
+    small = int((gamma < 64 * torch.finfo(dtype).tiny).sum())
+    if small:
+        return f"{small} of {gamma.numel()} weights are too small to divide by"
+    beta = _real(getattr(module, form.beta)) if form.beta is not None else None
+    if beta is not None:
+        large = int((beta.double().abs() > CONDITIONING * gamma).sum())
+        if large:
+            return f"in {large} of {gamma.numel()} channels the bias is over {CONDITIONING:g} times the weight"
+    return None
+
+
+def _takes_low_precision(op: Op, alias: Storage) -> bool:
+    return op.inputs.index(alias) in KEEPS.get(op.func._overloadpacket, ())
+
+
+def _refusal(finder: Finder, name: str, form: NormForm) -> str | None:
+    """Why a norm is left whatever would be gained, or None."""
+    if form.beta is not None and not form.centred:
+        return "no op is an RMS norm with a bias"
+    unused = finder.unused(name)
+    if unused is not None:
+        return unused
+    for flow in finder.flows:
+        for call in flow.calls_of(name):
+            if not call.single or call.result is None:
+                return "it is called with more than a tensor"
+            changed = next((op for op in flow.recorder.ops[call.end :] if call.result in op.written), None)
+            if changed is not None:
+                return f"its output is changed in place by {changed.func._overloadpacket.__name__} in {_at(changed)}"
+    return None
+
+
+class _Output:
+    """Where a norm's output goes, and as what.
+
+    Attributes:
+        calls: The norm's calls in the first run.
+        uses: Ops of the first run that take the output, or a copy of it.
+        dtype: Dtype of the output.
+        kept_dtype: Dtype in which it is saved once it is converted: autocast's, where that is narrower.
+        low_precision: Whether all ops that take it cast it to autocast's dtype, or would.
+        casts: Copies in autocast's dtype that are saved.
+        results: Storages of the norm's results in the first run.
+    """
+
+    def __init__(self, finder: Finder, name: str) -> None:
+        first, autocast = finder.flows[0], _autocast_dtype()
+        self.calls = first.calls_of(name)
+        self.dtype = self.calls[0].dtype or torch.float32
+        narrower = autocast is not None and autocast.itemsize < self.dtype.itemsize and self.dtype != torch.float64
+        self.kept_dtype = autocast if autocast is not None and narrower else self.dtype
+        self.low_precision = True
+        self.uses: list[tuple[Op, Storage]] = []
+        for flow in finder.flows:
+            for call in flow.calls_of(name):
+                uses = list(flow.uses(_result(call), call.end))
+                self.uses += uses if flow is first else []
+                # A product that takes it uncast, though autocast is on, has it turned off around it.
+                low = all(
+                    _takes_low_precision(op, alias) and (not narrower or alias.dtype == autocast) for op, alias in uses
+                )
+                # A module that asks for the dtype may cast a narrower one back, and save that cast.
+                asked = narrower and any(s is call.result and n != name for s, n in flow.asked)
+                self.low_precision &= low and bool(uses) and call.result not in flow.escaped and not asked
+        casts = {s for call in self.calls for s in first.casts(_result(call), call.end) if s.dtype == autocast}
+        self.casts = {s for s in casts if s in finder.ledger.positions}
+        self.results = {_result(call) for call in self.calls}
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the outputs that have a gradient."""
+        return sum(call.numel for call in self.calls if call.requires_grad)
+
+    def added(self, form: NormForm, weight: Tensor | None) -> int:
+        """Bytes that the norm saves once it is converted: its output or a substitute, rstd, and 1 + weight."""
+        calls = sum(call.requires_grad for call in self.calls)
+        rstd = 8 if self.dtype == torch.float64 else 4
+        size = self.numel * self.kept_dtype.itemsize + self.numel // torch.Size(form.shape).numel() * rstd
+        if weight is not None and form.one_plus:
+            size += calls * weight.numel() * (8 if weight.dtype == torch.float64 else 4)
+        return size
+
+
+def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
+    """What would become of a norm."""
+    c = Candidate(name, Kind.NORM, form)
+    refusal = _refusal(finder, name, form)
+    if refusal is not None:
+        c.leave(refusal)
+        return c
+    output = _Output(finder, name)
+    narrower = output.kept_dtype != output.dtype
+    linears = _linears_behind(finder, name, output)
+    problem = badly_conditioned(finder.modules[name], form, output.kept_dtype)
+    if problem is not None and (len(form.shape) != 1 or not (linears or narrower)):
+        c.leave(f"{problem}, and no linear layer takes its output as it is")
+        return c
+    shared = problem is not None or (narrower and not output.low_precision)
+    if problem is not None:
+        c.action, c.reason = Action.NORMALIZED, f"{problem}: linear layers keep the normalized input"
+    elif shared:
+        c.action = Action.TWO_OUTPUTS
+        c.reason = f"linear layers keep a {str(output.kept_dtype)[6:]} copy, others take the full precision"
+    else:
+        c.action, c.reason = Action.INVERTED, "its consumers keep its output"
+    _account(c, finder, output, linears if shared else None)
+    takers = _takers(finder, name, linears) if shared else 0
+    plan = NormPlan(form, problem is None, output.low_precision, shared, takers)
+    c.changes[name] = (MSNorm, MSNorm.attributes(finder.modules[name], plan))
+    for linear in linears if shared else ():
+        linear_form = finder.linear(linear)
+        assert linear_form is not None
+        c.changes[linear] = (SharedInput, SharedInput.attributes(finder.modules[linear], linear_form))
+    return c
+
+
+def _account(c: Candidate, finder: Finder, output: _Output, linears: dict[str, set[int]] | None) -> None:
+    """Fills in what a norm saves before and after, and what others no longer save.
+
+    Args:
+        c: The norm's candidate.
+        finder: The runs.
+        output: Where its output goes.
+        linears: Linear layers that have to be told what it saves, with what they save; None where none has to.
+    """
+    assert isinstance(c.form, NormForm)
+    ledger, module = finder.ledger, finder.modules[c.name]
+    c.own = ledger.within(call.saved for call in output.calls)
+    # One float a row less, the mean, is no reason.
+    c.least = sum(s.nbytes for s in ledger.storages(c.own)) // 4
+    c.added = output.added(c.form, None if c.form.gamma is None else getattr(module, c.form.gamma))
+    kept = ledger.of(output.results | output.casts) - c.own
+    others = "consumer"
+    if linears is None:
+        c.others = c.sharing = kept
+    else:
+        c.others = c.sharing = {i for positions in linears.values() for i in positions}
+        # A module that is no linear layer, or that takes something made of the output, saves what it saved: casts of
+        # its own, or of parts, where the output is not cast as a whole.
+        rest, whole = kept - c.others, output.numel * output.kept_dtype.itemsize
+        if rest:
+            others = "linear layer"
+            output.low_precision &= sum(s.nbytes for s in ledger.storages(rest)) > whole
+        if rest and output.low_precision:
+            c.others = kept
+            c.added += whole
+    c.takers = f"no {others} keeps its output{_who(finder, output.uses)}"
+
+
+def _autocast_dtype() -> torch.dtype | None:
+    device = next((d for d in ("cuda", "cpu") if torch.is_autocast_enabled(d)), None)
+    return None if device is None else torch.get_autocast_dtype(device)
+
+
+def _result(call: Call) -> Storage:
+    assert call.result is not None
+    return call.result
+
+
+def _at(op: Op) -> str:
+    return op.module or "the model"
+
+
+def _who(finder: Finder, uses: list[tuple[Op, Storage]]) -> str:
+    """What takes the output instead, as a clause."""
+    for op, _ in uses:
+        module = finder.modules.get(op.module or "")
+        # Not by getattr: a parametrized weight may be another each time that it is asked for.
+        weight = None if module is None else module._parameters.get("weight")
+        if saves_operands(op.func) and isinstance(weight, Tensor) and not weight.requires_grad:
+            return f": the weight of {type(module).__name__} is frozen"
+        if not saves_operands(op.func):
+            return f": {op.func._overloadpacket.__name__} takes it"
+    return ""
+
+
+def _linears_behind(finder: Finder, name: str, output: _Output) -> dict[str, set[int]]:
+    """Linear layers that are called with the very tensor that a norm returned, in the first run, and what they save.
+
+    What they save is the result or a copy in another dtype. They are listed only where the norm saves all the digits
+    that they compute with.
+    """
+    ids = {call.result_id for call in output.calls}
+    kept, eps = output.results | output.casts, torch.finfo(output.kept_dtype).eps
+    found: dict[str, set[int]] = {}
+    for call in finder.flows[0].calls:
+        if call.input_id not in ids or call.name == name or not call.single or len(call.shapes[0]) < 2:
+            continue
+        saved = {i: finder.ledger.saved[i] for i in finder.ledger.within([call.saved])}
+        mine = {i for i, s in saved.items() if s.storage in kept and torch.finfo(s.dtype).eps >= eps}
+        if mine and finder.linear(call.name) is not None:
+            found[call.name] = found.get(call.name, set()) | mine
+    return found
+
+
+def _takers(finder: Finder, name: str, linears: Collection[str]) -> int:
+    """How many calls of linear layers one result of a norm goes to, at most."""
+    flow = finder.flows[0]
+    ids = [call.result_id for call in flow.calls_of(name)]
+    return max(sum(call.input_id == i and call.name in linears for call in flow.calls) for i in ids)
