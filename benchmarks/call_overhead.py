@@ -1,29 +1,75 @@
-"""Call overhead without gradient: lomem's ops against the torch ops that they replace.
+"""Call overhead, without and with gradient: lomem's ops against the torch ops that they replace.
 
-Inputs have one element, so that only the call is timed. The two are timed in turns; the figures are medians. Needs only
-lomem.
+Inputs have one element, so that only the call is timed. The two are timed in turns; figures are medians, in microseconds.
+With --against, another installation of lomem is timed in the same run, alternating with this one. Needs only lomem.
 
     python benchmarks/call_overhead.py
+    python benchmarks/call_overhead.py --limit 1                # exit 1 if a call costs over 1 us more than torch's
+    python benchmarks/call_overhead.py --against OTHER          # OTHER: the folder that contains the other lomem/
 """
 
+import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 
 import lomem
 import torch
 import torch.nn.functional as F
 
-CALLS = 2000
+CALLS = 500
 ROUNDS = 101
-PAIRS = {
-    "regelu2 / gelu": (lomem.functional.regelu2, F.gelu),
-    "resilu2 / silu": (lomem.functional.resilu2, F.silu),
-    "ms_layer_norm / layer_norm": (
-        lambda x: lomem.functional.ms_layer_norm(x, (1,)),
-        lambda x: F.layer_norm(x, (1,)),
-    ),
-    "ms_rms_norm / rms_norm": (lambda x: lomem.functional.ms_rms_norm(x, (1,)), lambda x: F.rms_norm(x, (1,))),
+LF = lomem.functional
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+#: Activations by their name in lomem.functional: the torch function, and further arguments for both.
+ACTIVATIONS = {
+    "regelu2": (F.gelu, ()),
+    "resilu2": (F.silu, ()),
+    "gelu": (F.gelu, ()),
+    "quick_gelu": (quick_gelu, ()),
+    "silu": (F.silu, ()),
+    "mish": (F.mish, ()),
+    "sigmoid": (torch.sigmoid, ()),
+    "tanh": (torch.tanh, ()),
+    "tanhshrink": (F.tanhshrink, ()),
+    "softplus": (F.softplus, (1.0, 20.0)),
+    "softsign": (F.softsign, ()),
+    "logsigmoid": (F.logsigmoid, ()),
+    "elu": (F.elu, (1.0,)),
+    "celu": (F.celu, (1.0,)),
+    "selu": (F.selu, ()),
+    "hardswish": (F.hardswish, ()),
+    "relu": (F.relu, ()),
+    "leaky_relu": (F.leaky_relu, (0.01,)),
+    "relu6": (F.relu6, ()),
+    "threshold": (F.threshold, (0.0, 0.0)),
+    "hardtanh": (F.hardtanh, (-1.0, 1.0)),
+    "hardsigmoid": (F.hardsigmoid, ()),
+    "hardshrink": (F.hardshrink, (0.5,)),
+    "softshrink": (F.softshrink, (0.5,)),
 }
+
+
+def pairs():
+    """Maps names to lomem's and torch's functions of one tensor."""
+    result = {}
+    for name, (theirs, arguments) in ACTIVATIONS.items():
+        ours = getattr(LF, name)
+        result[name] = (
+            lambda x, f=ours, a=arguments: f(x, *a),
+            lambda x, f=theirs, a=arguments: f(x, *a),
+        )
+    result["ms_layer_norm"] = (lambda x: LF.ms_layer_norm(x, (1,)), lambda x: F.layer_norm(x, (1,)))
+    result["ms_rms_norm"] = (lambda x: LF.ms_rms_norm(x, (1,)), lambda x: F.rms_norm(x, (1,)))
+    return result
 
 
 def microseconds(function, x):
@@ -33,15 +79,76 @@ def microseconds(function, x):
     return (time.perf_counter() - start) / CALLS * 1e6
 
 
-def main():
+def one_round(requires_grad):
+    """Maps names to microseconds of lomem and of torch."""
+    x = torch.randn(1, requires_grad=requires_grad)
+    return {name: (microseconds(ours, x), microseconds(theirs, x)) for name, (ours, theirs) in pairs().items()}
+
+
+def serve():
+    """Runs a round for every line of standard input, and prints it."""
     torch.set_num_threads(1)
-    x = torch.randn(1)
-    print(f"{'microseconds per call':<28}{'lomem':>8}{'torch':>8}{'difference':>12}")
-    for name, (ours, theirs) in PAIRS.items():
-        pairs = [(microseconds(ours, x), microseconds(theirs, x)) for _ in range(ROUNDS)]
-        a, b, difference = (statistics.median(v) for v in (*zip(*pairs, strict=True), [p - q for p, q in pairs]))
-        print(f"{name:<28}{a:>8.2f}{b:>8.2f}{difference:>+12.2f}")
+    for line in sys.stdin:
+        print(json.dumps(one_round(line.strip() == "grad")), flush=True)
+
+
+class Other:
+    """Another installation of lomem, in a separate process."""
+
+    def __init__(self, folder):
+        environment = {**os.environ, "PYTHONPATH": folder}
+        command = [sys.executable, __file__, "--serve"]
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def round(self, requires_grad):
+        self.process.stdin.write("grad\n" if requires_grad else "plain\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+def report(title, rounds, others):
+    """Prints medians; returns the largest median difference between lomem's and torch's calls of an activation."""
+    columns = f"{'torch':>8}{'lomem':>8}{'over torch':>12}" + (f"{'other lomem':>13}" if others else "")
+    print(f"{title:<28}{columns}")
+    worst = 0.0
+    for name in rounds[0]:
+        ours, theirs = (statistics.median(r[name][i] for r in rounds) for i in (0, 1))
+        difference = statistics.median(r[name][0] - r[name][1] for r in rounds)
+        other = f"{statistics.median(r[name][0] for r in others):>13.2f}" if others else ""
+        print(f"{name:<28}{theirs:>8.2f}{ours:>8.2f}{difference:>+12.2f}{other}")
+        if name in ACTIVATIONS:
+            worst = max(worst, difference)
+    print()
+    return worst
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", metavar="OTHER", help="folder of another installation of lomem")
+    parser.add_argument("--limit", type=float, metavar="US", help="largest difference from torch, without gradient")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve()
+        return 0
+    torch.set_num_threads(1)
+    other = Other(arguments.against) if arguments.against else None
+    worst = {}
+    for requires_grad in (False, True):
+        rounds, others = [], []
+        for _ in range(arguments.rounds):
+            rounds.append(one_round(requires_grad))
+            if other is not None:
+                others.append(other.round(requires_grad))
+        worst[requires_grad] = report("with gradient" if requires_grad else "without gradient", rounds, others)
+    if arguments.limit is not None and worst[False] > arguments.limit:
+        print(f"a call costs {worst[False]:.2f} us more than torch's, expected at most {arguments.limit}")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
