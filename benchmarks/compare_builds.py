@@ -1,9 +1,9 @@
 """Compares the speed of two builds of lomem: runs `lomem bench` with both, alternating.
 
 Each build runs the benchmark several times. The ratio of a figure is this build's time divided by the other's, in
-consecutive runs. The script prints the geometric mean of the ratios and its 95 % confidence interval (Student's t on the
-logarithms). A figure whose whole interval is above --limit is a regression, and the exit status is then 1. The machine
-must be idle otherwise.
+consecutive runs. The script prints the geometric mean of the ratios and its 95 % confidence interval (Student's t on
+the logarithms). A figure whose whole interval is above --limit is a regression, and the exit status is then 1. The
+machine must be idle otherwise.
 
     python benchmarks/compare_builds.py OTHER [--runs 8] [--limit 1.03] [--json FILE] -- <arguments of lomem bench>
 
