@@ -1,7 +1,8 @@
 """Call overhead, without and with gradient: lomem's ops against the torch ops that they replace.
 
 Inputs have one element, so that only the call is timed. The two are timed in turns; figures are medians in
-microseconds. With --against, another installation of lomem is timed in the same run, alternating with this one. Needs only lomem.
+microseconds. With --against, another installation of lomem is timed in the same run, alternating with this one. Needs
+only lomem.
 
     python benchmarks/call_overhead.py
     python benchmarks/call_overhead.py --limit 1                # exit 1 if a call costs over 1 us more than torch's
