@@ -1,11 +1,12 @@
-"""What a call costs without gradient: lomem's ops against the torch ops whose forward pass they are.
+"""Call overhead, without and with gradient: lomem's ops against the torch ops that they replace.
 
-On one element, so that only the call is timed. The two are timed in turns; figures are medians, in microseconds. With
---against, another installation of lomem is timed in the same run, in turns with this one. Needs only lomem.
+Inputs have one element, so that only the call is timed. The two are timed in turns; figures are medians in
+microseconds. With --against, another installation of lomem is timed in the same run, alternating with this one. Needs
+only lomem.
 
     python benchmarks/call_overhead.py
-    python benchmarks/call_overhead.py --limit 1                # exit 1 where a call costs over 1 us more than torch's
-    python benchmarks/call_overhead.py --against OTHER          # OTHER: the folder that holds the other's lomem/
+    python benchmarks/call_overhead.py --limit 1                # exit 1 if a call costs over 1 us more than torch's
+    python benchmarks/call_overhead.py --against OTHER          # OTHER: the folder that contains the other lomem/
 """
 
 import argparse
@@ -29,7 +30,7 @@ def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
 
-#: Activations by their name in lomem.functional: the torch function, and further arguments of both.
+#: Activations by their name in lomem.functional: the torch function, and further arguments for both.
 ACTIVATIONS = {
     "regelu2": (F.gelu, ()),
     "resilu2": (F.silu, ()),
@@ -59,7 +60,7 @@ ACTIVATIONS = {
 
 
 def pairs():
-    """Name -> lomem's call and torch's, of one tensor."""
+    """Maps names to lomem's and torch's functions of one tensor."""
     result = {}
     for name, (theirs, arguments) in ACTIVATIONS.items():
         ours = getattr(LF, name)
@@ -80,20 +81,20 @@ def microseconds(function, x):
 
 
 def one_round(requires_grad):
-    """Name -> microseconds of lomem and of torch."""
+    """Maps names to microseconds of lomem and of torch."""
     x = torch.randn(1, requires_grad=requires_grad)
     return {name: (microseconds(ours, x), microseconds(theirs, x)) for name, (ours, theirs) in pairs().items()}
 
 
 def serve():
-    """Answers each line with a round."""
+    """Runs a round for every line of standard input, and prints it."""
     torch.set_num_threads(1)
     for line in sys.stdin:
         print(json.dumps(one_round(line.strip() == "grad")), flush=True)
 
 
 class Other:
-    """Another installation of lomem, in a process of its own."""
+    """Another installation of lomem, in a separate process."""
 
     def __init__(self, folder):
         environment = {**os.environ, "PYTHONPATH": folder}
@@ -103,13 +104,14 @@ class Other:
         )
 
     def round(self, requires_grad):
+        """Runs :func:`one_round` in that process."""
         self.process.stdin.write("grad\n" if requires_grad else "plain\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
 
 def report(title, rounds, others):
-    """Prints medians; returns the largest median difference from torch of lomem's calls."""
+    """Prints medians; returns the largest median difference between lomem's and torch's calls of an activation."""
     columns = f"{'torch':>8}{'lomem':>8}{'over torch':>12}" + (f"{'other lomem':>13}" if others else "")
     print(f"{title:<28}{columns}")
     worst = 0.0

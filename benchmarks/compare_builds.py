@@ -1,13 +1,13 @@
-"""Whether another build of lomem is faster: `lomem bench` of both, in turns, figure by figure.
+"""Compares the speed of two builds of lomem: runs `lomem bench` with both, alternating.
 
-Each build runs the benchmark several times, alternating. A figure's ratio is this build's time over the other's, of runs
-that followed each other. Printed are the geometric mean of the ratios and its 95 % interval (Student's t, of the
-logarithms). Figures whose whole interval lies above --limit are regressions: the exit status is then 1. The machine must
-have nothing else to do.
+Each build runs the benchmark several times. The ratio of a figure is this build's time divided by the other's, in
+consecutive runs. The script prints the geometric mean of the ratios and its 95 % confidence interval (Student's t on
+the logarithms). A figure whose whole interval is above --limit is a regression, and the exit status is then 1. The
+machine must be idle otherwise.
 
     python benchmarks/compare_builds.py OTHER [--runs 8] [--limit 1.03] [--json FILE] -- <arguments of lomem bench>
 
-OTHER is the folder that holds the other build's lomem/.
+OTHER is the folder that contains the other build's lomem/.
 """
 
 import argparse
@@ -20,13 +20,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-#: Of Student's t distribution, the 97.5 % quantile by degrees of freedom; beyond, that of 30.
+#: 97.5 % quantiles of Student's t distribution by degrees of freedom; above the last, that of 30 applies.
 T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 11: 2.20, 15: 2.13, 19: 2.09}
 KEY = ("case", "shape", "dtype", "threads", "pass")
 
 
 def measure(folder, options):
-    """Figure -> microseconds of lomem's ops."""
+    """Maps figures to microseconds of lomem's ops."""
     environment = {**os.environ, **({"PYTHONPATH": folder} if folder else {})}
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "figures.json"
@@ -38,7 +38,7 @@ def measure(folder, options):
 
 
 def interval(ratios):
-    """Geometric mean and the ends of its 95 % interval."""
+    """The geometric mean, and the ends of its 95 % confidence interval."""
     logs = [math.log(r) for r in ratios]
     freedom = len(logs) - 1
     t = T.get(freedom) or next((T[n] for n in sorted(T) if n >= freedom), 2.05)
@@ -49,11 +49,11 @@ def interval(ratios):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("other", help="folder that holds the other build's lomem/")
+    parser.add_argument("other", help="folder that contains the other build's lomem/")
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--limit", type=float, default=1.03)
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("options", nargs="*", help="of lomem bench")
+    parser.add_argument("options", nargs="*", help="arguments of lomem bench")
     arguments = parser.parse_args()
     pairs = []
     for run in range(arguments.runs):

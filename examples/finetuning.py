@@ -1,4 +1,4 @@
-"""What the fine-tuning examples share: training the same model with several methods, step by step in turns."""
+"""Shared code of the fine-tuning examples: trains the same model with several methods, alternating step by step."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
 
-#: Arguments of lomem.convert; None leaves the model as it is.
+#: Arguments of lomem.convert; None leaves the model unconverted.
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "activations": {"norms": "keep", "criterion": "paper"},
     "activations and norms": {"criterion": "paper"},
 }
 
-#: Batches of which the saved bytes are the mean: their lengths differ.
+#: Number of batches over which saved bytes are averaged, because their lengths differ.
 COUNTED = 4
 
 
 class Task(ABC):
-    """A pretrained model, data, and a score on what is held out.
+    """A pretrained model, its data, and a score on held-out data.
 
     Attributes:
-        title: Of the table.
-        score_name: With its unit.
+        title: Title of the table.
+        score_name: Name of the score, with its unit.
         sources: Model and data, with their licences.
-        learning_rate: Largest of the schedule.
-        packages: That weights and data come from.
+        learning_rate: Peak of the learning rate schedule.
+        packages: Packages that contain weights and data.
     """
 
     title: str
@@ -54,19 +54,19 @@ class Task(ABC):
 
     @abstractmethod
     def model(self, seed: int) -> nn.Module:
-        """Pretrained, with new parameters drawn from the seed, in training mode."""
+        """The pretrained model in training mode, with new parameters drawn from the seed."""
 
     @abstractmethod
     def batches(self, seed: int) -> Iterator[Batch]:
-        """Without end, of the seed's training set in the seed's order."""
+        """Endless batches from the seed's training set, in the seed's order."""
 
     @abstractmethod
     def score(self, model: nn.Module, seed: int) -> float:
-        """On the seed's held-out set."""
+        """The model's score on the seed's held-out set."""
 
 
 def package_path(package: str) -> Path:
-    """Where an installed package lies. It is not imported: these want more than the files in them."""
+    """The folder of an installed package, which is not imported: these packages import others that are not needed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         sys.exit(f"this example needs the package {package}: see the first lines of {sys.argv[0]}")
@@ -75,7 +75,7 @@ def package_path(package: str) -> Path:
 
 @dataclass
 class Result:
-    """Of one training run."""
+    """Result of one training run."""
 
     method: str
     seed: int
@@ -87,7 +87,7 @@ class Result:
 
 
 class Run:
-    """One model in training."""
+    """A model in training, with its optimizer and schedule."""
 
     def __init__(self, model: nn.Module, learning_rate: float, steps: int, autocast: torch.dtype | None) -> None:
         self.model = model
@@ -97,18 +97,18 @@ class Run:
         self._autocast = autocast
 
     def loss(self, batch: Batch) -> Tensor:
-        """Of a batch."""
+        """The loss of a batch."""
         with autocast(self._autocast):
             return self.model(**batch).loss
 
     def saved_bytes(self, batch: Batch) -> int:
-        """Bytes that autograd keeps of a batch; parameters and buffers, which are there anyway, left out."""
+        """Bytes that autograd saves for a batch, without parameters and buffers, which exist anyway."""
         with lomem.memory.saved_for_backward([*self.model.parameters(), *self.model.buffers()]) as saved:
             self.loss(batch)
         return saved.nbytes
 
     def step(self, batch: Batch) -> tuple[float, float]:
-        """One optimizer step: its milliseconds and its loss."""
+        """Takes one optimizer step; returns its milliseconds and its loss."""
         start = time.perf_counter()
         self.optimizer.zero_grad()
         loss = self.loss(batch)
@@ -120,18 +120,18 @@ class Run:
 
 
 def autocast(dtype: torch.dtype | None) -> torch.autocast:
-    """Automatic mixed precision on the CPU; nothing for None."""
+    """Automatic mixed precision on the CPU, disabled for None."""
     return torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def warmup_then_linear(steps: int) -> Any:
-    """Of the largest learning rate: up in a tenth of the steps, and down to 0."""
+    """Learning rate factor: warmup over a tenth of the steps, then linear decay to 0."""
     warmup = max(1, steps // 10)
     return lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
 
 
 def compare(task: Task, options: argparse.Namespace) -> list[Result]:
-    """Trains with every method from each seed, on the same batches."""
+    """Trains with every method for each seed, on the same batches."""
     dtype = {"bf16": torch.bfloat16, "fp32": None}[options.precision]
     results: list[Result] = []
     for seed in options.seeds:
@@ -166,7 +166,7 @@ def compare(task: Task, options: argparse.Namespace) -> list[Result]:
 
 
 def train(task: Task, runs: dict[str, Run], results: dict[str, Result], seed: int, steps: int) -> None:
-    """All runs, step by step in turns."""
+    """Trains all runs, alternating step by step."""
     methods = list(runs)
     batches = task.batches(seed)
     began = time.perf_counter()
@@ -174,7 +174,7 @@ def train(task: Task, runs: dict[str, Run], results: dict[str, Result], seed: in
         batch = next(batches)
         turn = step % len(methods)
         for method in methods[turn:] + methods[:turn]:
-            # The same dropout in all of them: they differ in what this is about alone.
+            # All methods get the same dropout masks, so that they differ only in the conversion.
             torch.manual_seed(1_000_000 * seed + step)
             milliseconds, loss = runs[method].step(batch)
             results[method].step_ms.append(milliseconds)
@@ -188,13 +188,13 @@ def train(task: Task, runs: dict[str, Run], results: dict[str, Result], seed: in
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and its standard error; None for that of one value."""
+    """The mean and its standard error, which is None for a single value."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return statistics.fmean(values), error
 
 
 def with_error(values: Sequence[float], form: str) -> str:
-    """The mean ± its standard error."""
+    """Formats the mean ± its standard error."""
     mean, error = mean_and_error(values)
     return format(mean, form) + (f" ± {error:{form.lstrip('+')}}" if error is not None else "")
 
@@ -220,7 +220,7 @@ def table(task: Task, results: list[Result], options: argparse.Namespace) -> str
         smaller = slower = difference = ""
         if plain is not None and method != "plain":
             smaller = f"{100 * (sum(saved) / sum(r.saved_bytes / 2**20 for r in plain) - 1):+.1f} %"
-            # Steps were taken in turns: the ratio of neighbours is what the machine's moods leave alone.
+            # Methods alternate, so ratios of neighbouring steps cancel drifts of the machine's speed.
             pairs = zip(plain, own, strict=True)
             ratios = [b / a for x, y in pairs for a, b in zip(x.step_ms, y.step_ms, strict=True)]
             slower = f"{100 * (statistics.median(ratios) - 1):+.1f} %"
@@ -244,7 +244,7 @@ def table(task: Task, results: list[Result], options: argparse.Namespace) -> str
 
 
 def facts(task: Task) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Versions, CPU and threads, on which the figures depend."""
     names = ["lomem", "torch", "transformers", "peft", *task.packages]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     cpuinfo = Path("/proc/cpuinfo")
@@ -255,15 +255,15 @@ def facts(task: Task) -> dict[str, Any]:
 
 
 def main(task: Task, steps: int, seeds: int, methods: Sequence[str]) -> None:
-    """Command line of an example: trains, prints the table, writes it where a path is given."""
+    """Command line of an example: trains, prints the table, and writes it if a path is given."""
     parser = argparse.ArgumentParser(description=task.title)
-    parser.add_argument("--seeds", type=int, default=seeds, help="how many: 0, 1, 2 and so on (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=steps, help="of each training (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds, from 0 on (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=steps, help="steps of each training run (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(methods))
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="bf16: automatic mixed precision")
-    parser.add_argument("--threads", type=int, default=None, help="of torch (default: its own choice)")
-    parser.add_argument("--json", type=Path, help="where to write all figures, those of every step too")
-    parser.add_argument("--table", type=Path, help="where to write the table, in Markdown")
+    parser.add_argument("--threads", type=int, default=None, help="number of threads (default: torch's choice)")
+    parser.add_argument("--json", type=Path, help="file for all figures, including every step")
+    parser.add_argument("--table", type=Path, help="file for the table, in Markdown")
     options = parser.parse_args()
     options.seeds = list(range(options.seeds))
     if options.threads is not None:

@@ -1,5 +1,5 @@
-// Trains a small network on handwritten digits, with torch's modules and with lomem's, from the
-// same seed, and compares test accuracy and the memory that waits for the backward pass.
+// Trains a small network on handwritten digits with torch's modules and with lomem's, from the same seed, and compares
+// test accuracy and the memory saved for backward.
 //
 //   train_digits [digits.csv]
 #include <c10/core/Allocator.h>
@@ -24,7 +24,7 @@ struct Digits {
   torch::Tensor labels;  // (n)
 };
 
-/// Rows of 64 pixels (0 to 16) and a label.
+/// Reads rows of 64 pixels (0 to 16) and a label.
 Digits read_digits(const std::string& path) {
   std::ifstream file(path);
   if (!file) {
@@ -55,7 +55,7 @@ Digits read_digits(const std::string& path) {
   return {torch::tensor(pixels).reshape({n, 64}) / 16, torch::tensor(labels)};
 }
 
-/// Bytes of tensors that live on the CPU, as torch's allocator reports them.
+/// Bytes of live tensors on the CPU, as torch's allocator reports them.
 class LiveBytes : public c10::MemoryReportingInfoBase {
  public:
   void reportMemoryUsage(void* /*ptr*/, int64_t size, size_t /*allocated*/, size_t /*reserved*/, c10::Device) override {
@@ -70,7 +70,7 @@ class LiveBytes : public c10::MemoryReportingInfoBase {
 constexpr int64_t width = 256;
 constexpr int64_t depth = 4;
 
-/// Both nets have the same parameters: norms with weight and bias.
+/// Both nets have the same parameters, including weight and bias of the norms.
 template <class Norm, class NormOptions, class Activation>
 torch::nn::Sequential make_net() {
   torch::nn::Sequential net(torch::nn::Linear(64, width));
@@ -107,7 +107,7 @@ Result train(torch::nn::Sequential net, const Digits& train_set, const Digits& t
       loss.backward();
       optimizer.step();
       if (epoch == 0 && begin == 0) {
-        // What dies with the graph is what the graph kept.
+        // What is freed with the graph is what the graph saved.
         auto graph = torch::cross_entropy_loss(net->forward(images), labels);
         const int64_t with_graph = live->bytes;
         graph.reset();

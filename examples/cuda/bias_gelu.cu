@@ -1,8 +1,8 @@
-// A kernel of one's own with lomem's codes fused in: y = GELU(x + bias), as after a linear layer,
-// keeping 2 bits an element for the backward pass. Needs the headers of lomem::core alone.
+// A custom kernel with lomem's codes fused in: y = GELU(x + bias), as after a linear layer, saving 2 bits per element
+// for backward. Needs only the headers of lomem::core.
 //
-// The body is host code as well as device code, as those of the library are: without a GPU this
-// program executes it on the CPU.
+// Like the library's own, the body is host code as well as device code: without a GPU, this program executes it on the
+// CPU.
 #include <lomem/cuda/step.cuh>
 
 #include <cmath>
@@ -16,7 +16,7 @@ namespace cuda = lomem::cuda;
 using T = lomem::bfloat16;
 using Step = lomem::ReGELU2;
 
-/// Forward pass of n = rows * cols elements; cols is a multiple of 8.
+/// Forward pass for n = rows * cols elements; cols must be a multiple of 8.
 struct BiasGelu {
   using Unit = cuda::Unit<T, Step::bits>;  // 8 elements, 2 bytes of codes
   using Shared = cuda::Nothing;
@@ -59,7 +59,7 @@ void check(cudaError_t error) {
   }
 }
 
-/// Memory that the GPU, if there is one, and the host both reach.
+/// Memory that the host and, if there is one, the GPU can access.
 template <class Element>
 Element* allocate(std::int64_t count, bool on_gpu) {
   Element* memory = nullptr;
@@ -102,7 +102,7 @@ int main() {
   }
 
   run(BiasGelu{x, bias, y, codes, n, cols}, on_gpu);
-  // The backward pass of the library; the gradient of the bias is its sum over the rows.
+  // The library's backward pass; the gradient of the bias is the sum of its result over the rows.
   double levels[Step::levels];
   for (int code = 0; code < Step::levels; ++code) {
     levels[code] = Step::level(code);
@@ -122,8 +122,8 @@ int main() {
   }
   const bool right = forward_error < 4e-3 && gradient_error < 4e-3;
   std::printf(
-      "%s it kept for the backward pass %lld bytes instead of %lld; largest relative errors: forward %.1e, gradient "
-      "%.1e (bfloat16 rounds by 3.9e-03): %s\n",
+      "%s it saved %lld bytes instead of %lld for backward; largest relative errors: forward %.1e, gradient %.1e "
+      "(bfloat16 rounds by 3.9e-03): %s\n",
       on_gpu ? "on the GPU" : "no GPU here: on the CPU", static_cast<long long>(lomem::packed_bytes(n, Step::bits)),
       static_cast<long long>(n * sizeof(T)), forward_error, gradient_error, right ? "as it should be" : "wrong");
   return right ? 0 : 1;
