@@ -385,7 +385,8 @@ def test_files_of_other_programs_are_refused(contents, tmp_path, capsys):
 
 def without(module, *options):
     arguments = ["bench", "--device", "cpu", "--threads", "1", *map(str, options)]
-    script = f"import sys; sys.modules[{module!r}] = None; from lomem.commands import cli; sys.exit(cli.main({arguments}))"
+    hidden = f"import sys; sys.modules[{module!r}] = None"
+    script = f"{hidden}; from lomem.commands import cli; sys.exit(cli.main({arguments}))"
     return run("-c", script)
 
 
