@@ -371,7 +371,7 @@ def _spread(problem: Problem, evenly: float) -> tuple[Array, Array]:
 
 
 def _segment_costs(problem: Problem, grid: Array) -> tuple[Array, Array, Array]:
-    """Errors of the best fits: [j, i] between grid points i < j; then up to and from each grid point (outer segments)."""
+    """Errors of the best fits: [j, i] between grid points i < j; for the outer segments, up to and from each point."""
     f, cells = problem.function, len(grid) - 1
     x, w = problem.measure.nodes(grid)
     g = f.asymptote(x) + f.rest(x) if problem.degree else f.slope(x)
@@ -475,7 +475,7 @@ def _settle(problem: Problem, boundaries: Array) -> Solution | None:
 
 
 def _mirrored(problem: Problem, best: Solution) -> Solution:
-    """Chooses between equally good mirror images deterministically, and symmetrizes solutions that differ by rounding."""
+    """Chooses one of two equally good mirror images, and symmetrizes solutions that differ from theirs by rounding."""
     c = best.state.boundaries
     if -c[0] > problem.measure.high or -c[-1] < problem.measure.low:
         return best  # fn need not be defined there
