@@ -180,7 +180,7 @@ def activation_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
 
 
 def few_bit_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
-    """GELU that saves the given number of bits per element instead of its input, and computing only the codes."""
+    """GELU that saves the given number of bits per element; one contender computes only the codes."""
     size = DTYPES[dtype].itemsize
     bits = int(name.removeprefix("gelu-").removesuffix("bit"))
     steps = functional.step_function("gelu", bits)
