@@ -1,16 +1,15 @@
-"""Polynomials of the fast float32 forward of GELU and SiLU: writes fast_forward_tables.h.
+"""Writes fast_forward_tables.h: polynomials of the fast float32 forward pass of GELU and SiLU.
 
-Each function is max(x, 0) - W(|x|), with W(a) = a Phi(-a) for GELU and a / (1 + exp(w(a))) for
-tanh-GELU and SiLU. W is taken from a table of polynomials around evenly spaced a. Every fit is
-minimax in relative error (Remez's exchange in 40 digits) and is rounded to float32 from the highest
-coefficient down, the lower ones being fitted again each time; the lowest three of a row are then
-moved by an ulp or two where that lowers the error of the float32 evaluation itself. The same bytes
-come out on every machine.
+Each function is max(x, 0) - W(|x|), with W(a) = a Phi(-a) for GELU and a / (1 + exp(w(a))) for tanh-GELU and SiLU. W is
+evaluated from a table of polynomials around evenly spaced a. Every fit is minimax in relative error (Remez exchange
+with 40 digits). Its coefficients are rounded to float32 from the highest down, and the lower ones are refitted each
+time; the lowest three of a row are then moved by an ulp or two if that lowers the error of the float32 evaluation
+itself. The output is identical on every machine.
 
-Needs mpmath and numpy; takes less than a minute.
+Requires mpmath and numpy; takes less than a minute.
 
     python tools/fast_forward.py             # write the header
-    python tools/fast_forward.py --check     # exit 1 where the header differs from that
+    python tools/fast_forward.py --check     # exit 1 if the header is out of date
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ mp.mp.dps = 40
 
 DEGREE = 5
 ROWS = 32
-# Fewer rows a unit go further (W is 5e-9 where the last row begins), more of them are closer to W.
+# Fewer rows per unit reach further (W is 5e-9 where the last row begins); more rows per unit are closer to W.
 SILU_ROWS_A_UNIT = F(11 / 8)
-TAIL_MAGIC = F(1.5 * 2**23)  # x + magic is x rounded to an integer, ties to even, which its low bits hold
+TAIL_MAGIC = F(1.5 * 2**23)  # the low bits of x + magic hold x rounded to an integer, ties to even
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -68,7 +67,7 @@ def horner(coefficients: list, t):
 
 
 def remez(target: Real, weight: Real, terms: int, low: mp.mpf, high: mp.mpf) -> tuple[list[mp.mpf], mp.mpf]:
-    """Minimises the maximum of |weight(t) (p(t) - target(t))| over polynomials p with so many terms.
+    """Minimises the maximum of |weight(t) (p(t) - target(t))| over polynomials p with the given number of terms.
 
     Returns p's coefficients from the constant up, and that maximum to a tenth of a percent.
     """
@@ -77,7 +76,7 @@ def remez(target: Real, weight: Real, terms: int, low: mp.mpf, high: mp.mpf) -> 
         return w * (horner(p, t) - f)
 
     def peak(sample, errors, i):
-        """Returns the vertex of the parabola through three errors, where that is larger."""
+        """Returns the vertex of the parabola through three errors if it is larger than the middle error."""
         if 0 < i < len(sample) - 1:
             left, right = sample[i] - sample[i - 1], sample[i] - sample[i + 1]
             rise, fall = errors[i] - errors[i - 1], errors[i] - errors[i + 1]
@@ -91,7 +90,7 @@ def remez(target: Real, weight: Real, terms: int, low: mp.mpf, high: mp.mpf) -> 
     last = 16 * (terms + 1)
     sample = [low + (high - low) * (1 - mp.cos(mp.pi * j / last)) / 2 for j in range(last + 1)]
     values = [(target(t), weight(t)) for t in sample]
-    # Off by one, for the weight may be zero in the middle.
+    # Off by one, since the weight may be zero in the middle.
     points = [sample[min(j * last // terms + 1, last)] for j in range(terms + 1)]
     for _ in range(50):
         system, right_side = mp.matrix(terms + 1, terms + 1), mp.matrix(terms + 1, 1)
@@ -111,7 +110,7 @@ def remez(target: Real, weight: Real, terms: int, low: mp.mpf, high: mp.mpf) -> 
             return p, maximum
         if len(peaks) <= terms:
             break
-        while len(peaks) > terms + 1:  # signs must go on alternating
+        while len(peaks) > terms + 1:  # signs must keep alternating
             if len(peaks) == terms + 2:
                 del peaks[0 if peaks[0] < peaks[-1] else -1]
                 break
@@ -126,9 +125,9 @@ def remez(target: Real, weight: Real, terms: int, low: mp.mpf, high: mp.mpf) -> 
 
 
 def rounded_remez(target: Real, weight: Real, terms: int, low, high) -> tuple[list[np.float32], mp.mpf]:
-    """Fits as remez does, with float32 coefficients; returns them and the error before rounding."""
+    """Fits like remez but with float32 coefficients; returns them and the error before rounding."""
     _, best = remez(target, weight, terms, low, high)
-    rounded: list[np.float32] = []  # from the constant up, those below still missing
+    rounded: list[np.float32] = []  # in ascending order; lower ones are still missing
     for missing in range(terms, 0, -1):
         known = [mp.mpf(0)] * missing + [mp.mpf(float(c)) for c in rounded]
         p, _ = remez(lambda t, known=known: target(t) - horner(known, t), weight, missing, low, high)
@@ -140,7 +139,7 @@ def rounded_remez(target: Real, weight: Real, terms: int, low, high) -> tuple[li
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """Returns a b + c: the exact product, the sum rounded to float64 and then to float32."""
+    """Returns a b + c: the product is exact, the sum is rounded to float64 and then to float32."""
     return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(F)
 
 
@@ -153,12 +152,12 @@ class Tail:
 
     @property
     def clamp(self) -> np.float32:
-        """Where the row that is zero is centred."""
+        """Centre of the row that is zero."""
         return F((ROWS - 1) / float(self.rows_a_unit))
 
     @property
     def edge(self) -> float:
-        """Where the row that is zero begins."""
+        """Start of the row that is zero."""
         return (ROWS - 1.5) / float(self.rows_a_unit)
 
     def fit(self) -> tuple[np.ndarray, list[float]]:
@@ -186,7 +185,7 @@ class Tail:
             fit, error = rounded_remez(exact, lambda t: 1 / exact(t), DEGREE + 1, -half, half)
             return self._tune(fit, row), float(error)
 
-        # No constant, and relative to W ~ a / 2: fit W / t, at zero by its limit.
+        # No constant term, and error relative to W ~ a / 2: fit W / t, with its limit at zero.
         def exact_slope(t):
             t = t or mp.mpf(10) ** -30
             return exact(t) / t
@@ -195,8 +194,8 @@ class Tail:
         return [F(0), *fit], float(error)
 
     def _tune(self, fit: list[np.float32], row: int) -> list[np.float32]:
-        """Moves the lowest three coefficients by few ulps, to the least float32 error on a sample."""
-        spread = np.arange(1, 257) * GOLDEN % 1 - 0.5  # not a regular grid: its numbers have few bits
+        """Moves the lowest three coefficients by a few ulps to minimise the float32 error on a sample."""
+        spread = np.arange(1, 257) * GOLDEN % 1 - 0.5  # irregular, since numbers on a regular grid have few bits
         a = ((row + spread) / float(self.rows_a_unit)).astype(F)
         exact = np.array([float(self.exact(mp.mpf(float(v)))) for v in a])
 
@@ -204,7 +203,7 @@ class Tail:
             table = np.repeat(np.array([*low, *fit[3:]])[:, None], ROWS, axis=1)
             return np.abs(self.evaluate(table, a) / exact - 1).max()
 
-        def nearby(c, ulps):  # c first: of equals, min takes the first
+        def nearby(c, ulps):  # c first, since min returns the first of equal candidates
             return [F(c + step * np.spacing(c)) for step in sorted(range(-ulps, ulps + 1), key=abs)]
 
         candidates = itertools.product(nearby(fit[0], 1), nearby(fit[1], 2), nearby(fit[2], 2))
@@ -241,7 +240,7 @@ def exact_gelu(x: np.ndarray) -> np.ndarray:
 
 
 def exact_silu(x: np.ndarray, w: np.ndarray | None = None) -> np.ndarray:
-    """Returns x sigmoid(w), of w = x if not given, in float64."""
+    """Returns x sigmoid(w) in float64; w defaults to x."""
     return x / (1 + np.exp(np.minimum(-(x if w is None else w), 700)))
 
 
@@ -257,11 +256,11 @@ def round_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 def inputs(dtype: str, low: float, high: float) -> np.ndarray:
-    """Returns all numbers of a 16-bit type between two, or float32 numbers that sample it."""
+    """Returns all numbers of a 16-bit dtype in an interval, or a sample of float32 numbers."""
     if dtype == "float32":
         magnitudes = np.clip(np.abs([low, high]), 2.0**-16, 32)
         first, last = sorted(magnitudes.astype(F).view(np.uint32).tolist())
-        spread = np.arange(1, 2**20 + 1) * GOLDEN % 1  # a regular step can miss what rows_a_unit rounds worst
+        spread = np.arange(1, 2**20 + 1) * GOLDEN % 1  # a regular step can miss the worst roundings
         x = (first + spread * (last - first)).astype(np.uint32).view(F)
         return -x if high <= 0 else x
     with np.errstate(invalid="ignore"):
@@ -270,7 +269,7 @@ def inputs(dtype: str, low: float, high: float) -> np.ndarray:
 
 
 def errors(function, exact, dtype: str, low: float, high: float) -> tuple[float, float]:
-    """Returns the largest error in ulps of the exact result in that type, and the largest error."""
+    """Returns the largest error in ulps of the exact result in the dtype, and the largest absolute error."""
     digits, smallest = {"float32": (24, -126), "bfloat16": (8, -126), "float16": (11, -14)}[dtype]
     x = inputs(dtype, low, high)
     y = function(x)
@@ -335,7 +334,7 @@ namespace lomem::fast {{
 
 
 def literal(value: np.float32) -> str:
-    """Returns a C++ literal: nine digits are enough for every float32."""
+    """Returns a C++ literal; nine digits represent every float32 exactly."""
     return f"{float(value):.8e}f"
 
 
@@ -345,7 +344,7 @@ def constant(name: str, value: np.float32) -> str:
 
 
 def array(name: str, values: np.ndarray) -> str:
-    """Returns the definition of an array of two dimensions."""
+    """Returns the definition of a two-dimensional array."""
 
     def lines(row):
         cells = [f"{literal(v):>16}" for v in row]
@@ -356,7 +355,7 @@ def array(name: str, values: np.ndarray) -> str:
 
 
 def header() -> str:
-    """Returns the header's text."""
+    """Returns the text of the header."""
     gelu, tanh, silu = Tail(gelu_tail, F(4)), Tail(gelu_tanh_tail, F(4)), Tail(silu_tail, SILU_ROWS_A_UNIT)
     gelu_table, gelu_errors = gelu.fit()
     tanh_table, tanh_errors = tanh.fit()
@@ -400,10 +399,10 @@ def header() -> str:
 
 
 def main() -> int:
-    """Writes the header, or compares with it."""
+    """Writes or checks the header."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the header differs")
-    parser.add_argument("--output", default=str(HEADER), help="the header; - for standard output")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the header differs")
+    parser.add_argument("--output", default=str(HEADER), help="path of the header; - for standard output")
     arguments = parser.parse_args()
 
     text = header()

@@ -1,25 +1,24 @@
-"""The public names of lomem: what a change must not take away in silence.
+"""Lists the public names of lomem and finds removals that CHANGELOG.md does not mention.
 
-    python tools/public_names.py                                      # print them
-    python tools/public_names.py --json tools/public_names.json       # write them, with every release
+    python tools/public_names.py                                      # print the names
+    python tools/public_names.py --json tools/public_names.json       # write them; done for every release
     python tools/public_names.py --against tools/public_names.json    # print what was removed, changed and added since
 
-The comparison exits with 1 where a name was removed that the section "Unreleased" of CHANGELOG.md does not mention, in
-full (`lomem.nn.GELU`, `lomem::gelu`, `lomem/ops.h`, `lomem bench --only`), elsewhere than under "Added". What is
-inside a removed module, class or command is removed with it and needs no mention of its own. A name that moved is a
-removal, too.
+The comparison exits with 1 if a name was removed that the section "Unreleased" of CHANGELOG.md does not mention in full
+(`lomem.nn.GELU`, `lomem::gelu`, `lomem/ops.h`, `lomem bench --only`) outside "Added". The contents of a removed module,
+class or command need not be mentioned separately. Moving a name counts as a removal.
 
-Public are
+Public names are
 
-- in Python, modules without an underscore in their path, the names in their `__all__`, and of classes the constructor,
-  methods, properties and fields. A module without `__all__` promises nothing but itself; of INTERNAL packages the
-  modules are no promise either.
-- in C++, namespaces, types, functions, variables and macros that the headers in cpp/include/lomem declare, by name,
-  wherever they stand, and what classes and aliases have from others of the library; `detail` and private members are
-  left out. The headers themselves are names of their own.
+- in Python: modules without an underscore in their path, the names in their `__all__`, and the constructor, methods,
+  properties and fields of classes. For a module without `__all__` only the module itself is public; the modules of
+  INTERNAL packages are not public.
+- in C++: namespaces, types, functions, variables and macros declared in the headers in cpp/include/lomem, by qualified
+  name, and the members that classes and aliases inherit from other classes of the library, except for `detail` and
+  private members. The headers themselves are names too.
 - the ops of the dispatcher, with their schemas, and the options of the command `lomem`.
 
-Python names are those of the lomem that is installed, with its optional packages; C++ names those of the checkout.
+Python names are taken from the installed lomem with its optional packages, C++ names from the checkout.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 INCLUDE = ROOT / "cpp/include"
 
-#: Packages whose own `__all__` says what is public, not those of their modules.
+#: Packages whose public names are those in their own `__all__`, not those of their modules.
 INTERNAL = ("lomem.conversion",)
 
-#: By section, by name: what it is (a signature, a schema, declarations).
+#: A description (signature, schema or declarations) by section and name.
 Names = dict[str, dict[str, str]]
 
 
@@ -51,7 +50,7 @@ Names = dict[str, dict[str, str]]
 
 
 def python_names() -> dict[str, str]:
-    """Modules, functions, classes and what these have."""
+    """Modules, functions, classes and their members."""
     import lomem
 
     names: dict[str, str] = {}
@@ -99,7 +98,7 @@ def _member(value: Any) -> str:
 def _signature(value: Any) -> str:
     try:
         return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(value)))
-    except (TypeError, ValueError):  # of what is written in C
+    except (TypeError, ValueError):  # implemented in C
         return "(...)"
 
 
@@ -142,15 +141,15 @@ _DIRECTIVE = re.compile(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*", re.MULTILINE)
 _TOKEN = re.compile(r"[A-Za-z_]\w*|\d(?:[eEpP][+-]|[\w.'])*|\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])+'|::|->|==|&&|\|\||\S")
 _IDENTIFIER = re.compile(r"~?[A-Za-z_]\w*$")
 
-#: Macros that declare what one of their arguments names: which one.
+#: Macros that declare a name given as an argument, with the index of that argument.
 _DECLARING_MACROS = {"TORCH_MODULE": 0, "TORCH_MODULE_IMPL": 0, "TORCH_ARG": -1}
-#: Of which an argument in parentheses follows.
+#: Attributes followed by an argument in parentheses.
 _ATTRIBUTES = ("__attribute__", "__launch_bounds__", "alignas")
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def cpp_names(headers: list[Path]) -> dict[str, str]:
-    """What headers declare: all declarations of a name, with a semicolon between them; and what classes inherit."""
+    """Names declared in headers, with their declarations joined by semicolons, and members that classes inherit."""
     found: dict[str, set[str]] = {}
     for header in headers:
         for name, declaration in declared(header.read_text(encoding="utf-8")):
@@ -167,7 +166,7 @@ _BASE = re.compile(r"\bpublic ([\w:]+)")
 
 
 def _inherit(found: dict[str, set[str]]) -> bool:
-    """Gives aliases and classes the members of the library's classes that they stand for or derive from."""
+    """Adds to aliases and classes the members of the library's classes that they refer to or derive from."""
     new: dict[str, set[str]] = {}
     for name, declarations in found.items():
         scope = name.split("::")[:-1]
@@ -191,7 +190,7 @@ def _inherit(found: dict[str, set[str]]) -> bool:
 
 
 def declared(text: str) -> Iterator[tuple[str, str]]:
-    """Names that a header's text declares, each with its declaration."""
+    """Names declared in the text of a header, each with its declaration."""
     text = _COMMENT_OR_STRING.sub(lambda m: m[0] if m[0][0] in "\"'" else " ", text)
     for macro in re.findall(r"^[ \t]*#[ \t]*define[ \t]+(\w+(?:\([^)]*\))?)", text, re.MULTILINE):
         name = macro.partition("(")[0]
@@ -202,14 +201,14 @@ def declared(text: str) -> Iterator[tuple[str, str]]:
 
 
 class _Parser:
-    """Of declarations, not of what functions do."""
+    """Parser of C++ declarations; skips function bodies."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
         self.at = 0
 
     def scope(self, names: tuple[str, ...], access: str = "") -> Iterator[tuple[str, str]]:
-        """Everything up to the brace that closes a namespace or, with an access, a class."""
+        """Declarations up to the brace that closes a namespace or, with an access specifier, a class."""
         while self.at < len(self.tokens):
             token = self.tokens[self.at]
             if token == "}":
@@ -233,7 +232,7 @@ class _Parser:
             yield from _named(head, names, access)
 
     def _balanced(self) -> list[str]:
-        """The next token, and where it opens a pair all up to its end."""
+        """The next token; if it is an opening bracket, all tokens up to the closing one."""
         start, ends = self.at, []
         while True:
             token = self.tokens[self.at]
@@ -251,7 +250,7 @@ class _Parser:
             bare = bare[1:]
         if bare[:1] == ["namespace"]:
             self.at += 1
-            inner = tuple(token for token in bare[1:] if token != "::") or ("detail",)  # nobody else sees it
+            inner = tuple(token for token in bare[1:] if token != "::") or ("detail",)  # anonymous
             yield from self.scope((*names, *inner))
             return
         if bare[:1] == ["extern"]:  # "C"
@@ -276,10 +275,10 @@ class _Parser:
             return
         yield from _named(head, names, access)
         self._balanced()
-        if _parameters(bare) is None:  # a variable that is initialized in braces
+        if _parameters(bare) is None:  # a variable initialized with braces
             while self.at < len(self.tokens) and self.tokens[self.at] != ";":
                 self._balanced()
-        else:  # a function, perhaps a constructor that initializes members in braces
+        else:  # a function, possibly a constructor that initializes members with braces
             while self.at < len(self.tokens) and self.tokens[self.at] in (",", "{"):
                 while self.tokens[self.at] != "{":
                     self._balanced()
@@ -287,7 +286,7 @@ class _Parser:
 
 
 def _without_attributes(head: list[str]) -> list[str]:
-    """A declaration without `template <...>`, attributes and macros of the interface."""
+    """A declaration without `template <...>`, attributes and LOMEM_ macros."""
     bare, i = [], 0
     while i < len(head):
         token = head[i]
@@ -306,7 +305,7 @@ def _without_attributes(head: list[str]) -> list[str]:
 
 
 def _after(tokens: list[str], start: int, opening: str, closing: str) -> int:
-    """Where what opens at a place has ended; what is in parentheses closes no angle."""
+    """Index after the bracket that closes the one at `start`; angle brackets inside parentheses are ignored."""
     depth = parentheses = 0
     for i in range(start, len(tokens)):
         if opening != "(":
@@ -319,7 +318,7 @@ def _after(tokens: list[str], start: int, opening: str, closing: str) -> int:
 
 
 def _depths(tokens: list[str]) -> Iterator[tuple[int, str, int]]:
-    """Index, token, and in how many pairs it stands; angles after identifiers count."""
+    """Yields index, token and nesting depth; angle brackets count after identifiers."""
     depth, angles = 0, 0
     for i, token in enumerate(tokens):
         if token in ")]}":
@@ -334,7 +333,7 @@ def _depths(tokens: list[str]) -> Iterator[tuple[int, str, int]]:
 
 
 def _parameters(bare: list[str]) -> int | None:
-    """Where the parameters of a function begin; None of what is no function."""
+    """Index at which the parameters of a function begin; None if the declaration is not a function."""
     if "operator" in bare:
         i = bare.index("operator") + 1
         return i + 2 if bare[i : i + 2] == ["(", ")"] else bare.index("(", i)
@@ -348,7 +347,7 @@ def _parameters(bare: list[str]) -> int | None:
 
 
 def _arguments(tokens: list[str]) -> list[list[str]]:
-    """Split at commas."""
+    """Splits tokens at top-level commas."""
     parts: list[list[str]] = [[]]
     for _, token, depth in _depths(tokens):
         if token == "," and depth == 0:
@@ -359,7 +358,7 @@ def _arguments(tokens: list[str]) -> list[list[str]]:
 
 
 def _named(head: list[str], names: tuple[str, ...], access: str) -> Iterator[tuple[str, str]]:
-    """What a declaration that opens no scope names."""
+    """Names declared by a declaration that opens no scope."""
     bare = _without_attributes(head)
     skipped = ("static_assert", "friend", "template", "class", "struct", "union", "enum")
     if (
@@ -395,7 +394,7 @@ def _named(head: list[str], names: tuple[str, ...], access: str) -> Iterator[tup
 
 
 def _head_of_function(head: list[str]) -> list[str]:
-    """Without the initialization of members."""
+    """A function declaration without member initializers."""
     end = next((i for i, token, depth in _depths(head) if token == ":" and depth == 0), len(head))
     return head[:end]
 
@@ -409,7 +408,7 @@ def _text(tokens: list[str]) -> str:
 
 
 def public_names(include: Path = INCLUDE) -> Names:
-    """Everything, by section."""
+    """All public names, by section."""
     headers = sorted(path for path in (include / "lomem").rglob("*.*") if path.suffix in (".h", ".cuh"))
     return {
         "Python": python_names(),
@@ -421,24 +420,24 @@ def public_names(include: Path = INCLUDE) -> Names:
 
 
 def write(names: Names, path: Path) -> None:
-    """A line a name, sorted: differences are to be read."""
+    """Writes the names to a file, sorted and one per line, for readable diffs."""
     path.write_text(json.dumps(names, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def unreleased(changelog: str) -> str:
-    """What a changelog says was changed and removed since the last release, without line breaks."""
+    """The section "Unreleased" of a changelog without "Added", on one line."""
     section = re.search(r"^## \[?Unreleased\]?$(.*?)(?=^## |\Z)", changelog, re.DOTALL | re.MULTILINE)
     parts = re.split(r"^### ", section[1], flags=re.MULTILINE) if section else []
     return " ".join(" ".join(part for part in parts if not part.startswith("Added")).split())
 
 
 def is_mentioned(name: str, text: str) -> bool:
-    """Whether a name stands in a text in full, and not as a part of a longer one."""
+    """Whether a text contains a name in full, not as part of a longer one."""
     return re.search(rf"(?<![\w.:/-]){re.escape(name)}(?![\w/-]|[.:]+\w)", text) is not None
 
 
 def _inside(name: str) -> Iterator[str]:
-    """The names of what a name is inside of."""
+    """Yields the names of the scopes that contain a name."""
     for separator in (".", "::", " "):
         while separator in name:
             name = name.rpartition(separator)[0]
@@ -454,7 +453,7 @@ def compare(before: Names, after: Names, notes: str) -> list[str]:
         within = set(removed)
         for name in removed:
             if any(outer in within for outer in _inside(name)):
-                print(f"removed  {section}: {name}, with what it was inside of")
+                print(f"removed  {section}: {name}, with its scope")
             elif is_mentioned(name, notes):
                 print(f"removed  {section}: {name}, as CHANGELOG.md says")
             else:
@@ -468,7 +467,7 @@ def compare(before: Names, after: Names, notes: str) -> list[str]:
 
 
 def main() -> int:
-    """Prints, writes or compares."""
+    """Prints, writes or compares the names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the names")
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with the names that --json wrote")
@@ -480,7 +479,7 @@ def main() -> int:
         notes = unreleased((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
         missing = compare(json.loads(arguments.against.read_text(encoding="utf-8")), names, notes)
         for name in missing:
-            print(f'{name} was removed, expected a line in CHANGELOG.md, "Unreleased", that says so', file=sys.stderr)
+            print(f'{name} was removed, expected a line about it under "Unreleased" in CHANGELOG.md', file=sys.stderr)
         return int(bool(missing))
     if arguments.json is None:
         for section, found in names.items():

@@ -1,14 +1,14 @@
-"""Step functions that the library ships: writes step_tables.cpp.
+"""Writes cpp/src/activations/data.cpp: the step functions that the library ships.
 
-They are lomem.fit.fit's, of 1 to 8 bits, for both criteria under uniform density on the line. Where one bit of those is
-impossible (both levels would be 0, the slope of the asymptotes of sigmoid and softsign), the table has the best step
-function under the standard normal density with free outer pieces.
+They are fitted with lomem.fit.fit for 1 to 8 bits and both criteria, under uniform density on the real line. For
+sigmoid and softsign this is impossible with one bit (both levels would be 0, the slope of the asymptotes); for those,
+the table contains the optimal step function under the standard normal density with free outer pieces.
 
-Needs lomem with NumPy and SciPy; takes about a minute. The digits do not depend on the machine but for the last few,
-so the check has a tolerance.
+Requires lomem with NumPy and SciPy; takes about a minute. The last few digits depend on the machine, so the check has a
+tolerance.
 
     python tools/step_tables.py             # write the file
-    python tools/step_tables.py --check     # exit 1 where the file differs from that by more than 1e-9
+    python tools/step_tables.py --check     # exit 1 if the file is off by more than 1e-9
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "cpp/src/activations/data.cpp"
 FUNCTIONS = ("elu", "exp", "gelu", "gelu_tanh", "hardswish", "mish", "selu", "sigmoid", "silu", "softplus", "softsign")
 CRITERIA = ("derivative", "primitive")
 BITS = range(1, 9)
-# Their asymptotes are parallel: no step function of one bit has both their slopes and is not 0 throughout.
+# Their asymptotes are parallel, so a one-bit step function with the slopes of both would be 0 everywhere.
 PARALLEL = ("sigmoid", "softsign")
 
 TOLERANCE = 1e-9  # relative; the condition number of a minimum with 8 bits is 1e5, times a rounding of 1e-16
@@ -55,7 +55,7 @@ Key = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Table:
-    """What a StepTable holds."""
+    """Contents of a StepTable."""
 
     error: float
     boundaries: tuple[float, ...]
@@ -63,7 +63,7 @@ class Table:
 
 
 def table(key: Key) -> Table:
-    """Fits one."""
+    """Fits one step function."""
     function, criterion, bits = key
     density = "gaussian" if bits == 1 and function in PARALLEL else "uniform"
     result = fit(function, bits, criterion=criterion, density=density)
@@ -73,14 +73,14 @@ def table(key: Key) -> Table:
 
 
 def tables(keys: list[Key], jobs: int) -> dict[Key, Table]:
-    """Fits all."""
-    # spawn: a fork of a process with torch's threads may hang.
+    """Fits all step functions."""
+    # Spawn, since forking a process with torch's threads may hang.
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         return dict(zip(keys, pool.map(table, keys, chunksize=1), strict=True))
 
 
 def source(found: dict[Key, Table]) -> str:
-    """The C++ file."""
+    """Text of the C++ file."""
     arrays, rows = [], []
     for (function, criterion, bits), entry in sorted(found.items()):
         name = f"{function}_{criterion}_{bits}"
@@ -97,7 +97,7 @@ def source(found: dict[Key, Table]) -> str:
 
 
 def parse(text: str) -> dict[Key, Table]:
-    """The tables in such a file."""
+    """Parses the tables in the C++ file."""
     number = r"[-+.\de]+"
     arrays = {
         name: tuple(float(value) for value in re.findall(number, values))
@@ -111,19 +111,19 @@ def parse(text: str) -> dict[Key, Table]:
 
 
 def differs(a: Table, b: Table) -> bool:
-    """Whether two tables are not the same but for rounding."""
+    """Whether two tables differ by more than rounding."""
     pairs = zip((a.error, *a.boundaries, *a.levels), (b.error, *b.boundaries, *b.levels), strict=True)
     return any(abs(x - y) > TOLERANCE * max(1.0, abs(x)) for x, y in pairs)
 
 
 def main() -> int:
-    """Writes the file, or checks it."""
+    """Writes or checks the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 where the file differs")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file differs")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes (default: 2)")
     arguments = parser.parse_args()
 
-    # The long ones first.
+    # Longest fits first.
     keys = [(f, c, bits) for bits in reversed(BITS) for c in reversed(CRITERIA) for f in FUNCTIONS]
     found = tables(keys, arguments.jobs)
     if not arguments.check:

@@ -1,11 +1,11 @@
-"""What becomes of the models of tests/python/zoo.py: writes tests/python/zoo_conversions.json.
+"""Writes tests/python/zoo_conversions.json: the conversions of the models in tests/python/zoo.py.
 
-For each model and dtype the bytes that training keeps before and after the conversion, and how many norms, activations
-and calls are converted in which way. A change of the table is to be looked at: no byte should be more without a reason.
-Needs lomem and the packages of the tests.
+The table lists, for each model and dtype, the bytes saved for backward before and after the conversion, and the number
+of norms, activations and calls converted in each way. Review every change of the table: no byte count should grow
+without a reason. Requires lomem and the packages of the tests.
 
     python tools/zoo_conversions.py             # write the table
-    python tools/zoo_conversions.py --check     # exit 1 where the table differs from that
+    python tools/zoo_conversions.py --check     # exit 1 if the committed table is out of date
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from zoo import DTYPES, ZOO, conversion, converted  # noqa: E402
 
 
 def text() -> str:
-    """The table, a line for each model and dtype."""
+    """The table as JSON, with a line per model and dtype."""
     torch.set_num_threads(1)
     rows = []
     for name in ZOO:
@@ -35,9 +35,9 @@ def text() -> str:
 
 
 def main() -> int:
-    """Writes, or compares."""
+    """Writes or checks the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only compare")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the table is out of date")
     check = parser.parse_args().check
     table = text()
     if not check:

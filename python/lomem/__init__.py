@@ -1,7 +1,7 @@
 """Less activation memory in PyTorch training, without recomputation.
 
-Step activations keep 2 bits an element for the backward pass; memory-sharing norms keep their output,
-which the next linear layer keeps anyway.
+Step activations save 2 bits per element for the backward pass; memory-sharing norms save their output,
+which the next linear layer saves anyway.
 
     model.act = lomem.nn.ReGELU2()          # in place of torch.nn.GELU()
     model.norm = lomem.nn.MSLayerNorm(768)  # in place of torch.nn.LayerNorm(768, elementwise_affine=False)
@@ -17,13 +17,13 @@ from ._build_info import version as __version__
 if not (_torch.__version__ + ".").startswith(_built_for + "."):
     raise ImportError(
         f"lomem {__version__} was built against torch {_built_for} and does not load under torch "
-        f"{_torch.__version__}: build it again in this environment with "
+        f"{_torch.__version__}: rebuild it in this environment with "
         "`pip install --no-build-isolation --force-reinstall --no-deps` from its sources"
     )
 
 from . import _C
 
-# The CUDA kernels are a library of their own, for torch builds with CUDA.
+# The CUDA kernels are in a separate library that needs a torch build with CUDA.
 if _torch.version.cuda is not None and _C.cuda_archs():
     _torch.ops.load_library(str(_Path(_C.__file__).with_name("lib") / "liblomem_cuda.so"))
 
@@ -34,7 +34,7 @@ from .steps import StepFunction
 
 
 def __getattr__(name: str) -> object:
-    # What needs NumPy and SciPy is imported where it is used.
+    # lomem.fit needs NumPy and SciPy, so it is imported on first use.
     if name == "fit":
         import importlib
 
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-#: For `CMAKE_PREFIX_PATH`, so that `find_package(lomem)` finds the C++ package in this wheel.
+#: Add to `CMAKE_PREFIX_PATH` so that `find_package(lomem)` finds the C++ package in this wheel.
 cmake_prefix_path = str(_Path(_C.__file__).resolve().parent)
 
 __all__ = [

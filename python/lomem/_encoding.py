@@ -1,4 +1,4 @@
-"""What a stream can print."""
+"""Tests whether a stream can encode a text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["encodes"]
 
 
 def encodes(text: str, stream: Any = None) -> bool:
-    """Whether a stream, by default the standard output, takes a text."""
+    """Whether a stream (standard output by default) can encode a text."""
     stream = sys.stdout if stream is None else stream
     try:
         text.encode(getattr(stream, "encoding", None) or "utf-8")

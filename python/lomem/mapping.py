@@ -1,4 +1,4 @@
-"""Replacing modules of a model one by one, by a function: FewBit's ``map_module`` and ``convert_linear``."""
+"""Replaces modules of a model one by one with a function, like FewBit's ``map_module`` and ``convert_linear``."""
 
 from __future__ import annotations
 
@@ -17,32 +17,36 @@ __all__ = ["convert_activation", "convert_linear", "map_module"]
 def map_module(
     root: nn.Module, fn: Callable[[nn.Module], nn.Module], pattern: str | re.Pattern[str] | None = None
 ) -> nn.Module:
-    r"""Replaces every module of a model by what a function makes of it, in place.
+    r"""Replaces every module of a model with the result of a function, in place.
 
-    Modules inside others come first, the root comes last. A module that is used in several places is given to ``fn``
-    once, and the same new module takes its place in all of them. What ``fn`` brings with it is not given to it.
+    Children are visited before their parents, and the root last. A module used in several places is passed to ``fn``
+    once, and the same new module replaces it everywhere. Modules that ``fn`` adds are not visited.
 
     Example:
         >>> converter = lambda m: lomem.convert_linear(m, lomem.nn.RandomizedLinear, proj_dim_ratio=0.2)
         >>> model = lomem.map_module(model, converter, pattern=r"^encoder\\.")
 
     Args:
-        root: The model; changed in place.
-        fn: Of a module, returns what is to take its place, or the module itself to leave it.
-        pattern: Regular expression, searched in the qualified names (``"encoder.layer.0"``; the root's is empty).
-            ``fn`` is given the modules that it is found in; those of several names, if it is found in one of them. By
-            default all.
+        root: The model; modified in place.
+        fn: Function that takes a module and returns its replacement, or the module itself to leave it unchanged.
+        pattern: Regular expression searched in the qualified names of the modules (``"encoder.layer.0"``; the root's
+            name is empty). Only modules with a matching name are passed to ``fn``; for a module with several names,
+            one match is enough. By default all modules match.
 
     Returns:
-        The root, or what ``fn`` made of it.
+        The root, or the module that ``fn`` returned for it.
+
+    Raises:
+        TypeError: If ``root`` is not a module, ``fn`` is not callable or ``fn`` returns something other than a module.
+        ValueError: If ``pattern`` is not a regular expression, or ``fn`` replaces a module of a ScriptModule.
     """
     if not isinstance(root, nn.Module):
         raise TypeError(f"lomem.map_module: root is of type {type(root).__name__}, expected a torch.nn.Module")
     if not callable(fn):
-        raise TypeError(f"lomem.map_module: fn is of type {type(fn).__name__}, expected a function of a module")
+        raise TypeError(f"lomem.map_module: fn is of type {type(fn).__name__}, expected a function that takes a module")
     found = _pattern(pattern).search
     chosen = {id(module) for name, module in root.named_modules(remove_duplicate=False) if found(name)}
-    # The modules themselves are the keys, and so alive: an address may be another module's soon after.
+    # Keyed by the modules themselves, which keeps them alive: the id of a freed module may be reused.
     replaced: dict[nn.Module, nn.Module] = {}
 
     def visit(module: nn.Module) -> nn.Module:
@@ -81,45 +85,46 @@ def _checked(result: object, module: nn.Module) -> nn.Module:
 
 
 def convert_linear(module: nn.Module, cls: Callable[..., nn.Linear], **kwargs: Any) -> nn.Module:
-    """Makes another kind of linear layer of an :class:`torch.nn.Linear`.
+    """Converts a :class:`torch.nn.Linear` to another linear layer class.
 
-    The new layer has the same parameters (the tensors themselves, so that optimizers and ties go on), the same training
-    mode and the same hooks, which the two share, so that their handles go on. Everything else is returned as it is:
-    modules that are not linear layers; subclasses of :class:`torch.nn.Linear`, which compute or keep something of their
-    own (quantized layers, the output projection of :class:`torch.nn.MultiheadAttention`, layers that are converted
-    already); and linear layers whose ``forward`` was replaced, since that would be lost.
+    The new layer has the same parameters (the same tensors, so optimizers and tied weights keep working), the same
+    training mode and the same hooks (shared, so their handles keep working). All other modules are returned unchanged:
+    modules that are not linear layers; subclasses of :class:`torch.nn.Linear`, which may compute or hold something
+    different (quantized layers, the output projection of :class:`torch.nn.MultiheadAttention`, layers already
+    converted); and linear layers whose ``forward`` was replaced, since the replacement would be lost.
 
     Args:
-        module: Any module; not changed.
-        cls: :class:`lomem.nn.RandomizedLinear`, or another subclass of :class:`torch.nn.Linear` with its arguments.
-        **kwargs: Further arguments of ``cls``.
+        module: Any module; not modified.
+        cls: :class:`lomem.nn.RandomizedLinear`, or another subclass of :class:`torch.nn.Linear` that takes the same
+            arguments.
+        **kwargs: Further keyword arguments of ``cls``.
 
     Returns:
-        The new layer, or ``module``.
+        The new layer, or ``module`` if it is not converted.
     """
     if type(module) is not nn.Linear or "forward" in vars(module):
         return module
-    # Made without memory and without random numbers; what it holds is replaced.
+    # The meta device needs no memory and draws no random numbers; the parameters are replaced below.
     result = cls(module.in_features, module.out_features, module.bias is not None, device="meta", **kwargs)
     return _taking_over(result, module)
 
 
 def convert_activation(module: nn.Module, **kwargs: Any) -> nn.Module:
-    """Makes the activation of :mod:`lomem.nn` of the same name of one of :mod:`torch.nn`.
+    """Converts an activation of :mod:`torch.nn` to the one of the same name in :mod:`lomem.nn`.
 
-    The new module has the same arguments, training mode and hooks. Everything else is returned as it is, subclasses of
-    torch's activations too.
+    The new module has the same arguments, training mode and hooks. All other modules are returned unchanged, including
+    subclasses of torch's activations.
 
     Example:
         >>> model = lomem.map_module(model, lambda m: lomem.convert_activation(m, bits=4))
 
     Args:
-        module: Any module; not changed.
-        **kwargs: ``bits`` and ``criterion`` of the new module, see :class:`lomem.nn.FewBitActivation`; not used for
-            those of straight pieces, which keep 1 bit.
+        module: Any module; not modified.
+        **kwargs: ``bits`` and ``criterion`` of the new module, see :class:`lomem.nn.FewBitActivation`; ignored for
+            activations whose exact gradient needs only 1 bit per element.
 
     Returns:
-        The new module, or ``module``.
+        The new module, or ``module`` if it is not converted.
     """
     kind = type(module)
     counterpart = getattr(activations, kind.__name__, None)
@@ -131,15 +136,15 @@ def convert_activation(module: nn.Module, **kwargs: Any) -> nn.Module:
     nn.Module.__init__(result)
     _taking_over(result, module)
     if issubclass(counterpart, activations.FewBitActivation):
-        made = activations.QuickGELU(**kwargs)  # of which the attributes are what all of them have
+        made = activations.QuickGELU(**kwargs)  # has only the attributes that all of them share
         vars(result).update({name: vars(made)[name] for name in ("_bits", "_steps", "criterion")})
     return result
 
 
 def _taking_over(result: nn.Module, module: nn.Module) -> nn.Module:
-    """The result with what a module holds: parameters, hooks, training mode, and what others have noted there."""
+    """Gives ``result`` the state of a module: parameters, hooks, training mode and any other attributes."""
     for name, value in vars(module).items():
-        # Hooks: the very dictionaries, for the handles that remove them. Else, containers of its own.
+        # Hook dictionaries are shared, since handles remove hooks from them; other containers are copied.
         shared = "hooks" in name or not isinstance(value, (dict, set))
         vars(result)[name] = value if shared else value.copy()
     return result

@@ -1,14 +1,14 @@
-"""The random numbers of randomized layers: a stream of seeds of lomem's own, which shifts nobody else's numbers.
+"""Random seeds of randomized layers, drawn from lomem's own stream: torch's generators are never advanced.
 
-Every call of a randomized layer that compresses its input draws one seed. It follows from three things: the initial
-seed of torch's default CPU generator when it is drawn (which is read, never advanced), where the stream began, and how
-many seeds were drawn since. A stream begins wherever a :class:`lomem.nn.RandomizedLinear` is built, at the position of
-torch's default CPU generator. So a program that calls :func:`torch.manual_seed`, builds its model and trains it draws
-the same seeds whenever it runs, twice in one process too. Processes with one seed draw alike, with different seeds
-differently.
+Each call of a randomized layer that compresses its input draws one seed. The seed depends on three things: the initial
+seed of torch's default CPU generator at that time (which is read, never advanced), the start of the stream, and the
+number of seeds drawn since. Building a :class:`lomem.nn.RandomizedLinear` restarts the stream at the current position
+of torch's default CPU generator. So a program that calls :func:`torch.manual_seed`, builds its model and trains it
+draws the same seeds on every run, also when it does so twice in one process. Processes with the same seed draw the same
+seeds; processes with different seeds draw different ones.
 
-Without building a model anew, :func:`manual_seed` begins the stream anew, and :func:`get_state` and :func:`set_state`
-go on where a run ended.
+To restart the stream without rebuilding the model, call :func:`manual_seed`. To resume a run, save the state with
+:func:`get_state` and restore it with :func:`set_state`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ __all__ = ["get_state", "manual_seed", "set_state"]
 
 
 def manual_seed(seed: int) -> None:
-    """Begins the stream of seeds anew.
+    """Restarts the stream of seeds.
 
     Args:
-        seed: Any integer, of which 64 bits count. Seeds that are drawn follow from the one of :func:`torch.manual_seed`
-            too.
+        seed: Any integer; it is reduced modulo 2^64. The seeds drawn also depend on the one passed to
+            :func:`torch.manual_seed`.
     """
     _C.manual_seed(operator.index(seed) % 2**64)
 
 
 def get_state() -> tuple[int, int]:
-    """Returns where the stream began and how many seeds were drawn since: two integers, for :func:`set_state`."""
+    """Returns the start of the stream and the number of seeds drawn since: two integers, for :func:`set_state`."""
     return _C.random_state()
 
 
 def set_state(state: tuple[int, int]) -> None:
-    """Goes on from a state that :func:`get_state` returned; the seed of torch's generator is torch's to restore."""
+    """Restores a state from :func:`get_state`. The seed of torch's generator has to be restored through torch."""
     key, count = state
     _C.set_random_state((operator.index(key), operator.index(count)))

@@ -1,7 +1,7 @@
-"""Slow, readable implementations in plain torch, for every device that torch runs on.
+"""Slow, readable implementations in plain torch, for every device that torch supports.
 
-The oracle of the tests, and a fallback for devices without kernels. Same arguments and results as
-:mod:`lomem.functional`; codes have the same bytes. Formulas: Yang et al., ICML 2024, arXiv:2406.16282.
+They are the reference of the tests, and a fallback for devices without kernels. Arguments and results are those of
+:mod:`lomem.functional`, and the codes are identical byte for byte. Formulas: Yang et al., ICML 2024, arXiv:2406.16282.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
 
 
 def step_codes(input: Tensor, step: StepFunction) -> Tensor:
-    """Number of boundaries below each element, uint8, of the input's shape. NaN has code 0."""
+    """Number of boundaries below each element, as uint8 in the shape of the input. NaN has code 0."""
     x = input.to(_compute_dtype(input.dtype))
     codes = torch.zeros(input.shape, dtype=torch.uint8, device=input.device)
     for boundary in step.boundaries:
@@ -81,7 +81,7 @@ def step_activation_backward(grad_output: Tensor, codes: Tensor, levels: Sequenc
     level = table[unpack_bits(codes, bits, grad_output.numel()).long()].reshape(grad_output.shape)
     product = grad_output.to(dtype) * level
     if bits == 1:
-        # As the derivatives of torch's relu and its kin: 0 times an infinite gradient is 0.
+        # As in the backward passes of torch's relu and similar activations: 0 times an infinite gradient is 0.
         product = torch.where(level == 0, torch.zeros_like(product), product)
     return product.to(grad_output.dtype)
 

@@ -1,4 +1,4 @@
-"""Step functions: what a few-bit derivative of an activation is made of."""
+"""Step functions, which approximate the derivative of an activation with a few bits per element."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ __all__ = ["StepFunction"]
 class StepFunction:
     """The derivative of a continuous, piecewise linear function.
 
-    Arithmetic is in float64: it shows and checks step functions, and trains nothing.
+    The methods compute in float64. They are for inspecting and testing step functions; training does not use them.
 
     Attributes:
-        boundaries: 2^bits - 1 ascending places where the derivative steps.
-        levels: 2^bits derivatives, from the left.
+        boundaries: Positions of the steps: 2^bits - 1 ascending finite numbers, with bits from 1 to 8.
+        levels: Values of the derivative between the boundaries, from left to right: 2^bits finite numbers.
+
+    Raises:
+        ValueError: If a number is not finite, a length is wrong or the boundaries descend.
     """
 
     boundaries: tuple[float, ...]
@@ -50,19 +53,19 @@ class StepFunction:
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Number of bits per code."""
         return len(self.boundaries).bit_length()
 
     def code(self, x: Any) -> Any:
-        """Number of boundaries below x, 0 for NaN: int64, a tensor if x is one, else a NumPy array."""
+        """Number of boundaries below x, 0 for NaN: an int64 tensor if x is a tensor, otherwise a NumPy array."""
         return _on_float64(self._code, x)
 
     def derivative(self, x: Any) -> Any:
-        """The level at x: float64, a tensor if x is one, else a NumPy array."""
+        """The level at x: a float64 tensor if x is a tensor, otherwise a NumPy array."""
         return _on_float64(lambda t: self._tensor(self.levels, t)[self._code(t)], x)
 
     def primitive(self, x: Any) -> Any:
-        """An integral of the derivative, 0 at the first boundary: float64, a tensor if x is one, else a NumPy array."""
+        """Integral of the derivative from the first boundary to x: a float64 tensor if x is one, else a NumPy array."""
         c, level = self.boundaries, self.levels
         heights = [0.0]
         for i in range(1, len(c)):

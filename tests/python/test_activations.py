@@ -338,9 +338,9 @@ def test_step_activation_that_changes_the_shape():
     ("fn", "sentence"),
     [
         (lambda t: t.sum(), "fn returns shape (), expected that of its argument, (4,)"),
-        (lambda t: (t, t), "fn returns tuple, expected a tensor of floating-point numbers"),
-        (lambda t: t > 0, "fn returns torch.bool, expected a tensor of floating-point numbers"),
-        (lambda t: t.mul_(2), "fn writes to its argument, expected that it leaves it alone"),
+        (lambda t: (t, t), "fn returns tuple, expected a floating-point tensor"),
+        (lambda t: t > 0, "fn returns torch.bool, expected a floating-point tensor"),
+        (lambda t: t.mul_(2), "fn modifies its argument, expected a function that does not"),
         (nn.PReLU(), "fn, a PReLU, has parameters that require gradients, expected none: they would get no gradient"),
     ],
 )
@@ -383,7 +383,7 @@ def test_no_gradient_of_a_closure():
     ],
 )
 def test_parameters_that_are_tensors(call):
-    with pytest.raises(TypeError, match=r"got a tensor as parameter, expected a number: it would get no gradient"):
+    with pytest.raises(TypeError, match=r"got a tensor as parameter, expected a number: a tensor gets no gradient"):
         call(torch.randn(3), nn.Parameter(torch.tensor(0.2)))
 
 

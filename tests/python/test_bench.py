@@ -339,12 +339,12 @@ def test_defaults_and_names():
             "--only is relu, expected some of activations, few-bit, norms, gelu, gelu-tanh, silu, gelu-3bit, ",
         ),
         ("--from nothing.json", "--from is nothing.json, expected a file that exists"),
-        ("--from some.json --threads 2", "--from measures nothing, and takes no --threads"),
-        ("--from some.json --json other.json", "--from measures nothing, and takes no --json"),
+        ("--from some.json --threads 2", "--threads is given with --from, expected only one of them"),
+        ("--from some.json --json other.json", "--json is given with --from, expected only one of them"),
         ("--json nowhere/run.json", "--json is nowhere/run.json, expected a file in a folder that exists"),
         ("--table nowhere/run.md", "--table is nowhere/run.md, expected a file in a folder that exists"),
         ("--plot run.doc", "--plot is run.doc, expected a file name that ends in one of "),
-        ("--plot run.png --only norms", "--plot draws an activation, expected one of gelu, gelu-tanh, silu among"),
+        ("--plot run.png --only norms", "--plot shows an activation, expected one of gelu, gelu-tanh, silu among"),
     ],
 )
 def test_bad_arguments_are_one_sentence(options, sentence, capsys, monkeypatch, tmp_path):

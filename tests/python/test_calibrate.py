@@ -242,7 +242,7 @@ def test_layers_without_data_are_left():
     result = lomem.fit.calibrate(model, [torch.randn(50, 4)])
     assert model[0].steps is not None
     assert model[2].steps is None
-    sentence = "saw inputs of 4 different bfloat16 values, expected at least 8 for 3 bits"
+    sentence = "saw 4 distinct bfloat16 values, expected at least 8 for 3 bits"
     assert result.skipped == {"2": sentence}
     assert "not calibrated" in str(result)
 
@@ -252,7 +252,7 @@ def test_layers_without_data_are_left():
     result = lomem.fit.calibrate(model, [torch.randn(50, 4)], loss=loss)
     assert result.skipped == {"1": "was not called, or got no gradient"}
     assert list(result.layers) == ["3"]
-    with pytest.raises(ValueError, match=r"^lomem.fit.calibrate: no layer can be calibrated; '0' saw inputs of 1 diff"):
+    with pytest.raises(ValueError, match=r"^lomem.fit.calibrate: no layer can be calibrated; '0' saw 1 distinct"):
         lomem.fit.calibrate(nn.Sequential(lomem.nn.GELU()), [torch.ones(50)])
 
 
@@ -458,7 +458,7 @@ def test_command(capsys, tmp_path):
         (["gelu", "--criterion", "best"], "lomem fit: --criterion is 'best', expected primitive or derivative"),
         (["gelu", "--plot", "a.xyz"], "lomem fit: --plot is a.xyz, expected a file name that ends in one of"),
         (["gelu", "--json", "no/such/f.json"], "lomem fit: --json is no/such/f.json, expected a file in a folder"),
-        (["sigmoid", "--bits", "1"], "lomem fit: lomem.fit.fit: bits is 1, expected at least 2 on the line"),
+        (["sigmoid", "--bits", "1"], "lomem fit: lomem.fit.fit: bits is 1, expected at least 2 on the real line"),
     ],
 )
 def test_bad_commands(options, sentence, capsys):

@@ -154,7 +154,7 @@ SCRIPTED = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.GELU()))
     ("arguments", "kind", "message"),
     [
         ((3, lambda m: m), TypeError, "root is of type int, expected a torch.nn.Module"),
-        ((nn.GELU(), 3), TypeError, "fn is of type int, expected a function of a module"),
+        ((nn.GELU(), 3), TypeError, "fn is of type int, expected a function that takes a module"),
         ((nn.GELU(), lambda m: None), TypeError, "fn returned NoneType for a GELU, expected a module"),
         ((nn.GELU(), lambda m: m, 3), ValueError, "pattern is 3, expected a regular expression: "),
         ((nn.GELU(), lambda m: m, "("), ValueError, r"pattern is '\(', expected a regular expression: "),

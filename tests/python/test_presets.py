@@ -89,12 +89,12 @@ def test_a_batch_has_the_size_that_is_asked_for(name):
 
 @needs_transformers
 def test_images_have_no_sequence_length():
-    with pytest.raises(ValueError, match="seq_len is 196, but images have the size of the config: 224"):
+    with pytest.raises(ValueError, match="seq_len is 196, expected None: images have the config's size, 224"):
         presets.get("vit-b").batch(seq_len=196)
 
 
 def test_an_unknown_preset_is_told_the_known_ones():
-    with pytest.raises(ValueError, match=r"no preset 'x'; there are vit-b, vit-l, .*, llama-13b"):
+    with pytest.raises(ValueError, match=r"name is 'x', expected one of vit-b, vit-l, .*, llama-13b"):
         presets.get("x")
 
 
@@ -138,7 +138,7 @@ def test_all_targets_are_all_linear_layers_but_the_head(name):
 @needs_peft
 def test_add_lora_names_the_targets():
     preset = presets.get("vit-b").small()
-    with pytest.raises(ValueError, match="targets is 'mlp'; there are 'qv', 'all'"):
+    with pytest.raises(ValueError, match="targets is 'mlp', expected one of 'qv', 'all'"):
         presets.add_lora(preset.build(), preset, 4, "mlp")
 
 
@@ -159,13 +159,13 @@ def test_without_peft_cast_saves_the_fp32_copies():
 
 @needs_peft
 def test_without_peft_cast_needs_lora():
-    with pytest.raises(ValueError, match="the model has no LoRA layer"):
+    with pytest.raises(ValueError, match="model has no LoRA layer, expected at least one"):
         presets.without_peft_cast(nn.Linear(2, 2))
 
 
 @needs_transformers
 def test_a_4bit_base_needs_lora():
-    with pytest.raises(ValueError, match="four_bit needs lora"):
+    with pytest.raises(ValueError, match="four_bit is True without lora, expected both"):
         presets.build(presets.Setting("llama-7b", four_bit=True), presets.get("llama-7b").small())
 
 

@@ -1,1 +1,1 @@
-"""The commands of ``lomem``, and what they alone need."""
+"""The commands of ``lomem``, and code used only by them."""

@@ -1,8 +1,8 @@
-"""``lomem bench``: lomem's ops against torch's, compiled torch, Liger-Kernel and apex, on a CPU or a GPU.
+"""``lomem bench``: lomem's ops against torch, compiled torch, Liger-Kernel and apex, on a CPU or a GPU.
 
-All contenders take turns in every round, copies among them, and what is reported are medians over the rounds: of
-times, and of the ratios within a round, so that a clock that drifts does not matter. `docs/benchmarks.md` says what is
-measured and how to read it. Needs the optional packages of ``pip install 'lomem[bench]'``.
+In every round all contenders and the memory copies take turns. Times and ratios are medians over the rounds; ratios are
+computed within a round, so a drifting clock does not matter. `docs/benchmarks.md` explains what is measured and how to
+read it. Requires the optional packages of ``pip install 'lomem[bench]'``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .plotting import check_folder, check_plot
 
 try:
     import resource
-except ImportError:  # not a Unix
+except ImportError:  # not on Unix
     resource = None  # type: ignore[assignment]
 
 Call = Callable[[], object]
@@ -47,7 +47,7 @@ PASSES = ("forward", "backward", "both")
 
 
 class Plan(NamedTuple):
-    """What is to be measured."""
+    """What to measure."""
 
     device: torch.device
     threads: list[int | None]
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     rotate: bool
 
     def command(self) -> str:
-        """The command line that measures just this."""
+        """The command line that runs this plan."""
         activations, norms = (
             [case for case in self.cases if case in family] for family in ((*ACTIVATIONS, *FEW_BIT), NORMS)
         )
@@ -82,14 +82,14 @@ class Plan(NamedTuple):
 
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
-    """Fills in the defaults, which depend on the device."""
+    """Makes a plan from the command line, with defaults that depend on the device."""
     device = arguments.device or torch.device("cuda" if torch.cuda.is_available() and _C.cuda_archs() else "cpu")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device is {device}, expected cpu or cuda")
     cuda = device.type == "cuda"
     if cuda and not (torch.cuda.is_available() and _C.cuda_archs()):
         raise ValueError(
-            f"--device is {device}, expected cpu: there is no GPU, or lomem was built without CUDA kernels"
+            f"--device is {device}, expected cpu: no GPU is available, or lomem was built without CUDA kernels"
         )
     dtypes = arguments.dtypes or ["fp32", "bf16", "fp16"]
     for dtype in dtypes:
@@ -98,7 +98,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     default_shapes = [(2**26 // columns, columns) for columns in (768, 1024, 2048, 4096, 8192, 16384)]
     return Plan(
         device=device,
-        # One thread first: later, idle threads of OpenMP spin and take time from others.
+        # One thread first: later, idle OpenMP threads spin and slow down the others.
         threads=[None] if cuda else sorted(set(arguments.threads or [1, torch.get_num_threads()])),
         elements=arguments.elements or ([2**20, 2**24, 2**26] if cuda else [2**12, 2**16, 2**20, 2**24, 2**26]),
         shapes=arguments.shapes or (default_shapes if cuda else [(8192, 768), (2048, 4096)]),
@@ -111,11 +111,11 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     )
 
 
-# What is measured.
+# Cases and contenders.
 
 
 class Contender(NamedTuple):
-    """One implementation: a function of the inputs, and the bytes an element that it must move at least."""
+    """One implementation: a function of the inputs, and the minimum number of bytes moved per element."""
 
     function: Callable[..., Tensor]
     forward_bytes: float
@@ -123,12 +123,12 @@ class Contender(NamedTuple):
     passes: tuple[str, ...] = PASSES
 
     def bytes(self, pass_: str) -> float:
-        """Of one pass."""
+        """Minimum number of bytes moved per element in a pass."""
         return self.forward_bytes * (pass_ != "backward") + self.backward_bytes * (pass_ != "forward")
 
 
 class Case(NamedTuple):
-    """Implementations of one function on inputs of one kind."""
+    """Implementations of one function, and the shape and dtype of their input."""
 
     name: str
     shape: tuple[int, ...]
@@ -138,17 +138,17 @@ class Case(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Of the input, and of the output."""
+        """Number of elements of the input, and of the output."""
         return torch.Size(self.shape).numel()
 
     @property
     def input_bytes(self) -> int:
-        """Without parameters."""
+        """Bytes of the input, without parameters."""
         return self.elements * DTYPES[self.dtype].itemsize
 
 
 class Activation(NamedTuple):
-    """The functions of an activation."""
+    """lomem's and torch's function of an activation."""
 
     lomem: Callable[..., Tensor]
     torch: Callable[..., Tensor]
@@ -162,13 +162,13 @@ ACTIVATION_FUNCTIONS = {
 
 
 def activation_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
-    """A step activation: 2 bits an element in place of the input."""
+    """An activation that saves 2 bits per element instead of its input."""
     size = DTYPES[dtype].itemsize
     codes = 2 / 8
     function = ACTIVATION_FUNCTIONS[name]
     contenders = {
         "lomem": Contender(function.lomem, 2 * size + codes, 2 * size + codes),
-        # Its backward pass is the same.
+        # The backward pass is that of "lomem".
         "lomem fast": Contender(
             partial(function.lomem, fast=True), 2 * size + codes, 2 * size + codes, ("forward", "both")
         ),
@@ -180,7 +180,7 @@ def activation_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
 
 
 def few_bit_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
-    """GELU with so many bits an element in place of the input; codes alone besides."""
+    """GELU that saves the given number of bits per element; one contender computes only the codes."""
     size = DTYPES[dtype].itemsize
     bits = int(name.removeprefix("gelu-").removesuffix("bit"))
     steps = functional.step_function("gelu", bits)
@@ -195,18 +195,18 @@ def few_bit_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
 
 
 def activation_input(elements: int, dtype: str, plan: Plan) -> Callable[[], tuple[Tensor]]:
-    """What makes inputs whose values are on every step."""
+    """Returns a function that makes inputs with values on every step."""
     return lambda: (torch.randn(elements, device=plan.device).mul_(2).to(DTYPES[dtype]).requires_grad_(),)
 
 
 def norm_case(name: str, shape: tuple[int, int], dtype: str, plan: Plan) -> Case:
-    """A norm, without or with parameters that need gradients."""
+    """A norm with or without parameters that require gradients."""
     columns = shape[1]
     layer, affine = name.startswith("layer"), name.endswith("affine")
 
     def make_inputs() -> tuple[Tensor, ...]:
         x = torch.randn(shape, device=plan.device).to(DTYPES[dtype])
-        # Away from 0: lomem's backward pass divides by the weights.
+        # Weights away from 0, since lomem's backward pass divides by them.
         parameters = [torch.rand(columns, device=plan.device) + 0.5, torch.rand(columns, device=plan.device) - 0.5]
         count = (2 if layer else 1) if affine else 0
         return (x.requires_grad_(), *(p.to(DTYPES[dtype]).requires_grad_() for p in parameters[:count]))
@@ -229,7 +229,7 @@ def norm_case(name: str, shape: tuple[int, int], dtype: str, plan: Plan) -> Case
 
 
 def peers_of_norms(columns: int, *, layer: bool) -> dict[str, Callable[..., Tensor]]:
-    """Norms of other libraries, where they are installed. They are affine always."""
+    """Norms of other libraries, if installed. All of them are affine."""
     peers: dict[str, Callable[..., Tensor]] = {}
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import functional as liger
@@ -237,7 +237,7 @@ def peers_of_norms(columns: int, *, layer: bool) -> dict[str, Callable[..., Tens
         if layer:
             peers["liger"] = lambda x, weight, bias: liger.liger_layer_norm(x, weight, bias, 1e-5)
         else:
-            # Not in place: torch's does not overwrite the gradient either.
+            # Not in place, since torch's does not overwrite the gradient either.
             peers["liger"] = lambda x, weight: liger.liger_rms_norm(x, weight, 1e-5, 0.0, "llama", False)
     if importlib.util.find_spec("apex"):
         from apex.normalization import fused_layer_norm as apex
@@ -252,7 +252,7 @@ def peers_of_norms(columns: int, *, layer: bool) -> dict[str, Callable[..., Tens
 
 
 def make_cases(name: str, plan: Plan) -> Iterator[Case]:
-    """One function on inputs of every size and dtype."""
+    """Yields the cases of one function for every size and dtype."""
     if name in ACTIVATIONS:
         yield from (activation_case(name, *kind, plan) for kind in itertools.product(plan.elements, plan.dtypes))
     elif name in FEW_BIT:
@@ -262,7 +262,7 @@ def make_cases(name: str, plan: Plan) -> Iterator[Case]:
 
 
 def make_calls(contender: Contender, inputs: list[tuple[Tensor, ...]], gradients: list[Tensor]) -> dict[str, Call]:
-    """A callable a pass. Each call takes the next set of inputs."""
+    """Returns a callable per pass. Each call uses the next set of inputs."""
     outputs = [contender.function(*tensors) for tensors in inputs] if "backward" in contender.passes else []
     turn = itertools.cycle(range(len(inputs)))
 
@@ -285,25 +285,26 @@ def make_calls(contender: Contender, inputs: list[tuple[Tensor, ...]], gradients
 
 
 def reuse_memory() -> None:
-    """Makes results take the place of those that were freed last, as in a training loop that keeps its memory.
+    """Makes the allocator reuse the blocks freed last, as in a training loop that reuses its memory.
 
-    The C library gives big blocks back to the system when they are freed. Each call of an op would then get fresh
-    pages for its result, and the system would zero them one page fault at a time, which takes longer than the ops
-    measured here. Told to keep them, glibc hands out the block that was freed first: results wander through the heap,
-    and out of the caches. Training pays that in torch and in lomem; it is not what is compared.
+    By default the C library returns large blocks to the system when they are freed. Each call of an op would then get
+    fresh pages for its result, which the system zeroes one page fault at a time, and that takes longer than the ops
+    measured here. If glibc is told to retain the blocks, it hands out the one freed first, so results wander through
+    the heap and out of the caches. Training pays for this with torch and lomem alike, so it is not part of the
+    comparison.
     """
     _reused_memory.reuse()
 
 
 class Disturbances(NamedTuple):
-    """What the system did to this process so far."""
+    """Page faults and preemptions of this process."""
 
-    page_faults: float = 0  # without those that read from a disk
-    preemptions: float = 0  # a thread had to leave its CPU to another process
+    page_faults: float = 0  # without those that read from disk
+    preemptions: float = 0  # a thread lost its CPU to another process
 
     @classmethod
     def so_far(cls) -> Disturbances:
-        """Of all threads."""
+        """Counts so far, over all threads."""
         if resource is None:
             return cls()
         usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -311,7 +312,7 @@ class Disturbances(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """A call, averaged over a turn."""
+    """Time and disturbances per call, averaged over a turn."""
 
     seconds: float
     disturbances: Disturbances = Disturbances()
@@ -322,18 +323,18 @@ class Timer:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        # A GPU's queue holds about a thousand kernels: beyond that the host waits.
+        # A GPU's queue holds about a thousand kernels; beyond that the host waits.
         self.most_repeats = 50 if self.cuda else 10_000
-        self.cycles_of_enqueuing = 200_000  # of the device, a call: about 0.1 ms
+        self.cycles_of_enqueuing = 200_000  # device cycles per call, about 0.1 ms
 
     def __call__(self, call: Call, repeats: int) -> Timing:
-        """Calls `repeats` times."""
+        """Times `repeats` calls."""
         return Timing(self._on_gpu(call, repeats)) if self.cuda else self._on_cpu(call, repeats)
 
     @staticmethod
     def _on_cpu(call: Call, repeats: int) -> Timing:
         if repeats > 1:
-            call()  # the caches then hold what its own calls leave there
+            call()  # fills the caches as its own calls leave them
         before = Disturbances.so_far()
         start = time.perf_counter()
         for _ in range(repeats):
@@ -343,7 +344,7 @@ class Timer:
         return Timing(seconds / repeats, Disturbances(*((b - a) / repeats for a, b in zip(before, after, strict=True))))
 
     def _on_gpu(self, call: Call, repeats: int) -> float:
-        """Keeps the device busy while the host enqueues, so that the time is the device's."""
+        """Seconds per call; the device is kept busy while the host enqueues, so only device time counts."""
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         while True:
             torch.cuda.synchronize()
@@ -356,10 +357,10 @@ class Timer:
             torch.cuda.synchronize()
             if waited:
                 return begin.elapsed_time(end) / 1000 / repeats
-            self.cycles_of_enqueuing *= 2  # the device was done sleeping before the host was done enqueuing
+            self.cycles_of_enqueuing *= 2  # the device woke up before the host had enqueued everything
 
     def repeats(self, call: Call, seconds: float) -> int:
-        """How many calls take about so long."""
+        """Number of calls that take about the given time."""
         repeats = 1
         while True:
             elapsed = self(call, repeats).seconds * repeats
@@ -369,7 +370,7 @@ class Timer:
 
 
 def warm_up(calls: list[Call]) -> None:
-    """Compiles what compiles at first, and calls until page faults stop: the heap then holds what the calls need."""
+    """Runs the calls until compilation is done and page faults stop, so that the heap holds all they need."""
     for _ in range(5):
         before = Disturbances.so_far().page_faults
         for call in calls:
@@ -378,20 +379,20 @@ def warm_up(calls: list[Call]) -> None:
             return
 
 
-# Copies: what bandwidth there is.
+# Copies, which measure the available bandwidth.
 
 
 class Copy(NamedTuple):
-    """A copy, and the bytes that it reads and writes."""
+    """A copy, and the number of bytes that it reads and writes."""
 
     call: Call
     bytes: int
 
 
 def block_copy(source: Tensor, target: Tensor, pool: ThreadPoolExecutor | None, threads: int) -> Call:
-    """The C library's copy, in slices on so many threads. With large blocks it goes past the caches, torch's does not.
+    """The C library's copy, in slices on several threads. It bypasses the caches for large blocks; torch's does not.
 
-    ctypes lets go of Python's lock meanwhile. (`memmove` is `memcpy` where nothing overlaps.)
+    ctypes releases the GIL during the call. Nothing overlaps, so `memmove` does the same as `memcpy`.
     """
     if pool is None:
         return lambda: ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
@@ -405,7 +406,7 @@ def block_copy(source: Tensor, target: Tensor, pool: ThreadPoolExecutor | None, 
 
 
 class Copies:
-    """Copies at one number of threads."""
+    """Copies with a given number of threads."""
 
     def __init__(self, device: torch.device, threads: int | None) -> None:
         self.device = device
@@ -413,7 +414,7 @@ class Copies:
         self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
     def in_memory(self) -> Copy:
-        """Between arrays that no cache holds."""
+        """A copy between arrays too large for any cache."""
         size = min(max(8 * cache_bytes(self.device), 2**28), 2**30)
         source = torch.ones(size // 4, device=self.device)
         target = torch.zeros_like(source)
@@ -422,7 +423,7 @@ class Copies:
         return Copy(block_copy(source, target, self.pool, self.threads), 2 * source.nbytes)
 
     def of_same_size(self, inputs: list[tuple[Tensor, ...]]) -> dict[str, Call]:
-        """Of a case's inputs. Two ways on a CPU: torch's is the faster one in caches, the C library's in memory."""
+        """Copies of a case's inputs. On a CPU two of them: torch's is faster in caches, the C library's in memory."""
         pairs = [(x.detach(), torch.empty_like(x, requires_grad=False)) for x, *_ in inputs]
         turn = itertools.cycle(pairs)
 
@@ -437,9 +438,9 @@ class Copies:
 
 
 def cpu_cache_bytes(level: int) -> int:
-    """A cache's size as one core sees it; 0 where that is unknown.
+    """Size of a cache as seen by one core; 0 if unknown.
 
-    From Linux's own list: the C library's SC_LEVEL3_CACHE_SIZE is, on some CPUs, that of the whole socket.
+    Read from sysfs, since the C library's SC_LEVEL3_CACHE_SIZE is that of the whole socket on some CPUs.
     """
     for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         with contextlib.suppress(OSError, ValueError):
@@ -450,7 +451,7 @@ def cpu_cache_bytes(level: int) -> int:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last cache's size."""
+    """Size of the last-level cache."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     return cpu_cache_bytes(3) or cpu_cache_bytes(2) or 2**25
@@ -460,19 +461,19 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def sets_of_inputs(case: Case, plan: Plan) -> int:
-    """How many sets fill four times the last cache, up to 64; one where inputs do not rotate."""
+    """Number of input sets that fill four times the last-level cache, at most 64; 1 if inputs do not rotate."""
     if not plan.rotate:
         return 1
     return max(1, min(64, -(-4 * cache_bytes(plan.device) // (3 * case.input_bytes))))
 
 
 def measure(case: Case, plan: Plan, copies: Copies, memory: Copy) -> list[Record]:
-    """One record a pass and contender."""
+    """Measures a case; returns one record per pass and contender."""
     timer = Timer(plan.device)
     inputs = [case.make_inputs() for _ in range(sets_of_inputs(case, plan))]
     gradients = [torch.randn_like(tensors[0]) for tensors in inputs]
     calls = {name: make_calls(contender, inputs, gradients) for name, contender in case.contenders.items()}
-    # What takes turns: the copies of this size, then the contenders, pass by pass.
+    # These take turns: the copies of this size, then the contenders, pass by pass.
     groups: dict[str, dict[str, Call]] = {"copy": copies.of_same_size(inputs)}
     groups |= {pass_: {name: call[pass_] for name, call in calls.items() if pass_ in call} for pass_ in PASSES}
     warm_up([call for group in groups.values() for call in group.values()])
@@ -483,10 +484,10 @@ def measure(case: Case, plan: Plan, copies: Copies, memory: Copy) -> list[Record
     }
     timings: dict[tuple[str, str], list[Timing]] = {key: [] for key in (*repeats, ("copy", "memory"))}
     for round_ in range(plan.rounds):
-        memory.call()  # untimed: threads of OpenMP that spun after the last op have stopped by its end
+        memory.call()  # untimed: OpenMP threads that spin after the last op have stopped by its end
         timings["copy", "memory"].append(timer(memory.call, 1))
         for pass_, group in groups.items():
-            # The order rotates, so that none always follows the same other.
+            # The order rotates, so that no contender always follows the same one.
             names = list(group)
             first = round_ % len(names)
             for name in names[first:] + names[:first]:
@@ -497,7 +498,7 @@ def measure(case: Case, plan: Plan, copies: Copies, memory: Copy) -> list[Record
 def make_records(
     case: Case, plan: Plan, copies: Copies, memory: Copy, timings: dict[tuple[str, str], list[Timing]]
 ) -> Iterator[Record]:
-    """Medians, and the bandwidths that follow from them."""
+    """Yields the records: medians and the bandwidths computed from them."""
     cpu = plan.device.type == "cpu"
     seconds = {key: [timing.seconds for timing in values] for key, values in timings.items()}
     medians = {key: statistics.median(values) for key, values in seconds.items()}
@@ -532,23 +533,23 @@ def make_records(
 
 
 def digits(value: float) -> float:
-    """Those that are worth keeping, and some more."""
+    """Rounds to six significant digits."""
     return float(f"{value:.6g}")
 
 
 def median_ratio(over: list[float], under: list[float]) -> float:
-    """Of the ratios within a round."""
+    """Median of the ratios within a round."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def run(plan: Plan) -> Iterator[list[Record]]:
-    """Measures; gives the records of one table after the other."""
+    """Runs a plan; yields the records of one table at a time."""
     if plan.compiled:
         import torch._dynamo.config as dynamo_config
         from torch._functorch import config as functorch_config
 
-        functorch_config.donated_buffer = False  # the backward pass is run again and again
-        dynamo_config.fail_on_recompile_limit_hit = True  # never eager in compiled code's name
+        functorch_config.donated_buffer = False  # the backward pass runs repeatedly
+        dynamo_config.fail_on_recompile_limit_hit = True  # no silent fallback to eager mode
     for threads in plan.threads:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -562,19 +563,19 @@ def run(plan: Plan) -> Iterator[list[Record]]:
                     torch._dynamo.reset()  # each case compiles for its own shape
                 with device_of(plan), without_garbage_collection():
                     records += measure(case, plan, copies, memory)
-                _reused_memory.release()  # the next case's blocks have other sizes
+                _reused_memory.release()  # the next case needs blocks of other sizes
             progress("")
             yield records
 
 
 def device_of(plan: Plan) -> contextlib.AbstractContextManager[object]:
-    """Makes the plan's GPU the current one: events and streams are its own."""
+    """Makes the plan's GPU the current device, since events and streams belong to a device."""
     return torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """As timeit does."""
+    """Disables the garbage collector, as timeit does."""
     gc.collect()
     gc.disable()
     try:
@@ -584,16 +585,16 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 def progress(text: str) -> None:
-    """Shows what runs, to those who watch. No thread that refreshes it: that would be measured as well."""
+    """Shows the current case on a terminal, without a refresh thread that would disturb the measurement."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-# On what.
+# The machine.
 
 
 def cpu_name() -> str:
-    """As the CPU calls itself."""
+    """Model name of the CPU."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -602,7 +603,7 @@ def cpu_name() -> str:
 
 
 def physical_cores() -> int | None:
-    """Without what hyper-threading adds."""
+    """Number of cores, not counting hyper-threads."""
     with contextlib.suppress(OSError):
         topologies = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology")
         return len({tuple((t / n).read_text() for n in ("physical_package_id", "core_id")) for t in topologies}) or None
@@ -610,7 +611,7 @@ def physical_cores() -> int | None:
 
 
 def commit() -> str:
-    """Of the checkout, where it runs in one."""
+    """Commit of the current checkout, if there is one."""
     if Path("cpp/include/lomem/version.h").exists():
         with contextlib.suppress(OSError):
             command = ["git", "describe", "--always", "--dirty"]
@@ -619,7 +620,7 @@ def commit() -> str:
 
 
 def machine(plan: Plan) -> dict[str, Any]:
-    """What the figures were measured on and with."""
+    """Hardware and software that the results were measured with."""
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "lomem": __version__,
@@ -654,14 +655,14 @@ def machine(plan: Plan) -> dict[str, Any]:
 
 
 def results_name(device: str) -> str:
-    """What a file of results is called: the name of the CPU or GPU, in lower case with hyphens."""
+    """File name for results: the name of the CPU or GPU, in lower case with hyphens."""
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     name = re.sub(r"\((R|TM)\)|\bCPU\b|@.*", " ", name, flags=re.IGNORECASE)
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measures, or reads what was measured; prints, and writes what is asked for."""
+    """Runs ``lomem bench``: measures or reads results, prints them and writes the requested files."""
     for option in ("json", "table"):
         if getattr(arguments, option) is not None:
             check_folder(f"--{option}", getattr(arguments, option))
@@ -677,13 +678,13 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def make_console() -> bench_report.Console:
-    """As wide as the terminal; in a file or a pipe, as wide as the tables are."""
+    """A console as wide as the terminal, or 160 columns in a file or a pipe."""
     console = bench_report.Console()
     return console if console.is_terminal else bench_report.Console(width=160)
 
 
 def replay(arguments: argparse.Namespace) -> Results:
-    """Prints what was measured before."""
+    """Prints saved results."""
     console = make_console()
     results = bench_report.load(arguments.from_file)
     cases = bench_report.select(arguments.only)
@@ -697,7 +698,7 @@ def replay(arguments: argparse.Namespace) -> Results:
 
 
 def measure_and_print(arguments: argparse.Namespace) -> Results:
-    """Prints while it measures, and keeps what it has so far."""
+    """Measures, prints and saves table by table."""
     plan = make_plan(arguments)
     reuse_memory()
     console = make_console()

@@ -1,6 +1,6 @@
-"""What ``lomem bench`` measured: the file that keeps it, tables, a picture. Nothing here measures.
+"""Results of ``lomem bench``: files, tables and plots.
 
-Needs the optional packages of ``pip install 'lomem[bench]'``: rich, and matplotlib to draw.
+Requires the optional packages of ``pip install 'lomem[bench]'``: rich, and matplotlib for plots.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 PROGRAM = "lomem bench"
 ACTIVATIONS = ("gelu", "gelu-tanh", "silu")
-#: Not among the cases that are measured where none is asked for.
+#: Not measured by default.
 FEW_BIT = ("gelu-3bit", "gelu-4bit", "gelu-8bit")
 NORMS = ("layer-norm", "layer-norm-affine", "rms-norm", "rms-norm-affine")
-#: A name that stands for several cases.
+#: Names for groups of cases.
 FAMILIES = {"activations": ACTIVATIONS, "few-bit": FEW_BIT, "norms": NORMS}
 
-#: One contender in one pass of one case. (A call, since `pass` is no name of a field.)
+#: One contender in one pass of one case. (Functional syntax, since `pass` cannot be a field name.)
 Record = TypedDict(
     "Record",
     {
@@ -41,8 +41,8 @@ Record = TypedDict(
         "threads": int | None,  # None on a GPU
         "pass": str,
         "contender": str,
-        "microseconds": float,  # a call
-        "bytes_per_element": float,  # that must be moved at least
+        "microseconds": float,  # per call
+        "bytes_per_element": float,  # minimum to be moved
         "gigabytes_per_second": float,  # of those bytes
         "copy_gigabytes_per_second": float,  # bytes read and written by a copy between arrays in memory
         "copy_same_size_gigabytes_per_second": float,  # by a copy of the case's input, which caches may hold
@@ -50,14 +50,14 @@ Record = TypedDict(
         "fraction_of_copy_same_size": float,
         "time_over_lomem": float,  # medians of the ratios within a round
         "torch_time_over_time": float,
-        "page_faults": float | None,  # a call; None on a GPU
-        "preemptions": float | None,  # of a thread by another process, a call; None on a GPU
+        "page_faults": float | None,  # per call; None on a GPU
+        "preemptions": float | None,  # of a thread by another process, per call; None on a GPU
     },
 )
 
 
 class Results(NamedTuple):
-    """One run."""
+    """The results of one run."""
 
     command: str
     machine: dict[str, Any]
@@ -65,7 +65,7 @@ class Results(NamedTuple):
 
 
 def select(only: Iterable[str] | None) -> list[str]:
-    """The cases that are asked for; by default all but those of FEW_BIT."""
+    """The requested cases; by default all except those of FEW_BIT."""
     known = [*ACTIVATIONS, *FEW_BIT, *NORMS]
     if only is None:
         return [*ACTIVATIONS, *NORMS]
@@ -78,7 +78,7 @@ def select(only: Iterable[str] | None) -> list[str]:
 
 
 def save(results: Results, path: str) -> None:
-    """Writes a run to a file, a line a record: files of results are kept in repositories."""
+    """Writes a run to a file with one record per line, for readable diffs."""
     contents = json.dumps({"program": PROGRAM, **results._asdict(), "records": []}, indent=1)
     records = ",\n".join(f"  {json.dumps(record)}" for record in results.records)
     Path(path).write_text(contents.removesuffix("[]\n}") + f"[\n{records}\n ]\n}}\n", encoding="utf-8")
@@ -101,7 +101,7 @@ def load(path: str) -> Results:
 
 
 def count_name(count: int) -> str:
-    """4096 is `4K`."""
+    """Formats a count: 4096 is `4K`."""
     for unit, size in (("G", 2**30), ("M", 2**20), ("K", 2**10)):
         if count >= size and count % size == 0:
             return f"{count // size}{unit}"
@@ -109,12 +109,12 @@ def count_name(count: int) -> str:
 
 
 def shape_name(shape: list[int]) -> str:
-    """[4096] is `4K`, [8192, 768] is `8192x768`."""
+    """Formats a shape: [4096] is `4K`, [8192, 768] is `8192x768`."""
     return count_name(shape[0]) if len(shape) == 1 else "x".join(map(str, shape))
 
 
 def threads_name(threads: int | None) -> str:
-    """What stands in titles; nothing for a GPU."""
+    """Number of threads for titles; empty for a GPU."""
     return "" if threads is None else "1 thread" if threads == 1 else f"{threads} threads"
 
 
@@ -127,13 +127,13 @@ def _contenders(records: Iterable[Record]) -> list[str]:
 
 
 def by_table(records: list[Record]) -> Iterator[list[Record]]:
-    """Records of one case and one number of threads."""
+    """Groups records by case and number of threads."""
     for _, group in itertools.groupby(records, lambda r: (r["threads"], r["case"])):
         yield list(group)
 
 
 def print_header(results: Results, console: Console) -> None:
-    """The command, what it ran on and with, and what the columns of the tables are."""
+    """Prints the command, the machine and the meaning of the columns."""
     facts = {"command": results.command, **results.machine}
     rows = Table.grid(padding=(0, 2))
     for name, value in facts.items():
@@ -147,7 +147,7 @@ def _microseconds(value: float) -> str:
 
 
 def table(records: list[Record]) -> Table:
-    """One case at one number of threads."""
+    """Table of one case with one number of threads."""
     contenders = _contenders(records)
     first = records[0]
     result = Table(
@@ -182,46 +182,47 @@ def table(records: list[Record]) -> Table:
 
 
 def print_table(records: list[Record], console: Console) -> None:
-    """A table, and what the figures of its run are worth."""
+    """Prints a table, the bandwidth of a copy and disturbances during the run."""
     console.print(table(records))
     copy = [record["copy_gigabytes_per_second"] for record in records]
-    console.print(f"  A copy in memory: {min(copy):.0f} to {max(copy):.0f} GB/s.")
+    console.print(f"  Copy in memory: {min(copy):.0f} to {max(copy):.0f} GB/s.")
     if records[0]["threads"] is not None:
         faults = max(record["page_faults"] or 0 for record in records)
         preemptions = statistics.fmean(
             (record["preemptions"] or 0) / record["microseconds"] * 1e6 for record in records
         )
-        console.print(f"  At most {faults:.1f} page faults a call; {preemptions:.0f} preemptions a second.")
+        console.print(f"  At most {faults:.1f} page faults per call; {preemptions:.0f} preemptions per second.")
         if preemptions > BUSY:
-            console.print("  The machine was busy with something else: these figures are not to be trusted.")
+            console.print("  The machine was busy with other processes: these times are not reliable.")
     if any(record["contender"] == LAYER_NORM for record in records):
         console.print(f"  {LAYER_NORM}: {RMS_NORM_ON_CPU}")
     console.print()
 
 
-#: Preemptions a second above which other processes are measured too.
+#: Preemptions per second above which other processes distort the times.
 BUSY = 100
 COLUMNS = """
-us       of a call
-speed    torch's time over this one, above 1 where torch is slower
-of copy  bandwidth over that of a copy of the input, which moves as many bytes or fewer
+us       time per call
+speed    torch's time divided by this time, above 1 if torch is slower
+of copy  bandwidth relative to a copy of the input, which moves as many bytes or fewer
 """
 #: A contender of rms-norm on CPUs.
 LAYER_NORM = "lomem layer-norm"
 RMS_NORM_ON_CPU = (
-    "torch's rms_norm on a CPU is several ops, so that being faster says little. "
-    "lomem's own layer norm, of the same tensors, does all that a fused one would have to, and the mean."
+    "On a CPU, torch's rms_norm consists of several ops, so a speedup over it says little. "
+    "lomem's layer norm on the same tensors does the work of a fused RMS norm, plus the mean."
 )
 
 
 def markdown(results: Results) -> str:
-    """Every ratio: torch's time over the time of each other contender."""
+    """Markdown tables of torch's time divided by the time of each other contender."""
     machine = results.machine
     device = machine["device"] if machine["device"] != "cpu" else machine["cpu"]
     lines = [
         f"# {PROGRAM}: {device}",
         "",
-        f"Torch's time over lomem's, or another's that is named: above 1, torch is slower. {versions(machine)}.",
+        "Torch's time divided by lomem's, or by that of the contender named in the column: above 1, torch is slower. "
+        f"{versions(machine)}.",
         "",
         f"`{results.command}`",
     ]
@@ -250,12 +251,12 @@ def _markdown_table(records: list[Record]) -> Iterator[str]:
 
 
 def versions(machine: dict[str, Any]) -> str:
-    """What ran, in a line."""
+    """Versions and date of a run, in one line."""
     return f"lomem {machine['lomem']} ({machine['commit']}), torch {machine['torch']}, {machine['date']}"
 
 
 class Line(NamedTuple):
-    """How one contender's pass is drawn."""
+    """Plot style of a pass of a contender."""
 
     contender: str
     pass_: str
@@ -264,7 +265,7 @@ class Line(NamedTuple):
     style: str
 
 
-#: Okabe and Ito's colours, which colour-blind readers tell apart; marker and dashes tell the same again.
+#: The Okabe-Ito palette, which is safe for colour-blind readers; markers and dashes repeat the distinction.
 LINES = (
     Line("lomem", "forward", "#0072B2", "o", "-"),
     Line("lomem fast", "forward", "#56B4E9", "^", "-"),
@@ -275,15 +276,15 @@ LINES = (
 
 
 def check_drawn(cases: Iterable[str]) -> str:
-    """The case that is drawn: the first activation."""
+    """The case to plot: the first activation."""
     drawn = [case for case in cases if case in ACTIVATIONS]
     if not drawn:
-        raise ValueError(f"--plot draws an activation, expected one of {', '.join(ACTIVATIONS)} among the cases")
+        raise ValueError(f"--plot shows an activation, expected one of {', '.join(ACTIVATIONS)} among the cases")
     return drawn[0]
 
 
 def plot(results: Results, path: str) -> None:
-    """Bandwidth over size, under the roof of a copy: a panel a dtype and number of threads."""
+    """Plots bandwidth against size, with copies for comparison: one panel per dtype and number of threads."""
     from matplotlib.figure import Figure
 
     case = check_drawn(record["case"] for record in results.records)
@@ -308,19 +309,19 @@ def plot(results: Results, path: str) -> None:
     if device == "cpu":
         device = f"{machine['cpu']}, {machine['lomem_cpu_capability']} kernels"
     figure.suptitle(
-        f"{case}: bytes that the op must move at least, over the time of a call\n{device}; {versions(machine)}",
+        f"{case}: minimum number of bytes moved, divided by the time per call\n{device}; {versions(machine)}",
         fontsize=11,
     )
     figure.savefig(path, dpi=150)
 
 
-#: Under the picture: what the height does not say.
-HEIGHT = "at the same height, the op with fewer bytes to move (lomem backward) is the faster one"
+#: Legend title, since the plot does not show times.
+HEIGHT = "at equal bandwidth, the op with fewer bytes to move (lomem backward) is faster"
 
 
 def _draw(axes: Axes, records: list[Record]) -> None:
     sizes = sorted({record["elements"] for record in records})
-    # The same measurement stands in every record of a size.
+    # All records of a size contain the same measurement.
     of = {record["elements"]: record for record in records}
     same_size = [of[size]["copy_same_size_gigabytes_per_second"] for size in sizes]
     memory = [of[size]["copy_gigabytes_per_second"] for size in sizes]
@@ -351,7 +352,7 @@ def _draw(axes: Axes, records: list[Record]) -> None:
 
 
 def _mark_caches(axes: Axes, machine: dict[str, Any], dtype: str) -> None:
-    """Where input and output together fill a cache."""
+    """Marks the sizes at which input and output together fill a cache."""
     width = int(dtype[-2:]) // 8
     low, high = axes.get_xlim()
     for name in ("l2", "l3"):

@@ -1,4 +1,4 @@
-"""The command ``lomem``."""
+"""The ``lomem`` command line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _positive_float(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    """`64M` is 64 * 2^20."""
+    """Parses a count with an optional binary suffix: `64M` is 64 * 2^20."""
     match = re.fullmatch(r"([1-9][0-9]*)([KMG]?)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"got {text or 'nothing'}, expected a size such as 4096, 64K or 1M")
@@ -49,7 +49,7 @@ def _list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     def parse_list(text: str) -> list[Any]:
         return list(dict.fromkeys(parse(part) for part in text.split(",")))
 
-    parse_list.__name__ = "list"  # which argparse's own message names
+    parse_list.__name__ = "list"  # argparse shows it in its error messages
     return parse_list
 
 
@@ -61,7 +61,7 @@ def _device(text: str) -> torch.device:
 
 
 def info() -> int:
-    """Prints what is installed and what runs."""
+    """Prints versions and the kernels in use."""
     archs = " ".join(_C.cuda_archs())
     cuda = "none (CPU-only build)" if not archs else archs if torch.version.cuda else f"{archs}, not loaded"
     rows = {
@@ -98,53 +98,55 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
-        help="time lomem's ops against torch's",
-        description="Times lomem's ops against torch's, compiled torch and, on a GPU, Liger-Kernel and apex, in turns "
-        "with each other and with copies. Lists have commas: --elements 64K,1M.",
+        help="benchmark lomem's ops against torch's",
+        description="Benchmarks lomem's ops against torch, compiled torch and, on a GPU, Liger-Kernel and apex. "
+        "The contenders and memory copies take turns. Lists are comma-separated: --elements 64K,1M.",
     )
-    measured = bench.add_argument_group("what is measured")
+    measured = bench.add_argument_group("measurement")
     options = [
-        measured.add_argument("--device", type=_device, help="cpu or cuda (default: a GPU where there is one)"),
+        measured.add_argument("--device", type=_device, help="cpu or cuda (default: a GPU if there is one)"),
         measured.add_argument(
-            "--threads", type=_list_of(_positive), metavar="N,...", help="of the CPU (default: 1 and all)"
+            "--threads", type=_list_of(_positive), metavar="N,...", help="numbers of CPU threads (default: 1 and all)"
         ),
         measured.add_argument(
             "--elements",
             type=_list_of(_count),
             metavar="N,...",
-            help="sizes of activations (default: 4K,64K,1M,16M,64M; on a GPU 1M,16M,64M)",
+            help="input sizes of activations (default: 4K,64K,1M,16M,64M; on a GPU 1M,16M,64M)",
         ),
         measured.add_argument(
             "--shapes",
             type=_list_of(_shape),
             metavar="RxC,...",
-            help="rows and columns of norms (default: 8192x768,2048x4096; on a GPU 64M elements in rows of 768 to 16K)",
+            help="input shapes of norms (default: 8192x768,2048x4096; on a GPU 64M elements in rows of 768 to 16K)",
         ),
         measured.add_argument(
-            "--dtypes", type=_list_of(str), metavar="DTYPE,...", help="of fp32, bf16, fp16 (default) and fp64"
+            "--dtypes", type=_list_of(str), metavar="DTYPE,...", help="fp32, bf16, fp16, fp64 (default: fp32,bf16,fp16)"
         ),
-        measured.add_argument("--rounds", type=_positive, metavar="N", help="turns of each contender (default: 15)"),
+        measured.add_argument("--rounds", type=_positive, metavar="N", help="number of rounds (default: 15)"),
         measured.add_argument(
-            "--seconds", type=_positive_float, metavar="S", help="of a contender in a round, about (default: 0.005)"
+            "--seconds", type=_positive_float, metavar="S", help="per contender and round, roughly (default: 0.005)"
         ),
-        measured.add_argument("--compile", action="store_true", help="also torch.compile, which takes its time"),
+        measured.add_argument("--compile", action="store_true", help="also measure torch.compile (slow)"),
         measured.add_argument(
-            "--rotate", action="store_true", help="inputs rotate through more memory than caches hold, as on a GPU"
+            "--rotate", action="store_true", help="rotate inputs through more memory than the caches hold, as on a GPU"
         ),
-        measured.add_argument("--json", metavar="FILE", help="keep the figures"),
+        measured.add_argument("--json", metavar="FILE", help="write the results"),
     ]
-    shown = bench.add_argument_group("what is shown")
+    shown = bench.add_argument_group("output")
     shown.add_argument(
-        "--only", type=_list_of(str), metavar="CASE,...", help="activations, norms, gelu, silu, layer-norm, ..."
+        "--only", type=_list_of(str), metavar="CASE,...", help="cases: activations, norms, gelu, silu, layer-norm, ..."
     )
-    shown.add_argument("--table", metavar="FILE.md", help="write the ratios")
-    shown.add_argument("--plot", metavar="FILE.png", help="draw the bandwidth of the first activation")
-    shown.add_argument("--from", dest="from_file", metavar="FILE", help="show what --json kept, and measure nothing")
+    shown.add_argument("--table", metavar="FILE.md", help="write the speedups")
+    shown.add_argument("--plot", metavar="FILE.png", help="plot the bandwidth of the first activation")
+    shown.add_argument(
+        "--from", dest="from_file", metavar="FILE", help="show results that --json wrote; measure nothing"
+    )
 
     def run(arguments: argparse.Namespace) -> int:
         given = [o.option_strings[0] for o in options if getattr(arguments, o.dest) not in (None, False)]
         if arguments.from_file is not None and given:
-            raise ValueError(f"--from measures nothing, and takes no {given[0]}")
+            raise ValueError(f"{given[0]} is given with --from, expected only one of them")
         return _bench(arguments)
 
     bench.set_defaults(run=run)
@@ -162,30 +164,32 @@ def _model_command(name: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _add_model_options(command: Any) -> None:
-    model = command.add_argument_group("the model")
+    model = command.add_argument_group("model")
     model.add_argument(
-        "--model", metavar="NAME", help="llama-7b, vit-b, roberta-base, ... or a folder with a transformers config"
+        "--model", metavar="NAME", help="llama-7b, vit-b, roberta-base, ... or the path of a transformers config"
     )
-    model.add_argument("--lora", metavar="r=N,...", help="also targets=qv or all, dropout=P, dtype=fp32, bf16, fp16")
-    model.add_argument("--4bit", dest="four_bit", action="store_true", help="keep the frozen linear layers in 4 bits")
-    model.add_argument("--no-peft-cast", action="store_true", help="LoRA layers do not cast their input")
-    model.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights, without autocast")
-    model.add_argument("--autocast", choices=["bf16", "fp16", "none"], help="automatic mixed precision")
+    model.add_argument(
+        "--lora", metavar="r=N,...", help="LoRA; also targets=qv or all, dropout=P, dtype=fp32, bf16, fp16"
+    )
+    model.add_argument("--4bit", dest="four_bit", action="store_true", help="store the frozen linear layers in 4 bits")
+    model.add_argument("--no-peft-cast", action="store_true", help="keep peft's LoRA layers from casting their input")
+    model.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="dtype of the weights; turns autocast off")
+    model.add_argument("--autocast", choices=["bf16", "fp16", "none"], help="dtype of automatic mixed precision")
 
 
 def _add_memory(commands: Any) -> None:
     command = commands.add_parser(
         "memory",
-        help="estimate what the training of a model holds, plain and converted",
-        description="Estimates the memory of a training step of a model, plain and with what lomem and checkpointing "
-        "do, without weights and without a GPU.",
+        help="estimate the training memory of a model, plain and converted",
+        description="Estimates the memory of a training step of a model, plain and with lomem or gradient "
+        "checkpointing, without weights and without a GPU.",
     )
     _add_model_options(command)
     command.add_argument(
-        "--paper", action="store_true", help="instead of a model: the settings of the paper, for a few minutes"
+        "--paper", action="store_true", help="estimate the settings of the paper instead of one model (takes minutes)"
     )
-    command.add_argument("--only", type=_list_of(str), metavar="NAME,...", help="with --paper: these models")
-    measured = command.add_argument_group("what is estimated")
+    command.add_argument("--only", type=_list_of(str), metavar="NAME,...", help="with --paper: only these models")
+    measured = command.add_argument_group("estimate")
     measured.add_argument(
         "--method",
         type=_list_of(str),
@@ -193,18 +197,18 @@ def _add_memory(commands: Any) -> None:
         help="plain, activations, norms, lomem (both), one-cast, checkpoint, lomem+checkpoint "
         "(default: plain,lomem,checkpoint)",
     )
-    measured.add_argument("--batch", type=_positive, metavar="N", help="sequences or images in a batch")
-    measured.add_argument("--seq", type=_positive, metavar="N", help="tokens in a sequence")
+    measured.add_argument("--batch", type=_positive, metavar="N", help="sequences or images per batch")
+    measured.add_argument("--seq", type=_positive, metavar="N", help="tokens per sequence")
     measured.add_argument(
-        "--optimizer", choices=["adamw", "sgd", "none"], default="adamw", help="whose state is held (default: adamw)"
+        "--optimizer", choices=["adamw", "sgd", "none"], default="adamw", help="optimizer of the step (default: adamw)"
     )
     measured.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="whose ops are estimated (default: cuda)"
+        "--device", choices=["cuda", "cpu"], default="cuda", help="device whose ops are estimated (default: cuda)"
     )
-    shown = command.add_argument_group("what is shown")
-    shown.add_argument("--json", metavar="FILE", help="write the figures")
+    shown = command.add_argument_group("output")
+    shown.add_argument("--json", metavar="FILE", help="write the results")
     shown.add_argument("--table", metavar="FILE.md", help="write the table")
-    shown.add_argument("--plot", metavar="FILE.png", help="draw them")
+    shown.add_argument("--plot", metavar="FILE.png", help="plot the results")
     command.set_defaults(run=_model_command("main_memory"))
 
 
@@ -212,14 +216,14 @@ def _add_convert(commands: Any) -> None:
     command = commands.add_parser(
         "convert",
         help="print what lomem.convert would do to a model",
-        description="Prints what lomem.convert would do to a model of random weights, norm by norm. In a program, "
-        "lomem.convert(model, example_inputs) does it.",
+        description="Prints what lomem.convert would do to a model with random weights, norm by norm. To convert a "
+        "model, call lomem.convert(model, example_inputs) in a program.",
     )
     _add_model_options(command)
     command.add_argument(
-        "--dry-run", action="store_true", required=True, help="change nothing, which is all that it can"
+        "--dry-run", action="store_true", required=True, help="required: the command only prints, it converts nothing"
     )
-    command.add_argument("--every", action="store_true", help="a row for each module, not for each kind")
+    command.add_argument("--every", action="store_true", help="a row per module, not per kind of module")
     command.set_defaults(run=_model_command("main_convert"))
 
 
@@ -232,40 +236,44 @@ def _fit(arguments: argparse.Namespace) -> int:
 def _add_fit(commands: Any) -> None:
     command = commands.add_parser(
         "fit",
-        help="find the best step functions for an activation",
-        description="Finds the step functions of an activation's derivative that lose least, and says how near the "
-        "gradients are. Lists have commas: --bits 2,3,4.",
+        help="fit optimal step functions to an activation",
+        description="Fits optimal step functions to the derivative of an activation and reports the accuracy of the "
+        "gradients. Lists are comma-separated: --bits 2,3,4.",
     )
     command.add_argument("function", metavar="FUNCTION", help="gelu, silu, mish, tanh, softplus, ...")
     command.add_argument(
-        "--bits", type=_list_of(_positive), default=[2, 3, 4], metavar="N,...", help="1 to 8 (default: 2,3,4)"
+        "--bits",
+        type=_list_of(_positive),
+        default=[2, 3, 4],
+        metavar="N,...",
+        help="bits per element, 1 to 8 (default: 2,3,4)",
     )
     command.add_argument(
-        "--criterion", metavar="NAME,...", help="primitive, the activation; derivative (default: both)"
+        "--criterion", metavar="NAME,...", help="primitive (fit the activation), derivative (default: both)"
     )
     command.add_argument(
-        "--density", choices=["uniform", "gaussian"], default="uniform", help="where errors count (default: uniform)"
+        "--density", choices=["uniform", "gaussian"], default="uniform", help="density of the fit (default: uniform)"
     )
     command.add_argument(
         "--measure",
         choices=["uniform", "gaussian"],
         default="gaussian",
-        help="what the mean errors of the gradient are over (default: gaussian)",
+        help="density of the mean errors of the gradient (default: gaussian)",
     )
     command.add_argument(
         "--digits-up-to", type=int, default=4, metavar="N", help="print step functions up to N bits (default: 4)"
     )
-    command.add_argument("--json", metavar="FILE", help="write all of it")
-    command.add_argument("--plot", metavar="FILE.png", help="draw the function, its derivative and the steps")
+    command.add_argument("--json", metavar="FILE", help="write the results")
+    command.add_argument("--plot", metavar="FILE.png", help="plot the function, its derivative and the steps")
     command.set_defaults(run=_fit)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     result = argparse.ArgumentParser(prog="lomem", description="Less activation memory in PyTorch training.")
     result.add_argument("--version", action="version", version=f"lomem {__version__}")
     commands = result.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="print what is installed and which kernels run").set_defaults(run=lambda _: info())
+    commands.add_parser("info", help="print versions and the kernels in use").set_defaults(run=lambda _: info())
     demo = commands.add_parser(
         "demo",
         help="train a small Vision Transformer with plain torch and with lomem",
@@ -273,8 +281,8 @@ def parser() -> argparse.ArgumentParser:
         "and with lomem, from the same seeds, and compares them.",
     )
     demo.add_argument("--seeds", type=_positive, default=1, metavar="N", help="repeat with N seeds (default: 1)")
-    demo.add_argument("--epochs", type=_positive, default=None, metavar="N", help="epochs of each training run")
-    demo.add_argument("--plot", metavar="FILE.png", help="draw the comparison")
+    demo.add_argument("--epochs", type=_positive, default=None, metavar="N", help="epochs per training run")
+    demo.add_argument("--plot", metavar="FILE.png", help="plot the comparison")
     demo.set_defaults(run=_demo)
     _add_memory(commands)
     _add_convert(commands)
@@ -285,7 +293,7 @@ def parser() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _flushed() -> Iterator[None]:
-    # Where what it raises is caught, and not by the interpreter at its end.
+    # Flushing here lets main() catch errors that the interpreter would otherwise report at exit.
     try:
         yield
     finally:

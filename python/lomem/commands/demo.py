@@ -1,6 +1,6 @@
 """``lomem demo``: a small Vision Transformer on scikit-learn's digits, with plain torch and with lomem.
 
-Needs the optional packages of ``pip install 'lomem[demo]'``.
+Requires the optional packages of ``pip install 'lomem[demo]'``.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ EPOCHS = 60
 
 
 class Layers(NamedTuple):
-    """What a model is made of."""
+    """The layers in which the two models differ."""
 
     norm: Callable[[int], nn.Module]
     activation: Callable[[], nn.Module]
 
 
-#: The same parameters, so that a seed gives both the same start.
+#: Both have the same parameters, so a seed gives the same initial weights.
 METHODS = {
     "torch": Layers(nn.LayerNorm, nn.GELU),
     "lomem": Layers(lambda width: lnn.MSLayerNorm(width, elementwise_affine=True), lnn.ReGELU2),
@@ -58,7 +58,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), layers.activation(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """Applies the block to a tensor of shape (batch, tokens, width)."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.projection(attended)
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Of 8x8 images: 16 patches of 2x2 pixels and a class token."""
+    """Vision Transformer for 8x8 images: 16 patches of 2x2 pixels and a class token."""
 
     def __init__(self, layers: Layers, width: int = 64, depth: int = 4, heads: int = 4) -> None:
         super().__init__()
@@ -78,14 +78,14 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(batch, 1, 8, 8) to (batch, 10) logits."""
+        """Maps images (batch, 1, 8, 8) to logits (batch, 10)."""
         x = self.patches(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
 class Data(NamedTuple):
-    """Images (n, 1, 8, 8) in [0, 1] and labels."""
+    """Images of shape (n, 1, 8, 8) with values in [0, 1], and labels."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -94,7 +94,7 @@ class Data(NamedTuple):
 
 
 def load_data() -> Data:
-    """The digits, in their own order: the last fifth, of other writers, is the test set."""
+    """Loads the digits in their original order; the last fifth, by other writers, is the test set."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(digits.target)
@@ -103,7 +103,7 @@ def load_data() -> Data:
 
 
 class Result(NamedTuple):
-    """Of one training run."""
+    """Result of one training run."""
 
     saved_bytes: int
     step_ms: list[float]
@@ -111,7 +111,7 @@ class Result(NamedTuple):
 
 
 class Run:
-    """One model in training."""
+    """One model during training."""
 
     def __init__(self, layers: Layers, data: Data, seed: int, steps: int) -> None:
         torch.manual_seed(seed)
@@ -122,17 +122,17 @@ class Run:
         self.step_ms: list[float] = []
 
     def loss(self, index: Tensor) -> Tensor:
-        """Of a batch of training images."""
+        """Loss on a batch of training images."""
         return F.cross_entropy(self.model(self.data.train_images[index]), self.data.train_labels[index])
 
     def saved_bytes(self, index: Tensor) -> int:
-        """Bytes that autograd keeps of a batch; parameters, which are there anyway, left out."""
+        """Bytes that autograd saves for a batch, without parameters, which are in memory anyway."""
         with memory.saved_for_backward(self.model.parameters()) as saved:
             self.loss(index)
         return saved.nbytes
 
     def step(self, index: Tensor) -> None:
-        """One optimizer step, timed."""
+        """Runs one optimizer step and records its time."""
         start = time.perf_counter()
         self.optimizer.zero_grad()
         self.loss(index).backward()
@@ -141,14 +141,14 @@ class Run:
         self.schedule.step()
 
     def accuracy(self) -> float:
-        """On the test set."""
+        """Accuracy on the test set."""
         with torch.no_grad():
             predicted = self.model(self.data.test_images).argmax(1)
         return (predicted == self.data.test_labels).double().mean().item()
 
 
 def compare(seeds: int, epochs: int, terminal: Console) -> dict[str, list[Result]]:
-    """Trains both models from each seed, on the same batches, step by step in turns."""
+    """Trains both models from each seed on the same batches, alternating step by step."""
     data = load_data()
     n = len(data.train_labels)
     steps = epochs * (n // BATCH)
@@ -161,7 +161,7 @@ def compare(seeds: int, epochs: int, terminal: Console) -> dict[str, list[Result
             runs = {name: Run(layers, data, seed, steps) for name, layers in METHODS.items()}
             shuffle = torch.Generator().manual_seed(seed)
             for _ in range(epochs):
-                # Whole batches only: the step times are to be comparable.
+                # Full batches only, to keep step times comparable.
                 for index in torch.randperm(n, generator=shuffle)[: n // BATCH * BATCH].split(BATCH):
                     for run in runs.values():
                         run.step(index)
@@ -178,7 +178,7 @@ def _mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 class Figures(NamedTuple):
-    """One row of the comparison: a figure of each seed and method, and their difference."""
+    """One row of the comparison: a value per seed and method, and the difference."""
 
     name: str
     form: str
@@ -187,12 +187,12 @@ class Figures(NamedTuple):
 
 
 def figures(results: dict[str, list[Result]]) -> list[Figures]:
-    """What the table and the plot show."""
+    """The rows of the table and the panels of the plot."""
     torch_runs, lomem_runs = results["torch"], results["lomem"]
     saved = {name: [r.saved_bytes * 2**-20 for r in runs] for name, runs in results.items()}
     step = {name: [statistics.median(r.step_ms) for r in runs] for name, runs in results.items()}
     accuracy = {name: [100 * r.accuracy for r in runs] for name, runs in results.items()}
-    # Steps were taken in turns: the ratio of neighbours is what the machine's moods leave alone.
+    # The two models alternate, so ratios of adjacent steps are robust against changes in machine load.
     ratio = statistics.median(
         b / a for x, y in zip(torch_runs, lomem_runs, strict=True) for a, b in zip(x.step_ms, y.step_ms, strict=True)
     )
@@ -208,7 +208,7 @@ def figures(results: dict[str, list[Result]]) -> list[Figures]:
 
 
 def table(results: dict[str, list[Result]]) -> Table:
-    """The comparison, with standard errors where there are several seeds."""
+    """Table of the comparison, with standard errors if there are several seeds."""
     runs = len(results["torch"])
     seeds = f", mean of {runs} seeds {plus_minus()} standard error" if runs > 1 else ""
     rows = Table("", title=f"Vision Transformer on digits, batch {BATCH}{seeds}")
@@ -224,7 +224,7 @@ def table(results: dict[str, list[Result]]) -> Table:
 
 
 def plot(results: dict[str, list[Result]], path: str) -> None:
-    """Draws the three figures of the table as bars."""
+    """Plots the three rows of the table as bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 2.6), layout="constrained")
@@ -238,7 +238,7 @@ def plot(results: dict[str, list[Result]], path: str) -> None:
         ]
         axes.bar_label(bars, labels=labels, padding=2)
         axes.set_title(f"{row.name}\n{row.difference}", fontsize=10)
-        # The bars begin at 0, and their numbers stand above them.
+        # Bars start at 0, with room for the labels above them.
         axes.set_ylim(0, 1.15 * max(mean + error for mean, error in zip(means, errors, strict=True)))
         axes.set_xlim(-0.5, 1.5)
         axes.set_yticks([])
@@ -248,13 +248,13 @@ def plot(results: dict[str, list[Result]], path: str) -> None:
 
 
 def main(seeds: int = 1, epochs: int | None = None, plot_path: str | None = None) -> int:
-    """Trains, prints the table, and draws it where a path is given."""
+    """Runs ``lomem demo``: trains, prints the table and writes the plot if a path is given."""
     if plot_path is not None:
-        check_plot(plot_path, "demo")  # before the training, not after it
+        check_plot(plot_path, "demo")  # fail before training
     terminal = console()
     results = compare(seeds, epochs or EPOCHS, terminal)
     terminal.print(table(results))
     if plot_path is not None:
         plot(results, plot_path)
-        terminal.print(f"drawn to {plot_path}")
+        terminal.print(f"plot written to {plot_path}")
     return 0

@@ -21,7 +21,7 @@ def _criteria(text: str | None) -> list[Any]:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Fits, compares and prints; returns the exit status."""
+    """Runs ``lomem fit``; returns the exit status."""
     criteria = _criteria(arguments.criterion)
     for bits in arguments.bits:
         if not 1 <= bits <= 8:

@@ -1,6 +1,6 @@
-"""The commands ``lomem memory`` and ``lomem convert``: what the training of a model holds, before and after.
+"""The commands ``lomem memory`` and ``lomem convert``: training memory of a model before and after conversion.
 
-Estimates, by :func:`lomem.memory.estimate`: no weights are loaded and no GPU is needed.
+The values are estimates by :func:`lomem.memory.estimate`, without weights and without a GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ except ImportError as error:
 
 __all__ = ["METHODS", "main_convert", "main_memory", "parse_lora"]
 
-#: What can be done to a model, and how the tables call it.
+#: What can be done to a model, and its name in the tables.
 METHODS = {
     "plain": "plain",
     "activations": "+ activations",
@@ -65,11 +65,11 @@ class Subject:
     """A model and its batches.
 
     Attributes:
-        name: For headings.
-        build: Makes the model in training mode, on the default device.
-        batch: Makes a batch of a size and a length, None for its own.
-        text: Whether batches have a length.
-        autocast: Dtype of automatic mixed precision.
+        name: Name for headings.
+        build: Function that makes the model in training mode, on the default device.
+        batch: Function that makes a batch from a batch size and a sequence length, None for the defaults.
+        text: Whether batches have a sequence length.
+        autocast: Dtype of automatic mixed precision, None for none.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Subject:
     autocast: torch.dtype | None
 
     def example(self) -> dict[str, Tensor]:
-        """A small batch, to see by who keeps what."""
+        """A small batch, to find out which module saves what."""
         return self.batch(2, _EXAMPLE_TOKENS if self.text else None)
 
 
@@ -90,7 +90,7 @@ def _of_setting(setting: presets.Setting) -> Subject:
 
 
 def parse_lora(text: str) -> presets.Lora:
-    """``r=64,targets=all,dropout=0.1,dtype=bf16``."""
+    """Parses an option such as ``r=64,targets=all,dropout=0.1,dtype=bf16``."""
     known: dict[str, Callable[[str], Any]] = {
         "r": int,
         "targets": str,
@@ -104,8 +104,8 @@ def parse_lora(text: str) -> presets.Lora:
             values[name] = known[name](value)
         except (KeyError, ValueError):
             raise ValueError(
-                f"--lora: got {part or 'nothing'}, expected r=64 and perhaps targets=qv or all, dropout=0.1, "
-                "dtype=fp32, bf16 or fp16, with commas between"
+                f"--lora: got {part or 'nothing'}, expected r=64 and optionally targets=qv or all, dropout=0.1, "
+                "dtype=fp32, bf16 or fp16, separated by commas"
             ) from None
     if values.get("r", 0) < 1 or values["targets"] not in ("qv", "all") or not 0 <= values.get("dropout", 0) < 1:
         raise ValueError(f"--lora: got {text}, expected r of at least 1, targets qv or all, dropout in [0, 1)")
@@ -120,7 +120,7 @@ def _subject(arguments: argparse.Namespace) -> Subject:
         preset = dataclasses.replace(preset, autocast=_DTYPES.get(arguments.autocast))
     setting = presets.Setting(preset.name, arguments.lora, arguments.four_bit, not arguments.no_peft_cast)
     if setting.four_bit and setting.lora is None:
-        raise ValueError("--4bit is given without --lora, but frozen weights of 4 bits cannot be trained")
+        raise ValueError("--4bit is given without --lora, expected both: 4-bit weights are frozen")
     if not setting.peft_cast and setting.lora is None:
         raise ValueError("--no-peft-cast is given without --lora, expected both")
     name = [preset.name, "full fine-tuning" if setting.lora is None else str(setting.lora)]
@@ -145,17 +145,20 @@ def _preset_of(model: str | None) -> presets.Preset:
 
 
 def apply(method: str, model: nn.Module, subject: Subject) -> conversion.Report | None:
-    """Does to a model what a method says.
+    """Applies a method to a model.
 
     Args:
         method: Key of :data:`METHODS`.
-        model: Changed in place.
-        subject: Whose model it is.
+        model: The model; modified in place.
+        subject: The model's batches and autocast dtype.
+
+    Returns:
+        The report of the conversion; None if nothing was converted.
     """
     report = None
     with torch.autocast("cpu", subject.autocast, enabled=subject.autocast is not None):
         if method in _CONVERSIONS:
-            with contextlib.suppress(conversion.NothingToConvertError):  # then it is as plain
+            with contextlib.suppress(conversion.NothingToConvertError):  # then the same as "plain"
                 report = conversion.convert(model, subject.example(), **_CONVERSIONS[method])
         elif method == "one-cast":
             _cast_once(model, subject)
@@ -164,13 +167,13 @@ def apply(method: str, model: nn.Module, subject: Subject) -> conversion.Report 
         if enable is None:
             raise ValueError(f"--method is {method}, but {type(model).__name__} has no gradient checkpointing")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of a new name, which peft's models do not have yet
+            warnings.simplefilter("ignore", FutureWarning)  # about a new name that peft's models do not have yet
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return report
 
 
 def _cast_once(model: nn.Module, subject: Subject) -> None:
-    # Part of what memory-sharing norms gain under autocast is that q, k and v keep one cast of their input, not three.
+    # Part of what memory-sharing norms save under autocast is that q, k and v share one cast of their input.
     planned = conversion.convert(model, subject.example(), activations="keep", dry_run=True)
     dtype = subject.autocast
     if dtype is None:
@@ -201,7 +204,7 @@ def _estimate(
 
 @contextlib.contextmanager
 def _of_a_model(subject: Subject) -> Iterator[None]:
-    # Configs say anything, and models answer with any error.
+    # Configs can contain anything, so models can raise any error.
     try:
         yield
     except (ValueError, ImportError, OSError):
@@ -230,7 +233,7 @@ def _table(title: str, reports: dict[str, StepPeak]) -> Table:
     table.add_section()
     rows: dict[str, Callable[[StepPeak], int]] = {
         "peak of a step": lambda report: report.peak.nbytes,
-        "of forward and backward": lambda report: report.forward_backward.nbytes,
+        "peak of forward and backward": lambda report: report.forward_backward.nbytes,
         "saved for backward": lambda report: report.saved_bytes,
     }
     for name, value in rows.items():
@@ -242,12 +245,12 @@ def _table(title: str, reports: dict[str, StepPeak]) -> Table:
 
 
 def _kept(report: StepPeak) -> dict[str, Any]:
-    # The timeline has an entry an op.
+    # The timeline has an entry per op, too many for a file.
     return {name: value for name, value in report.to_dict().items() if name not in ("timeline", "phases")}
 
 
 def main_memory(arguments: argparse.Namespace) -> int:
-    """``lomem memory``."""
+    """Runs ``lomem memory``; returns the exit status."""
     if arguments.plot is not None:
         check_plot(arguments.plot, "models")
     for option, path in (("--json", arguments.json), ("--table", arguments.table)):
@@ -274,15 +277,15 @@ def main_memory(arguments: argparse.Namespace) -> int:
         Path(arguments.table).write_text(_markdown([subject.name], [reports], list(methods)), encoding="utf-8")
     if arguments.plot is not None:
         memory.plot({METHODS[method]: report for method, report in reports.items()}, arguments.plot)
-    # Last: whoever reads it may stop.
+    # Printed last, since a reader may close the pipe.
     console().print(
-        _table(subject.name, reports), "Not in it: workspaces inside ops and the allocator's rounding.", sep="\n"
+        _table(subject.name, reports), "Not included: workspaces inside ops and allocator rounding.", sep="\n"
     )
     return 0
 
 
 def main_convert(arguments: argparse.Namespace) -> int:
-    """``lomem convert``."""
+    """Runs ``lomem convert``; returns the exit status."""
     with quiet():
         subject = _subject(arguments)
     with (
@@ -305,7 +308,7 @@ _PAPER_NAMES = METHODS | {"no peft cast": "both, no peft cast"}
 def _paper_methods(setting: presets.Setting) -> Iterator[str]:
     for method in _PAPER_METHODS:
         if method == "no peft cast":
-            # A cast to the dtype that the input has anyway is none, and without autocast it is needed.
+            # Without autocast, peft's cast is either a no-op or needed.
             if setting.lora is None or setting.autocast is None:
                 continue
         elif method == "one-cast" and setting.autocast is None:
@@ -372,12 +375,12 @@ def _paper_table(names: Sequence[str], results: Sequence[dict[str, StepPeak]]) -
 def _markdown(names: Sequence[str], results: Sequence[dict[str, StepPeak]], methods: Sequence[str]) -> str:
     versions = f"lomem {__version__}, torch {torch.__version__}"
     lines = [
-        "# Memory of training",
+        "# Training memory",
         "",
         f"`{_command()}` ({versions})",
         "",
         "Saved for the backward pass / peak of forward and backward pass, in MiB, estimated; in brackets the change",
-        "against plain. Not in it: workspaces inside ops and the allocator's rounding.",
+        "relative to plain. Not included: workspaces inside ops and allocator rounding.",
         "",
         "| | " + " | ".join(_PAPER_NAMES[method] for method in methods) + " |",
         "|---|" + "---:|" * len(methods),
@@ -387,7 +390,7 @@ def _markdown(names: Sequence[str], results: Sequence[dict[str, StepPeak]], meth
     return "\n".join(lines) + "\n"
 
 
-#: Marker and colour (Okabe and Ito's, which colour-blind readers tell apart) of what the picture shows beside plain.
+#: Marker and colour (Okabe-Ito palette, safe for colour-blind readers) of the methods in the plot.
 _PAPER_MARKERS = {
     "activations": ("<", "#E69F00"),
     "norms": (">", "#56B4E9"),
@@ -398,12 +401,12 @@ _PAPER_MARKERS = {
 
 
 def _plot_paper(names: Sequence[str], saved: Sequence[Mapping[str, int]], path: str) -> None:
-    """Draws a row a setting, grouped by models: what each method saves for the backward pass, in percent of plain."""
+    """Plots a row per setting, grouped by model: bytes saved for the backward pass by each method, in % of plain."""
     from matplotlib.figure import Figure
 
     models = [name.split(",")[0] for name in names]
     groups = list(dict.fromkeys(models))
-    # Rows of a model stand together, half a row apart from those of the next.
+    # Rows of the same model are adjacent, with a gap of half a row between models.
     order = sorted(range(len(names)), key=lambda i: groups.index(models[i]))
     places = [row + 0.5 * groups.index(models[i]) for row, i in enumerate(order)]
     figure = Figure(figsize=(8, 0.26 * (places[-1] + 1) + 1), layout="constrained")
@@ -416,7 +419,7 @@ def _plot_paper(names: Sequence[str], saved: Sequence[Mapping[str, int]], path: 
         ]
         if points:
             x, y = zip(*points, strict=True)
-            hollow = "none" if method == "no peft cast" else color  # may lie upon another
+            hollow = "none" if method == "no peft cast" else color  # may overlap another marker
             axes.scatter(x, y, 36, marker=marker, edgecolors=color, facecolors=hollow, label=_PAPER_NAMES[method])
     axes.set_xlim(0, 100)
     axes.set_ylim(places[-1] + 0.7, -0.7)
@@ -425,7 +428,7 @@ def _plot_paper(names: Sequence[str], saved: Sequence[Mapping[str, int]], path: 
     sizes.set_yticks(places, [size(saved[i]["plain"]) for i in order], fontsize=9)
     sizes.tick_params(length=0)
     figure.supxlabel(
-        "saved for the backward pass, % of what plain training saves (on the right); estimated", fontsize=10
+        "saved for the backward pass, % of plain training (absolute values on the right); estimated", fontsize=10
     )
     axes.grid(color="0.9")
     axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""What the commands that draw have in common."""
+"""Checks shared by the commands that plot or write files."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def check_folder(option: str, path: str) -> None:
-    """Raises a ValueError where a file could not be written for want of its folder."""
+    """Raises a ValueError if the folder of an output file does not exist, or the path is a folder."""
     if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
         raise ValueError(f"{option} is {path}, expected a file in a folder that exists")
 
 
 def check_plot(path: str, extra: str) -> None:
-    """Raises where ``--plot`` could not be drawn: before the work, not after it."""
+    """Raises before a long run if its ``--plot`` could not be written."""
     try:
         import matplotlib.figure
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Models and training settings of the paper, to estimate what they keep: no weights are downloaded, none are needed.
+"""Models and training settings of the paper, to estimate their memory without downloading weights.
 
 Yang et al., Reducing Fine-Tuning Memory Overhead by Approximate and Memory-Sharing Backpropagation, ICML 2024.
 
@@ -7,8 +7,8 @@ Yang et al., Reducing Fine-Tuning Memory Overhead by Approximate and Memory-Shar
     ...     model = presets.build(setting)
     ...     batch = presets.get(setting.preset).batch()
 
-Everything is made on torch's default device: the largest model costs nothing on the meta device. Needs the optional
-packages of ``pip install 'lomem[models]'``.
+Everything is created on torch's default device; on the meta device, even the largest model takes no memory. Requires
+the optional packages of ``pip install 'lomem[models]'``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Targets = Literal["qv", "all"]
 
 
 def _import(package: str) -> Any:
-    # Here and not above: lomem needs torch alone, and these take seconds to import.
+    # Imported on demand: lomem requires only torch, and these packages take seconds to import.
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -56,7 +56,7 @@ def _import(package: str) -> Any:
 
 def _images(config: Any, batch_size: int, seq_len: int | None) -> dict[str, Tensor]:
     if seq_len is not None:
-        raise ValueError(f"seq_len is {seq_len}, but images have the size of the config: {config.image_size}")
+        raise ValueError(f"seq_len is {seq_len}, expected None: images have the config's size, {config.image_size}")
     size = config.image_size
     pixels = torch.zeros(batch_size, config.num_channels, size, size)
     return {"pixel_values": pixels, "labels": torch.zeros(batch_size, dtype=torch.long)}
@@ -64,13 +64,13 @@ def _images(config: Any, batch_size: int, seq_len: int | None) -> dict[str, Tens
 
 def _tokens(batch_size: int, seq_len: int | None) -> Tensor:
     if seq_len is None:
-        raise ValueError("a batch of text needs seq_len")
-    # 5 is an ordinary token of every vocabulary here, and none's padding.
+        raise ValueError("seq_len is None, expected a number of tokens for a batch of text")
+    # 5 is an ordinary token in every vocabulary here, never padding.
     return torch.full((batch_size, seq_len), 5)
 
 
 def _padded(config: Any, batch_size: int, seq_len: int | None) -> dict[str, Tensor]:
-    # Sentences differ in length: the last column is padding, so that attention has a mask to keep.
+    # Real sentences differ in length. The last column is padding, so that attention saves a mask.
     tokens = _tokens(batch_size, seq_len)
     tokens[:, -1] = config.pad_token_id
     mask = torch.ones_like(tokens)
@@ -94,15 +94,15 @@ def _text(config: Any, batch_size: int, seq_len: int | None) -> dict[str, Tensor
 
 @dataclass(frozen=True)
 class Family:
-    """What the sizes of a model have in common.
+    """What all sizes of a model have in common.
 
     Attributes:
-        model_class: Class in transformers, with its head.
-        config_class: Of its config.
-        make_batch: Of a config, batch size and sequence length.
-        qv: Query and value projections, as peft's ``target_modules``.
-        linears: All linear layers but the head.
-        head: Trained in full beside LoRA; None where nothing is.
+        model_class: Name of the model class in transformers, including the head.
+        config_class: Name of the config class in transformers.
+        make_batch: Function that makes a batch from a config, a batch size and a sequence length.
+        qv: Query and value projections, as in peft's ``target_modules``.
+        linears: All linear layers except the head.
+        head: Layer that is fully trained alongside LoRA; None if there is none.
     """
 
     model_class: str
@@ -161,13 +161,13 @@ class Preset:
 
     Attributes:
         name: Key in :data:`PRESETS`.
-        description: One line.
-        family: Classes and names of layers.
-        options: All that the config says of size, dropout and attention.
-        small_options: What :meth:`small` changes of them.
-        batch_size: Of a step.
-        seq_len: Tokens of a sequence; None for images.
-        dtype: Of the weights.
+        description: Description in one line.
+        family: Classes and layer names.
+        options: Options of the config: sizes, dropout and attention.
+        small_options: Options that :meth:`small` overrides.
+        batch_size: Batch size per step.
+        seq_len: Number of tokens per sequence; None for images.
+        dtype: Dtype of the weights.
         autocast: Dtype of automatic mixed precision, None for none.
     """
 
@@ -182,26 +182,26 @@ class Preset:
     autocast: torch.dtype | None
 
     def config(self) -> Any:
-        """The transformers config."""
+        """Makes the transformers config."""
         return getattr(_import("transformers"), self.family.config_class)(**self.options)
 
     def build(self) -> Any:
-        """The model with its head, of random weights, in training mode, on the default device."""
+        """Makes the model, including the head, with random weights, in training mode, on the default device."""
         model = getattr(_import("transformers"), self.family.model_class)(self.config())
         return model.to(self.dtype).train()
 
     def batch(self, batch_size: int | None = None, seq_len: int | None = None) -> dict[str, Tensor]:
-        """A batch with labels, on the default device: constants of the right shapes.
+        """Makes a batch with labels, on the default device: constants of the right shapes.
 
         Args:
-            batch_size: By default the preset's.
-            seq_len: By default the preset's; not for images.
+            batch_size: Batch size. By default the preset's.
+            seq_len: Number of tokens per sequence. By default the preset's; not allowed for images.
         """
         size = self.batch_size if batch_size is None else batch_size
         return self.family.make_batch(self.config(), size, self.seq_len if seq_len is None else seq_len)
 
     def small(self) -> Preset:
-        """The same at toy size, for tests."""
+        """A tiny version of this preset, for tests."""
         options = {**self.options, **self.small_options}
         seq_len = None if self.seq_len is None else 16
         return dataclasses.replace(self, name=f"{self.name}-small", options=options, batch_size=2, seq_len=seq_len)
@@ -325,7 +325,7 @@ def _llama(name: str, width: int, depth: int, heads: int, inner: int) -> Preset:
             "attention_dropout": 0.0,
             "mlp_bias": False,
             "tie_word_embeddings": False,
-            # A cache of keys and values is for generation; in training it is a copy of both.
+            # The key-value cache is for generation; in training it would only copy keys and values.
             "use_cache": False,
             "attn_implementation": "sdpa",
         },
@@ -358,7 +358,7 @@ _ALL = (
         options={
             **_BERT_OPTIONS,
             "vocab_size": 50265,
-            # Positions start after the padding's: 512 tokens fit.
+            # Positions start after the padding index, so 512 tokens fit.
             "max_position_embeddings": 514,
             "type_vocab_size": 1,
             "layer_norm_eps": 1e-5,
@@ -397,17 +397,17 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 
 
 def get(name: str) -> Preset:
-    """The preset of a name.
+    """Returns the preset with the given name.
 
     Raises:
         ValueError: If there is none.
     """
     if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
-#: Of a class in transformers: what batches it takes. The first that its name ends in counts.
+#: Batches by the suffix of a class name in transformers; the first match counts.
 _HEADS: Mapping[str, Callable[[Any, int, int | None], dict[str, Tensor]]] = {
     "ForImageClassification": _images,
     "ForSequenceClassification": _sentences,
@@ -420,20 +420,20 @@ _QV = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "qkv_proj", "quer
 
 
 def from_config(path: str) -> Preset:
-    """A preset of a model that a local transformers config describes, with weights in the config's dtype.
+    """Makes a preset from a local transformers config, with weights in the config's dtype.
 
     Args:
-        path: A folder with a ``config.json``, or such a file. Its ``architectures`` name the class: one of image or
-            sequence classification, question answering or causal language models.
+        path: A folder with a ``config.json``, or such a file. Its ``architectures`` must name a class for image or
+            sequence classification, question answering or causal language modelling.
 
     Raises:
-        ValueError: If the file is no such config.
+        ValueError: If the file is not such a config.
     """
     transformers = _import("transformers")
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # transformers validates configs by errors of several kinds
-        raise ValueError(f"{path} is no transformers config: {error}") from error
+    except Exception as error:  # transformers raises various errors for invalid configs
+        raise ValueError(f"{path} is not a transformers config: {error}") from error
     architectures = list(getattr(config, "architectures", None) or [])
     head = next((head for head in _HEADS if architectures and architectures[0].endswith(head)), None)
     if head is None or not hasattr(transformers, architectures[0]):
@@ -467,7 +467,7 @@ def from_config(path: str) -> Preset:
     )
 
 
-# --- A frozen weight in 4 bits ----------------------------------------------------------------------------------------
+# --- Frozen 4-bit weights ---------------------------------------------------------------------------------------------
 
 # NormalFloat4: Dettmers et al., QLoRA, NeurIPS 2023, appendix E.
 NF4 = (
@@ -494,20 +494,20 @@ BLOCK = 64
 
 
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    # Element 2*i occupies the upper four bits of byte i, element 2*i + 1 the lower ones; blocks run along the flat
-    # weight, and the last one is filled with zeros.
+    # Element 2*i is in the upper four bits of byte i, element 2*i + 1 in the lower four. Blocks are consecutive
+    # elements of the flattened weight; the last one is padded with zeros.
     count = weight.numel()
     blocks = F.pad(weight.detach().float().flatten(), (0, -count % BLOCK)).unflatten(0, (-1, BLOCK))
     absmax = blocks.abs().amax(1)
     table = torch.tensor(NF4, device=weight.device)
-    # A block of zeros has no scale; its codes are that of 0 by any other.
+    # A block of zeros has scale 0; any other divisor gives the code of 0.
     scaled = blocks / torch.where(absmax == 0, 1.0, absmax).unsqueeze(1)
     codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8).flatten()
     packed = codes[0::2] << 4 | codes[1::2]
     return packed[: (count + 1) // 2].clone(), absmax
 
 
-# One op, as in bitsandbytes: what it needs on its way is no memory of the model.
+# A single op, as in bitsandbytes, so that its temporaries do not count as memory of the model.
 @torch.library.custom_op("lomem_presets::dequantize_4bit", mutates_args=())
 def _dequantize(packed: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     count = rows * columns
@@ -525,7 +525,7 @@ def _(packed: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtyp
 class _Linear4bitFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-        # The weight is frozen: its gradient would need the input, which is therefore not kept.
+        # The weight is frozen, so its gradient is not needed and the input is not saved.
         ctx.save_for_backward(packed, absmax)
         ctx.columns = input.shape[-1]
         weight = _dequantize(packed, absmax, rows, input.shape[-1], input.dtype)
@@ -543,22 +543,23 @@ class _Linear4bitFunction(torch.autograd.Function):
 
 
 class Linear4bit(nn.Linear):
-    """A linear layer with a frozen weight in 4 bits: a model of bitsandbytes' ``Linear4bit`` for memory estimates only.
+    """A linear layer with a frozen 4-bit weight: a stand-in for bitsandbytes' ``Linear4bit`` in memory estimates only.
 
-    It keeps what that keeps: 4 bits an element and a float32 scale for every 64, and nothing of its input. Both passes
-    restore the weight in ``compute_dtype``. NF4 codes, rounded to nearest; no double quantization (which would make
-    0.516 bytes an element of 0.5625), and no fast kernels: train with bitsandbytes.
+    It needs the same memory: 4 bits per element and a float32 scale per 64 elements; it does not save its input. Both
+    passes dequantize the weight to ``compute_dtype``. The weight has NF4 codes, rounded to nearest. There is no double
+    quantization (which would take 0.516 instead of 0.5625 bytes per element) and there are no fast kernels: for
+    training, use bitsandbytes.
 
     Args:
-        in_features: As of :class:`torch.nn.Linear`.
-        out_features: As of :class:`torch.nn.Linear`.
-        bias: As of :class:`torch.nn.Linear`.
-        compute_dtype: Of the multiplication.
-        device: As of :class:`torch.nn.Linear`.
+        in_features: As in :class:`torch.nn.Linear`.
+        out_features: As in :class:`torch.nn.Linear`.
+        bias: As in :class:`torch.nn.Linear`.
+        compute_dtype: Dtype of the multiplication.
+        device: As in :class:`torch.nn.Linear`.
 
     Attributes:
-        weight: Packed codes, ``(out_features * in_features + 1) // 2`` bytes.
-        absmax: Scales.
+        weight: Packed codes: uint8, ``(out_features * in_features + 1) // 2`` bytes.
+        absmax: Scales: float32, one per 64 elements.
     """
 
     def __init__(
@@ -570,7 +571,7 @@ class Linear4bit(nn.Linear):
         compute_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
     ) -> None:
-        # A subclass of Linear because peft takes that for a target of LoRA; only the size of its weight differs.
+        # Subclasses Linear because peft accepts that as a LoRA target; only the shape of the weight differs.
         nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
@@ -585,7 +586,12 @@ class Linear4bit(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, compute_dtype: torch.dtype | None = None) -> Linear4bit:
-        """Quantizes the weight of a layer, frozen like its bias; ``compute_dtype`` is by default that of its weight."""
+        """Quantizes the weight of a layer and freezes weight and bias.
+
+        Args:
+            linear: The layer to quantize; not modified.
+            compute_dtype: Dtype of the multiplication. By default the dtype of the weight.
+        """
         dtype = compute_dtype or linear.weight.dtype
         bias = linear.bias is not None
         device = linear.weight.device
@@ -597,12 +603,12 @@ class Linear4bit(nn.Linear):
         return self
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight, ``(out_features, in_features)``."""
+        """The dequantized weight, of shape ``(out_features, in_features)``."""
         dtype = dtype or self.compute_dtype
         return _dequantize(self.weight, self.absmax, self.out_features, self.in_features, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Multiplies in ``compute_dtype``; the result is of the input's dtype."""
+        """Multiplies in ``compute_dtype``; the result has the dtype of the input."""
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         result = _Linear4bitFunction.apply(
             input.to(self.compute_dtype), self.weight, self.absmax, bias, self.out_features
@@ -611,7 +617,7 @@ class Linear4bit(nn.Linear):
 
 
 def quantize_linears(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """Puts :class:`Linear4bit` in place of the linear layers whose qualified names end with one of ``names``."""
+    """Replaces the linear layers whose qualified names end with one of ``names`` with :class:`Linear4bit`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith(tuple(f".{suffix}" for suffix in names)):
             model.set_submodule(name, Linear4bit.from_linear(module))
@@ -631,23 +637,26 @@ def add_lora(
     alpha: float = 16.0,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Freezes a model but for its head, and adds LoRA to its linear layers, by peft.
+    """Freezes a model except for its head, and adds LoRA to its linear layers with peft.
 
     Args:
-        model: Of the preset; changed in place.
-        preset: Knows the names of the layers.
+        model: Model of the preset; modified in place.
+        preset: Preset with the names of the layers.
         r: Rank.
-        targets: ``"qv"`` for the query and value projections, ``"all"`` for all linear layers but the head.
-        dropout: On the input of LoRA.
-        alpha: LoRA is scaled by ``alpha / r``.
-        dtype: Of LoRA's weights. float32 is peft's default, whatever the model's dtype.
+        targets: ``"qv"`` for the query and value projections, ``"all"`` for all linear layers except the head.
+        dropout: Dropout probability on the input of LoRA.
+        alpha: Scaling parameter; LoRA is scaled by ``alpha / r``.
+        dtype: Dtype of the LoRA weights. peft's default is float32, whatever the model's dtype.
 
     Returns:
         The ``peft.PeftModel``.
+
+    Raises:
+        ValueError: If ``targets`` is neither ``"qv"`` nor ``"all"``.
     """
     names = {"qv": preset.family.qv, "all": preset.family.linears}
     if targets not in names:
-        raise ValueError(f"targets is {targets!r}; there are {', '.join(map(repr, names))}")
+        raise ValueError(f"targets is {targets!r}, expected one of {', '.join(map(repr, names))}")
     peft = _import("peft")
     head = preset.family.head
     config = peft.LoraConfig(
@@ -655,7 +664,7 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(names[targets]),
-        # "output.dense" and the like would else be found in the head too.
+        # Otherwise names such as "output.dense" would also match in the head.
         exclude_modules=None if head is None else rf"(.*\.)?{head}(\..*)?",
         modules_to_save=None if head is None else [head],
     )
@@ -672,17 +681,17 @@ def _lora_layers(model: nn.Module) -> list[Any]:
 
 
 def without_peft_cast(model: nn.Module) -> nn.Module:
-    """Keeps peft from casting the input of a LoRA layer to the dtype of LoRA's weights: in place.
+    """Stops peft from casting the input of LoRA layers to the dtype of the LoRA weights, in place.
 
-    Under autocast the cast is for nothing: the multiplication casts back, and the copy is kept for the backward pass.
-    Without autocast a model and LoRA of different dtypes need it.
+    Under autocast this cast is useless: the multiplication casts back, and the copy is saved for the backward pass.
+    Without autocast it is needed if the model and LoRA have different dtypes.
 
     Raises:
         ValueError: If the model has no LoRA layer.
     """
     layers = _lora_layers(model)
     if not layers:
-        raise ValueError("the model has no LoRA layer")
+        raise ValueError("model has no LoRA layer, expected at least one")
     for layer in layers:
         layer.cast_input_dtype_enabled = False
     return model
@@ -693,7 +702,7 @@ def without_peft_cast(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA as in :func:`add_lora`."""
+    """LoRA options, as in :func:`add_lora`."""
 
     r: int
     targets: Targets
@@ -708,13 +717,13 @@ class Lora:
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the tables: a preset and the way in which it is trained.
+    """One row of the tables: a preset and how it is trained.
 
     Attributes:
-        preset: Name.
-        lora: None for full fine-tuning.
+        preset: Name of the preset.
+        lora: LoRA options; None for full fine-tuning.
         four_bit: Whether the frozen linear layers are :class:`Linear4bit`.
-        peft_cast: False for :func:`without_peft_cast`.
+        peft_cast: Whether peft casts the input of LoRA layers; see :func:`without_peft_cast`.
     """
 
     preset: str
@@ -740,17 +749,20 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def build(setting: Setting, preset: Preset | None = None) -> Any:
-    """The model of a setting on the default device, in training mode, with what is to be trained requiring gradients.
+    """Builds the model of a setting on the default device, in training mode; trained parameters require gradients.
 
     Args:
-        setting: What to build.
-        preset: In place of the one that the setting names: its :meth:`Preset.small`, say.
+        setting: The setting to build.
+        preset: Preset to use instead of the one that the setting names, for example its :meth:`Preset.small`.
+
+    Raises:
+        ValueError: If the setting has a 4-bit base but no LoRA.
     """
     preset = preset or get(setting.preset)
     model = preset.build()
     if setting.four_bit:
         if setting.lora is None:
-            raise ValueError("a 4-bit base cannot be trained: four_bit needs lora")
+            raise ValueError("four_bit is True without lora, expected both: 4-bit weights are frozen")
         quantize_linears(model, preset.family.linears)
     if setting.lora is not None:
         lora = setting.lora
@@ -768,7 +780,7 @@ _LLAMA_SETTINGS = (
     Lora(64, "all", dtype=torch.float32),
 )
 
-#: The rows of the tables. The paper's script for LLaMA has dropout 0.1 and bfloat16; the others show what those cost.
+#: The rows of the tables. The paper's LLaMA script uses dropout 0.1 and bfloat16; the other rows show what those cost.
 SETTINGS: tuple[Setting, ...] = (
     *(Setting(name, lora) for name in ("vit-b", "vit-l") for lora in _VIT_SETTINGS),
     Setting("swin-b"),

@@ -1,4 +1,4 @@
-"""What the commands are to the terminal that they are called from."""
+"""Terminal behaviour shared by all commands: encoding, closed pipes, other libraries' output, error messages."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = [
     "stop_writing",
 ]
 
-#: Exit status of a command that Ctrl-C ended, and of one that nobody reads any more: 128 and the number of the signal.
+#: Exit status after Ctrl-C and after a closed pipe: 128 plus the number of the signal.
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
-#: What stands for what an ASCII terminal does not have.
+#: ASCII replacements for characters that the terminal cannot show.
 _SPELLED = {"±": "+/-", "→": "->", "…": "..."}
 _HANDLER = "lomem.spelled"
 
@@ -46,13 +46,13 @@ codecs.register_error(_HANDLER, _spell)
 
 
 def plus_minus() -> str:
-    """The sign before an error, as the standard output can show it."""
+    """The plus-minus sign, in ASCII if standard output cannot encode it."""
     return "±" if encodes("±") else "+/-"
 
 
 @contextlib.contextmanager
 def readable(stream: Any) -> Iterator[None]:
-    """Lets a stream print what it cannot encode in other letters, instead of raising."""
+    """Makes a stream replace characters that it cannot encode, instead of raising."""
     if not isinstance(stream, io.TextIOWrapper) or encodes("±─", stream):
         yield
         return
@@ -61,12 +61,12 @@ def readable(stream: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError, OSError):  # of a stream that was closed
+        with contextlib.suppress(ValueError, OSError):  # the stream may be closed
             stream.reconfigure(errors=before)
 
 
 class _Muted(io.TextIOBase):
-    """A stream that is silent for a while. Whoever keeps it, as handlers of loggers do, has the stream afterwards."""
+    """A stream that can be silenced. Code that keeps a reference, such as a log handler, can write again afterwards."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -92,9 +92,9 @@ class _Muted(io.TextIOBase):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps to itself what other libraries warn, log or print, also while they are imported.
+    """Suppresses warnings, logs and prints of other libraries, also while they are imported.
 
-    Python's option -W, and PYTHONWARNINGS, have their way.
+    Warnings enabled with Python's option -W or PYTHONWARNINGS are still shown.
     """
     shown = bool(sys.warnoptions)
     disabled = logging.root.manager.disable
@@ -114,19 +114,19 @@ def quiet() -> Iterator[None]:
 
 
 def console() -> Console:
-    """rich's, for the standard output; a closed pipe is an exception, and the command line's affair."""
+    """Returns a rich console for standard output that raises BrokenPipeError when the pipe is closed."""
     from rich.console import Console
 
     class Terminal(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    # The stream by name: what is silent for other libraries is not so for progress and tables.
+    # The stream is passed explicitly, so that progress and tables are shown while other libraries are silenced.
     return Terminal(file=sys.stdout)
 
 
 def stop_writing(stream: Any) -> None:
-    """Lets what is still to be written go nowhere: the interpreter would try it again at its end, and complain."""
+    """Discards what is still buffered, which the interpreter would otherwise flush at exit, and report the failure."""
     with contextlib.suppress(AttributeError, ValueError, OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -134,7 +134,7 @@ def stop_writing(stream: Any) -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """What an error of somebody else's says, on one line, after the public name of its class."""
+    """Formats an error of another library on one line, after the public name of its class."""
     kind = next(c for c in type(error).__mro__ if not c.__name__.startswith("_"))
     text = " ".join(str(error).split())
     if len(text) > 400:

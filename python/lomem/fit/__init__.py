@@ -1,9 +1,9 @@
-"""Best step functions for the derivative of any activation.
+"""Optimal step functions for the derivative of any activation.
 
     >>> lomem.fit.fit("gelu", 3).boundaries
     >>> lomem.fit.fit(lambda x: x * torch.sigmoid(2 * x), 2, criterion="derivative", density=(0.0, 1.5)).step
 
-Needs the optional packages of ``pip install 'lomem[fit]'``.
+Requires the optional packages of ``pip install 'lomem[fit]'``.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""Step functions for the inputs that the layers of a model see."""
+"""Step functions fitted to the inputs that the layers of a model receive."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["Calibration", "Histogram", "LayerCalibration", "calibrate"]
 
 
 class Histogram:
-    """How often a layer sees which input: counts, or sums of weights, of the 65,536 bfloat16 values.
+    """Histogram of the inputs of a layer: a count or sum of weights for each of the 65,536 bfloat16 values.
 
-    Inputs are rounded to bfloat16, 8 bits of precision: of a boundary that is found, not of what is computed. So the
-    memory is bounded whatever is seen, 512 KiB, and no range has to be known before.
+    Inputs are rounded to bfloat16, which limits the precision of the boundaries found to 8 bits, but not that of
+    the results. In return, memory is bounded at 512 KiB, and the range of the inputs need not be known in advance.
     """
 
     def __init__(self) -> None:
@@ -29,14 +29,14 @@ class Histogram:
         self.count = 0
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Adds elements, each with its weight. What is not finite is left out."""
+        """Adds elements, each with its weight. Non-finite elements are ignored by :meth:`points`."""
         bins = x.detach().reshape(-1).to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
         weights = None if weight is None else weight.detach().reshape(-1).to(torch.float64)
         self.weights += torch.bincount(bins, weights, minlength=65536).to("cpu", torch.float64)
         self.count += x.numel()
 
     def points(self) -> tuple[Tensor, Tensor]:
-        """The values seen, ascending, and their weights, of sum 1: both float64."""
+        """The values seen, ascending, and their weights, which sum to 1; both float64."""
         patterns = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
         values = patterns.to(torch.float64)
         weights = torch.where(values.isfinite(), self.weights, 0.0)
@@ -48,16 +48,16 @@ class Histogram:
 
 @dataclass(frozen=True)
 class LayerCalibration:
-    """What calibration did to a layer.
+    """Calibration result of a layer.
 
     Attributes:
-        function: The layer's class.
-        bits: Kept for an element.
-        elements: Seen in calibration.
-        error_before: Root of the expected squared error of the derivative under what was seen, relative to the
-            derivative's own root mean square, with the steps that the layer had.
-        error_after: With those that it has.
-        steps: Those.
+        function: Name of the layer's class.
+        bits: Number of bits saved per element.
+        elements: Number of input elements seen during calibration.
+        error_before: Root-mean-square error of the derivative over the inputs seen, relative to the root mean square of
+            the exact derivative, with the previous step function.
+        error_after: The same with the new step function.
+        steps: The new step function.
     """
 
     function: str
@@ -70,12 +70,12 @@ class LayerCalibration:
 
 @dataclass(frozen=True)
 class Calibration(Report):
-    """What :func:`calibrate` did.
+    """Result of :func:`calibrate`.
 
     Attributes:
-        layers: By their names in the model.
-        skipped: Layers that kept the steps that they had, and why.
-        batches: How many were seen.
+        layers: Calibrated layers, by their names in the model.
+        skipped: Layers whose step functions were left unchanged, with the reason, by their names in the model.
+        batches: Number of batches run.
     """
 
     layers: dict[str, LayerCalibration]
@@ -83,7 +83,7 @@ class Calibration(Report):
     batches: int
 
     def sections(self) -> list[Section]:
-        """A table with a row a layer, and one of those that were left."""
+        """A table with a row per layer, and a table of the skipped layers."""
         rows = [
             (name, layer.function, str(layer.bits), f"{layer.error_before:.4f}", f"{layer.error_after:.4f}")
             for name, layer in self.layers.items()
@@ -91,25 +91,28 @@ class Calibration(Report):
         title = f"relative error of the derivative, {self.batches} batches"
         tables = [Section(title, ("layer", "activation", "bits", "before", "after"), rows)]
         if self.skipped:
-            tables.append(Section("not calibrated", ("layer", "which"), list(self.skipped.items())))
+            tables.append(Section("not calibrated", ("layer", "reason"), list(self.skipped.items())))
         return tables
 
     def categories(self) -> dict[str, int]:
-        """None: there are no bytes to draw."""
+        """Empty: the report has no bytes to plot."""
         return {}
 
     def apply(self, model: nn.Module) -> None:
-        """Sets the same steps in another model with layers of these names, such as one that was loaded.
+        """Sets the same step functions in another model with the same layer names, such as one that was reloaded.
+
+        Args:
+            model: Model whose layers are modified in place.
 
         Raises:
-            ValueError: A layer is missing or another activation; then nothing is set.
+            ValueError: If a layer is missing or has a different class; no layer is modified then.
         """
         layers = activation_layers("lomem.fit.Calibration.apply", model)
         missing = [name for name in self.layers if name not in layers]
         if missing:
             raise ValueError(
                 f"lomem.fit.Calibration.apply: model has no activation of lomem.nn called {missing[0]!r}, expected "
-                "those of the model that was calibrated"
+                "the layers of the calibrated model"
             )
         for name, calibrated in self.layers.items():
             if (kind := type(layers[name]).__name__) != calibrated.function:
@@ -136,32 +139,36 @@ def _relative_error(layer: Layer, steps: StepFunction, values: Tensor, weights: 
 def calibrate(
     model: nn.Module, batches: Iterable[Any], bits: int | None = None, *, loss: Loss | None = None
 ) -> Calibration:
-    """Gives each activation layer the step function that is best for the inputs that it sees.
+    """Fits the step function of each activation layer to the inputs that the layer receives.
 
-    Runs the model, collects a histogram of what each layer of :mod:`lomem.nn` with a step function is given, and sets
-    its ``steps`` to those that minimise the expected squared error of its gradient under that histogram (the criterion
-    of Novikov et al., arXiv:2202.00441, with the layer's own density). The forward pass does not change.
+    Runs the model, collects a histogram of the inputs of each layer of :mod:`lomem.nn` with a step function, and sets
+    the layer's ``steps`` to the step function that minimises the expected squared error of the gradient under that
+    histogram (the criterion of Novikov et al., arXiv:2202.00441, with the layer's own density). The forward pass does
+    not change.
 
     Example:
         >>> model.act = lomem.nn.GELU(bits=3)
         >>> print(lomem.fit.calibrate(model, [images for images, _ in loader], loss=...))
 
     Args:
-        model: With activations of :mod:`lomem.nn`. What training changes is left as it was; the mode that the model is
-            in, training or evaluation, is the one it runs in.
-        batches: An iterable; each a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
-        bits: 1 to 8, of all layers; by default each keeps its own.
-        loss: Makes a scalar of the model's output. With it, an input counts by the square of the gradient that comes
-            back to it, which is what the error of the gradient is multiplied with; without, all inputs count alike.
+        model: Model with activations of :mod:`lomem.nn`. It runs in its current mode, training or evaluation; buffers,
+            gradients and random number generators are restored afterwards.
+        batches: Iterable of batches, each a tensor, a tuple or list of positional arguments, or a dict of keyword
+            arguments.
+        bits: Number of bits per element for all layers, 1 to 8. By default each layer keeps its own.
+        loss: Function that maps the model's output to a scalar. If given, each input is weighted with the square of the
+            gradient that the layer receives for it, since that gradient multiplies the error of the derivative;
+            otherwise all inputs have the same weight.
 
     Returns:
-        The errors before and after, layer by layer, and the steps; and layers that are left, because they were not
-        called or saw too few different inputs, with the reason. The layers' steps are no part of the ``state_dict``;
+        The errors before and after and the step function of each layer, and the skipped layers with the reason (a layer
+        was not called or saw too few distinct inputs). The step functions are not part of the ``state_dict``;
         :meth:`Calibration.apply` sets them again.
 
     Raises:
-        ValueError: No such layer, no batch, or none of the layers saw as many different inputs as it has levels. Then
-            none is changed.
+        TypeError: If ``model`` or ``batches`` has the wrong type.
+        ValueError: If ``bits`` is out of range, the model has no such layer, there is no batch, or no layer saw as many
+            distinct inputs as it has levels. No layer is modified then.
     """
     function = "lomem.fit.calibrate"
     if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8):
@@ -198,9 +205,9 @@ def calibrate(
 
 
 def _why(histogram: Histogram, distinct: int, bits: int, with_loss: bool) -> str:
-    """Why a layer is left."""
+    """The reason why a layer is skipped."""
     if histogram.count == 0:
         return "was not called" + (", or got no gradient" if with_loss else "")
     if distinct == 0:
-        return "got no gradient but 0" if with_loss else "saw no finite input"
-    return f"saw inputs of {distinct} different bfloat16 values, expected at least {2**bits} for {bits} bits"
+        return "got only zero gradients" if with_loss else "saw no finite input"
+    return f"saw {distinct} distinct bfloat16 values, expected at least {2**bits} for {bits} bits"

@@ -1,4 +1,4 @@
-"""Functions that are given as Python callables on tensors."""
+"""Activations given as Python callables on tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._measure import spaced
 
 __all__ = ["from_callable"]
 
-#: An asymptote is believed where h keeps to it from |x| = 512 on, to this (relative to what h is made of there).
+#: h has an asymptote if it follows it from |x| = 512 on to within this tolerance, relative to the size of h there.
 FLAT = 1e-11
 
 
@@ -26,7 +26,7 @@ def _values(fn: Callable[[Tensor], Any], x: Tensor) -> Tensor:
     if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != torch.float64:
         got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(
-            f"lomem.fit.fit: fn returned {got}, expected torch.float64 of shape {tuple(x.shape)}, as its argument"
+            f"lomem.fit.fit: fn returned {got}, expected torch.float64 of shape {tuple(x.shape)} like its argument"
         )
     return y
 
@@ -55,9 +55,9 @@ def _asymptote(fn: Callable[[Tensor], Any], side: float) -> Line | None:
 
 
 def _jumps(slope: Real, low: float, high: float) -> tuple[float, ...]:
-    """Where h' jumps: the last place before, or 0 itself.
+    """Where h' jumps: the last number before each jump, or exactly 0.
 
-    Found by halving short intervals over which h' changes, each time to the half of the larger change.
+    Bisects short intervals over which h' changes, each time continuing with the half where it changes more.
     """
     edges = np.union1d(np.linspace(low, high, 4097), spaced(low, high, 4097))
     g = slope(edges)
@@ -80,7 +80,7 @@ def _jumps(slope: Real, low: float, high: float) -> tuple[float, ...]:
 
 
 def from_callable(fn: Callable[[Tensor], Any], low: float, high: float) -> Function:
-    """What a fit needs of fn; `low` and `high` say where to look for jumps of h'."""
+    """Describes fn for a fit; jumps of h' are searched between `low` and `high`."""
 
     def rest(x: Array) -> Array:
         return _derivatives(fn, x)[0] - np.where(x < 0, left(x), right(x))

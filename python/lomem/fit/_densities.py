@@ -1,4 +1,4 @@
-"""Densities as a user gives them."""
+"""Parses the density argument of a fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Domain", "array", "below", "fail", "measure_of"]
 
 Domain = tuple[float, float]
 
-#: More values of a sample are gathered in about as many groups.
+#: Larger samples are grouped into about this many points.
 GROUPS = 4096
 
 
@@ -24,7 +24,7 @@ def fail(sentence: str) -> ValueError:
 
 
 def _reach(f: Function, least: float, margin: float) -> Domain:
-    """From where to where h differs from its asymptotes by more than `least`, and a bit further."""
+    """Interval outside which h differs from its asymptotes by at most `least`, with some margin."""
     powers: Array = 2.0 ** np.arange(-2.0, 100 if least < 1e-16 else 10)
     ends = []
     for side in (-1.0, 1.0):
@@ -34,7 +34,7 @@ def _reach(f: Function, least: float, margin: float) -> Domain:
 
 
 def _mesh(f: Function, low: float, high: float) -> Array:
-    """Edges of panels on each of which h' is, nearly enough, a polynomial."""
+    """Edges of panels on each of which h' is close enough to a polynomial."""
     wide = spaced(low, high, int(np.ceil((np.arcsinh(high) - np.arcsinh(low)) / 0.1)) + 1)
     even = np.linspace(low, high, 65) if high - low < 100 else np.empty(0)
     kinks = [k for k in f.kinks if low < k < high]
@@ -78,7 +78,7 @@ def _is_number(value: Any) -> bool:
 def _density(
     f: Function, places: Array, height: Real, domain: Domain | None, reach: Domain, total: float = 1.0
 ) -> Measure:
-    """A density of mass `total`: `height` but for a factor, smooth between `places`, nothing beyond them."""
+    """A density of mass `total`, proportional to `height`: smooth between `places`, 0 outside them."""
     low, high = domain or (float(places[0]), float(places[-1]))
     wide = (low, high) if domain and f.last is None else (min(low, reach[0]), max(high, reach[1]))
     inside = np.clip([*places, low, high], *wide)
@@ -108,11 +108,11 @@ def _histogram(f: Function, density: tuple[Any, Any], domain: Domain | None, rea
         return _points(places, weights, domain, reach)
     if len(places) != len(weights) + 1:
         raise fail(
-            f"density has {len(places)} places and {len(weights)} weights, expected as many (points) or one place more "
-            "(edges of bins)"
+            f"density has {len(places)} places and {len(weights)} weights, expected equal numbers (points) or one more "
+            "place than weights (bin edges)"
         )
     if np.any(np.diff(places) <= 0):
-        raise fail("density[0] has edges of bins that do not ascend, expected ascending ones")
+        raise fail("density[0] has bin edges that do not ascend, expected ascending edges")
     heights = np.array([0.0, *(weights / np.sum(weights) / np.diff(places)), 0.0])
     return _density(f, places, lambda x: heights[np.searchsorted(places, x)], domain, reach)
 
@@ -125,7 +125,7 @@ def _points(x: Array, weights: Array, domain: Domain | None, reach: Domain) -> M
         raise fail(f"domain is {domain}, expected one that contains some of the sample")
     x, weights = x[inside], weights[inside] / np.sum(weights[inside])
     if len(np.unique(x)) > GROUPS:
-        # By number and by place, so that neither the many nor the far ones are all in one.
+        # Both quantiles and even spacing: neither dense regions nor outliers end up in a single group.
         edges = np.union1d(np.quantile(x, np.linspace(0, 1, GROUPS // 2)), np.linspace(x.min(), x.max(), GROUPS // 2))
         group = np.searchsorted(edges, x)
         mass = totals(group, weights, len(edges) + 1)
@@ -135,13 +135,13 @@ def _points(x: Array, weights: Array, domain: Domain | None, reach: Domain) -> M
 
 def measure_of(f: Function, density: Any, domain: Domain | None, exact: bool) -> Measure:
     if isinstance(density, str) and density == "uniform":
-        # rest of a function with a name has digits of its own where h cancels; beyond, nothing is left that counts.
-        # Boundaries may well be where h is its asymptote: hardswish's first one of two bits is at -4.5, h is 0 from -3.
+        # `rest` of a named function stays accurate where h itself cancels; beyond, no error is left that matters.
+        # Boundaries can be where h equals its asymptote: hardswish is 0 below -3, its first boundary of two bits -4.5.
         line = _reach(f, 1e-20 if exact else 1e-12, 4.0) if f.asymptotic else (-4.0, 4.0)
         if domain is None or f.last is None:
             return Density(_mesh(f, *(domain or line)), np.ones_like)
         return _density(f, np.array(domain), np.ones_like, domain, line, domain[1] - domain[0])
-    # Boundaries may be where nothing counts, if not arbitrarily far away: there they could do as if they were free.
+    # Boundaries may be where the density is 0, but not arbitrarily far out, where the outer pieces would become free.
     low, high = _reach(f, 1e-3, 1.0) if f.asymptotic else (-4.0, 4.0)
     reach = max(low, -32.0), min(high, 32.0)
     if isinstance(density, str) and density == "gaussian":
@@ -159,7 +159,7 @@ def measure_of(f: Function, density: Any, domain: Domain | None, exact: bool) ->
 
 
 def below(measure: Measure, last: float) -> Measure:
-    """The measure up to `last`."""
+    """Restricts the measure to values below `last`."""
     if isinstance(measure, Points):
         inside = measure.x < last
         return Points(measure.x[inside], measure.weights[inside], measure.low, last)

@@ -1,4 +1,4 @@
-"""fit, its arguments and its result."""
+"""The function fit, its arguments and its result."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ CRITERIA = ("primitive", "derivative")
 
 @dataclass(frozen=True)
 class Certificate:
-    """Evidence that a step function is a minimum: all figures have no unit.
+    """Evidence that a step function is a minimum of the error. All values are dimensionless.
+
+    The error of ``"primitive"`` over a sample has kinks where a boundary passes a value of the sample. At a minimum in
+    such a kink the gradient is not 0; use :meth:`Fit.check` instead.
 
     Attributes:
-        gradient: Size of the gradient of the error: the cosine of the angle between the error and what a small change
-            of the step function can change, 0 at a minimum.
-        curvature: Smallest eigenvalue of the Hessian, relative to what it were if boundaries could not move; positive
-            at a minimum. With many bits it is small, about 3 / levels^2: neighbours can move together.
-        mismatch: By how much constraints are missed.
-
-    The error of ``"primitive"`` over a sample has corners where a boundary passes a value. At a minimum in such a
-    corner the gradient is not 0, and there is only :meth:`Fit.check`.
+        gradient: Size of the gradient of the error: the cosine of the angle between the error and the directions in
+            which a small change of the step function can change it; 0 at a minimum.
+        curvature: Smallest eigenvalue of the Hessian, relative to the value for fixed boundaries; positive at a
+            minimum. With many bits it is small, about 3 / levels^2, since neighbouring boundaries can move together.
+        mismatch: Size of the constraint violation.
     """
 
     gradient: float
@@ -45,20 +45,20 @@ class Certificate:
 
     @property
     def optimal(self) -> bool:
-        """Whether this is a minimum: to six digits of the boundaries or better."""
+        """Whether this is a minimum, to six or more digits of the boundaries."""
         return self.gradient < 1e-7 and self.mismatch < 1e-7 and self.curvature > -1e-9
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A best step function.
+    """An optimal step function.
 
     Attributes:
         step: The step function.
-        error: L2 norm of the error: the root of the integral of (h - h~)^2 or (h' - step)^2. A Gaussian and a sample
-            have mass 1, the line and a domain have density 1.
-        criterion: What was minimised.
-        certificate: Evidence that it is a minimum.
+        error: L2 norm of the error: the square root of the integral of (h - h~)^2 or (h' - step)^2. A Gaussian and a
+            sample have mass 1; the real line and a domain have density 1.
+        criterion: Criterion that was minimised.
+        certificate: Evidence that the step function is a minimum.
     """
 
     step: StepFunction
@@ -69,17 +69,17 @@ class Fit:
 
     @property
     def boundaries(self) -> tuple[float, ...]:
-        """Of the step function."""
+        """Boundaries of the step function."""
         return self.step.boundaries
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """Of the step function."""
+        """Levels of the step function."""
         return self.step.levels
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Number of bits per code."""
         return self.step.bits
 
     def certify(self, step: StepFunction) -> Certificate:
@@ -87,9 +87,14 @@ class Fit:
         return Certificate(*certify(self._problem, np.array(step.boundaries), np.array(step.levels)))
 
     def check(self, trials: int = 100, seed: int = 0) -> bool:
-        """Whether no random change of the boundaries, of 1e-4 to 0.3 of their distances, lowers the error.
+        """Whether no random change of the boundaries lowers the error.
 
-        Everything else is as good as it can be with the boundaries so changed.
+        The changes are 1e-4 to 0.3 times the distances between boundaries. The levels are optimized for the changed
+        boundaries each time.
+
+        Args:
+            trials: Number of random changes.
+            seed: Seed of the random changes.
         """
         rng = np.random.default_rng(seed)
         c = np.array(self.boundaries)
@@ -113,7 +118,7 @@ class Fit:
 
 def _function(fn: Any, domain: tuple[float, float] | None) -> Function:
     if isinstance(fn, (FewBitActivation, StepActivation)):
-        fn = fn.exact  # the derivative of its own is the steps
+        fn = fn.exact  # autograd would return the step function as the derivative of fn itself
     elif getattr(fn, "__module__", None) == gelu.__module__ and fn.__name__ in FUNCTIONS:
         fn = fn.__name__
     if isinstance(fn, str) and fn in FUNCTIONS:
@@ -124,7 +129,7 @@ def _function(fn: Any, domain: tuple[float, float] | None) -> Function:
 
 
 def measured(fn: str | Callable[[Tensor], Tensor], density: Any) -> tuple[Function, Array, Array]:
-    """An activation, and the places and weights of means over a density."""
+    """Returns an activation, and the nodes and weights for means over a density."""
     f = _function(fn, None)
     measure = measure_of(f, density, None, isinstance(fn, str))
     return f, *measure.nodes(measure.mesh)
@@ -138,44 +143,47 @@ def fit(
     density: Any = "uniform",
     domain: tuple[float, float] | None = None,
 ) -> Fit:
-    r"""The best step function for the derivative of an activation.
+    r"""Finds the optimal step function for the derivative of an activation.
 
-    h is the activation, h~ a continuous, piecewise linear function with 2^bits - 1 boundaries, whose derivative is the
-    step function. A criterion and a density say what is best:
+    h is the activation, and h~ a continuous, piecewise linear function with 2^bits - 1 boundaries, whose derivative is
+    the step function. The criterion and the density define the error to minimise:
 
-    - ``"primitive"`` (Yang et al., ICML 2024, arXiv:2406.16282) minimises the integral of (h - h~)^2, h~ being the left
-      asymptote of h below the first boundary and the right one above the last.
-    - ``"derivative"`` (FewBit, Novikov et al., arXiv:2202.00441) minimises the integral of (h' - step)^2. On the line,
-      the outermost levels are the slopes of the asymptotes.
+    - ``"primitive"`` (Yang et al., ICML 2024, arXiv:2406.16282) minimises the integral of (h - h~)^2, where h~ equals
+      the left asymptote of h below the first boundary and the right one above the last.
+    - ``"derivative"`` (FewBit, Novikov et al., arXiv:2202.00441) minimises the integral of (h' - step)^2. On the real
+      line, the outermost levels are the slopes of the asymptotes.
 
-    On a finite domain the outermost pieces are free for both criteria, and so they are for ``"derivative"`` under a
-    Gaussian or a sample. ``"primitive"`` has asymptotes also under those; there the outermost boundaries stay within
-    what counts (8 standard deviations, the sample) or where h differs visibly from its asymptotes: with few bits, the
-    pieces beside them would else become parallel to the asymptotes, which would be matched at infinity only. A callable
-    that has no asymptotes has free outermost pieces.
+    The outermost pieces are free on a finite domain, and for ``"derivative"`` also under a Gaussian or a sample. For
+    ``"primitive"`` under a Gaussian or a sample they match the asymptotes, and the outermost boundaries stay where the
+    density counts (8 standard deviations, or the sample) or h differs visibly from its asymptotes. Otherwise, with few
+    bits, the pieces next to the asymptotes would become parallel to them and meet them only at infinity. For a callable
+    without asymptotes the outermost pieces are free.
 
-    With one bit the asymptotes leave ``"primitive"`` no choice: the boundary is where they meet. If they are parallel
-    (sigmoid, tanh, softsign), they are not matched but free under a Gaussian or a sample, and on the line there is no
-    such step function of one bit, for either criterion. The tables that the library ships have in its place the best
-    one under the standard normal density.
+    With one bit, the asymptotes fully determine ``"primitive"``: the boundary is their intersection. If they are
+    parallel (sigmoid, tanh, softsign), the outer pieces are free under a Gaussian or a sample; on the real line, no
+    such one-bit step function exists for either criterion, and the library's tables contain the optimal one under the
+    standard normal density instead.
 
-    The result is the same each time: a search by dynamic programming among a thousand places for boundaries, then
-    Newton's method to the last digits; for ``"primitive"``, boundaries are also moved between the convex and concave
-    parts of h as long as that helps. A fit takes a second or so, with 8 bits several.
+    The result is deterministic: dynamic programming over about a thousand candidate boundaries, followed by Newton's
+    method to the last digits. For ``"primitive"``, boundaries are also moved between the convex and concave parts of h
+    as long as this lowers the error. A fit takes about a second, with 8 bits several.
 
     Args:
         fn: Name of an activation, with torch's default arguments: ``"celu"``, ``"elu"``, ``"exp"`` (e^x - 1 below 0, x
             above, with a boundary at 0: its levels below 0, scaled by alpha, suit an ELU), ``"gelu"``,
             ``"gelu_tanh"``, ``"hardswish"``, ``"logsigmoid"``, ``"mish"``, ``"quick_gelu"`` (x sigmoid(1.702 x)),
             ``"selu"``, ``"sigmoid"``, ``"silu"``, ``"softplus"``, ``"softsign"``, ``"tanh"``, ``"tanhshrink"``. Or an
-            elementwise function of a float64 tensor that autograd can differentiate; on the line it has to keep to its
-            asymptotes from 512 and -512 on.
-        bits: Of a code, 1 to 8.
+            elementwise function of a float64 tensor that autograd can differentiate; on the real line it must follow
+            its asymptotes for abs(x) from 512 on.
+        bits: Number of bits per code, 1 to 8.
         criterion: ``"primitive"`` or ``"derivative"``.
-        density: Where errors count: ``"uniform"``; ``"gaussian"``, the standard normal one; a tuple (mean, standard
-            deviation) of a Gaussian; a sample, as a tensor, an array or a list (of more than 4096 different values,
-            near ones are gathered in groups); or a tuple of points and weights, or of edges of bins and weights.
-        domain: From where to where errors count; None for the line.
+        density: Weight of the errors: ``"uniform"``; ``"gaussian"``, the standard normal density; a tuple (mean,
+            standard deviation) of a Gaussian; a sample, as a tensor, array or list (more than 4096 distinct values are
+            grouped with their neighbours); or a tuple of points and weights, or of bin edges and weights.
+        domain: Interval (low, high) outside which errors do not count; None for the real line.
+
+    Returns:
+        The step function, its error and a certificate of optimality.
 
     Raises:
         ValueError: If an argument is not as described, or no such step function exists.
@@ -192,19 +200,19 @@ def fit(
     f = _function(fn, domain)
     line = isinstance(density, str) and density == "uniform" and domain is None
     if line and not f.asymptotic:
-        raise fail("fn has no asymptotes that it keeps to from |x| = 512 on, expected a domain or another density")
-    with np.errstate(all="ignore"):  # (see below)
+        raise fail("fn does not follow asymptotes from |x| = 512 on, expected a domain or another density")
+    with np.errstate(all="ignore"):  # non-finite values raise below
         measure = measure_of(f, density, domain, isinstance(fn, str))
     degree = 1 if criterion == "primitive" else 0
     last = f.last if f.last is not None and measure.low < f.last < measure.high else None
     if last is not None:
-        measure = below(measure, last)  # above it, nothing is left to fit
+        measure = below(measure, last)  # h is linear above
     matched = line or (degree == 1 and f.asymptotic and (domain is None or last is not None))
     if bits == 1 and matched and f.left.slope == f.right.slope:
         if line:
             raise fail(
-                f"bits is 1, expected at least 2 on the line: both levels would be {f.left.slope:g}, the slope of both "
-                "asymptotes"
+                f"bits is 1, expected at least 2 on the real line: both levels would be {f.left.slope:g}, the slope of "
+                "both asymptotes"
             )
         matched = False
     if isinstance(measure, Points) and len(measure.x) < 2**bits:

@@ -1,4 +1,4 @@
-"""Activation functions as a fit sees them: h, h', h'' in float64, and what h tends to on both sides."""
+"""Activation functions for a fit: h, h' and h'' in float64, and the asymptotes of h."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Function:
     Attributes:
         left: Asymptote at -infinity.
         right: Asymptote at +infinity.
-        rest: h less its asymptote, the left one for x < 0 and the right one from 0 on. It is given instead of h, for h
-            cancels where it is close to its asymptote.
+        rest: h minus its asymptote, the left one for x < 0 and the right one from 0 on. Stored instead of h because the
+            difference cancels where h is close to its asymptote.
         slope: h'.
-        bend: h'', without what it has of delta functions.
-        kinks: Where h' jumps, and where else it is not smooth if that is known.
-        last: Where the last boundary has to be, if not anywhere; h is `right` above it.
+        bend: h'' without delta functions.
+        kinks: Where h' jumps, and other known points where it is not smooth.
+        last: Fixed position of the last boundary, above which h equals `right`; None if it is free.
         asymptotic: Whether h has asymptotes. If not, `left` and `right` are 0.
     """
 
@@ -61,7 +61,7 @@ class Function:
 
 
 def _gated(inner: Callable[[Array], tuple[Array, Array, Array]]) -> Function:
-    """X sigmoid(z(x)) for an odd z, of which `inner` gives z, z' and z''."""
+    """X sigmoid(z(x)) for an odd z; `inner` returns z, z' and z''."""
 
     def parts(x: Array) -> tuple[Array, Array, Array, Array, Array]:
         z, dz, ddz = inner(x)
@@ -216,8 +216,8 @@ def _affine(f: Function, slope: float, factor: float) -> Function:
 
 SELU_SCALE, SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
 
-#: By name, as torch has them with their default arguments. `exp` is e^x - 1 below 0 and the identity above, and its
-#: last boundary is 0: scaled below it, its levels suit ELU with any alpha.
+#: Functions by name, with torch's default arguments. `exp` is e^x - 1 below 0 and the identity above, and its last
+#: boundary is 0: with the levels below 0 scaled by alpha, it suits ELU with any alpha.
 FUNCTIONS: dict[str, Callable[[], Function]] = {
     "celu": lambda: _exponential(1.0, 1.0, None),
     "elu": lambda: _exponential(1.0, 1.0, None),

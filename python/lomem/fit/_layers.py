@@ -1,4 +1,4 @@
-"""The activation layers of a model, and what flows through them."""
+"""The activation layers of a model, and their inputs and gradients."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..nn import FewBitActivation, StepActivation
 
 Layer: TypeAlias = FewBitActivation | StepActivation
 Loss: TypeAlias = Callable[[Any], Tensor]
-#: Called with the input of a call of a layer and, where there is a loss, with the gradient of its output.
+#: Called for each call of a layer with its name, its input and, if there is a loss, the gradient of its output.
 Seen: TypeAlias = Callable[[str, Tensor, Tensor | None], None]
 
 
 def activation_layers(function: str, model: Any) -> dict[str, Layer]:
-    """Those with step functions, by their names in the model."""
+    """The activation layers with step functions, by their names in the model."""
     check_model(function, model)
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, (FewBitActivation, StepActivation))
@@ -29,7 +29,7 @@ def activation_layers(function: str, model: Any) -> dict[str, Layer]:
     if not layers:
         raise ValueError(
             f"{function}: model, a {type(model).__name__}, has no activation of lomem.nn with a step function, "
-            "expected at least one (lomem.map_module puts them into a model)"
+            "expected at least one (lomem.map_module can insert them)"
         )
     return layers
 
@@ -37,9 +37,9 @@ def activation_layers(function: str, model: Any) -> dict[str, Layer]:
 def watch(
     function: str, model: nn.Module, layers: dict[str, Layer], batches: Iterable[Any], loss: Loss | None, seen: Seen
 ) -> int:
-    """Runs the model on each batch and tells `seen` of each call of a layer. Returns the number of batches.
+    """Runs the model on each batch and calls `seen` for each call of a layer. Returns the number of batches.
 
-    The model is left as it was: buffers, gradients, random numbers, mode.
+    Buffers, gradients, random number generators and mode of the model are restored afterwards.
     """
     if isinstance(batches, (Tensor, dict, str)) or not isinstance(batches, Iterable):
         raise TypeError(f"{function}: batches is of type {type(batches).__name__}, expected an iterable of batches")
@@ -59,7 +59,7 @@ def watch(
 
 
 def scalar(function: str, value: Any) -> Tensor:
-    """What a loss returned, checked."""
+    """Checks the value that a loss returned."""
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{function}: loss returned {got}, expected a tensor of one element that requires gradients")
@@ -73,7 +73,7 @@ def _hooked(layers: dict[str, Layer], with_gradient: bool, seen: Seen) -> Iterat
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = tensors_in((args, kwargs))[0].detach()
-            # The model may overwrite it before it is looked at: lomem's layers do not keep it.
+            # The model may overwrite the input before the hook runs, since lomem's layers do not save it.
             inputs.append(x.clone())
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -90,7 +90,7 @@ def _hooked(layers: dict[str, Layer], with_gradient: bool, seen: Seen) -> Iterat
         for name, layer in layers.items():
             before, after = hooks(name)
             handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            # (Before hooks of others, which may return something else.)
+            # Before other forward hooks, which may replace the output.
             handles.append(layer.register_forward_hook(after, prepend=True, with_kwargs=True))
         yield
     finally:
@@ -99,7 +99,7 @@ def _hooked(layers: dict[str, Layer], with_gradient: bool, seen: Seen) -> Iterat
 
 
 def derivative(layer: Layer, x: Tensor) -> Tensor:
-    """h'(x) of what the layer computes, in float64."""
+    """Exact derivative h'(x) of the layer's activation, in float64."""
     leaf = x.detach().to(torch.float64).requires_grad_()
     with torch.enable_grad():
         (result,) = torch.autograd.grad(layer.exact(leaf).sum(), leaf)

@@ -1,4 +1,4 @@
-"""Densities: where the error of a step function counts, and how much."""
+"""Densities, which weight the error of a step function."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ __all__ = ["Density", "Measure", "Points", "panels", "spaced", "totals"]
 
 Array = NDArray[np.float64]
 
-# Exact for polynomials up to degree 31. Panels are so short that what is fitted is no more than that on each.
+# Exact for polynomials up to degree 31. Panels are short enough for the fitted functions to be close to that.
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
 
 
 def spaced(low: float, high: float, count: int) -> Array:
-    """Places from low to high, evenly spaced about 0 and in constant proportion far away."""
+    """Points from low to high, evenly spaced near 0 and in geometric progression far away."""
     places: Array = np.sinh(np.linspace(float(np.arcsinh(low)), float(np.arcsinh(high)), count))
     places[0], places[-1] = low, high
     return places
 
 
 def panels(edges: Array) -> tuple[Array, Array]:
-    """Nodes and weights of the integral over each panel, one row each."""
+    """Nodes and weights of the integral over each panel, one row per panel."""
     half = np.diff(edges)[:, None] / 2
     return edges[:-1, None] + half * (1 + NODES), half * WEIGHTS
 
@@ -35,13 +35,13 @@ def totals(index: NDArray[np.intp], values: Array, count: int) -> Array:
 
 
 class Measure(ABC):
-    """Nodes and weights of integrals whose integrand is smooth but for given breaks.
+    """Nodes and weights of integrals whose integrand is smooth except at given breaks.
 
     Attributes:
-        low: Below it there is nothing that counts.
-        high: Above it neither.
+        low: Lower end of the measure.
+        high: Upper end of the measure.
         mesh: Edges of panels, from `low` to `high`.
-        continuous: Whether it has a density.
+        continuous: Whether the measure has a density.
     """
 
     continuous: bool
@@ -56,11 +56,11 @@ class Measure(ABC):
 
     @abstractmethod
     def density(self, x: Array) -> Array:
-        """The density at x; 0 where there is none."""
+        """The density at x; 0 if the measure has none."""
 
 
 class Density(Measure):
-    """A density that is smooth on each panel of a mesh, by Gauss-Legendre quadrature."""
+    """A density that is smooth on each panel of a mesh, integrated by Gauss-Legendre quadrature."""
 
     continuous = True
 

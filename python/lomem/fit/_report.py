@@ -1,4 +1,4 @@
-"""How near the gradients of step functions are to the exact ones."""
+"""Compares the gradients of step functions with the exact ones."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["Fidelity", "FidelityReport", "report"]
 
 @dataclass(frozen=True)
 class Fidelity:
-    """An approximate gradient a against the exact one e, element by element.
+    """Comparison of an approximate gradient a with the exact gradient e, element by element.
 
     Attributes:
-        cosine: Cosine of the angle between them.
-        error: Norm of a - e relative to that of e. Its square is the sum of those of the two below.
-        bias: Mean of a - e, relative to the root mean square of e: what remains in the mean over many elements.
-        deviation: Standard deviation of a - e, relative to the same: what averages out.
+        cosine: Cosine of the angle between a and e.
+        error: Norm of a - e relative to the norm of e. ``error**2`` equals ``bias**2 + deviation**2``.
+        bias: Mean of a - e relative to the root mean square of e; the part that does not average out.
+        deviation: Standard deviation of a - e relative to the root mean square of e; the part that averages out.
     """
 
     cosine: float
@@ -42,7 +42,7 @@ class Fidelity:
 
 
 class _Sums:
-    """Sums over elements, from which a Fidelity follows; any number of elements in bounded memory."""
+    """Accumulates the sums for a Fidelity, over any number of elements in constant memory."""
 
     def __init__(self) -> None:
         self.weight = self.exact = self.approximate = self.product = self.difference = 0.0
@@ -72,13 +72,13 @@ class _Sums:
 
 @dataclass(frozen=True)
 class FidelityReport(Report):
-    """Gradients of step functions against the exact ones.
+    """Comparison of the gradients of step functions with the exact ones.
 
     Attributes:
         subject: The function or the model.
-        under: What the means are over.
-        rows: By what is compared: step functions of a function, layers of a model. In that of a model the last one is
-            ``"all parameters"``, the gradient that an optimizer gets.
+        under: What the means are taken over.
+        rows: Results by step function for a function, by layer for a model. For a model, the last row is
+            ``"all parameters"``, the gradient that an optimizer receives.
     """
 
     subject: str
@@ -88,7 +88,7 @@ class FidelityReport(Report):
     _function: Function | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes, as what JSON holds."""
+        """The attributes as JSON-compatible values."""
         result = super().to_dict()
         return {name: value for name, value in result.items() if not name.startswith("_")}
 
@@ -98,17 +98,24 @@ class FidelityReport(Report):
             (name, f"{row.cosine:.5f}", f"{row.error:.4f}", f"{row.bias:+.5f}", f"{row.deviation:.4f}")
             for name, row in self.rows.items()
         ]
-        title = f"gradient of {self.subject} against the exact one, {self.under}"
+        title = f"gradient of {self.subject} compared with the exact gradient, {self.under}"
         return [Section(title, ("", "cosine", "relative error", "bias", "deviation"), rows)]
 
     def categories(self) -> dict[str, int]:
-        """None: there are no bytes to draw."""
+        """Empty: the report has no bytes to plot."""
         return {}
 
     def plot(self, path: str | Path) -> None:
-        """Draws a function with its approximations: itself, its derivative with the steps, and the errors.
+        """Plots the comparison.
 
-        Of a model: the relative error of each layer, bias and deviation apart.
+        For a function, the plot shows the function, its derivative with the step functions, and the errors of their
+        integrals. For a model, it shows bias and deviation of each layer.
+
+        Args:
+            path: Path of the image file; the suffix determines the format.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
         """
         try:
             from matplotlib.figure import Figure
@@ -134,7 +141,7 @@ def _draw_layers(figure: Any, rows: dict[str, Fidelity]) -> None:
     axes.legend(frameon=False)
 
 
-#: Okabe and Ito's colours, which colour-blind readers tell apart.
+#: The Okabe-Ito palette, which is safe for colour-blind readers.
 _COLORS = ("#0072B2", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7")
 
 
@@ -146,12 +153,12 @@ def _draw_function(figure: Any, name: str, function: Function, curves: dict[str,
     left.plot(x, h, color="black", linewidth=1.2, label="exact")
     left.set_title(name, fontsize=11)
     middle.plot(x, slope, color="black", linewidth=1.2)
-    middle.set_title(f"derivative of {name}, and steps", fontsize=11)
+    middle.set_title(f"derivative of {name} and its steps", fontsize=11)
     right.axhline(0, color="black", linewidth=1.2)
-    right.set_title(f"{name} less the steps' primitive", fontsize=11)
+    right.set_title(f"{name} minus integral of the steps", fontsize=11)
     for (label, steps), color in zip(curves.items(), itertools.cycle(_COLORS)):
         middle.plot(x, steps.derivative(x), color=color, linewidth=1.2, label=label)
-        # From the same value at the left end.
+        # Both start from the same value at the left end.
         primitive = steps.primitive(x)
         right.plot(x, h - primitive - (h[0] - primitive[0]), color=color, linewidth=1.2)
     for axes in (left, middle, right):
@@ -171,36 +178,37 @@ def report(
     density: Any = "gaussian",
     loss: Loss | None = None,
 ) -> FidelityReport:
-    """How near approximate gradients are to the exact ones: cosine, relative error, bias and deviation.
+    """Compares approximate gradients with the exact ones: cosine, relative error, bias and deviation.
 
     Example:
         >>> print(lomem.fit.report("gelu"))
         >>> print(lomem.fit.report(model, batches, loss=lambda output: output.loss))
 
     Args:
-        target: The name of a function or a callable, as of :func:`fit`, of which the best step functions on the line
-            are taken, of both criteria and 1 to 4, 6 and 8 bits; or a model with activations of :mod:`lomem.nn`, which
-            is run.
-        batches: Of a model, an iterable; see :func:`calibrate`.
-        steps: Of a function: others to compare in place of those, by names.
-        density: Of a function: what the means are over, as of :func:`fit`; by default the standard normal one.
-        loss: Of a model: makes a scalar of its output. Required.
+        target: Either an activation, as a name or a callable as in :func:`fit`, or a model with activations of
+            :mod:`lomem.nn`, which is run. For an activation, the default is to compare the optimal step functions on
+            the real line for both criteria with 1 to 4, 6 and 8 bits.
+        batches: Iterable of batches for a model; see :func:`calibrate`.
+        steps: Step functions of an activation, by name, to compare instead of the default ones.
+        density: Density that the means are taken over for an activation, as in :func:`fit`. The default is the standard
+            normal density.
+        loss: Function that maps a model's output to a scalar. Required for a model.
 
     Returns:
-        Of a function: a row for each step function; the gradient that multiplies the derivative is 1. Of a model: a row
-        for each layer, of ``grad_output * level`` against ``grad_output * derivative``, with the gradient that comes to
-        the layer; and ``"all parameters"``, the gradient of all parameters against that of the exact activations, with
-        the same random numbers.
+        For an activation, a row per step function, with ``grad_output`` 1. For a model, a row per layer that compares
+        ``grad_output * level`` with ``grad_output * derivative``, and a row ``"all parameters"`` that compares the
+        gradient of all parameters with the one that the exact activations give for the same random numbers.
 
     Raises:
-        TypeError, ValueError: If an argument is not as described.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is not as described.
     """
     if isinstance(target, nn.Module):
         if steps is not None:
-            raise ValueError("lomem.fit.report: steps are given with a model, expected None: its layers have their own")
+            raise ValueError("lomem.fit.report: steps are given with a model, expected None: layers have their own")
         return _of_model(target, batches, loss)
     if batches is not None:
-        raise ValueError("lomem.fit.report: batches are given with a function, expected none, or a model")
+        raise ValueError("lomem.fit.report: batches are given with a function, expected None or a model")
     return _of_function(target, _best(target) if steps is None else steps, density)
 
 
@@ -213,7 +221,7 @@ def _best(target: Any) -> dict[str, StepFunction]:
             except ValueError:
                 if bits != 1:
                     raise
-                continue  # parallel asymptotes, which one bit cannot match
+                continue  # one bit cannot match parallel asymptotes
             found[f"{criterion}, {bits} bit{'s' * (bits > 1)}"] = step
     return found
 
@@ -233,7 +241,7 @@ def _of_function(target: Any, steps: Mapping[str, StepFunction], density: Any) -
 def _of_model(model: nn.Module, batches: Any, loss: Loss | None) -> FidelityReport:
     name = "lomem.fit.report"
     if loss is None:
-        raise ValueError(f"{name}: loss is None, expected a function that makes a scalar of the model's output")
+        raise ValueError(f"{name}: loss is None, expected a function that maps the model's output to a scalar")
     if batches is None:
         raise ValueError(f"{name}: batches is None, expected an iterable of batches")
     layers = activation_layers(name, model)
@@ -243,7 +251,7 @@ def _of_model(model: nn.Module, batches: Any, loss: Loss | None) -> FidelityRepo
     def seen(layer: str, x: Tensor, grad: Tensor | None) -> None:
         assert grad is not None
         steps, x64, g = layers[layer].step_function(), x.double(), grad.double()
-        # In the arithmetic of the layer: float32 roundings of boundaries are below what is told here.
+        # The layer rounds boundaries to float32; the effect is below the digits shown here.
         sums[layer].add(g * steps.derivative(x64), g * derivative(layers[layer], x64))
 
     count = watch(name, model, layers, batches, loss, seen)
@@ -272,10 +280,10 @@ def _of_parameters(name: str, model: nn.Module, layers: Any, batches: list[Any],
 
 
 def _add_gradients(name: str, model: nn.Module, batch: Any, loss: Loss, total: dict[str, Tensor]) -> None:
-    """Adds the parameters' gradients on a batch, in float64, and leaves the model as it was."""
+    """Adds the parameters' gradients for a batch, in float64, and restores the model's state."""
     given = as_batch(name, "batch", batch).map(Tensor.detach)
     with preserved(model), torch.enable_grad():
-        torch.manual_seed(0)  # the same dropout for both
+        torch.manual_seed(0)  # same dropout for both
         scalar(name, loss(given.call(model))).backward()
         for parameter, value in model.named_parameters():
             if value.grad is not None:

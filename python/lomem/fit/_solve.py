@@ -1,18 +1,18 @@
-"""Best step functions: a global search on a grid, then Newton's method with exact second derivatives.
+"""Optimal step functions: a global search on a grid, then Newton's method with exact second derivatives.
 
-`derivative` is the least squares fit of h' by a constant on each segment. `primitive` is that of h by a line on each
-segment, lines that follow each other meeting at the boundary between them. In both, what a boundary changes is known in
-closed form, and the Hessian is tridiagonal:
+`derivative` is the least-squares fit of h' by a constant on each segment. `primitive` is the least-squares fit of h by
+a line on each segment, where adjacent lines meet at the boundary between them. In both cases the effect of a boundary
+is known in closed form, and the Hessian is tridiagonal:
 
-- `derivative`, in the boundaries c, each level being the mean of h' over its segment;
-- `primitive`, in the values of the lines at the ends of their segments. A boundary is where two lines cross. To change
-  the values there by p on the left line and q on the right one moves it by (p - q) / a, a being the difference of their
-  slopes. So half the Hessian of the integral of e^2 (e is the error h - h~, w the density) is the Gram matrix of the
-  lines less w(c) e(c) / a (p - q)^2 for every boundary, and half its gradient -integral of w e times a line.
+- `derivative`: in the boundaries c, where each level is the mean of h' over its segment.
+- `primitive`: in the values of the lines at the ends of their segments. A boundary is where two lines cross. Changing
+  the values there by p on the left line and q on the right line moves the boundary by (p - q) / a, where a is the
+  difference of the slopes. So half the Hessian of the integral of e^2 (e is the error h - h~, w the density) is the
+  Gram matrix of the lines minus w(c) e(c) / a (p - q)^2 for every boundary, and half the gradient is minus the integral
+  of w e times a line.
 
-A line that is a best fit of its segment needs no constraint to meet its neighbour where h is convex or concave: there
-the best disconnected lines are connected (their errors at a boundary are equal in size, and equal in sign). Hence the
-search on the grid ignores the constraint.
+Where h is convex or concave, the best-fitting lines of adjacent segments meet without a constraint (their errors at the
+boundary are equal in size and sign). Hence the grid search ignores the constraint.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ __all__ = ["Problem", "Solution", "certify", "error_over", "solve", "step_of"]
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
-GRID = 1024  # Candidates of a boundary: four for each of 255.
+GRID = 1024  # Candidate boundaries: four for each of 255.
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be minimised.
+    """A minimisation problem.
 
     Attributes:
         function: h.
         degree: 0 to fit h' by constants (`derivative`), 1 to fit h by lines (`primitive`).
         measure: The density.
-        matched: Whether the outermost constants or lines are the asymptotes' and not free.
+        matched: Whether the outermost constants or lines match the asymptotes; otherwise they are free.
         jumps: Where h' jumps.
-        last: Where the last boundary has to be, if not anywhere.
+        last: Fixed position of the last boundary; None if it is free.
     """
 
     function: Function
@@ -59,9 +59,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class State:
-    """A step function: boundaries, and levels (degree 0) or heights of h~ over the asymptote at the knots (degree 1).
+    """A step function: boundaries, and levels (degree 0) or heights of h~ above the asymptote at the knots (degree 1).
 
-    Knots are the boundaries; where the outer lines are free, also both ends of the density.
+    The knots are the boundaries and, if the outer lines are free, both ends of the density.
     """
 
     boundaries: Array
@@ -70,13 +70,13 @@ class State:
 
 @dataclass(frozen=True)
 class Solution:
-    """A state, and how good it is.
+    """A state with its error and derivatives.
 
     Attributes:
         state: The step function.
         error: The integral of e^2.
         force: Minus half the gradient of the error, in the variables of `degree`.
-        scale: The diagonal of half the Hessian where boundaries do not move: the unit of `force` and `hessian`.
+        scale: The diagonal of half the Hessian for fixed boundaries, which normalizes `force` and `hessian`.
         hessian: Half the Hessian: diagonal and off-diagonal.
     """
 
@@ -88,12 +88,12 @@ class Solution:
 
     @property
     def residual(self) -> float:
-        """The force, relative: as a cosine between error and what can be changed."""
+        """Relative size of the force: the cosine between the error and the directions that can change."""
         return float(np.linalg.norm(self.force / (np.sqrt(self.scale) * np.sqrt(max(self.error, 1e-300)))))
 
     @property
     def curvature(self) -> float:
-        """Smallest eigenvalue of the scaled Hessian; 1 where there is nothing to vary."""
+        """Smallest eigenvalue of the scaled Hessian; 1 if nothing can vary."""
         if len(self.scale) == 0:
             return 1.0
         root = np.sqrt(self.scale)
@@ -103,7 +103,7 @@ class Solution:
 
 
 def _ratio(above: Array, below: Array) -> Array:
-    """Quotient, 0 where the divisor is."""
+    """Quotient, 0 where the divisor is 0."""
     return np.where(below == 0, 0.0, above / np.where(below == 0, 1.0, below))
 
 
@@ -116,7 +116,7 @@ def _knots(problem: Problem, boundaries: Array) -> Array:
 
 
 def _lines(problem: Problem, state: State) -> tuple[Array, Array]:
-    """Knots, and slopes of the lines between them, with the asymptotes' where those are matched."""
+    """Knots, and slopes of the lines between them; if the asymptotes are matched, including their slopes."""
     f, knots = problem.function, _knots(problem, state.boundaries)
     one_side = (knots[:-1] < 0) == (knots[1:] < 0)
     side = np.where(knots[:-1] < 0, f.left.slope, f.right.slope)
@@ -126,9 +126,9 @@ def _lines(problem: Problem, state: State) -> tuple[Array, Array]:
 
 
 def _line_errors(problem: Problem, state: State, x: Array) -> tuple[Array, Index, Array]:
-    """The error e at x, the number of x's line, and where x is between its ends, from 0 to 1.
+    """The error e at x, the index of the line at x, and the position of x between its ends, from 0 to 1.
 
-    Lines count from 0; the asymptotes are -1 and one more than there are.
+    Lines are numbered from 0; the asymptotes have index -1 and the number of lines.
     """
     f, knots = problem.function, _knots(problem, state.boundaries)
     line = np.searchsorted(knots, x) - 1
@@ -136,7 +136,8 @@ def _line_errors(problem: Problem, state: State, x: Array) -> tuple[Array, Index
     left = np.clip(line, 0, max(len(knots) - 2, 0))
     a, b = knots[left], knots[left + (len(knots) > 1)]
     t = np.where(inside, (x - a) / np.where(b > a, b - a, 1.0), 0.0)
-    # h~ less the asymptote of x's side. On one side of 0 that needs heights alone, and small ones do not cancel.
+    # h~ minus the asymptote on the side of x. On one side of 0 this needs only the heights, so small values do not
+    # cancel.
     height = (1 - t) * state.values[left] + t * state.values[left + (len(knots) > 1)]
     across = (1 - t) * f.asymptote(a) + t * f.asymptote(b) - f.asymptote(x)
     height = height + np.where((a < 0) == (b < 0), 0.0, across)
@@ -157,13 +158,13 @@ def _evaluate_lines(problem: Problem, state: State) -> Solution:
     force = np.column_stack([sums(e * (1 - t)), sums(e * t)]).ravel()
     beside = np.zeros(max(2 * count - 1, 0))
     beside[::2] = sums(t * (1 - t))
-    # A line over nothing has no weight, and does not move.
+    # A line over an empty segment has no weight and does not move.
     scale = np.maximum(diagonal, 1e-14 * np.max(diagonal, initial=1e-186))
     diagonal = scale.copy()
     c = state.boundaries
-    # Where a line goes on as the one before it, their boundary is nowhere in particular.
+    # Between two lines with the same slope the position of the boundary is undetermined.
     bend = problem.measure.density(c) * _ratio(_line_errors(problem, state, c)[0], np.diff(slopes))
-    if problem.matched:  # the asymptotes do not move, their neighbours' ends do
+    if problem.matched:  # the asymptotes are fixed, the ends of their neighbours move
         diagonal[1:-1:2] -= bend[1:-1]
         diagonal[::2] -= bend[:-1]
         diagonal[-1:] -= bend[-1:] if count else 0.0
@@ -188,12 +189,12 @@ def _move_lines(problem: Problem, state: State, step: Array) -> State | None:
     tilt = slopes.copy()
     inner = slice(1, -1) if problem.matched else slice(None)
     tilt[inner] += (right - left) / np.diff(knots)
-    # At every boundary, by how much the line on the left and the one on the right rise.
+    # Rise of the left and the right line at every boundary.
     before, after = (np.append(0.0, right), np.append(left, 0.0)) if problem.matched else (right[:-1], left[1:])
     shift = _ratio(before - after, np.diff(tilt))
     if problem.last is not None and problem.matched:
         shift[-1] = 0.0
-    if problem.matched:  # the outermost boundaries stay where the density is
+    if problem.matched:  # the outermost boundaries stay inside the density
         shift[0] = max(shift[0], problem.measure.low - state.boundaries[0])
         shift[-1] = min(shift[-1], problem.measure.high - state.boundaries[-1])
     c = state.boundaries + shift
@@ -201,7 +202,7 @@ def _move_lines(problem: Problem, state: State, step: Array) -> State | None:
         return None
     rise = before + tilt[:-1] * shift
     if problem.matched:
-        rise[-1] = tilt[-1] * shift[-1]  # on the asymptote, also where the crossing was too far away
+        rise[-1] = tilt[-1] * shift[-1]  # on the asymptote, even if the crossing was clipped
     same = (c < 0) == (state.boundaries < 0)
     side = np.where(c < 0, f.left.slope, f.right.slope)
     rise -= np.where(same, side * shift, f.asymptote(c) - f.asymptote(state.boundaries))
@@ -214,7 +215,7 @@ def _move_lines(problem: Problem, state: State, step: Array) -> State | None:
 
 
 def _connect(problem: Problem, boundaries: Array) -> State:
-    """The best heights over given boundaries."""
+    """The best heights for given boundaries."""
     f, knots = problem.function, _knots(problem, boundaries)
     values = f.rest(knots)
     if problem.matched:
@@ -245,7 +246,7 @@ def _connect(problem: Problem, boundaries: Array) -> State:
 
 
 def _levels(problem: Problem, boundaries: Array) -> tuple[Array, Array, float]:
-    """Best levels over given boundaries, the mass of each, and the error."""
+    """Best levels for given boundaries, the mass of each, and the error."""
     f = problem.function
     x, w = problem.measure.nodes(boundaries)
     code, target = np.searchsorted(boundaries, x), f.slope(x)
@@ -262,7 +263,7 @@ def _evaluate_constants(problem: Problem, state: State) -> Solution:
     f, c = problem.function, state.boundaries
     levels, mass, error = _levels(problem, c)
     if problem.matched:
-        mass[[0, -1]] = np.inf  # a level that is given does not move
+        mass[[0, -1]] = np.inf  # fixed levels do not move
     w, g, gap = problem.measure.density(c), f.slope(c), np.diff(levels)
     before, after = g - levels[:-1], g - levels[1:]
     force = -w * (before**2 - after**2) / 2
@@ -278,9 +279,9 @@ def _evaluate_constants(problem: Problem, state: State) -> Solution:
 
 
 def _pinned(problem: Problem, state: State, levels: Array) -> NDArray[np.bool_]:
-    """Boundaries that a jump of h' holds, or that have a place."""
+    """Which boundaries cannot move: those held by a jump of h', and a fixed last one."""
     f, c = problem.function, state.boundaries
-    # Between points it does not matter where exactly a boundary is.
+    # Between the points of a sample the exact position of a boundary does not matter.
     pinned = np.full(len(c), not problem.measure.continuous)
     for jump in problem.jumps:
         near = np.flatnonzero(c == jump)
@@ -306,18 +307,18 @@ def _move_constants(problem: Problem, state: State, step: Array) -> State | None
 
 
 def _solve_tridiagonal(diagonal: Array, beside: Array, right: Array) -> Array:
-    """Raises LinAlgError where the matrix is not positive definite."""
+    """Solves a symmetric tridiagonal system; raises LinAlgError if the matrix is not positive definite."""
     matrix = np.stack([np.append(0.0, beside), diagonal])
     return solveh_banded(matrix[-min(len(right), 2) :], right)
 
 
 def evaluate(problem: Problem, state: State) -> Solution:
-    """Error and derivatives of a state; for degree 0, with the best levels."""
+    """Error and derivatives of a state; degree 0 uses the best levels."""
     return (_evaluate_lines if problem.degree else _evaluate_constants)(problem, state)
 
 
 def _descend(problem: Problem, state: State, steps: int = 200) -> Solution:
-    """Damped Newton's method, to the last digits."""
+    """Runs a damped Newton's method to the last digits."""
     move = _move_lines if problem.degree else _move_constants
     best, damping = evaluate(problem, state), 1e-2
     for _ in range(steps):
@@ -330,7 +331,7 @@ def _descend(problem: Problem, state: State, steps: int = 200) -> Solution:
                 step = _solve_tridiagonal(diagonal + damping * best.scale, beside, best.force)
                 trial = move(problem, best.state, step)
             new = None if trial is None else evaluate(problem, trial)
-            # Near the minimum the error no longer tells, the force does.
+            # Near the minimum the error no longer discriminates, but the force does.
             if new is not None and (
                 new.error < best.error * (1 - 1e-13)
                 or (new.error < best.error * (1 + 1e-12) and new.residual < 0.9 * best.residual)
@@ -347,10 +348,10 @@ def _descend(problem: Problem, state: State, steps: int = 200) -> Solution:
 
 
 def _spread(problem: Problem, evenly: float) -> tuple[Array, Array]:
-    """Mesh, and the cumulative density of boundaries over it that is best asymptotically, for many of them.
+    """Mesh, and the cumulative density of boundaries over it that is asymptotically optimal for many boundaries.
 
-    The error of a segment of length s is h''^2 s^3 / 12 (constants) or h''^2 s^5 / 720 (lines) times the density: all
-    have the same one. A share of `evenly` is spread evenly instead.
+    The error of a segment of length s is h''^2 s^3 / 12 (constants) or h''^2 s^5 / 720 (lines) times the density; it is
+    made equal for all segments. A share `evenly` of the boundaries is spread evenly instead.
     """
     f, measure = problem.function, problem.measure
     mesh = measure.mesh if measure.continuous else spaced(measure.low, measure.high, 512)
@@ -370,7 +371,7 @@ def _spread(problem: Problem, evenly: float) -> tuple[Array, Array]:
 
 
 def _segment_costs(problem: Problem, grid: Array) -> tuple[Array, Array, Array]:
-    """Errors of best fits: [j, i] between grid points i < j; of the outer segments, up to and from each grid point."""
+    """Errors of the best fits: [j, i] between grid points i < j; for the outer segments, up to and from each point."""
     f, cells = problem.function, len(grid) - 1
     x, w = problem.measure.nodes(grid)
     g = f.asymptote(x) + f.rest(x) if problem.degree else f.slope(x)
@@ -383,7 +384,7 @@ def _segment_costs(problem: Problem, grid: Array) -> tuple[Array, Array, Array]:
     mean_x, mean_g = _ratio(sums(x), mass), _ratio(sums(g), mass)
     dx, dg = x - mean_x[cell], g - mean_g[cell]
     parts = [mass, mean_x, mean_g, sums(dx**2), sums(dx * dg), sums(dg**2)]
-    # Moments of cells i..j-1 for all i at once, about their means: prefix sums would cancel.
+    # Moments of cells i..j-1 for all i at once, about their means, since prefix sums would cancel.
     total = [np.zeros(cells) for _ in parts]
     costs = np.full((cells + 1, cells + 1), np.inf)
     for j in range(cells):
@@ -406,7 +407,7 @@ def _segment_costs(problem: Problem, grid: Array) -> tuple[Array, Array, Array]:
 
 
 def _grid_search(problem: Problem, count: int) -> Array:
-    """Best boundaries among points of a grid, by dynamic programming."""
+    """Best boundaries on a grid, by dynamic programming."""
     grid = problem.measure.mesh
     if problem.measure.continuous or problem.degree or len(grid) > 2 * GRID:
         mesh, cumulative = _spread(problem, 0.1)
@@ -431,7 +432,7 @@ def _grid_search(problem: Problem, count: int) -> Array:
 
 
 def _even(problem: Problem, count: int, offset: float = 0.5) -> Array:
-    """Boundaries that are best asymptotically, the first one at that share of what is due to each."""
+    """Asymptotically optimal boundaries; the first is at the quantile `offset / count` of their density."""
     mesh, cumulative = _spread(problem, 0.0)
     c = np.interp((np.arange(count) + offset) / count, cumulative, mesh)
     if problem.last is not None:
@@ -440,9 +441,10 @@ def _even(problem: Problem, count: int, offset: float = 0.5) -> Array:
 
 
 def _exchanges(problem: Problem, solution: Solution) -> list[Array]:
-    """Boundaries of a solution, one of them given from a part of the line to another.
+    """Boundaries of a solution after moving one of them from one part of the real line to another.
 
-    Parts are where the levels rise or fall. In each, boundaries keep their density: nearly where the next minimum is.
+    A part is an interval in which the levels rise or fall. Within each part the boundaries keep their relative density,
+    which is close to the next minimum.
     """
     c, levels = step_of(problem, solution)
     parts = np.split(np.arange(len(c)), np.flatnonzero(np.diff(np.sign(np.diff(levels)))) + 1)
@@ -473,10 +475,10 @@ def _settle(problem: Problem, boundaries: Array) -> Solution | None:
 
 
 def _mirrored(problem: Problem, best: Solution) -> Solution:
-    """One of equally good mirror images, always the same; the symmetric one of solutions that differ by rounding."""
+    """Chooses one of two equally good mirror images, and symmetrizes solutions that differ from theirs by rounding."""
     c = best.state.boundaries
     if -c[0] > problem.measure.high or -c[-1] < problem.measure.low:
-        return best  # there fn need not be defined
+        return best  # fn need not be defined there
     other = _settle(problem, -c[::-1])
     if other is None or other.error > best.error * (1 + 1e-9):
         return best
@@ -493,12 +495,12 @@ def _mirrored(problem: Problem, best: Solution) -> Solution:
 
 
 def _polished(problem: Problem, boundaries: Array) -> Array:
-    """Boundaries between points, each moved to where it is best between its neighbours until none moves."""
+    """Moves each boundary to the best place between its neighbours until none moves, for a sample."""
     candidates = problem.measure.mesh
     x, w = problem.measure.nodes(candidates)
     g = problem.function.slope(x)
     sums = [np.append(0.0, np.cumsum(w * v)) for v in (np.ones_like(g), g - np.mean(g))]
-    # Of each candidate and boundary, how many points are below.
+    # Number of points below each candidate, and the candidate index of each boundary.
     below = np.searchsorted(x, candidates, "right")
     place = np.searchsorted(candidates, boundaries)
 
@@ -522,7 +524,7 @@ def _polished(problem: Problem, boundaries: Array) -> Array:
 
 
 def _shaken(problem: Problem, best: Solution) -> Solution:
-    """The best of minima nearby: the error of points has one wherever a boundary passes some of them."""
+    """The best of the nearby minima: for a sample, the error has one wherever a boundary passes points."""
     rng = np.random.default_rng(0)
     for _ in range(30):
         c = best.state.boundaries
@@ -537,10 +539,10 @@ def _shaken(problem: Problem, best: Solution) -> Solution:
 
 
 def solve(problem: Problem, bits: int) -> Solution:
-    """The best step function with so many bits."""
+    """The optimal step function with the given number of bits."""
     count, f = 2**bits - 1, problem.function
     if count == 1 and problem.degree and problem.matched:
-        # The asymptotes say where.
+        # The boundary is the intersection of the asymptotes.
         c = (
             problem.last
             if problem.last is not None
@@ -551,7 +553,7 @@ def solve(problem: Problem, bits: int) -> Solution:
     if not problem.degree and not problem.measure.continuous:
         starts = [_polished(problem, starts[0])]
     if problem.degree:
-        # The search on the grid may end where h~ has no kink at an inflection point of h, which moves nowhere.
+        # The grid search may return a boundary at an inflection point of h where h~ has no kink; it would never move.
         starts += [_even(problem, count, offset) for offset in ((0.5, 0.25, 0.75) if count < 64 else (0.5,))]
     best = min((s for s in (_settle(problem, start) for start in starts) if s is not None), key=lambda s: s.error)
     improved = problem.measure.continuous or bool(problem.degree)
@@ -565,20 +567,20 @@ def solve(problem: Problem, bits: int) -> Solution:
 
 
 def step_of(problem: Problem, solution: Solution) -> tuple[Array, Array]:
-    """Boundaries and levels."""
+    """Boundaries and levels of a solution."""
     state = solution.state
     return state.boundaries, _lines(problem, state)[1] if problem.degree else state.values
 
 
 def error_over(problem: Problem, boundaries: Array) -> float:
-    """The least error over given boundaries."""
+    """The smallest error for given boundaries."""
     if not problem.degree:
         return _levels(problem, boundaries)[2]
     return evaluate(problem, _connect(problem, boundaries)).error
 
 
 def certify(problem: Problem, boundaries: Array, levels: Array) -> tuple[float, float, float]:
-    """Relative size of the gradient at a step function, relative curvature, and by how much it misses constraints."""
+    """Relative gradient and relative curvature at a step function, and the size of its constraint violation."""
     f, mismatch = problem.function, 0.0
     if problem.matched:
         mismatch = max(abs(levels[0] - f.left.slope), abs(levels[-1] - f.right.slope))
@@ -595,9 +597,9 @@ def certify(problem: Problem, boundaries: Array, levels: Array) -> tuple[float, 
     start = f.left(knots[:1]) if problem.matched else np.zeros(1)
     heights = np.concatenate([start, start + np.cumsum(inner * np.diff(knots))])
     if problem.matched:
-        if problem.last is None or len(knots) > 1:  # one boundary that has a place has no choice
+        if problem.last is None or len(knots) > 1:  # a single fixed boundary determines everything
             mismatch = max(mismatch, abs(float(heights[-1] - f.right(knots[-1:])[0])))
-    else:  # an integral of the step function: any of them, so the best
+    else:  # the integration constant is free, so use the best one
         x, w = problem.measure.nodes(knots)
         heights += np.average(f.asymptote(x) + f.rest(x) - np.interp(x, knots, heights), weights=w)
     solution = evaluate(problem, State(boundaries, heights - f.asymptote(knots)))

@@ -1,11 +1,11 @@
 """The ops as functions, with the argument order of :mod:`torch.nn.functional`.
 
-Every function raises a RuntimeError or ValueError that names op, argument, the value it got and the
-value it wants; of arguments that are not of the type asked for, torch's own error. They work under
-autocast, ``torch.compile``, ``torch.export``, ``torch.jit.trace``, checkpointing and saved-tensor hooks, on ``meta``
-tensors and on subclasses that wrap tensors. Of nested tensors of layout ``torch.jagged``, activations and norms are
-torch's own, with the exact gradient and all that torch keeps for it; other nested, sparse and quantized tensors raise.
-Forward-mode differentiation and ``torch.func`` gradients raise.
+For an invalid argument they raise a RuntimeError or ValueError that names the op, the argument, its value and what was
+expected; for an argument of the wrong type, torch raises its own error. They work under autocast, ``torch.compile``,
+``torch.export``, ``torch.jit.trace``, checkpointing and saved-tensor hooks, on ``meta`` tensors and on tensor wrapper
+subclasses. For nested tensors with layout ``torch.jagged``, activations and norms call torch's own ops, which compute
+the exact gradient and save as much as usual; other nested, sparse and quantized tensors raise. Forward-mode
+differentiation and ``torch.func`` gradients raise.
 """
 
 from . import activations, linear, norms, packing

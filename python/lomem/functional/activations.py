@@ -57,20 +57,20 @@ def _check_numbers(function: str, parameters: Sequence[Any]) -> None:
     for value in parameters:
         if isinstance(value, Tensor):
             raise TypeError(
-                f"lomem.functional.{function}: got a tensor as parameter, expected a number: it would get no gradient"
+                f"lomem.functional.{function}: got a tensor as parameter, expected a number: a tensor gets no gradient"
             )
 
 
 def is_jagged(input: Any) -> bool:
-    """Whether ``input`` is a nested tensor of layout ``torch.jagged``: of those, torch's own ops are called."""
-    # (Ordinary tensors are not asked, for it costs; proxies are not, for they answer with proxies. To a compiler a
-    # jagged tensor has no function of its own.)
+    """Whether ``input`` is a nested tensor with layout ``torch.jagged``; for those, torch's own ops are called."""
+    # Plain tensors are not queried because of the cost, nor are proxies, which answer with proxies. While compiling,
+    # a jagged tensor has no __torch_function__, so every tensor is queried.
     if not (is_compiling() or has_torch_function_unary(input)) or not isinstance(input, Tensor):
         return False
     return input.is_nested and input.layout == torch.jagged
 
 
-# The names of the ops' functions that are not those of torch's, and torch's functions without ``inplace``.
+# Functions whose name is not that of a function in torch.nn.functional, or whose torch function has no ``inplace``.
 _TORCH_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -105,7 +105,7 @@ def _few_bit(
 ) -> Tensor:
     if steps is not None:
         bits, criterion = steps.bits, "derivative" if criterion == "paper" else criterion
-    # The values do not depend on the steps.
+    # User-supplied steps change only the gradient.
     steps_matter = steps is not None and input.requires_grad and torch.is_grad_enabled()
     if not (steps_matter or has_torch_function_unary(input) or is_compiling()):
         output = _C.step_activation(input, function, parameters, bits, criterion, fast)
@@ -124,10 +124,10 @@ def _few_bit_op(
     inplace: bool,
     fast: bool,
 ) -> Tensor:
-    """As compilers and subclasses of tensors see it."""
+    """The path for compilers and tensor subclasses, through the dispatcher."""
     _check_numbers(function, parameters)
     if is_jagged(input):
-        if not is_compiling():  # raises as the op does
+        if not is_compiling():  # raises the op's errors for bad arguments
             _C.step_function(function, bits, criterion, parameters)
         return _of_torch(function, input, parameters, inplace)
     spelled = {} if steps is None else {"boundaries": steps.boundaries, "levels": steps.levels}
@@ -158,24 +158,28 @@ def gelu(
 ) -> Tensor:
     """GELU that saves ``bits`` bits per element for the backward pass.
 
-    The result is bit for bit ``F.gelu(input, approximate=approximate)``. The gradient is ``grad_output`` times a step
-    function of ``2**bits`` levels.
+    The result equals ``F.gelu(input, approximate=approximate)`` bit for bit. The gradient is ``grad_output`` times a
+    step function with ``2**bits`` levels.
 
     Args:
-        input: Any shape and strides; float64, float32, bfloat16 or float16. NaN is above no boundary.
+        input: Tensor of any shape and strides; float64, float32, bfloat16 or float16. NaN counts as below all
+            boundaries.
         approximate: ``"none"`` or ``"tanh"``.
-        bits: 1 to 8.
-        criterion: Which step function stands in for the derivative. ``"derivative"``: the one that is nearest to the
-            derivative in the mean square over the line (Novikov et al., arXiv:2202.00441). ``"primitive"``: the one
-            whose integral is nearest to the activation (Yang et al., ICML 2024, arXiv:2406.16282). ``"paper"``: the
-            one that the latter paper publishes, which exists for GELU, QuickGELU and SiLU at 2 bits; see
-            :func:`regelu2`.
-        steps: A step function in place of the library's, with bits of its own, as :mod:`lomem.fit` makes them.
-        fast: Allows a faster forward pass that is not bit for bit torch's; see :func:`regelu2`.
+        bits: Number of bits saved per element, 1 to 8.
+        criterion: Choice of the step function that replaces the derivative. ``"derivative"``: the one closest to the
+            derivative in mean square over the real line (Novikov et al., arXiv:2202.00441). ``"primitive"``: the one
+            whose integral is closest to the activation (Yang et al., ICML 2024, arXiv:2406.16282). ``"paper"``: the
+            one published in the latter paper, available for GELU, QuickGELU and SiLU with 2 bits; see :func:`regelu2`.
+        steps: Step function to use instead of the library's, for example one from :mod:`lomem.fit`. Its number of bits
+            overrides ``bits``.
+        fast: Allows a faster forward pass whose results are not bit-identical to torch's; see :func:`regelu2`.
 
     Returns:
-        A tensor of the shape, dtype and strides that ``F.gelu`` returns. Saved for backward:
+        A tensor with the shape, dtype and strides that ``F.gelu`` returns. Saved for backward:
         ``ceil(bits * numel / 8)`` bytes.
+
+    Raises:
+        ValueError: If an argument is out of range, or the library has no step function for it.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"lomem.functional.gelu: approximate is {approximate!r}, expected 'none' or 'tanh'")
@@ -186,9 +190,9 @@ def gelu(
 def quick_gelu(
     input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
 ) -> Tensor:
-    """``input * sigmoid(1.702 * input)``, as CLIP has it, that saves ``bits`` bits per element.
+    """``input * sigmoid(1.702 * input)``, as in CLIP, that saves ``bits`` bits per element.
 
-    Arguments and what is saved are those of :func:`gelu`.
+    Arguments and saved bytes are as in :func:`gelu`.
     """
     return _few_bit("quick_gelu", input, (), bits, criterion, steps)
 
@@ -202,9 +206,9 @@ def silu(
     steps: StepFunction | None = None,
     fast: bool = False,
 ) -> Tensor:
-    """``F.silu`` that saves ``bits`` bits per element. Arguments and what is saved are those of :func:`gelu`.
+    """``F.silu`` that saves ``bits`` bits per element. Arguments and saved bytes are as in :func:`gelu`.
 
-    With ``inplace`` the result overwrites ``input``; a temporary of its size is made either way.
+    With ``inplace=True`` the result overwrites ``input``; a temporary of the same size is allocated either way.
     """
     return _few_bit("silu", input, (), bits, criterion, steps, inplace, fast)
 
@@ -226,8 +230,7 @@ def sigmoid(
 ) -> Tensor:
     """``torch.sigmoid`` that saves ``bits`` bits per element, not the output.
 
-    Arguments as in :func:`gelu`. torch keeps the output, which costs nothing more where the next operation keeps it
-    too.
+    Arguments as in :func:`gelu`. torch saves the output, which costs nothing extra if the next op saves it too.
     """
     return _few_bit("sigmoid", input, (), bits, criterion, steps)
 
@@ -257,14 +260,14 @@ def softplus(
 
     Args:
         input: As in :func:`gelu`.
-        beta: Positive. The step function is that of ``beta`` 1 with its boundaries divided by ``beta``, which is the
-            best one too.
-        threshold: Above ``threshold / beta`` the function is the identity. Where that is not far out, the steps for
-            ``"derivative"`` are fitted to it at the first call (with 8 bits a third of a second); for ``"primitive"``,
-            which has no jumps, they are those of log(1 + exp(beta x)) / beta.
-        bits: 1 to 8.
+        beta: Positive number. The step function is that of ``beta=1`` with its boundaries divided by ``beta``, which is
+            also the optimal one.
+        threshold: Above ``threshold / beta`` the function is the identity. If that is not far out, the steps for
+            ``"derivative"`` are fitted on the first call (a third of a second for 8 bits); for ``"primitive"``, which
+            has no jumps, they are those of log(1 + exp(beta x)) / beta.
+        bits: Number of bits saved per element, 1 to 8.
         criterion: ``"derivative"`` or ``"primitive"``; see :func:`gelu`.
-        steps: A step function in place of the library's.
+        steps: Step function to use instead of the library's.
     """
     return _few_bit("softplus", input, (beta, threshold), bits, criterion, steps)
 
@@ -296,12 +299,12 @@ def elu(
 
     Args:
         input: As in :func:`gelu`.
-        alpha: Finite. Where it is not 1, so that the derivative jumps at 0, the steps are fitted at the first call, in
+        alpha: Finite number. If it is not 1, the derivative jumps at 0, and the steps are fitted on the first call, in
             less than a tenth of a second.
         inplace: Whether the result overwrites ``input``.
-        bits: 1 to 8.
+        bits: Number of bits saved per element, 1 to 8.
         criterion: ``"derivative"`` or ``"primitive"``; see :func:`gelu`.
-        steps: A step function in place of the library's.
+        steps: Step function to use instead of the library's.
     """
     return _few_bit("elu", input, (alpha,), bits, criterion, steps, inplace)
 
@@ -317,7 +320,7 @@ def celu(
 ) -> Tensor:
     """``F.celu`` that saves ``bits`` bits per element. Other arguments as in :func:`silu`.
 
-    ``alpha``: positive; the step function is ELU's with its boundaries multiplied by ``alpha``, which is the best one.
+    ``alpha`` is positive. The step function is ELU's with its boundaries multiplied by ``alpha``, which is optimal.
     """
     return _few_bit("celu", input, (alpha,), bits, criterion, steps, inplace)
 
@@ -346,27 +349,26 @@ def hardswish(
     return _few_bit("hardswish", input, (), bits, criterion, steps, inplace)
 
 
-# Names of LowMemoryBP, so that its users change nothing.
+# LowMemoryBP's names, so that code written for it runs unchanged.
 
 
 def regelu2(input: Tensor, approximate: str = "none", *, fast: bool = False) -> Tensor:
     """GELU that saves 2 bits per element: :func:`gelu` with ``bits=2, criterion="paper"``.
 
-    The gradient is that of a sum of three ReLUs, a step function of four levels, fitted to GELU (Yang et al., ICML
-    2024, arXiv:2406.16282, ReGELU2). A NaN input gives a NaN result and, as it is above no boundary, the gradient of
-    the lowest level, 0.
+    The gradient is that of a sum of three ReLUs fitted to GELU, that is, a step function with four levels (Yang et al.,
+    ICML 2024, arXiv:2406.16282, ReGELU2). A NaN input gives a NaN result; it counts as below all boundaries, so its
+    derivative is the lowest level, 0.
 
     Args:
-        input: Any shape and strides; float64, float32, bfloat16 or float16.
-        approximate: ``"none"`` or ``"tanh"``, as in ``F.gelu``. The step function is the same.
-        fast: Allows a faster forward pass on CPUs with AVX2 or AVX-512: minimax polynomials of the same function,
-            evaluated in float32, in place of torch's. Results are then not bit for bit torch's. float32: within 2.2
-            units in the last place of the exact value for x > -3.375, and within 2e-10 below. 16 bits: rounded
-            correctly for x > -5.5, except near ties. Below -7.63 they are 0. float64, other devices and inputs with
-            gaps in memory are computed as without.
+        input: Tensor of any shape and strides; float64, float32, bfloat16 or float16.
+        approximate: ``"none"`` or ``"tanh"``, as in ``F.gelu``. The step function is the same for both.
+        fast: Allows a faster forward pass on CPUs with AVX2 or AVX-512, which evaluates minimax polynomials in float32.
+            The results are then not bit-identical to torch's. float32: within 2.2 ulp of the exact value for
+            x > -3.375, and within 2e-10 below. 16-bit dtypes: correctly rounded for x > -5.5, except near ties. Below
+            -7.63 the results are 0. Has no effect for float64, other devices and inputs that are not dense in memory.
 
     Returns:
-        A tensor of the shape, dtype and strides that ``F.gelu`` returns. Saved for backward: ``ceil(numel / 4)``
+        A tensor with the shape, dtype and strides that ``F.gelu`` returns. Saved for backward: ``ceil(numel / 4)``
         bytes.
     """
     if has_torch_function_unary(input) or is_compiling():  # graphs keep the name
@@ -381,16 +383,16 @@ def regelu2(input: Tensor, approximate: str = "none", *, fast: bool = False) -> 
 def resilu2(input: Tensor, *, fast: bool = False) -> Tensor:
     """SiLU that saves 2 bits per element: :func:`silu` with ``bits=2, criterion="paper"``.
 
-    The gradient is that of a sum of three ReLUs, a step function of four levels, fitted to SiLU (Yang et al., ICML
-    2024, arXiv:2406.16282, ReSiLU2).
+    The gradient is that of a sum of three ReLUs fitted to SiLU, that is, a step function with four levels (Yang et al.,
+    ICML 2024, arXiv:2406.16282, ReSiLU2).
 
     Args:
-        input: Any shape and strides; float64, float32, bfloat16 or float16.
-        fast: As in :func:`regelu2`. float32: within 4 units in the last place of the exact value for x > -22, and
-            within 6e-9 below. 16 bits: rounded correctly for x > -22, except near ties. Below -22.2 they are 0.
+        input: Tensor of any shape and strides; float64, float32, bfloat16 or float16.
+        fast: As in :func:`regelu2`. float32: within 4 ulp of the exact value for x > -22, and within 6e-9 below. 16-bit
+            dtypes: correctly rounded for x > -22, except near ties. Below -22.2 the results are 0.
 
     Returns:
-        A tensor of the shape, dtype and strides that ``F.silu`` returns. Saved for backward: ``ceil(numel / 4)``
+        A tensor with the shape, dtype and strides that ``F.silu`` returns. Saved for backward: ``ceil(numel / 4)``
         bytes.
     """
     if has_torch_function_unary(input) or is_compiling():
@@ -400,33 +402,33 @@ def resilu2(input: Tensor, *, fast: bool = False) -> Tensor:
     return _few_bit("silu", input, (), 2, "paper", None, fast=fast)
 
 
-# Activations whose derivative has two values: one bit per element says all of it.
+# Activations whose derivative takes only two values, so that one bit per element is exact.
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """``F.relu``, forward and gradient, that saves 1 bit per element, not the output.
+    """``F.relu`` with its exact gradient that saves 1 bit per element, not the output.
 
-    torch keeps the output, which costs nothing more where the next operation keeps it too: a linear or convolutional
-    layer behind it does, a pooling layer may not.
+    torch saves the output, which costs nothing extra if the next op saves it too: a linear or convolutional layer does,
+    a pooling layer may not.
 
     Args:
-        input: Any shape and strides; float64, float32, bfloat16 or float16.
-        inplace: Whether the result overwrites ``input``; a temporary of its size is made either way.
+        input: Tensor of any shape and strides; float64, float32, bfloat16 or float16.
+        inplace: Whether the result overwrites ``input``; a temporary of the same size is allocated either way.
 
     Returns:
-        What ``F.relu`` returns. Saved for backward: ``ceil(numel / 8)`` bytes. The gradient is torch's, at the kinks
-        too; where the derivative is 0, it is 0 for an infinite ``grad_output`` as well.
+        The same tensor as ``F.relu``. Saved for backward: ``ceil(numel / 8)`` bytes. The gradient is torch's, including
+        at the kinks; where the derivative is 0, it is 0 even for an infinite ``grad_output``.
     """
     return _exact("relu", input, inplace=inplace)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    """``F.leaky_relu``, forward and gradient, that saves 1 bit per element; see :func:`relu`."""
+    """``F.leaky_relu`` with its exact gradient that saves 1 bit per element; see :func:`relu`."""
     return _exact("leaky_relu", input, (negative_slope,), inplace)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
-    """``F.relu6``, forward and gradient, that saves 1 bit per element; see :func:`relu`.
+    """``F.relu6`` with its exact gradient that saves 1 bit per element; see :func:`relu`.
 
     At NaN the gradient is 0.
     """
@@ -434,24 +436,24 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
-    """``F.threshold``, forward and gradient, that saves 1 bit per element; see :func:`relu`."""
+    """``F.threshold`` with its exact gradient that saves 1 bit per element; see :func:`relu`."""
     return _exact("threshold", input, (threshold, value), inplace)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
-    """``F.hardtanh``, forward and gradient, that saves 1 bit per element; see :func:`relu6`."""
+    """``F.hardtanh`` with its exact gradient that saves 1 bit per element; see :func:`relu6`."""
     if min_val > max_val:
         raise ValueError(f"lomem.functional.hardtanh: min_val is {min_val}, expected at most max_val, {max_val}")
     return _exact("hardtanh", input, (min_val, max_val), inplace)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """``F.hardsigmoid``, forward and gradient, that saves 1 bit per element; see :func:`relu6`."""
+    """``F.hardsigmoid`` with its exact gradient that saves 1 bit per element; see :func:`relu6`."""
     return _exact("hardsigmoid", input, inplace=inplace)
 
 
 def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    """``F.hardshrink``, forward and gradient, that saves 1 bit per element; see :func:`relu`.
+    """``F.hardshrink`` with its exact gradient that saves 1 bit per element; see :func:`relu`.
 
     At NaN the gradient is ``grad_output``.
     """
@@ -459,41 +461,44 @@ def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
 
 
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
-    """``F.softshrink``, forward and gradient, that saves 1 bit per element; see :func:`hardshrink`."""
+    """``F.softshrink`` with its exact gradient that saves 1 bit per element; see :func:`hardshrink`."""
     return _exact("softshrink", input, (lambd,))
 
 
 def step_function(
     function: str, bits: int, *, criterion: str = "derivative", parameters: Sequence[float] = ()
 ) -> StepFunction:
-    """The step function that the library has for an activation.
+    """Returns the library's step function for an activation.
 
     Args:
-        function: ``"gelu"``, ``"gelu_tanh"``, ``"quick_gelu"``, ``"silu"``, ``"mish"``, ``"sigmoid"``, ``"tanh"``,
-            ``"tanhshrink"``, ``"softplus"``, ``"softsign"``, ``"logsigmoid"``, ``"elu"``, ``"celu"``, ``"selu"`` or
-            ``"hardswish"``.
-        bits: 1 to 8.
+        function: Name of the activation: ``"gelu"``, ``"gelu_tanh"``, ``"quick_gelu"``, ``"silu"``, ``"mish"``,
+            ``"sigmoid"``, ``"tanh"``, ``"tanhshrink"``, ``"softplus"``, ``"softsign"``, ``"logsigmoid"``, ``"elu"``,
+            ``"celu"``, ``"selu"`` or ``"hardswish"``.
+        bits: Number of bits per code, 1 to 8.
         criterion: ``"derivative"``, ``"primitive"`` or ``"paper"``; see :func:`gelu`.
-        parameters: All of the function's: ``(beta, threshold)`` of softplus, ``(alpha,)`` of elu and celu.
+        parameters: All parameters of the activation: ``(beta, threshold)`` for softplus, ``(alpha,)`` for elu and celu.
+
+    Raises:
+        ValueError: If an argument is out of range, or the library has no step function for it.
     """
     boundaries, levels = _C.step_function(function, bits, criterion, parameters)
     return StepFunction(tuple(boundaries), tuple(levels))
 
 
 def _checked(fn: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-    """``fn(input)``, of which nothing is expected but that it works element by element and returns a tensor."""
+    """``fn(input)``, after checking that ``fn`` returns a tensor of the same shape and does not modify its argument."""
     version = None if is_compiling() or input.is_inference() else input._version
     output = fn(input)
     name = "lomem.functional.step_activation"
     if not isinstance(output, Tensor) or not output.is_floating_point():
         kind = str(output.dtype) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"{name}: fn returns {kind}, expected a tensor of floating-point numbers")
+        raise ValueError(f"{name}: fn returns {kind}, expected a floating-point tensor")
     if output.shape != input.shape:
         raise ValueError(
             f"{name}: fn returns shape {tuple(output.shape)}, expected that of its argument, {tuple(input.shape)}"
         )
     if version is not None and input._version != version:
-        raise ValueError(f"{name}: fn writes to its argument, expected that it leaves it alone")
+        raise ValueError(f"{name}: fn modifies its argument, expected a function that does not")
     return output
 
 
@@ -501,7 +506,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check_input(input: Tensor) -> None:
-    """As the ops check theirs: ``fn`` may take anything."""
+    """Checks the input as the ops do, since ``fn`` may accept anything."""
     name = "lomem.functional.step_activation"
     if input.is_nested:
         raise ValueError(f"{name}: input is a nested tensor, expected a dense one")
@@ -521,19 +526,19 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
             for of_a in a.__tensor_flatten__()[0]
             for of_b in b.__tensor_flatten__()[0]
         )
-    # (Its address would be asked of what has none: a wrapper's storage holds nothing.)
+    # Not data_ptr(): the storage of a wrapper subclass has none.
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 class _WithSteps(torch.autograd.Function):
-    """A function of the caller's, with the derivative of a step function."""
+    """A user-supplied function with a step function as its derivative."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, fn: Callable[[Tensor], Tensor], steps: StepFunction) -> Tensor:
         ctx.steps = steps
         ctx.save_for_backward(_step_codes(input, steps.boundaries, steps.bits))
         output = _checked(fn, input.detach())
-        # What shares memory with the input would be taken for it. (Compilers see to that themselves.)
+        # autograd would take an output that shares memory with the input for the input. (Compilers handle this.)
         return output.clone() if not is_compiling() and _share_memory(output, input) else output
 
     @staticmethod
@@ -549,19 +554,24 @@ def step_activation(
     boundaries: Sequence[float],
     levels: Sequence[float],
 ) -> Tensor:
-    """``fn(input)`` with a derivative of steps: ``grad_output * levels[number of boundaries below input]``.
+    """``fn(input)`` with the gradient ``grad_output * levels[number of boundaries below input]``.
 
     Args:
-        input: Any shape and strides; float64, float32, bfloat16 or float16.
-        fn: A function of one tensor that works element by element: its result has the shape of its argument. It is
-            called without a gradient, and parameters of its own get none.
-        boundaries: Ascending; ``2**bits - 1`` of them, ``bits`` from 1 to 8. float64 inputs are compared with them as
-            given, others with their float32 roundings. :mod:`lomem.fit` finds the best ones for a function.
-        levels: ``2**bits``.
+        input: Tensor of any shape and strides; float64, float32, bfloat16 or float16.
+        fn: Elementwise function of one tensor: its result has the shape of its argument. It is called without autograd
+            and must have no parameters that require gradients.
+        boundaries: ``2**bits - 1`` ascending numbers, with ``bits`` from 1 to 8. float64 inputs are compared with them
+            as given, inputs of other dtypes with their float32 roundings. :mod:`lomem.fit` finds the best ones for a
+            function.
+        levels: ``2**bits`` numbers.
 
     Returns:
         ``fn(input)``. Saved for backward: ``ceil(bits * numel / 8)`` bytes. ``torch.jit.trace`` records ``fn`` with
-        its exact gradient: a graph of TorchScript cannot hold the other one.
+        its exact gradient, since TorchScript cannot represent the step function.
+
+    Raises:
+        ValueError: If an argument is not as described.
+        NotImplementedError: Under ``torch.func`` transforms and forward-mode differentiation.
     """
     steps = StepFunction(tuple(boundaries), tuple(levels))
     if isinstance(fn, torch.nn.Module) and any(p.requires_grad for p in fn.parameters()):

@@ -1,4 +1,4 @@
-"""The linear layer whose weight gradient is estimated."""
+"""Linear layer with an estimated weight gradient."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ def randomized_linear(
     proj_dim_max: int | None = None,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Linear layer that keeps a few random combinations of the rows of its input for the backward pass.
+    """Linear layer that saves a few random combinations of the rows of its input for the backward pass.
 
-    The result is bit for bit ``F.linear(input, weight, bias)``, and the gradients of ``input`` and ``bias`` are exact.
-    The gradient of ``weight`` is an unbiased estimate: with ``X`` the input and ``dY`` the gradient of the output, as
-    matrices of ``rows`` rows, it is ``(S dY)^T (S X)``, where ``S`` is random, has ``proj_dim`` rows and
-    ``E[S^T S] = 1`` (Bershatsky et al., arXiv:2201.13195). ``S X`` and a seed are kept; ``S`` itself is drawn again,
-    piece by piece, in the backward pass. docs/linear.md has formulas, variances and when not to use it.
+    The result equals ``F.linear(input, weight, bias)`` bit for bit, and the gradients of ``input`` and ``bias`` are
+    exact. The gradient of ``weight`` is an unbiased estimate: with the input ``X`` and the gradient of the output
+    ``dY`` as matrices with ``rows`` rows, it is ``(S dY)^T (S X)``, where ``S`` is random, has ``proj_dim`` rows and
+    ``E[S^T S] = 1`` (Bershatsky et al., arXiv:2201.13195). Only ``S X`` and a seed are saved; ``S`` is regenerated
+    block by block in the backward pass. docs/linear.md has formulas, variances and when not to use it.
 
-    The seed is drawn from a stream of lomem's own, see :mod:`lomem.random`: no generator of torch is advanced, and the
-    numbers that others draw are the same as with ``F.linear``. It is drawn by the op that makes ``S X``, beside which
-    it stays: whatever a checkpoint computes again, the gradient is estimated from what belongs together. Where
-    ``weight`` requires no gradient, grad mode is off or all rows are kept, nothing is drawn: this is ``F.linear``, and
-    so are its gradients.
+    The seed comes from lomem's own stream, see :mod:`lomem.random`: no torch generator is advanced, so all other random
+    numbers are the same as with ``F.linear``. The op that computes ``S X`` draws the seed and returns the two together,
+    so that they match even if a checkpoint recomputes them. If ``weight`` requires no gradient, grad mode is off or all
+    rows are saved, no seed is drawn, and results and gradients are those of ``F.linear``.
 
     Args:
         input: Shape ``(*, in_features)``, any strides; float64, float32, bfloat16 or float16. Under autocast it is cast
-            as by ``F.linear``, and compressed and kept in that dtype.
-        weight: Shape ``(out_features, in_features)``, the dtype of ``input``.
-        bias: Shape ``(out_features,)``, the dtype of ``input``.
-        matmul: What ``S`` is: ``"gaussian"`` or ``"rademacher"``, independent elements; ``"dct"`` or ``"dft"``, rows
-            of an orthonormal transform behind random signs; ``"crs"``, rows of the input drawn in proportion to their
-            norms; ``"wta-crs"``, the rows of the largest norms, and others drawn (Liu et al., arXiv:2305.15265).
-        proj_dim: Number of rows that are kept, at least 1. Either this or ``proj_dim_ratio`` must be given.
-        proj_dim_ratio: Share of the rows that is kept, in (0, 1]; rounded to a whole number of rows, halves up.
-        proj_dim_min: Then at least so many, but never more than there are.
-        proj_dim_max: Then at most so many.
-        seed: A seed of the caller's: 0-d int64, on the device of ``input``. The host never reads it, so that a captured
-            graph may change it between replays.
+            as in ``F.linear``, and compressed and saved in that dtype.
+        weight: Shape ``(out_features, in_features)``, same dtype as ``input``.
+        bias: Shape ``(out_features,)``, same dtype as ``input``.
+        matmul: Distribution of ``S``. ``"gaussian"`` or ``"rademacher"``: independent elements. ``"dct"`` or ``"dft"``:
+            rows of an orthonormal transform after random sign flips. ``"crs"``: rows of the input sampled in proportion
+            to their norms. ``"wta-crs"``: the rows with the largest norms, plus sampled ones (Liu et al.,
+            arXiv:2305.15265).
+        proj_dim: Number of rows saved, at least 1. Either this or ``proj_dim_ratio`` must be given.
+        proj_dim_ratio: Fraction of the rows saved, in (0, 1]; rounded to a whole number of rows, halves up.
+        proj_dim_min: Minimum number of rows saved, capped at the number of rows of the input.
+        proj_dim_max: Maximum number of rows saved.
+        seed: User-supplied seed: a 0-d int64 tensor on the device of ``input``. The host never reads it, so it can
+            change between replays of a captured graph.
 
     Returns:
-        A tensor of shape ``(*, out_features)``. Saved for backward: ``proj_dim * in_features`` elements of the dtype of
-        ``input``; 8 bytes, the seed; for ``"crs"`` and ``"wta-crs"`` ``8 * proj_dim`` bytes of indices; and ``weight``,
-        if ``input`` requires a gradient. Second derivatives of ``weight``'s gradient raise; those of ``input``'s are
-        exact.
+        A tensor of shape ``(*, out_features)``. Saved for backward: ``proj_dim * in_features`` elements in the dtype of
+        ``input``; 8 bytes for the seed; ``8 * proj_dim`` bytes of indices for ``"crs"`` and ``"wta-crs"``; and
+        ``weight`` if ``input`` requires a gradient. Second derivatives through the gradient of ``weight`` raise; those
+        through the gradient of ``input`` are exact.
     """
     return _randomized_linear(
         input,

@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits and bytes."""
+"""Packs codes of 1 to 8 bits into bytes, and unpacks them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _unpack_bits = torch.ops.lomem.unpack_bits.default
 
 
 def _refuse_jagged(op: str, argument: str, tensor: Tensor) -> None:
-    # (The op does so itself, but in inference mode.)
+    # In inference mode the op does not check this itself.
     if is_jagged(tensor):
         raise ValueError(f"lomem::{op}: {argument} is a nested tensor, expected a dense one")
 
@@ -26,12 +26,12 @@ def _refuse_jagged(op: str, argument: str, tensor: Tensor) -> None:
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Packs codes of ``bits`` bits into bytes.
 
-    Element ``i`` of the flattened codes occupies bits ``[bits*i, bits*i + bits)`` of a little-endian
-    bit stream; padding bits are 0.
+    Element ``i`` of the flattened codes occupies bits ``[bits*i, bits*i + bits)`` of a little-endian bit stream;
+    padding bits are 0.
 
     Args:
-        codes: Any shape, uint8, values below ``2**bits``.
-        bits: 1 to 8.
+        codes: uint8 tensor of any shape, with values below ``2**bits``.
+        bits: Number of bits per code, 1 to 8.
 
     Returns:
         A 1-D uint8 tensor of ``ceil(bits * numel / 8)`` bytes.
@@ -44,27 +44,27 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     """Unpacks codes of ``bits`` bits, the inverse of :func:`pack_bits`.
 
     Args:
-        packed: uint8, ``ceil(bits * numel / 8)`` bytes.
-        bits: 1 to 8.
+        packed: uint8 tensor of ``ceil(bits * numel / 8)`` bytes.
+        bits: Number of bits per code, 1 to 8.
         numel: Number of codes.
 
     Returns:
         A 1-D uint8 tensor of ``numel`` codes.
     """
     _refuse_jagged("unpack_bits", "packed", packed)
-    if isinstance(numel, int) and not is_compiling() and numel.bit_length() > 63:  # which the op cannot be called with
+    if isinstance(numel, int) and not is_compiling() and numel.bit_length() > 63:  # not an int64
         raise ValueError(f"lomem::unpack_bits: numel is {numel}, expected 0 to {2**59 - 1}")
     return _unpack_bits(packed, bits, numel)
 
 
-# Names of LowMemoryBP, so that its users change nothing.
+# LowMemoryBP's names, so that code written for it runs unchanged.
 
 
 def pack_bool_to_uint8(x: Tensor) -> Tensor:
-    """LowMemoryBP's name for :func:`pack_bits` of a bool tensor, one bit an element.
+    """LowMemoryBP's name for :func:`pack_bits` on a bool tensor, with one bit per element.
 
     Args:
-        x: Any shape, bool.
+        x: bool tensor of any shape.
 
     Returns:
         A 1-D uint8 tensor of ``ceil(numel / 8)`` bytes.
@@ -83,8 +83,8 @@ def unpack_uint8_to_bool(x: Tensor, shape: Sequence[int]) -> Tensor:
     """The inverse of :func:`pack_bool_to_uint8`.
 
     Args:
-        x: uint8, ``ceil(numel / 8)`` bytes.
-        shape: Of the result.
+        x: uint8 tensor of ``ceil(numel / 8)`` bytes.
+        shape: Shape of the result.
 
     Returns:
         A bool tensor of shape ``shape``.

@@ -1,4 +1,4 @@
-"""The ops as modules, in place of those of :mod:`torch.nn`."""
+"""The ops as modules, which replace those of :mod:`torch.nn`."""
 
 from . import activations, linear, norms
 from .activations import *  # noqa: F403
@@ -9,5 +9,5 @@ __all__ = [*activations.__all__, *linear.__all__, *norms.__all__]
 
 for _module in (activations, linear, norms):
     for _name in _module.__all__:
-        # Where they are pickled from, and what they print as.
+        # Pickles and reprs then refer to the public module.
         getattr(_module, _name).__module__ = __name__

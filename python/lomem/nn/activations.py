@@ -43,22 +43,26 @@ __all__ = [
 
 
 class FewBitActivation(nn.Module):
-    """What the activations of this family share: how many bits are kept, and which step function says what for.
+    """Base class of the activations that save a few bits per element, with a step function as their derivative.
 
-    Each is a subclass of torch's module of the same name, takes its arguments, computes the same bits and has, beside
-    its attributes, those below. They may be set at any time; they are no part of the ``state_dict``.
+    Each is a subclass of torch's module of the same name, takes its arguments, returns bit-identical results and has
+    the attributes below in addition to torch's. They can be set at any time and are not part of the ``state_dict``.
 
     Args:
-        args: Of torch's module.
-        bits: Kept for the backward pass of each element, 1 to 8.
+        args: Positional arguments of torch's module.
+        bits: Number of bits saved per element for the backward pass, 1 to 8.
         criterion: ``"derivative"``, ``"primitive"`` or ``"paper"``; see :func:`lomem.functional.gelu`.
-        steps: A step function in place of the library's, with bits of its own; see :mod:`lomem.fit`.
-        kwargs: Of torch's module.
+        steps: Step function to use instead of the library's; its number of bits overrides ``bits``. See
+            :mod:`lomem.fit`.
+        kwargs: Keyword arguments of torch's module.
+
+    Raises:
+        ValueError: If an argument is out of range, or there is no ``"paper"`` step function.
     """
 
     _function: ClassVar[Callable[..., Tensor]]
     _arguments: ClassVar[tuple[str, ...]] = ()
-    #: Arguments of the function that torch's has not.
+    #: Arguments of the function that torch's function does not have.
     _options: ClassVar[tuple[str, ...]] = ()
 
     criterion: str
@@ -84,11 +88,11 @@ class FewBitActivation(nn.Module):
         self.criterion = criterion
         self.steps = steps
         if criterion == "paper":
-            self.step_function()  # raises where there is none
+            self.step_function()  # raises if there is none
 
     @property
     def bits(self) -> int:
-        """Kept for the backward pass of each element. Setting it drops ``steps`` of another number of bits."""
+        """Number of bits saved per element. Setting it drops ``steps`` with a different number of bits."""
         return self._bits
 
     @bits.setter
@@ -105,12 +109,12 @@ class FewBitActivation(nn.Module):
 
     @property
     def steps(self) -> StepFunction | None:
-        """In place of the library's. Setting another parameter of the function drops them."""
+        """User-supplied step function, or None. Changing a parameter of the activation drops it."""
         return self._steps
 
     @steps.setter
     def steps(self, steps: StepFunction | None) -> None:
-        steps = getattr(steps, "step", steps)  # of what lomem.fit.fit returns
+        steps = getattr(steps, "step", steps)  # also accepts the result of lomem.fit.fit
         if steps is not None and not isinstance(steps, StepFunction):
             raise ValueError(
                 f"lomem.nn.{type(self).__name__}: steps is a {type(steps).__name__}, expected a lomem.StepFunction"
@@ -121,11 +125,11 @@ class FewBitActivation(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("criterion", *self._arguments) and name != "inplace" and self.__dict__.get("_steps") is not None:
-            self._steps = None  # they were for what the function was
+            self._steps = None  # they were fitted to the previous function
         super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns what torch's module returns."""
+        """Applies the activation; the result is bit-identical to that of torch's module."""
         arguments = [getattr(self, name) for name in self._arguments]
         options = {name: getattr(self, name) for name in self._options}
         return type(self)._function(
@@ -133,7 +137,7 @@ class FewBitActivation(nn.Module):
         )
 
     def exact(self, input: Tensor) -> Tensor:
-        """What torch's module returns, with torch's gradient. Not in place."""
+        """Applies the activation with torch's exact gradient, never in place."""
         return super().forward(input.clone() if getattr(self, "inplace", False) else input)
 
     def step_function(self) -> StepFunction:
@@ -143,27 +147,27 @@ class FewBitActivation(nn.Module):
         return F.step_function(self._name(), self.bits, criterion=self.criterion, parameters=self._parameter_values())
 
     def _name(self) -> str:
-        """Of the function, for the op."""
+        """Name of the activation that the op takes."""
         return type(self)._function.__name__
 
     def _parameter_values(self) -> list[float]:
         return [float(getattr(self, name)) for name in self._arguments if name != "inplace"]
 
     def extra_repr(self) -> str:
-        """Arguments, for ``repr``."""
+        """Formats the arguments for ``repr``."""
         how = f"criterion={self.criterion!r}" if self.steps is None else "steps=..."
         options = [f"{name}=True" for name in self._options if getattr(self, name)]
         return ", ".join(filter(None, (super().extra_repr(), f"bits={self.bits}", how, *options)))
 
 
 class _Exact(nn.Module):
-    """An activation of straight pieces: torch's module, gradient and all, that keeps 1 bit an element."""
+    """Base class of the activations whose exact gradient needs only 1 bit per element."""
 
     _function: ClassVar[Callable[..., Tensor]]
     _arguments: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns what torch's module returns."""
+        """Applies the activation; result and gradient are those of torch's module."""
         return type(self)._function(input, *[getattr(self, name) for name in self._arguments])
 
 
@@ -190,12 +194,12 @@ class GELU(FewBitActivation, nn.GELU):
 
 
 class QuickGELU(FewBitActivation):
-    """``x * sigmoid(1.702 x)``, that saves few bits per element; see :func:`lomem.functional.quick_gelu`."""
+    """``x * sigmoid(1.702 x)`` that saves few bits per element; see :func:`lomem.functional.quick_gelu`."""
 
     _function = staticmethod(F.quick_gelu)
 
     def exact(self, input: Tensor) -> Tensor:
-        """The function, with its own gradient."""
+        """Applies the activation with its exact gradient."""
         return input * torch.sigmoid(1.702 * input)
 
 
@@ -286,7 +290,7 @@ class Hardswish(FewBitActivation, nn.Hardswish):
 
 
 class ReLU(_Exact, nn.ReLU):
-    """:class:`torch.nn.ReLU` whose backward pass keeps 1 bit an element; see :func:`lomem.functional.relu`."""
+    """:class:`torch.nn.ReLU` that saves 1 bit per element; see :func:`lomem.functional.relu`."""
 
     _function = staticmethod(F.relu)
     _arguments = ("inplace",)
@@ -300,7 +304,7 @@ class LeakyReLU(_Exact, nn.LeakyReLU):
 
 
 class ReLU6(_Exact, nn.ReLU6):
-    """:class:`torch.nn.ReLU6` whose backward pass keeps 1 bit an element; see :func:`lomem.functional.relu6`."""
+    """:class:`torch.nn.ReLU6` that saves 1 bit per element; see :func:`lomem.functional.relu6`."""
 
     _function = staticmethod(F.relu6)
     _arguments = ("inplace",)
@@ -348,7 +352,7 @@ class ReGELU2(nn.Module):
 
     Args:
         approximate: ``"none"`` or ``"tanh"``.
-        fast: Allows a faster forward that is not bit for bit torch's.
+        fast: Allows a faster forward pass whose results are not bit-identical to torch's.
     """
 
     def __init__(self, approximate: str = "none", *, fast: bool = False) -> None:
@@ -359,11 +363,11 @@ class ReGELU2(nn.Module):
         self.fast = fast
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns GELU of ``input``."""
+        """Applies GELU."""
         return F.regelu2(input, self.approximate, fast=self.fast)
 
     def extra_repr(self) -> str:
-        """Arguments, for ``repr``."""
+        """Formats the arguments for ``repr``."""
         return f"approximate={self.approximate!r}" + (", fast=True" if self.fast else "")
 
 
@@ -373,9 +377,9 @@ class ReSiLU2(nn.Module):
     See :func:`lomem.functional.resilu2`.
 
     Args:
-        inplace: Whether the result overwrites the input, as in :class:`torch.nn.SiLU`. It saves no
-            memory here: a temporary of the input's size is made either way.
-        fast: Allows a faster forward that is not bit for bit torch's.
+        inplace: Whether the result overwrites the input, as in :class:`torch.nn.SiLU`. This saves no memory here: a
+            temporary of the input's size is allocated either way.
+        fast: Allows a faster forward pass whose results are not bit-identical to torch's.
     """
 
     def __init__(self, inplace: bool = False, *, fast: bool = False) -> None:
@@ -384,22 +388,24 @@ class ReSiLU2(nn.Module):
         self.fast = fast
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns SiLU of ``input``."""
+        """Applies SiLU."""
         output = F.resilu2(input, fast=self.fast)
         return input.copy_(output) if self.inplace else output
 
     def extra_repr(self) -> str:
-        """Arguments, for ``repr``."""
+        """Formats the arguments for ``repr``."""
         return ", ".join(f"{name}=True" for name in ("inplace", "fast") if getattr(self, name))
 
 
 class StepActivation(nn.Module):
-    """A function of the caller's with a derivative of steps; see :func:`lomem.functional.step_activation`.
+    """A user-supplied function with a step function as its derivative.
+
+    See :func:`lomem.functional.step_activation`.
 
     Args:
-        fn: Works element by element.
-        boundaries: Ascending; ``2**bits - 1`` of them.
-        levels: ``2**bits``.
+        fn: Elementwise function of one tensor.
+        boundaries: ``2**bits - 1`` ascending numbers, with ``bits`` from 1 to 8.
+        levels: ``2**bits`` numbers.
     """
 
     def __init__(self, fn: Callable[[Tensor], Tensor], boundaries: Sequence[float], levels: Sequence[float]) -> None:
@@ -412,7 +418,7 @@ class StepActivation(nn.Module):
         return F.step_activation(input, self.fn, self.steps.boundaries, self.steps.levels)
 
     def exact(self, input: Tensor) -> Tensor:
-        """``fn(input)`` with its own gradient."""
+        """Returns ``fn(input)`` with its exact gradient."""
         return self.fn(input)
 
     def step_function(self) -> StepFunction:
@@ -420,6 +426,6 @@ class StepActivation(nn.Module):
         return self.steps
 
     def extra_repr(self) -> str:
-        """Arguments, for ``repr``."""
+        """Formats the arguments for ``repr``."""
         name = getattr(self.fn, "__name__", None) or type(self.fn).__name__
         return f"{name}, bits={self.steps.bits}"

@@ -1,4 +1,4 @@
-"""The randomized linear layer as a module."""
+"""Randomized linear layer as a module."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ __all__ = ["RandomizedLinear"]
 
 
 class RandomizedLinear(nn.Linear):
-    """Linear layer that keeps a few random combinations of the rows of its input, in place of :class:`torch.nn.Linear`.
+    """:class:`torch.nn.Linear` that saves a few random combinations of the rows of its input.
 
-    The same parameters, state dict and results; its weight's gradient is an unbiased estimate. In evaluation mode, and
-    where no gradient of the weight is needed, it is :class:`torch.nn.Linear` in everything. See
-    :func:`lomem.functional.randomized_linear`. Building a layer begins the stream of seeds anew: see
-    :mod:`lomem.random`.
+    Parameters, state dict and results are those of :class:`torch.nn.Linear`; the gradient of the weight is an unbiased
+    estimate. In evaluation mode, and if the weight needs no gradient, the layer behaves exactly like
+    :class:`torch.nn.Linear`. See :func:`lomem.functional.randomized_linear`. Building a layer restarts the stream of
+    seeds, see :mod:`lomem.random`.
 
     Args:
         in_features: Size of the last dimension of the input.
         out_features: Size of the last dimension of the output.
-        bias: Whether there is a bias.
-        device: Of the parameters.
-        dtype: Of the parameters.
-        proj_dim: Number of rows that are kept. Either this or ``proj_dim_ratio`` must be given.
-        proj_dim_ratio: Share of the rows that is kept, in (0, 1]. Rows: all leading dimensions of the input.
-        proj_dim_min: At least so many rows are kept.
-        proj_dim_max: At most so many rows are kept.
-        matmul: ``"gaussian"``, ``"rademacher"``, ``"dct"``, ``"dft"``, ``"crs"`` or ``"wta-crs"``.
+        bias: Whether the layer has a bias.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        proj_dim: Number of rows saved, at least 1. Either this or ``proj_dim_ratio`` must be given.
+        proj_dim_ratio: Fraction of the rows saved, in (0, 1]. All leading dimensions of the input count as rows.
+        proj_dim_min: Minimum number of rows saved.
+        proj_dim_max: Maximum number of rows saved.
+        matmul: ``"gaussian"``, ``"rademacher"``, ``"dct"``, ``"dft"``, ``"crs"`` or ``"wta-crs"``; see
+            :func:`lomem.functional.randomized_linear`.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class RandomizedLinear(nn.Linear):
         proj_dim_max: int | None = None,
         matmul: str = "gaussian",
     ) -> None:
-        # The op knows the rules: asked here, so that a mistake shows where it is made.
+        # Calling the op on the meta device checks the arguments here rather than in the first forward pass.
         none = torch.empty((1, 1), device="meta")
         F.randomized_linear(
             none,
@@ -81,7 +82,7 @@ class RandomizedLinear(nn.Linear):
         )
 
     def extra_repr(self) -> str:
-        """Arguments, for ``repr``."""
+        """Formats the arguments for ``repr``."""
         names = ("proj_dim", "proj_dim_ratio", "proj_dim_min", "proj_dim_max")
         sizes = "".join(f", {name}={getattr(self, name)}" for name in names if getattr(self, name) is not None)
         return f"{super().extra_repr()}, matmul={self.matmul!r}{sizes}"

@@ -1,4 +1,4 @@
-"""The norms as modules."""
+"""Memory-sharing norms as modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["MSLayerNorm", "MSRMSNorm"]
 
 
 def _shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    # operator.index: any integer (numpy's too), and no float.
+    # operator.index accepts any integer type, including NumPy's, but no float.
     return tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (operator.index(normalized_shape),)
 
 
@@ -24,20 +24,20 @@ def _repr(norm: MSLayerNorm | MSRMSNorm) -> str:
 
 
 class MSLayerNorm(nn.Module):
-    """Layer normalization that keeps its output for the backward pass.
+    """Layer normalization that saves its output for the backward pass.
 
-    Takes the arguments of :class:`torch.nn.LayerNorm`; ``elementwise_affine`` is off by default, as in
-    LowMemoryBP. See :func:`lomem.functional.ms_layer_norm`.
+    Takes the arguments of :class:`torch.nn.LayerNorm`, but ``elementwise_affine`` is off by default, as in LowMemoryBP.
+    See :func:`lomem.functional.ms_layer_norm`.
 
     Args:
-        normalized_shape: The last dimensions of the input, or the last one as an int.
-        eps: Added to the variance.
-        elementwise_affine: Whether there is a weight (initially 1) and a bias (initially 0) of shape
+        normalized_shape: Sizes of the last dimensions of the input, or the size of the last one as an int.
+        eps: Value added to the variance.
+        elementwise_affine: Whether the norm has a weight (initially 1) and a bias (initially 0) of shape
             ``normalized_shape``.
-        bias: With ``elementwise_affine``, whether there is a bias.
-        device: Of the parameters.
-        dtype: Of the parameters.
-        output_dtype: Of the output; by default the autocast dtype where autocast is on, else that of
+        bias: Whether the norm has a bias; ignored without ``elementwise_affine``.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        output_dtype: Dtype of the output. The default is the autocast dtype if autocast is on, otherwise the dtype of
             the input.
     """
 
@@ -77,24 +77,24 @@ class MSLayerNorm(nn.Module):
         return F.ms_layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, dtype=self.output_dtype)
 
     def extra_repr(self) -> str:
-        """Arguments, for ``repr``."""
+        """Formats the arguments for ``repr``."""
         return _repr(self) + f", bias={self.bias is not None}"
 
 
 class MSRMSNorm(nn.Module):
-    """RMS normalization that keeps its output for the backward pass.
+    """RMS normalization that saves its output for the backward pass.
 
-    Takes the arguments of :class:`torch.nn.RMSNorm`; ``elementwise_affine`` is off by default, as in
-    LowMemoryBP. See :func:`lomem.functional.ms_rms_norm`.
+    Takes the arguments of :class:`torch.nn.RMSNorm`, but ``elementwise_affine`` is off by default, as in LowMemoryBP.
+    See :func:`lomem.functional.ms_rms_norm`.
 
     Args:
-        normalized_shape: The last dimensions of the input, or the last one as an int.
-        eps: Added to the mean square. By default, as in :class:`torch.nn.RMSNorm`, the machine
-            epsilon of the type computed in. (LowMemoryBP's default was 1e-5.)
-        elementwise_affine: Whether there is a weight of shape ``normalized_shape``, initially 1.
-        device: Of the parameters.
-        dtype: Of the parameters.
-        output_dtype: Of the output; by default the autocast dtype where autocast is on, else that of
+        normalized_shape: Sizes of the last dimensions of the input, or the size of the last one as an int.
+        eps: Value added to the mean square. The default, as in :class:`torch.nn.RMSNorm`, is the machine epsilon of the
+            computation dtype (LowMemoryBP's default was 1e-5).
+        elementwise_affine: Whether the norm has a weight of shape ``normalized_shape``, initially 1.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        output_dtype: Dtype of the output. The default is the autocast dtype if autocast is on, otherwise the dtype of
             the input.
     """
 
@@ -129,5 +129,5 @@ class MSRMSNorm(nn.Module):
         return F.ms_rms_norm(input, self.normalized_shape, self.weight, self.eps, dtype=self.output_dtype)
 
     def extra_repr(self) -> str:
-        """Arguments, for ``repr``."""
+        """Formats the arguments for ``repr``."""
         return _repr(self)
