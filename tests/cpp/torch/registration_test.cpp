@@ -1,8 +1,8 @@
 // What the dispatcher has of every op in the list (cpp/src/ops.def), and the calls that follow from it.
+#include <ATen/ATen.h>
 #include <ATen/core/op_registration/infer_schema.h>
 #include <ATen/core/stack.h>
 #include <gtest/gtest.h>
-#include <torch/torch.h>
 
 #include "../../../cpp/src/op.h"
 #include "../op_list.h"
@@ -74,7 +74,7 @@ TEST(Registration, LetsAutocastPassWhatKeepsItsDtype) {
 }
 
 /// The message of the error of op(tensor, ...), of which the refusal reads no argument but the tensors.
-std::string refusal_of(const c10::OperatorHandle& op, const torch::Tensor& tensor) {
+std::string refusal_of(const c10::OperatorHandle& op, const at::Tensor& tensor) {
   torch::jit::Stack stack;
   for (const auto& argument : op.schema().arguments()) {
     const bool is_tensor = argument.type()->kind() == c10::TypeKind::TensorType;
@@ -89,7 +89,7 @@ std::string refusal_of(const c10::OperatorHandle& op, const torch::Tensor& tenso
 }
 
 TEST(Registration, RefusesNestedTensorsInOneSentence) {
-  const auto nested = at::_nested_tensor_from_tensor_list({torch::ones({2}), torch::ones({3})});
+  const auto nested = at::_nested_tensor_from_tensor_list({at::ones({2}), at::ones({3})});
   for (const auto& tensor : {nested, nested.clone().requires_grad_()}) {
     for (const Entry& op : op_list::entries) {
       const auto handle = op.handle();
@@ -104,7 +104,7 @@ TEST(Registration, RefusesNestedTensorsInOneSentence) {
 }
 
 TEST(Registration, RefusesOtherLayoutsInOneSentenceWhereItHasKernels) {
-  const auto sparse = torch::ones({2, 3}).to_sparse();
+  const auto sparse = at::ones({2, 3}).to_sparse();
   for (const Entry& op : op_list::entries) {
     if (op.has(op_list::kernels) && !op.has(op_list::composite)) {
       const auto handle = op.handle();
@@ -123,8 +123,9 @@ template <class Signature>
 std::string schema_differences(const char* name) {
   const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   handle.typed<Signature>();  // raises where kernels have another signature
+  // (As the dispatcher compares them with those of kernels.)
   const auto differences = c10::findSchemaDifferences(
-      c10::inferFunctionSchemaFlattenedReturns<Signature>(), handle.schema().cloneWithRealTypes());
+      c10::inferFunctionSchemaFlattenedReturns<Signature>().cloneWithRealTypes(), handle.schema().cloneWithRealTypes());
   return differences.value_or("");
 }
 
