@@ -51,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor> fused_activation_forward_cuda(
   check_fused_forward(input, boundaries, bits);
   return visit_fused(function, [&](auto type) -> std::tuple<at::Tensor, at::Tensor> {
     using Function = typename decltype(type)::type;
-    if (are_published_boundaries<Function>(boundaries)) {
+    if (are_published_boundaries<Function>(boundaries, bits)) {
       return published_forward<Function>(input);
     }
     const at::Tensor output = value(type, input);

@@ -138,7 +138,7 @@ int main(int argc, char** argv) {
       train(make_net<torch::nn::LayerNorm, torch::nn::LayerNormOptions, torch::nn::GELU>(), train_set, test_set);
   torch::manual_seed(0);
   const Result lean =
-      train(make_net<lomem::nn::MSLayerNorm, lomem::nn::MSLayerNormOptions, lomem::nn::ReGELU2>(), train_set, test_set);
+      train(make_net<lomem::nn::MSLayerNorm, lomem::nn::MSLayerNormOptions, lomem::nn::GELU>(), train_set, test_set);
 
   std::cout << "            accuracy   saved bytes\n";
   print("torch", plain);

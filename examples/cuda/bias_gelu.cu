@@ -14,7 +14,7 @@
 namespace cuda = lomem::cuda;
 
 using T = lomem::bfloat16;
-using Step = lomem::ReGELU2;
+using Step = lomem::GELU::PublishedSteps;
 
 /// Forward pass for n = rows * cols elements; cols must be a multiple of 8.
 struct BiasGelu {

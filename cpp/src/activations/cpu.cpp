@@ -266,7 +266,7 @@ bool may_be_fast(const at::Tensor& input) {
 template <class Function>
 std::tuple<at::Tensor, at::Tensor> fused_forward(
     const at::Tensor& input, Doubles boundaries, int64_t bits, bool fast) {
-  const bool published = are_published_boundaries<Function>(boundaries);
+  const bool published = are_published_boundaries<Function>(boundaries, bits);
   const Encoder encode(boundaries, bits, published ? &cpu::step_encode<Function> : nullptr);
   const int64_t n = input.numel();
   if (fast && may_be_fast(input)) {

@@ -35,9 +35,9 @@ inline void check_fused_forward(const at::Tensor& input, at::ArrayRef<double> bo
 
 /// Whether `boundaries` are those of the step function that the kernels of `Function` are compiled for.
 template <class Function>
-bool are_published_boundaries(at::ArrayRef<double> boundaries) {
+bool are_published_boundaries(at::ArrayRef<double> boundaries, int64_t bits) {
   using Steps = typename Function::PublishedSteps;
-  if (boundaries.size() != Steps::levels - 1) {
+  if (bits != Steps::bits || boundaries.size() != Steps::levels - 1) {
     return false;
   }
   for (int i = 0; i + 1 < Steps::levels; ++i) {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <random>
 
+#include "fused_functions.h"
 #include "guarded.h"
 #include "kernel_tables.h"
 #include "oracle.h"
@@ -12,30 +13,29 @@
 namespace {
 
 using lomem::compute_t;
-using lomem::ReGELU2;
-using lomem::ReSiLU2;
 using lomem::cpu::KernelTable;
-namespace fast = lomem::fast;
 
 // Codes ----------------------------------------------------------------------------------------------
 
 class StepEncode : public KernelTest {};
 INSTANTIATE_FOR_EVERY_TABLE(StepEncode);
 
-template <class Step>
-KernelTable::Encode encode_of(const Table& table) {
-  return std::is_same_v<Step, ReGELU2> ? table->regelu2_encode : table->resilu2_encode;
+template <class Function>
+const KernelTable::Fused& kernels_of(const Table& table) {
+  return table.kernels->*Fused<Function>::kernels;
 }
 
-template <class Step, class T>
+template <class Function, class T>
 std::uint8_t expected_code(T x) {
+  using Step = typename Function::PublishedSteps;
   return static_cast<std::uint8_t>(
       oracle::code<T>(lomem::to_compute(x), Step::boundary(0), Step::boundary(1), Step::boundary(2)));
 }
 
 /// Special elements, and boundaries with their neighbours.
-template <class Step, class T>
+template <class Function, class T>
 std::vector<T> elements_at_boundaries() {
+  using Step = typename Function::PublishedSteps;
   auto result = special_elements<T>();
   for (int i = 0; i < 3; ++i) {
     const T boundary = Element<T>::from(Step::boundary(i));
@@ -48,11 +48,11 @@ std::vector<T> elements_at_boundaries() {
   return result;
 }
 
-template <class Step, class T>
+template <class Function, class T>
 void check_encode(const Table& table, const std::vector<T>& x) {
   std::vector<std::uint8_t> codes;
-  std::transform(x.begin(), x.end(), std::back_inserter(codes), expected_code<Step, T>);
-  const auto want = oracle::pack(codes, Step::bits);
+  std::transform(x.begin(), x.end(), std::back_inserter(codes), expected_code<Function, T>);
+  const auto want = oracle::pack(codes, Function::PublishedSteps::bits);
   const auto n = static_cast<std::int64_t>(x.size());
   // Inputs as far from alignment as their number makes them; then by one element, from an aligned address.
   const AtPageEnd<T> at_end(x);
@@ -60,59 +60,65 @@ void check_encode(const Table& table, const std::vector<T>& x) {
   shifted.assign(x);
   for (const T* input : {at_end.data(), static_cast<const T*>(shifted.data())}) {
     Guarded<std::uint8_t> packed(want.size(), x.size() % 5);
-    encode_of<Step>(table)(Element<T>::dtype, input, n, packed.data());
+    kernels_of<Function>(table).encode(Element<T>::dtype, input, n, packed.data());
     ASSERT_TRUE(same_bytes(packed.values(), want)) << x.size() << " elements of " << sizeof(T) << " bytes";
     packed.expect_intact();
   }
 }
 
-template <class Step>
+template <class Function>
 void check_encode_of_every_size(const Table& table) {
   for_each_element_type([&](auto element) {
     using T = typename decltype(element)::type;
-    const auto at_boundaries = elements_at_boundaries<Step, T>();
+    const auto at_boundaries = elements_at_boundaries<Function, T>();
     for (const std::size_t n : awkward_sizes()) {
       auto x = random_elements<T>(n, 4, static_cast<unsigned>(n));
       for (std::size_t i = n % 3; i < n; i += 3) {
         x[i] = at_boundaries[(i / 3 + n) % at_boundaries.size()];
       }
-      check_encode<Step>(table, x);
+      check_encode<Function>(table, x);
     }
   });
 }
 
 TEST_P(StepEncode, EverySize) {
-  check_encode_of_every_size<ReGELU2>(GetParam());
-  check_encode_of_every_size<ReSiLU2>(GetParam());
+  FusedFunctions::for_each([](auto function) {
+    using Function = typename decltype(function)::type;
+    SCOPED_TRACE(Fused<Function>::name);
+    check_encode_of_every_size<Function>(GetParam());
+  });
 }
 
-template <class Step>
+template <class Function>
 void check_boundaries_in_every_place(const Table& table) {
   for_each_element_type([&](auto element) {
     using T = typename decltype(element)::type;
-    const auto at_boundaries = elements_at_boundaries<Step, T>();
+    const auto at_boundaries = elements_at_boundaries<Function, T>();
     for (std::size_t first = 0; first < at_boundaries.size(); ++first) {
       std::vector<T> x(64);
       for (std::size_t i = 0; i < x.size(); ++i) {
         x[i] = at_boundaries[(first + i) % at_boundaries.size()];
       }
-      check_encode<Step>(table, x);
+      check_encode<Function>(table, x);
     }
   });
 }
 
 TEST_P(StepEncode, BoundariesInEveryPlace) {
-  check_boundaries_in_every_place<ReGELU2>(GetParam());
-  check_boundaries_in_every_place<ReSiLU2>(GetParam());
+  FusedFunctions::for_each([](auto function) {
+    using Function = typename decltype(function)::type;
+    SCOPED_TRACE(Fused<Function>::name);
+    check_boundaries_in_every_place<Function>(GetParam());
+  });
 }
 
-template <class Step>
+template <class Function>
 void check_patterns_in_every_place(const Table& table) {
   for_each_sixteen_bit_type([&](auto element) {
     using T = typename decltype(element)::type;
     std::vector<std::uint8_t> codes;
     for (const T x : all_patterns<T>()) {
-      codes.push_back(expected_code<Step>(x));
+      codes.push_back(expected_code<Function>(x));
     }
     for (int first = 0; first < 64; ++first) {
       const auto x = all_patterns<T>(first);
@@ -121,15 +127,19 @@ void check_patterns_in_every_place(const Table& table) {
         want[i / 4] |= static_cast<std::uint8_t>(codes[x[i].bits] << (2 * (i % 4)));
       }
       std::vector<std::uint8_t> packed(want.size());
-      encode_of<Step>(table)(Element<T>::dtype, x.data(), static_cast<std::int64_t>(x.size()), packed.data());
+      kernels_of<Function>(table).encode(
+          Element<T>::dtype, x.data(), static_cast<std::int64_t>(x.size()), packed.data());
       ASSERT_TRUE(same_bytes(packed, want)) << "first pattern " << first;
     }
   });
 }
 
 TEST_P(StepEncode, SixteenBitPatternsInEveryPlace) {
-  check_patterns_in_every_place<ReGELU2>(GetParam());
-  check_patterns_in_every_place<ReSiLU2>(GetParam());
+  FusedFunctions::for_each([](auto function) {
+    using Function = typename decltype(function)::type;
+    SCOPED_TRACE(Fused<Function>::name);
+    check_patterns_in_every_place<Function>(GetParam());
+  });
 }
 
 // Codes of boundaries known at run time ----------------------------------------------------------------
@@ -390,45 +400,38 @@ TEST_P(StepDecodeMultiply, LevelsThatAreNaN) {
 
 // Fast forward ---------------------------------------------------------------------------------------
 
-template <class Function_, class Step_, KernelTable::FastForward KernelTable::* kernel_>
-struct FastCase {
-  using Function = Function_;
-  using Step = Step_;
-  static constexpr auto kernel = kernel_;
-};
-
 class FastForward : public KernelTest {
  protected:
-  /// Runs body(FastCase{}) for each function, where the table has kernels for them.
+  /// Runs body(Type<Function>{}) for each function, where the table has kernels for them.
   template <class Body>
   static void for_each_function(Body&& body) {
-    if (GetParam().kernels == &lomem::cpu::default_kernels) {
-      // No fused multiply-add: the callers take the strict way.
-      EXPECT_EQ(GetParam()->fast_gelu, nullptr);
-      EXPECT_EQ(GetParam()->fast_gelu_tanh, nullptr);
-      EXPECT_EQ(GetParam()->fast_silu, nullptr);
-      return;
-    }
-    body(FastCase<fast::GELU, ReGELU2, &KernelTable::fast_gelu>{});
-    body(FastCase<fast::GELUTanh, ReGELU2, &KernelTable::fast_gelu_tanh>{});
-    body(FastCase<fast::SiLU, ReSiLU2, &KernelTable::fast_silu>{});
+    FusedFunctions::for_each([&](auto function) {
+      using Function = typename decltype(function)::type;
+      SCOPED_TRACE(Fused<Function>::name);
+      if (GetParam().kernels == &lomem::cpu::default_kernels) {
+        // No fused multiply-add: the callers take the strict way.
+        EXPECT_EQ(kernels_of<Function>(GetParam()).fast_forward, nullptr);
+      } else {
+        body(function);
+      }
+    });
   }
 };
 INSTANTIATE_FOR_EVERY_TABLE(FastForward);
 
 template <class Function, class T>
 T expected_value(T x) {
-  return lomem::from_compute<T>(fast::value<Function>(lomem::to_compute(x)));
+  return lomem::from_compute<T>(lomem::fast::value<typename Fused<Function>::Fast>(lomem::to_compute(x)));
 }
 
-template <class Case, class T>
+template <class Function, class T>
 void check_fast_forward(const Table& table, const std::vector<T>& x) {
-  using Step = typename Case::Step;
+  const auto fast_forward = kernels_of<Function>(table).fast_forward;
   std::vector<T> want;
-  std::transform(x.begin(), x.end(), std::back_inserter(want), expected_value<typename Case::Function, T>);
+  std::transform(x.begin(), x.end(), std::back_inserter(want), expected_value<Function, T>);
   std::vector<std::uint8_t> codes;
-  std::transform(x.begin(), x.end(), std::back_inserter(codes), expected_code<Step, T>);
-  const auto want_packed = oracle::pack(codes, Step::bits);
+  std::transform(x.begin(), x.end(), std::back_inserter(codes), expected_code<Function, T>);
+  const auto want_packed = oracle::pack(codes, Function::PublishedSteps::bits);
   const AtPageEnd<T> source(x);
   const auto n = static_cast<std::int64_t>(x.size());
   for (const bool stream : {false, true}) {
@@ -438,14 +441,14 @@ void check_fast_forward(const Table& table, const std::vector<T>& x) {
                              << misalignment);
       Guarded<T> y(x.size(), misalignment);
       Guarded<std::uint8_t> packed(want_packed.size(), misalignment);
-      (table.kernels->*Case::kernel)(Element<T>::dtype, source.data(), n, y.data(), packed.data(), stream);
+      fast_forward(Element<T>::dtype, source.data(), n, y.data(), packed.data(), stream);
       ASSERT_TRUE(same_bytes(y.values(), want));
       ASSERT_TRUE(same_bytes(packed.values(), want_packed));
       y.expect_intact();
       packed.expect_intact();
 
       Guarded<T> without_codes(x.size(), misalignment);
-      (table.kernels->*Case::kernel)(Element<T>::dtype, source.data(), n, without_codes.data(), nullptr, stream);
+      fast_forward(Element<T>::dtype, source.data(), n, without_codes.data(), nullptr, stream);
       ASSERT_TRUE(same_bytes(without_codes.values(), want));
       without_codes.expect_intact();
     }
@@ -454,17 +457,17 @@ void check_fast_forward(const Table& table, const std::vector<T>& x) {
 
 TEST_P(FastForward, EverySize) {
   for_each_function([](auto function) {
-    using Case = decltype(function);
+    using Function = typename decltype(function)::type;
     for_each_element_type([](auto element) {
       using T = typename decltype(element)::type;
       if constexpr (sizeof(T) <= sizeof(float)) {
-        const auto at_boundaries = elements_at_boundaries<typename Case::Step, T>();
+        const auto at_boundaries = elements_at_boundaries<Function, T>();
         for (const std::size_t n : awkward_sizes()) {
           auto x = random_elements<T>(n, 4, static_cast<unsigned>(n));
           for (std::size_t i = n % 5; i < n; i += 5) {
             x[i] = at_boundaries[(i / 5 + n) % at_boundaries.size()];
           }
-          check_fast_forward<Case>(GetParam(), x);
+          check_fast_forward<Function>(GetParam(), x);
         }
       }
     });
@@ -473,12 +476,12 @@ TEST_P(FastForward, EverySize) {
 
 TEST_P(FastForward, SixteenBitPatternsInEveryPlace) {
   for_each_function([](auto function) {
-    using Case = decltype(function);
+    using Function = typename decltype(function)::type;
     for_each_sixteen_bit_type([](auto element) {
       using T = typename decltype(element)::type;
       std::vector<T> values;
       for (const T x : all_patterns<T>()) {
-        values.push_back(expected_value<typename Case::Function>(x));
+        values.push_back(expected_value<Function>(x));
       }
       for (int first = 0; first < 32; ++first) {
         const auto x = all_patterns<T>(first);
@@ -489,10 +492,11 @@ TEST_P(FastForward, SixteenBitPatternsInEveryPlace) {
         Guarded<T> y(x.size());
         std::vector<std::uint8_t> packed(x.size() / 4);
         const auto n = static_cast<std::int64_t>(x.size());
-        (GetParam().kernels->*Case::kernel)(Element<T>::dtype, x.data(), n, y.data(), packed.data(), first % 2 != 0);
+        kernels_of<Function>(GetParam())
+            .fast_forward(Element<T>::dtype, x.data(), n, y.data(), packed.data(), first % 2 != 0);
         ASSERT_TRUE(same_bytes(y.values(), want)) << "first pattern " << first;
         std::vector<std::uint8_t> codes(packed.size());
-        encode_of<typename Case::Step>(GetParam())(Element<T>::dtype, x.data(), n, codes.data());
+        kernels_of<Function>(GetParam()).encode(Element<T>::dtype, x.data(), n, codes.data());
         ASSERT_TRUE(same_bytes(packed, codes)) << "first pattern " << first;
       }
     });
@@ -501,7 +505,7 @@ TEST_P(FastForward, SixteenBitPatternsInEveryPlace) {
 
 TEST_P(FastForward, FloatsOfEveryBinade) {
   for_each_function([](auto function) {
-    using Case = decltype(function);
+    using Function = typename decltype(function)::type;
     std::vector<float> x;
     for (std::uint64_t bits = 0; bits < (std::uint64_t{1} << 32); bits += 0x8f1b) {
       x.push_back(from_pattern<float>(bits));
@@ -514,17 +518,17 @@ TEST_P(FastForward, FloatsOfEveryBinade) {
         x.push_back(std::nextafter(edge, towards));
       }
     }
-    check_fast_forward<Case>(GetParam(), x);
+    check_fast_forward<Function>(GetParam(), x);
   });
 }
 
 TEST_P(FastForward, Specials) {
   for_each_function([](auto function) {
-    using Case = decltype(function);
+    using Function = typename decltype(function)::type;
     const float infinity = std::numeric_limits<float>::infinity();
     const std::array<float, 7> x = {std::nanf("5"), -std::nanf("6"), infinity, -infinity, 0.0F, -0.0F, 100.0F};
     std::array<float, 7> y = {};
-    (GetParam().kernels->*Case::kernel)(lomem::DType::float32, x.data(), 7, y.data(), nullptr, false);
+    kernels_of<Function>(GetParam()).fast_forward(lomem::DType::float32, x.data(), 7, y.data(), nullptr, false);
     EXPECT_TRUE(std::isnan(y[0]));
     EXPECT_TRUE(std::isnan(y[1]));
     EXPECT_EQ(y[2], infinity);
@@ -538,10 +542,11 @@ TEST_P(FastForward, Specials) {
 }
 
 TEST_P(FastForward, IsThereForAllFunctionsOrNone) {
-  const bool there = GetParam()->fast_gelu != nullptr;
-  EXPECT_EQ(GetParam()->fast_gelu_tanh != nullptr, there);
-  EXPECT_EQ(GetParam()->fast_silu != nullptr, there);
-  EXPECT_TRUE(there || std::string(GetParam()->capability) == "DEFAULT");
+  int there = 0;
+  FusedFunctions::for_each([&](auto function) {
+    there += kernels_of<typename decltype(function)::type>(GetParam()).fast_forward != nullptr ? 1 : 0;
+  });
+  EXPECT_EQ(there, std::string(GetParam()->capability) == "DEFAULT" ? 0 : FusedFunctions::size);
 }
 
 }  // namespace

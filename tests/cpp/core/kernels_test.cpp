@@ -6,6 +6,7 @@
 #include <set>
 #include <string>
 
+#include "fused_functions.h"
 #include "guarded.h"
 #include "kernel_tables.h"
 #include "oracle.h"
@@ -43,17 +44,23 @@ class PublicFunctions : public testing::Test {
 };
 
 TEST_F(PublicFunctions, Step) {
-  std::vector<std::uint8_t> codes[2];
   const auto encode = [&](auto kernel) {
     std::vector<std::uint8_t> packed(lomem::packed_bytes(n, 2));
     kernel(DType::float32, x.data(), n, packed.data());
     return packed;
   };
-  codes[0] = encode(cpu::step_encode<lomem::ReGELU2>);
-  codes[1] = encode(cpu::step_encode<lomem::ReSiLU2>);
-  EXPECT_EQ(codes[0], encode(table.regelu2_encode));
-  EXPECT_EQ(codes[1], encode(table.resilu2_encode));
-  EXPECT_NE(codes[0], codes[1]);
+  std::vector<std::vector<std::uint8_t>> codes;
+  std::vector<double> first_boundaries;
+  FusedFunctions::for_each([&](auto function) {
+    using Function = typename decltype(function)::type;
+    codes.push_back(encode(cpu::step_encode<Function>));
+    EXPECT_EQ(codes.back(), encode((table.*Fused<Function>::kernels).encode)) << Fused<Function>::name;
+    first_boundaries.push_back(Function::PublishedSteps::boundary(0));
+  });
+  EXPECT_NE(codes.front(), codes.back());
+  for (std::size_t i = 0; i < codes.size(); ++i) {
+    EXPECT_EQ(codes[i] == codes.front(), first_boundaries[i] == first_boundaries.front()) << i;
+  }
 
   const double boundaries[3] = {-1, 0, 2};
   const auto search = [&](auto kernel) {
@@ -102,9 +109,11 @@ TEST_F(PublicFunctions, FastForward) {
     EXPECT_EQ(result.values(), doubles);
     EXPECT_EQ(codes.values()[0], 0x77);
   };
-  check(cpu::fast_forward<lomem::fast::GELU>, table.fast_gelu);
-  check(cpu::fast_forward<lomem::fast::GELUTanh>, table.fast_gelu_tanh);
-  check(cpu::fast_forward<lomem::fast::SiLU>, table.fast_silu);
+  FusedFunctions::for_each([&](auto function) {
+    using Function = typename decltype(function)::type;
+    SCOPED_TRACE(Fused<Function>::name);
+    check(cpu::fast_forward<Function>, (table.*Fused<Function>::kernels).fast_forward);
+  });
 }
 
 TEST_F(PublicFunctions, Packing) {
@@ -160,14 +169,16 @@ INSTANTIATE_FOR_EVERY_TABLE(NothingToDo);
 /// Empty tensors have no memory.
 TEST_P(NothingToDo, TakesNullPointers) {
   for (const DType dtype : {DType::float64, DType::float32, DType::bfloat16, DType::float16}) {
-    GetParam()->regelu2_encode(dtype, nullptr, 0, nullptr);
-    GetParam()->resilu2_encode(dtype, nullptr, 0, nullptr);
+    FusedFunctions::for_each([&](auto function) {
+      const auto& [encode, fast_forward] = GetParam().kernels->*Fused<typename decltype(function)::type>::kernels;
+      encode(dtype, nullptr, 0, nullptr);
+      if (fast_forward != nullptr && dtype != DType::float64) {
+        fast_forward(dtype, nullptr, 0, nullptr, nullptr, true);
+      }
+    });
     for (int bits = lomem::min_bits; bits <= lomem::max_bits; ++bits) {
       const std::vector<double> levels(std::size_t{1} << bits);
       GetParam()->step_decode_multiply(dtype, nullptr, nullptr, levels.data(), bits, 0, nullptr, true);
-    }
-    if (GetParam()->fast_gelu != nullptr && dtype != DType::float64) {
-      GetParam()->fast_gelu(dtype, nullptr, 0, nullptr, nullptr, true);
     }
     EXPECT_EQ(cpu::find_below({nullptr, dtype}, 0, 1), -1);
     cpu::store(nullptr, 0, {nullptr, dtype}, 0);

@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "../core/elements.h"
+#include "../core/fused_functions.h"
 #include "../core/guarded.h"
 
 namespace {
@@ -39,18 +40,6 @@ std::vector<std::int64_t> sizes(std::int64_t block) {
   return result;
 }
 
-double definition(lomem::GELU, double x) {
-  return x / 2 * std::erfc(-x / std::sqrt(2.0));
-}
-double definition(lomem::GELUTanh, double x) {
-  // 1 + tanh(u) = 2 / (1 + exp(-2u)), without cancellation.
-  const double u = std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x);
-  return x / (1 + std::exp(-2 * u));
-}
-double definition(lomem::SiLU, double x) {
-  return x / (1 + std::exp(-x));
-}
-
 /// Rounding of the result to T, and the few roundings before it: 1 + erf(u) and 1 + tanh(u) lose
 /// digits that the size of x bounds.
 template <class T>
@@ -59,8 +48,9 @@ double forward_tolerance(double x, double y) {
   return spacing<T>() * std::fabs(y) + arithmetic * std::fabs(x) + (sizeof(T) == 2 ? std::ldexp(1, -24) : 0);
 }
 
-template <class Function, class Step, class T>
+template <class Function, class T>
 void check_forward() {
+  using Step = typename Function::PublishedSteps;
   using Body = StepForward<Function, Step, T>;
   for (const std::int64_t n : sizes(Body::Grid::block_elements)) {
     // Aligned; then each of the three bases misaligned.
@@ -80,7 +70,7 @@ void check_forward() {
       for (std::int64_t i = 0; i < n; ++i) {
         want.push_back(Step::code(inputs[i]));
         const double value = lomem::to_compute(inputs[i]);
-        const double result = definition(Function{}, value);
+        const double result = Fused<Function>::definition(value);
         ASSERT_NEAR(lomem::to_compute(outputs[i]), result, forward_tolerance<T>(value, result)) << i << " of " << n;
       }
       ASSERT_EQ(codes.values(), oracle::pack(want, Step::bits)) << n << ", misaligned " << misaligned;
@@ -89,12 +79,14 @@ void check_forward() {
 }
 
 TYPED_TEST(Bodies, StepForward) {
-  check_forward<lomem::GELU, lomem::ReGELU2, TypeParam>();
-  check_forward<lomem::GELUTanh, lomem::ReGELU2, TypeParam>();
-  check_forward<lomem::SiLU, lomem::ReSiLU2, TypeParam>();
+  FusedFunctions::for_each([](auto function) {
+    using Function = typename decltype(function)::type;
+    SCOPED_TRACE(Fused<Function>::name);
+    check_forward<Function, TypeParam>();
+  });
 }
 
-template <class T, class Step, class Constants>
+template <class T, class Step>
 void check_all_patterns(oracle::Format format) {
   // Every 16-bit value, in every position of a unit: the packed comparison against the definition.
   for (int shift = 0; shift < 8; ++shift) {
@@ -104,8 +96,8 @@ void check_all_patterns(oracle::Format format) {
       for (int j = 0; j < 8; ++j) {
         x[j].bits = static_cast<std::uint16_t>(first + (j + shift) % 8);
         codes.push_back(
-            static_cast<std::uint8_t>(
-                oracle::code<T>(oracle::decode(x[j].bits, format), Constants::c1, Constants::c2, Constants::c3)));
+            static_cast<std::uint8_t>(oracle::code<T>(
+                oracle::decode(x[j].bits, format), Step::boundary(0), Step::boundary(1), Step::boundary(2))));
       }
       const auto packed = oracle::pack(codes, 2);
       ASSERT_EQ((encode<Step>(x)), packed[0] | packed[1] << 8) << first;
@@ -114,10 +106,12 @@ void check_all_patterns(oracle::Format format) {
 }
 
 TEST(Encode, AllSixteenBitPatterns) {
-  check_all_patterns<lomem::bfloat16, lomem::ReGELU2, lomem::ReGELU2Constants>(oracle::bfloat16);
-  check_all_patterns<lomem::bfloat16, lomem::ReSiLU2, lomem::ReSiLU2Constants>(oracle::bfloat16);
-  check_all_patterns<lomem::float16, lomem::ReGELU2, lomem::ReGELU2Constants>(oracle::float16);
-  check_all_patterns<lomem::float16, lomem::ReSiLU2, lomem::ReSiLU2Constants>(oracle::float16);
+  FusedFunctions::for_each([](auto function) {
+    using Function = typename decltype(function)::type;
+    SCOPED_TRACE(Fused<Function>::name);
+    check_all_patterns<lomem::bfloat16, typename Function::PublishedSteps>(oracle::bfloat16);
+    check_all_patterns<lomem::float16, typename Function::PublishedSteps>(oracle::float16);
+  });
 }
 
 /// Codes of run-time boundaries, and of a band, against the definition.

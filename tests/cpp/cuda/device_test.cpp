@@ -14,6 +14,7 @@
 #include <numeric>
 
 #include "../core/elements.h"
+#include "../core/fused_functions.h"
 
 namespace {
 
@@ -141,8 +142,9 @@ class EveryDevice : public testing::Test {
   }
 };
 
-template <class Function, class Step, class T>
+template <class Function, class T>
 void check_forward() {
+  using Step = typename Function::PublishedSteps;
   for (const std::int64_t n : sizes()) {
     for (int misaligned = -1; misaligned < 3; ++misaligned) {
       const auto values = random_elements<T>(n, 4, static_cast<unsigned>(n));
@@ -156,7 +158,7 @@ void check_forward() {
       execute_on_host(body);
       on_all_streams(
           [&](cudaStream_t stream) {
-            return step_forward<Function, Step>(Element<T>::dtype, x.data(), n, y.data(), codes.data(), stream);
+            return step_forward<Function>(Element<T>::dtype, x.data(), n, y.data(), codes.data(), stream);
           },
           [&] {
             y.poison();
@@ -181,9 +183,11 @@ void check_forward() {
 
 template <class T>
 void check_forwards() {
-  check_forward<lomem::GELU, lomem::ReGELU2, T>();
-  check_forward<lomem::GELUTanh, lomem::ReGELU2, T>();
-  check_forward<lomem::SiLU, lomem::ReSiLU2, T>();
+  FusedFunctions::for_each([](auto function) {
+    using Function = typename decltype(function)::type;
+    SCOPED_TRACE(Fused<Function>::name);
+    check_forward<Function, T>();
+  });
 }
 
 TEST_F(EveryDevice, StepForward) {
@@ -196,8 +200,9 @@ TEST_F(EveryDevice, StepForward) {
 }
 
 /// Codes of every 16-bit pattern: the device compares two at a time.
-template <class T, class Step, class Function>
+template <class T, class Function>
 void check_all_patterns() {
+  using Step = typename Function::PublishedSteps;
   constexpr std::int64_t n = 0x10000;
   std::vector<T> values(n);
   std::vector<std::uint8_t> want(lomem::packed_bytes(n, Step::bits));
@@ -209,16 +214,18 @@ void check_all_patterns() {
   x.assign(values);
   DeviceBuffer<T> y(n);
   DeviceBuffer<std::uint8_t> codes(want.size());
-  check(step_forward<Function, Step>(Element<T>::dtype, x.data(), n, y.data(), codes.data(), nullptr));
+  check(step_forward<Function>(Element<T>::dtype, x.data(), n, y.data(), codes.data(), nullptr));
   EXPECT_EQ(codes.values(), want);
 }
 
 TEST_F(EveryDevice, CodesOfAllSixteenBitPatterns) {
   on_every_device([] {
-    check_all_patterns<lomem::bfloat16, lomem::ReGELU2, lomem::GELU>();
-    check_all_patterns<lomem::bfloat16, lomem::ReSiLU2, lomem::SiLU>();
-    check_all_patterns<lomem::float16, lomem::ReGELU2, lomem::GELU>();
-    check_all_patterns<lomem::float16, lomem::ReSiLU2, lomem::SiLU>();
+    FusedFunctions::for_each([](auto function) {
+      using Function = typename decltype(function)::type;
+      SCOPED_TRACE(Fused<Function>::name);
+      check_all_patterns<lomem::bfloat16, Function>();
+      check_all_patterns<lomem::float16, Function>();
+    });
   });
 }
 

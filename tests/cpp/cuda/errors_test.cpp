@@ -7,8 +7,8 @@ namespace {
 
 TEST(UnsupportedGpu, IsOneSentenceWithBothValues) {
   EXPECT_EQ(
-      lomem::detail::unsupported_gpu_message("lomem::regelu2_forward", "cuda:1", 7, 0, "7.5 8.0 9.0+PTX"),
-      "lomem::regelu2_forward: cuda:1 is a GPU of compute capability 7.0, expected one of 7.5 8.0 9.0+PTX, which this "
+      lomem::detail::unsupported_gpu_message("lomem::pack_bits", "cuda:1", 7, 0, "7.5 8.0 9.0+PTX"),
+      "lomem::pack_bits: cuda:1 is a GPU of compute capability 7.0, expected one of 7.5 8.0 9.0+PTX, which this "
       "lomem was compiled for (set TORCH_CUDA_ARCH_LIST and build it again)");
 }
 

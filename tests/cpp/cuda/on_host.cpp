@@ -26,8 +26,9 @@ cudaError_t step_forward(
     DType dtype, const void* input, std::int64_t n, void* output, std::uint8_t* codes, cudaStream_t /*stream*/) {
   return visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
-    return status(
-        host.body(StepForward<Function, typename Function::PublishedSteps, T>(static_cast<const T*>(input), n, static_cast<T*>(output), codes)));
+    return status(host.body(
+        StepForward<Function, typename Function::PublishedSteps, T>(
+            static_cast<const T*>(input), n, static_cast<T*>(output), codes)));
   });
 }
 

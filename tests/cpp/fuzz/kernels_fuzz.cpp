@@ -13,14 +13,13 @@
 #include <new>
 #include <vector>
 
+#include "../core/fused_functions.h"
 #include "kernel_table.h"
 
 namespace {
 
 using lomem::compute_t;
 using lomem::DType;
-using lomem::ReGELU2;
-using lomem::ReSiLU2;
 using lomem::cpu::KernelTable;
 using Bytes = std::vector<std::uint8_t>;
 
@@ -170,8 +169,9 @@ Bytes bytes_of(const std::vector<T>& elements) {
 constexpr std::size_t most_elements = 600;
 constexpr std::size_t most_bytes_off = 9;
 
-template <class Step>
+template <class Function>
 Bytes scalar_codes(DType dtype, const Bytes& x, std::size_t n) {
+  using Step = typename Function::PublishedSteps;
   Bytes packed(lomem::packed_bytes(n, Step::bits));
   lomem::visit_dtype(dtype, [&](auto element) {
     const auto elements = elements_of<typename decltype(element)::type>(x);
@@ -180,17 +180,18 @@ Bytes scalar_codes(DType dtype, const Bytes& x, std::size_t n) {
   return packed;
 }
 
-template <class Step>
-void fuzz_encode(Choices& choices, KernelTable::Encode KernelTable::* kernel) {
+template <class Function>
+void fuzz_encode(Choices& choices) {
   const DType dtype = choices.dtype();
   const std::size_t n = choices.number(most_elements);
   const std::size_t offset = choices.number(most_bytes_off);
   const Bytes x = choices.elements(dtype, n);
-  const Bytes want = scalar_codes<Step>(dtype, x, n);
+  const Bytes want = scalar_codes<Function>(dtype, x, n);
   for_each_table([&](const KernelTable& table) {
     Memory source(x, offset * lomem::element_size(dtype));
     Memory packed(want.size(), offset);
-    (table.*kernel)(dtype, source.data(), static_cast<std::int64_t>(n), static_cast<std::uint8_t*>(packed.data()));
+    (table.*Fused<Function>::kernels)
+        .encode(dtype, source.data(), static_cast<std::int64_t>(n), static_cast<std::uint8_t*>(packed.data()));
     expect_same(table, "step_encode", packed.written(table), want);
   });
 }
@@ -285,35 +286,36 @@ void fuzz_decode(Choices& choices) {
   });
 }
 
-template <class Function, class Step>
-void fuzz_fast_forward(Choices& choices, KernelTable::FastForward KernelTable::* kernel) {
+template <class Function>
+void fuzz_fast_forward(Choices& choices) {
   const auto dtype = static_cast<DType>(1 + choices.byte() % 3);
   const std::size_t n = choices.number(most_elements);
   const std::size_t offset = choices.number(most_bytes_off);
   const bool stream = choices.flag();
   const bool with_codes = choices.flag();
   const Bytes x = choices.elements(dtype, n);
-  const Bytes want_codes = scalar_codes<Step>(dtype, x, n);
+  const Bytes want_codes = scalar_codes<Function>(dtype, x, n);
   Bytes want;
   lomem::visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     if constexpr (sizeof(T) < sizeof(double)) {
       auto elements = elements_of<T>(x);
       for (T& one : elements) {
-        one = lomem::from_compute<T>(lomem::fast::value<Function>(lomem::to_compute(one)));
+        one = lomem::from_compute<T>(lomem::fast::value<typename Fused<Function>::Fast>(lomem::to_compute(one)));
       }
       want = bytes_of(elements);
     }
   });
   for_each_table([&](const KernelTable& table) {
-    if (table.*kernel == nullptr) {
+    const auto kernel = (table.*Fused<Function>::kernels).fast_forward;
+    if (kernel == nullptr) {
       return;
     }
     Memory source(x, offset * lomem::element_size(dtype));
     Memory y(want.size(), offset * lomem::element_size(dtype));
     Memory packed(want_codes.size(), offset);
     auto* codes = with_codes ? static_cast<std::uint8_t*>(packed.data()) : nullptr;
-    (table.*kernel)(dtype, source.data(), static_cast<std::int64_t>(n), y.data(), codes, stream);
+    kernel(dtype, source.data(), static_cast<std::int64_t>(n), y.data(), codes, stream);
     expect_same(table, "fast_forward", y.written(table), want);
     if (with_codes) {
       expect_same(table, "codes of fast_forward", packed.written(table), want_codes);
@@ -467,17 +469,18 @@ void fuzz_norm(
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   Choices choices(data, size);
-  switch (choices.byte() % 10) {
-    case 0: fuzz_encode<ReGELU2>(choices, &KernelTable::regelu2_encode); break;
-    case 1: fuzz_encode<ReSiLU2>(choices, &KernelTable::resilu2_encode); break;
-    case 2: fuzz_decode(choices); break;
-    case 3: fuzz_fast_forward<lomem::fast::GELU, ReGELU2>(choices, &KernelTable::fast_gelu); break;
-    case 4: fuzz_fast_forward<lomem::fast::GELUTanh, ReGELU2>(choices, &KernelTable::fast_gelu_tanh); break;
-    case 5: fuzz_fast_forward<lomem::fast::SiLU, ReSiLU2>(choices, &KernelTable::fast_silu); break;
-    case 6: fuzz_packing(choices); break;
-    case 7: fuzz_norm(choices, &KernelTable::layer_norm_forward, &KernelTable::layer_norm_backward); break;
-    case 8: fuzz_search(choices); break;
-    default: fuzz_norm(choices, &KernelTable::rms_norm_forward, &KernelTable::rms_norm_backward); break;
-  }
+  std::vector<void (*)(Choices&)> targets = {
+      &fuzz_decode,
+      &fuzz_packing,
+      &fuzz_search,
+      [](Choices& rest) { fuzz_norm(rest, &KernelTable::layer_norm_forward, &KernelTable::layer_norm_backward); },
+      [](Choices& rest) { fuzz_norm(rest, &KernelTable::rms_norm_forward, &KernelTable::rms_norm_backward); },
+  };
+  FusedFunctions::for_each([&](auto function) {
+    using Function = typename decltype(function)::type;
+    targets.push_back(&fuzz_encode<Function>);
+    targets.push_back(&fuzz_fast_forward<Function>);
+  });
+  targets[choices.byte() % targets.size()](choices);
   return 0;
 }

@@ -4,9 +4,13 @@
 #include <torch/torch.h>
 
 #include <functional>
+#include <set>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
+
+#include "helpers.h"
 
 namespace {
 
@@ -70,6 +74,20 @@ std::vector<Case> straight() {
   };
 }
 
+/// Those that have a published step function, by the names that ops call them.
+std::vector<Case> published() {
+  const lomem::FewBit paper{.bits = 2, .criterion = "paper"};
+  return {
+      {"gelu", [=](const Tensor& x) { return lomem::gelu(x, "none", paper); },
+       [](const Tensor& x) { return torch::gelu(x, "none"); }},
+      {"gelu_tanh", [=](const Tensor& x) { return lomem::gelu(x, "tanh", paper); },
+       [](const Tensor& x) { return torch::gelu(x, "tanh"); }},
+      {"quick_gelu", [=](const Tensor& x) { return lomem::quick_gelu(x, paper); },
+       [](const Tensor& x) { return x * torch::sigmoid(1.702 * x); }},
+      {"silu", [=](const Tensor& x) { return lomem::silu(x, paper); }, [](const Tensor& x) { return torch::silu(x); }},
+  };
+}
+
 Tensor gradient(const std::function<Tensor(const Tensor&)>& f, const Tensor& x) {
   const Tensor leaf = x.clone().requires_grad_();
   return torch::autograd::grad({f(leaf).sum()}, {leaf})[0];
@@ -102,6 +120,115 @@ TEST(Activations, StraightOnesHaveTheGradient) {
   }
 }
 
+TEST(Activations, GradientsDoNotDependOnStrides) {
+  const auto x = torch::randn({7, 5}) * 3;
+  for (const auto& cases : {smooth(), straight(), published()}) {
+    for (const Case& c : cases) {
+      const auto transposed = [&](const Tensor& t) { return c.ours(t.t()).t(); };
+      EXPECT_TRUE(torch::equal(gradient(transposed, x), gradient(c.ours, x))) << c.name;
+    }
+  }
+}
+
+TEST(Activations, OfThePaperAreThoseOfTheTable) {
+  std::set<std::string> expected;
+  for (const auto& facts : lomem::detail::activation_facts()) {
+    if (facts.is_published) {
+      expected.insert(facts.name);
+    }
+  }
+  std::set<std::string> tested;
+  for (const Case& c : published()) {
+    tested.insert(c.name);
+  }
+  EXPECT_EQ(tested, expected);
+}
+
+TEST(Activations, OfThePaperAreTorchsBitForBit) {
+  for (const Case& c : published()) {
+    for (const auto dtype : dtypes) {
+      for (int64_t n = 0; n <= 70; ++n) {
+        const auto x = (torch::randn({n}) * 3).to(dtype);
+        EXPECT_TRUE(torch::equal(c.ours(x), c.torchs(x))) << c.name;
+        EXPECT_TRUE(torch::equal(c.ours(x.clone().requires_grad_()), c.torchs(x))) << c.name;
+      }
+    }
+  }
+}
+
+TEST(Activations, OfThePaperSaveTwoBitsAnElement) {
+  for (const Case& c : published()) {
+    for (const auto dtype : dtypes) {
+      for (const int64_t n : {1, 4, 5, 1001}) {
+        const auto x = torch::randn({n}).to(dtype);
+        EXPECT_EQ(saved_bytes(c.ours, x), (2 * n + 7) / 8) << c.name;
+      }
+    }
+  }
+}
+
+TEST(Activations, SaveTheBitsAskedFor) {
+  const auto x = torch::randn({1001});
+  for (int64_t bits = 1; bits <= 8; ++bits) {
+    const auto function = [&](const Tensor& t) { return lomem::mish(t, {.bits = bits}); };
+    EXPECT_EQ(saved_bytes(function, x), (bits * 1001 + 7) / 8);
+  }
+  for (const Case& c : straight()) {
+    EXPECT_EQ(saved_bytes(c.ours, x), (1001 + 7) / 8) << c.name;
+  }
+}
+
+TEST(Activations, OfThePaperHaveTheLevelsOfTheirSteps) {
+  const auto x = torch::randn({4001}, torch::kDouble) * 4;
+  for (const Case& c : published()) {
+    const auto steps = lomem::step_function(c.name, 2, "paper");
+    ASSERT_EQ(steps.levels.size(), 4) << c.name;
+    Tensor want = torch::full_like(x, steps.levels[0]);
+    for (size_t i = 0; i < steps.boundaries.size(); ++i) {
+      want = torch::where(x > steps.boundaries[i], steps.levels[i + 1], want);
+    }
+    EXPECT_TRUE(torch::equal(gradient(c.ours, x), want)) << c.name;
+  }
+}
+
+TEST(Activations, HalvesMakeUpTheOp) {
+  const auto x = torch::randn({6, 11});
+  for (const Case& c : published()) {
+    const lomem::FewBit paper{.bits = 2, .criterion = "paper"};
+    const auto [output, codes] = lomem::step_activation_forward(x, c.name, {}, paper);
+    EXPECT_TRUE(torch::equal(output, c.torchs(x))) << c.name;
+    EXPECT_EQ(codes.numel(), (66 + 3) / 4) << c.name;
+    const auto steps = lomem::step_function(c.name, 2, "paper");
+    const auto got = lomem::step_activation_backward(torch::ones_like(x), codes, steps.levels, 2);
+    EXPECT_TRUE(torch::equal(got, gradient(c.ours, x))) << c.name;
+  }
+}
+
+TEST(Activations, HaveShapesOnTheMetaDevice) {
+  const auto x = torch::empty({2, 3, 8}, torch::TensorOptions(torch::kMeta).dtype(torch::kBFloat16));
+  for (const auto& cases : {smooth(), straight(), published()}) {
+    for (const Case& c : cases) {
+      // (In a program without Python, torch lacks the shapes of a few ops, of abs for one.)
+      if (error_of([&] { c.torchs(x); }) == "no error") {
+        EXPECT_EQ(c.ours(x).sizes(), x.sizes()) << c.name;
+        EXPECT_EQ(c.ours(x).scalar_type(), x.scalar_type()) << c.name;
+      }
+    }
+  }
+  for (const Case& c : published()) {
+    const auto codes = std::get<1>(lomem::step_activation_forward(x, c.name, {}, {.bits = 2, .criterion = "paper"}));
+    EXPECT_EQ(codes.numel(), 12) << c.name;
+  }
+}
+
+TEST(Activations, KeepNothingWithoutGradient) {
+  for (const auto& cases : {smooth(), straight(), published()}) {
+    for (const Case& c : cases) {
+      EXPECT_FALSE(c.ours(torch::randn({4, 8})).requires_grad()) << c.name;
+    }
+  }
+}
+
 TEST(Activations, TakeStepsOfTheUser) {
   const lomem::StepFunction steps{{-1, 1}, {0.25, 0.5, 2}};
   const auto x = torch::tensor({-2.0F, 0.0F, 3.0F});
@@ -126,6 +253,74 @@ TEST(Activations, TellTheirStepFunctions) {
     EXPECT_EQ(steps.boundaries.size() + 1, steps.levels.size());
     EXPECT_TRUE(std::is_sorted(steps.boundaries.begin(), steps.boundaries.end()));
   }
+}
+
+/// Parameters that the library has no table for: it searches.
+TEST(Activations, FindAStepFunctionOnce) {
+  const auto x = torch::linspace(-5, 5, 2001);
+  const auto elu = [](const Tensor& t) { return lomem::elu(t, 0.3); };
+  const auto first = gradient(elu, x);
+  const auto steps = lomem::step_function("elu", 3, "derivative", {0.3});
+  const auto again = lomem::step_function("elu", 3, "derivative", {0.3});
+  EXPECT_EQ(steps.boundaries, again.boundaries);
+  EXPECT_EQ(steps.levels, again.levels);
+  EXPECT_TRUE(torch::equal(gradient(elu, x), first));
+  std::set<float> levels;
+  for (const double level : steps.levels) {
+    levels.insert(static_cast<float>(level));
+  }
+  for (const float slope : std::vector<float>(first.const_data_ptr<float>(), first.const_data_ptr<float>() + 2001)) {
+    EXPECT_EQ(levels.count(slope), 1) << slope;
+  }
+}
+
+TEST(Activations, FindAStepFunctionInSeveralThreadsAtOnce) {
+  std::vector<lomem::StepFunction> found(4);
+  std::vector<std::thread> threads;
+  threads.reserve(found.size());
+  for (auto& steps : found) {
+    threads.emplace_back([&steps] { steps = lomem::step_function("elu", 4, "primitive", {0.7}); });
+  }
+  for (auto& thread : threads) {
+    thread.join();
+  }
+  EXPECT_EQ(found[0].levels.size(), 16);
+  for (const auto& steps : found) {
+    EXPECT_EQ(steps.boundaries, found[0].boundaries);
+    EXPECT_EQ(steps.levels, found[0].levels);
+  }
+}
+
+TEST(Activations, HaveStepsOfThePaperOnlyWhereItPublishesThem) {
+  const auto x = torch::ones({3});
+  const std::string no_steps =
+      ": criterion is 'paper', expected 'derivative' or 'primitive' for mish, which has no published step function";
+  const std::string no_bits =
+      ": bits is 3, expected 2 for criterion 'paper', whose step functions are published for it alone";
+  for (const auto& input : {x, x.clone().requires_grad_()}) {
+    EXPECT_EQ(
+        error_of([&] { lomem::mish(input, {.bits = 2, .criterion = "paper"}); }), "lomem::step_activation" + no_steps);
+    EXPECT_EQ(
+        error_of([&] { lomem::silu(input, {.bits = 3, .criterion = "paper"}); }), "lomem::step_activation" + no_bits);
+  }
+  EXPECT_EQ(
+      error_of([&] { lomem::step_activation_forward(x, "mish", {}, {.bits = 2, .criterion = "paper"}); }),
+      "lomem::step_activation_forward" + no_steps);
+  EXPECT_EQ(error_of([] { lomem::step_function("silu", 3, "paper"); }), "lomem::step_function" + no_bits);
+}
+
+TEST(Activations, ErrorsNameOpArgumentAndBothValues) {
+  const auto x = torch::randn({4, 8});
+  EXPECT_EQ(
+      error_of([&] { lomem::gelu(x, "exact"); }), "lomem::gelu: approximate is 'exact', expected 'none' or 'tanh'");
+  EXPECT_EQ(
+      error_of([&] { lomem::silu(x, {.criterion = "best"}); }),
+      "lomem::step_activation: criterion is 'best', expected 'derivative', 'primitive' or 'paper'");
+  EXPECT_EQ(
+      error_of([&] {
+        lomem::step_activation_backward(x, torch::zeros({7}, torch::kByte), std::vector<double>{0, 1, 2, 3}, 2);
+      }),
+      "lomem::step_activation_backward: codes has 7 bytes, expected 8 for 32 elements of 2 bits");
 }
 
 TEST(Activations, RefuseBadArguments) {
