@@ -183,6 +183,7 @@ gpu-sanitize: gpu-build
 # From another folder, so that the installed package is checked.
 types: install
 	cd tests && mypy --config-file ../pyproject.toml
+	cd tests && stubtest --mypy-config-file ../pyproject.toml lomem._C lomem.commands._reused_memory
 
 asan dev: $(VENV)/.tools gtest
 	$(CONFIGURE) $@

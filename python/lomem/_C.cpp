@@ -151,12 +151,14 @@ PyMethodDef fast_method(const char* name, const char* doc) {
 PyMethodDef fast_methods[] = {
     fast_method<&step_activation>(
         "step_activation",
-        "torch.ops.lomem.step_activation(input, function, parameters, bits, criterion, fast), past __torch_function__; "
-        "NotImplemented for arguments of other types."),
+        "step_activation($module, input, function, parameters, bits, criterion, fast, /)\n--\n\n"
+        "Calls torch.ops.lomem.step_activation, bypassing __torch_function__; returns NotImplemented for arguments of "
+        "other types."),
     fast_method<&hard_activation>(
         "hard_activation",
-        "torch.ops.lomem.hard_activation(input, function, parameters), past __torch_function__; NotImplemented for "
-        "arguments of other types."),
+        "hard_activation($module, input, function, parameters, /)\n--\n\n"
+        "Calls torch.ops.lomem.hard_activation, bypassing __torch_function__; returns NotImplemented for arguments of "
+        "other types."),
     {nullptr, nullptr, 0, nullptr},
 };
 
