@@ -1,5 +1,6 @@
 # make demo   build lomem in a virtual environment and run the demo
-# make test   the same, then ctest and pytest
+# make test   build the same, then ctest and pytest: all but the slow cases
+# make test-all   with the slow cases, which are more of what `make test` samples
 # make bench  build, and time the ops on the CPU, for about ten minutes
 # make gpu-test PYTHON=python   in an environment with a CUDA build of torch, on a machine with a GPU and nvcc: builds
 #                               for that GPU, runs every test and the benchmarks
@@ -22,23 +23,28 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PRE_COMMIT_HOME ?= $(CURDIR)/build/pre-commit
 
 # Tests run side by side: a thread that spins while it waits takes the time of another test's.
-ctest pytest pytest-capabilities pytest-on-host asan dev asan-pytest: export OMP_WAIT_POLICY := passive
+ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host asan dev asan-pytest: export OMP_WAIT_POLICY := passive
 
 # The oldest CMake that lomem says it works with: consumer projects are tested with it.
 OLDEST_CMAKE := 3.22
 
-.PHONY: help demo test install ctest pytest pytest-capabilities pytest-on-host soak types asan asan-pytest arm-check cuda-check \
-  bench paper fewbit-table gpu-build gpu-test gpu-bench gpu-sanitize dev lint format gtest clean FORCE
+.PHONY: help demo test test-all install ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host soak types \
+  asan asan-install asan-pytest arm-check cuda-check bench paper fewbit-table gpu-build gpu-test gpu-bench gpu-sanitize dev lint format gtest clean FORCE
 
 help:
-	@sed -n '1,8p' Makefile
+	@sed -n '1,9p' Makefile
+
+# The build of the wheel compiles the library; the build of the tests links the same objects.
+WHEEL_BUILD = build/wheel-$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))')
 
 # What the demo needs and no more.
 demo: $(VENV)/.build
-	$(PIP) install --quiet --no-build-isolation $(BUILD_ARGS) '.[demo]'
+	$(PIP) install --quiet --no-build-isolation -C build-dir="$(WHEEL_BUILD)" $(BUILD_ARGS) '.[demo]'
 	$(BIN)/lomem demo
 
 test: ctest pytest
+
+test-all: ctest-all pytest-all
 
 # Changes when TORCH does.
 $(VENV)/.torch-requirement: FORCE
@@ -64,7 +70,7 @@ $(VENV)/.tools: $(VENV)/.build
 
 # Always: pip cannot tell whether the sources changed. The build folder under build/ makes it quick.
 install: $(VENV)/.tools
-	$(PIP) install --quiet --no-build-isolation $(BUILD_ARGS) '.[bench,demo]'
+	$(PIP) install --quiet --no-build-isolation -C build-dir="$(WHEEL_BUILD)" $(BUILD_ARGS) '.[bench,demo]'
 
 # GoogleTest: the installed one, else Debian's package where apt and root allow it, else CMake downloads it.
 gtest:
@@ -78,11 +84,14 @@ build/oldest-cmake/.done: $(VENV)/.torch Makefile
 	touch $@
 
 CONFIGURE = cmake -DTorch_DIR="$$($(BIN)/python cmake/lomem_torch.py)" --preset
+CONFIGURE_RELEASE = $(CONFIGURE) release -DLOMEM_OBJECTS="$(CURDIR)/$(WHEEL_BUILD)/lomem-objects.cmake" \
+  -DLOMEM_CONSUMER_CMAKE="$(CURDIR)/build/oldest-cmake/cmake/data/bin/cmake"
 
-ctest: $(VENV)/.tools gtest build/oldest-cmake/.done
-	$(CONFIGURE) release -DLOMEM_CONSUMER_CMAKE="$(CURDIR)/build/oldest-cmake/cmake/data/bin/cmake"
+# <target>-all: with the slow cases.
+ctest ctest-all: install gtest build/oldest-cmake/.done
+	$(CONFIGURE_RELEASE)
 	cmake --build --preset release
-	ctest --preset release -j $(JOBS)
+	ctest --preset release -j $(JOBS) $(if $(filter %-all,$@),,-LE slow)
 
 # Of the ops that have kernels.
 OP_TESTS := $(addprefix tests/python/test_,activations.py cpu_kernels.py norms.py packing.py \
@@ -90,8 +99,8 @@ OP_TESTS := $(addprefix tests/python/test_,activations.py cpu_kernels.py norms.p
 # With other kernels than usual: what torch.compile and torch.export do with an op does not depend on them.
 WITHOUT_COMPILER := -k 'not compile and not export'
 
-pytest: install
-	$(BIN)/python -m pytest -q -n $(JOBS)
+pytest pytest-all: install
+	$(BIN)/python -m pytest -q -n $(JOBS) $(if $(filter %-all,$@),,-m 'not slow')
 
 # What is done again and again leaves nothing behind: in full, for about an hour.
 soak: install
@@ -127,8 +136,8 @@ pytest-capabilities: install
 	done
 
 # The same ops by the CUDA adapters and the bodies of the CUDA kernels, executed on the CPU: no GPU and no CUDA needed.
-pytest-on-host: install
-	$(CONFIGURE) release -DLOMEM_CONSUMER_CMAKE="$(CURDIR)/build/oldest-cmake/cmake/data/bin/cmake"
+pytest-on-host: install gtest build/oldest-cmake/.done
+	$(CONFIGURE_RELEASE)
 	cmake --build --preset release --target lomem_cuda_on_host
 	LOMEM_CUDA_ON_HOST="$$(find "$(CURDIR)/build/release" -name liblomem_cuda_on_host.so)" \
 	  $(BIN)/python -m pytest -q -n $(JOBS) -p no:cacheprovider $(WITHOUT_COMPILER) $(OP_TESTS)
@@ -185,21 +194,30 @@ types: install
 	cd tests && mypy --config-file ../pyproject.toml
 	cd tests && stubtest --mypy-config-file ../pyproject.toml lomem._C lomem.commands._reused_memory
 
-asan dev: $(VENV)/.tools gtest
-	$(CONFIGURE) $@
-	cmake --build --preset $@
-	ctest --preset $@ -j $(JOBS)
+dev: $(VENV)/.tools gtest
+	$(CONFIGURE) dev
+	cmake --build --preset dev
+	ctest --preset dev -j $(JOBS)
 
-# The ops' Python tests, with the library under the sanitizers: random arguments and random codes read and write in
-# bounds. (gcc: its run-time libraries must be loaded before Python's.)
+# The library under the sanitizers: as a wheel, whose objects the C++ tests link. (Flags of both: the preset's.)
 SANITIZERS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-library = $$($${CXX:-c++} -print-file-name=$(1))
-asan-pytest: $(VENV)/.tools
+asan-install: $(VENV)/.tools
 	$(PIP) install --quiet --no-build-isolation --no-deps --upgrade --target build/asan-python \
-	  -C build-dir=build/asan-wheel -C cmake.build-type=Debug -C cmake.define.CMAKE_CXX_FLAGS="$(SANITIZERS)" .
+	  -C build-dir=build/asan-wheel -C cmake.build-type=Debug -C cmake.define.LOMEM_UNITY=OFF \
+	  -C cmake.define.CMAKE_CXX_FLAGS="$(SANITIZERS)" .
+
+asan: asan-install gtest
+	$(CONFIGURE) asan -DLOMEM_OBJECTS="$(CURDIR)/build/asan-wheel/lomem-objects.cmake"
+	cmake --build --preset asan
+	ctest --preset asan -j $(JOBS)
+
+# The ops' Python tests: random arguments and random codes read and write in bounds. (gcc: its run-time libraries must be
+# loaded before Python's.)
+library = $$($${CXX:-c++} -print-file-name=$(1))
+asan-pytest: asan-install
 	PYTHONPATH=build/asan-python ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$(call library,libasan.so) $(call library,libubsan.so) $(call library,libstdc++.so.6)" \
-	  $(BIN)/python -m pytest -q -p no:cacheprovider $(WITHOUT_COMPILER) \
+	  $(BIN)/python -m pytest -q -n $(JOBS) -p no:cacheprovider $(WITHOUT_COMPILER) \
 	  $(addprefix tests/python/test_,activations.py errors.py norms.py packing.py step_activations.py step_backward.py)
 
 lint: $(VENV)/.tools

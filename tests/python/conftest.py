@@ -1,3 +1,4 @@
+import collections
 import os
 
 import helpers
@@ -20,8 +21,48 @@ hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
+# Enumerations that take long, by the names of their functions: of the cases of each, `make test` runs one in so many, spread
+# over all; the others are marked slow, and `make test-all` runs them too.
+SLOW = {
+    "test_a_callable_is_the_named_function": 5,
+    "test_a_norm_is_recognized_part_by_part": 7,
+    "test_a_norm_of_every_width_is_recognized": 7,
+    "test_all_is_left_as_it_was": 5,
+    "test_an_estimate_for_the_cpu_is_exact": 5,
+    "test_certificate": 5,
+    "test_conversions_are_those_of_the_table": 5,
+    "test_estimate_step_and_profile_agree_to_the_byte": 7,
+    "test_every_norm_and_activation_has_a_verdict": 5,
+    "test_gradients_and_living_bytes": 11,
+    "test_hugging_face_checkpointing": 7,
+    "test_in_place_behind_a_linear_layer": 11,
+    "test_low_rank_adapters": 3,
+    "test_no_conversion_could_be_left_out": 7,
+    "test_no_model_goes_wrong": 7,
+    "test_no_other_choice_keeps_fewer_bytes": 7,
+    "test_norms_change_nothing_but_rounding": 7,
+    "test_random_arguments": 5,
+    "test_replays_draw_anew": 7,
+    "test_rows_sum_to_what_the_converted_model_keeps_less": 11,
+    "test_saved_for_backward_of_odd_models": 5,
+    "test_the_estimate_is_the_real_count_to_the_byte": 11,
+    "test_what_odd_models_keep": 5,
+}
 
+
+def mark_slow(items):
+    cases = collections.Counter()
+    for item in items:
+        name = getattr(item, "originalname", None)
+        if name in SLOW:
+            if cases[item.path, name] % SLOW[name]:
+                item.add_marker("slow")
+            cases[item.path, name] += 1
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items):
+    mark_slow(items)
     if helpers.CUDA_ON_HOST:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("cpu_kernels")])
         items[:] = [item for item in items if not item.get_closest_marker("cpu_kernels")]

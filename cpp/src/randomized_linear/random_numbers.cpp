@@ -17,7 +17,7 @@ constexpr int64_t cached_words = int64_t{1} << 15;
 constexpr int64_t device_words = int64_t{1} << 20;
 
 /// mix(uint64_t) on each element, in place.
-void mix(at::Tensor& words) {
+void mix_in_place(at::Tensor& words) {
   at::Tensor shifted = at::empty_like(words);
   for (const auto& [shift, multiplier] : mix_steps) {
     // int64 shifts copy the sign bit; the mask clears those bits.
@@ -40,7 +40,7 @@ RandomNumbers::RandomNumbers(const at::Tensor& seed) : options_(seed.options()) 
     return;
   }
   at::Tensor pair = at::arange(1, 3, options_).mul_(static_cast<int64_t>(golden_step)).add_(seed);
-  mix(pair);
+  mix_in_place(pair);
   device_key_ = pair.select(0, 0);
   device_step_ = pair.select(0, 1).bitwise_or(1);
 }
@@ -50,7 +50,7 @@ at::Tensor RandomNumbers::words(int64_t count) {
   position_ += count;
   if (device_key_.defined()) {
     at::Tensor result = at::arange(first, position_, options_).mul_(device_step_).add_(device_key_);
-    mix(result);
+    mix_in_place(result);
     return result;
   }
   at::Tensor result = at::empty({count}, options_);

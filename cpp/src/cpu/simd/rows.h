@@ -9,8 +9,14 @@
 namespace lomem::cpu {
 namespace {
 
-/// An element type known only at run time: costs a predictable branch per vector.
+/// An element type known only at run time: costs a predictable branch per vector. Without AVX a vector is short and there
+/// are many of them: a call each, since inlining them all took the compiler a minute.
 struct Any {};
+#if defined(__AVX__)
+#define LOMEM_ANY_ELEMENT inline
+#else
+#define LOMEM_ANY_ELEMENT [[gnu::noinline]]
+#endif
 
 template <int i>
 struct Index {
@@ -63,7 +69,7 @@ struct Source<C, Any> {
   explicit Source(const Array& array_) : array(array_) {}
 
   template <class Part>
-  Vector<C> load(std::int64_t i, Part part) const {
+  LOMEM_ANY_ELEMENT Vector<C> load(std::int64_t i, Part part) const {
     Vector<C> result{};
     visit_dtype_within<C>(array.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
@@ -102,7 +108,7 @@ struct Target<C, Any> {
   Target(const MutableArray& array_, bool /*stream*/) : array(array_) {}
 
   template <class Part>
-  void store(std::int64_t i, const Vector<C>& x, Part part) const {
+  LOMEM_ANY_ELEMENT void store(std::int64_t i, const Vector<C>& x, Part part) const {
     visit_dtype_within<C>(array.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       store_as<C>(x, static_cast<T*>(array.data) + i, false, part);

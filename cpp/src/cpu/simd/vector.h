@@ -236,12 +236,20 @@ inline Halves to_halves(const Words& x) {
 #endif
 }
 
+// (Where an element takes dozens of instructions, a call costs nothing, and inlining would take the compiler minutes: these
+// are used at hundreds of places.)
+#if defined(__F16C__)
+#define LOMEM_FLOAT16_CONVERSION inline
+#else
+#define LOMEM_FLOAT16_CONVERSION [[gnu::noinline]]
+#endif
+
 /// Exact upcasts of `lanes` elements.
 inline Floats to_floats(const Halves& x, bfloat16 /*type*/) {
   return bits_of<Floats>(to_words(x) << 16);
 }
 
-inline Floats to_floats(const Halves& x, float16 /*type*/) {
+LOMEM_FLOAT16_CONVERSION Floats to_floats(const Halves& x, float16 /*type*/) {
 #if defined(__AVX512F__)
   return bits_of<Floats>(_mm512_cvtph_ps(bits_of<__m256i>(x)));
 #elif defined(__F16C__)
@@ -270,7 +278,7 @@ inline Halves from_floats(const Floats& x, bfloat16 /*type*/) {
   return to_halves(result >> 16);
 }
 
-inline Halves from_floats(const Floats& x, float16 /*type*/) {
+LOMEM_FLOAT16_CONVERSION Halves from_floats(const Floats& x, float16 /*type*/) {
 #if defined(__AVX512F__)
   return bits_of<Halves>(_mm512_cvtps_ph(bits_of<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
@@ -298,6 +306,16 @@ inline Vector<C> load_as(const T* x) {
   }
 }
 
+/// Rounds each element once. (By a call, for the same reason.)
+template <class T>
+[[gnu::noinline]] void store_rounded(const Doubles& x, T* target) {
+  double values[lanes];
+  std::memcpy(values, &x, sizeof(values));
+  for (int lane = 0; lane < lanes; ++lane) {
+    target[lane] = from_double<T>(values[lane]);
+  }
+}
+
 /// Rounds each element once.
 template <class C, class T>
 inline void store_as(const Vector<C>& x, T* target, bool stream) {
@@ -311,11 +329,7 @@ inline void store_as(const Vector<C>& x, T* target, bool stream) {
   } else if constexpr (sizeof(T) == 4) {
     store(to_floats(x), target, stream);
   } else {
-    double values[lanes];
-    std::memcpy(values, &x, sizeof(values));
-    for (int lane = 0; lane < lanes; ++lane) {
-      target[lane] = from_double<T>(values[lane]);
-    }
+    store_rounded(x, target);
   }
 }
 
