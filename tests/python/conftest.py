@@ -31,6 +31,7 @@ SLOW = {
     "test_an_estimate_for_the_cpu_is_exact": 5,
     "test_certificate": 5,
     "test_conversions_are_those_of_the_table": 5,
+    "test_compiled_checkpoints_use_the_same_numbers": 5,
     "test_estimate_step_and_profile_agree_to_the_byte": 7,
     "test_every_norm_and_activation_has_a_verdict": 5,
     "test_gradients_and_living_bytes": 11,
