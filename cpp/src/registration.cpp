@@ -106,7 +106,8 @@ TORCH_LIBRARY_IMPL(lomem, CUDA, m) {
 
 TORCH_LIBRARY(lomem, m) {
   for (const OpEntry& op : entries) {
-    m.def(op.schema, tags(op));
+    const std::vector<at::Tag> op_tags = tags(op);  // (An rvalue would be mistaken for a kernel.)
+    m.def(op.schema, op_tags);
   }
 }
 

@@ -21,8 +21,8 @@ hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
-# Enumerations that take long, by the names of their functions: of the cases of each, `make test` runs one in so many, spread
-# over all; the others are marked slow, and `make test-all` runs them too.
+# Enumerations that take long, by the names of their functions: of the cases of each, `make test` runs one in so many,
+# spread over all; the others are marked slow, and `make test-all` runs them too.
 SLOW = {
     "test_a_callable_is_the_named_function": 5,
     "test_a_norm_is_recognized_part_by_part": 7,

@@ -9,8 +9,8 @@
 namespace lomem::cpu {
 namespace {
 
-/// An element type that is known at run time alone: a predictable branch a vector. (And without AVX a call, for a vector is
-/// short then, and there are many: inlined, they took the compiler a minute.)
+/// An element type that is known at run time alone: a predictable branch a vector. (And without AVX a call: vectors are
+/// short then, and many, and inlining took the compiler a minute.)
 struct Any {};
 #if defined(__AVX__)
 #define LOMEM_ANY_ELEMENT inline
