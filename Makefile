@@ -94,7 +94,7 @@ ctest ctest-all: install gtest build/oldest-cmake/.done
 	ctest --preset release -j $(JOBS) $(if $(filter %-all,$@),,-LE slow)
 
 # Of the ops that have kernels.
-OP_TESTS := $(addprefix tests/python/test_,activations.py cpu_kernels.py norms.py packing.py \
+OP_TESTS := $(addprefix tests/python/test_,activation_modules.py activations.py cpu_kernels.py norms.py packing.py \
   saved_bytes.py step_activations.py step_backward.py transforms.py)
 # With other kernels than usual: what torch.compile and torch.export do with an op does not depend on them.
 WITHOUT_COMPILER := -k 'not compile and not export'
@@ -218,7 +218,7 @@ asan-pytest: asan-install
 	PYTHONPATH=build/asan-python ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$(call library,libasan.so) $(call library,libubsan.so) $(call library,libstdc++.so.6)" \
 	  $(BIN)/python -m pytest -q -n $(JOBS) -p no:cacheprovider $(WITHOUT_COMPILER) \
-	  $(addprefix tests/python/test_,activations.py errors.py norms.py packing.py step_activations.py step_backward.py)
+	  $(addprefix tests/python/test_,activation_modules.py activations.py errors.py norms.py packing.py step_activations.py step_backward.py)
 
 lint: $(VENV)/.tools
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure

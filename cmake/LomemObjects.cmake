@@ -1,5 +1,5 @@
-# LOMEM_OBJECTS: the file lomem-objects.cmake of another build of the same sources, whose objects of the library are linked
-# here instead of compiled again. That build must be there; its objects are brought up to date whenever this one is.
+# LOMEM_OBJECTS: the file lomem-objects.cmake of another build of the same sources, whose objects of the library are
+# linked here instead of compiled again. That build must be there; its objects are brought up to date whenever this one is.
 # Sets LOMEM_OP_OBJECTS and LOMEM_KERNEL_OBJECTS.
 set(lomem_objects_are
   "${CMAKE_BUILD_TYPE} ${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION} '${CMAKE_CXX_FLAGS}' ${LOMEM_TORCH_PREFIX} CUDA ${LOMEM_WITH_CUDA}")

@@ -21,8 +21,8 @@ hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
-# Enumerations that take long, by the names of their functions: of the cases of each, `make test` runs one in so many, spread
-# over all; the others are marked slow, and `make test-all` runs them too.
+# Enumerations that take long, by the names of their functions: of the cases of each, `make test` runs one in so many,
+# spread over all; the others are marked slow, and `make test-all` runs them too.
 SLOW = {
     "test_a_callable_is_the_named_function": 5,
     "test_a_norm_is_recognized_part_by_part": 7,
@@ -31,6 +31,7 @@ SLOW = {
     "test_an_estimate_for_the_cpu_is_exact": 5,
     "test_certificate": 5,
     "test_conversions_are_those_of_the_table": 5,
+    "test_compiled_checkpoints_use_the_same_numbers": 5,
     "test_estimate_step_and_profile_agree_to_the_byte": 7,
     "test_every_norm_and_activation_has_a_verdict": 5,
     "test_gradients_and_living_bytes": 11,
