@@ -5,6 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -415,3 +416,10 @@ def test_compiled_contenders_are_cases_too():
         (case,) = bench.make_cases(name, plan)
         assert "torch.compile" in case.contenders
         assert case.contenders["torch.compile"][1:] == case.contenders["torch"][1:]
+
+
+def test_figures_of_few_bits_are_shown_without_being_asked_for(tmp_path):
+    table = tmp_path / "table.md"
+    figures = Path(__file__).parents[2] / "benchmarks/results/amd-epyc-few-bit.json"
+    assert cli.main(["bench", "--from", str(figures), "--table", str(table)]) == 0
+    assert "gelu-8bit" in table.read_text()

@@ -687,8 +687,9 @@ def replay(arguments: argparse.Namespace) -> Results:
     """Prints saved results."""
     console = make_console()
     results = bench_report.load(arguments.from_file)
-    cases = bench_report.select(arguments.only)
-    results = results._replace(records=[record for record in results.records if record["case"] in cases])
+    if arguments.only is not None:
+        cases = bench_report.select(arguments.only)
+        results = results._replace(records=[record for record in results.records if record["case"] in cases])
     if not results.records:
         raise ValueError(f"--only is {','.join(arguments.only)}, expected a case that {arguments.from_file} has")
     bench_report.print_header(results, console)
