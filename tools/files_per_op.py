@@ -17,7 +17,6 @@ limit was set has a ceiling in CEILINGS. A ceiling must be lowered with the coun
   layer has its own test.
 - step_activation, ms_layer_norm, ms_rms_norm and randomized_linear have shape, autograd and autocast kernels, modules
   in both languages and a test per subject: numbers, training, errors, transforms, memory.
-- regelu2 has a step function in the core, and stands in the package's first example.
 - softplus alone has both parameters, for which its steps are fitted on first use, and a rule under autocast.
 
 The names in EVERYDAY have no limit: torch has them too, and tests, examples and benchmarks use them for any GELU or
@@ -52,7 +51,6 @@ CEILINGS: dict[str, int] = {
     "ms_rms_norm": 27,
     "pack_bits": 32,
     "randomized_linear": 24,
-    "regelu2": 13,
     "softplus": 13,
     "step_activation": 33,
     "step_codes": 17,
