@@ -9,7 +9,6 @@ import lomem
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PUBLISHED
 from lomem.memory import saved_for_backward
 from small_models import Block, D, PostNorm, actions, batch, classes, distance, make, results
 from torch import nn
@@ -317,13 +316,13 @@ def test_the_bytes_are_checked(monkeypatch):
     assert classes(model) == before
 
 
-@pytest.mark.parametrize(("criterion", "name"), [("derivative", "gelu"), ("paper", next(iter(PUBLISHED)))])
-def test_the_check_runs_what_training_runs(criterion, name, monkeypatch):
+@pytest.mark.parametrize("criterion", ["derivative", "paper"])
+def test_the_check_runs_what_training_runs(criterion, monkeypatch):
     model, x = make(), batch()
     before = classes(model)
     # Wrong where there is a gradient only.
-    right = getattr(lomem.functional, name)
-    monkeypatch.setattr(lomem.functional, name, lambda *args, **kwargs: right(*args, **kwargs) * 1.5)
+    right = lomem.functional.gelu
+    monkeypatch.setattr(lomem.functional, "gelu", lambda *args, **kwargs: right(*args, **kwargs) * 1.5)
     with pytest.raises(RuntimeError, match=r"an output of the converted model differs.*once 1.activation \(GELU\)"):
         lomem.convert(model, x, norms="keep", criterion=criterion)
     assert classes(model) == before
