@@ -10,8 +10,10 @@ only lomem.
 """
 
 import argparse
+import inspect
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -26,51 +28,48 @@ ROUNDS = 101
 LF = lomem.functional
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
+#: Names in lomem.functional. The first versions have no module of activations.
+NAMES = LF.activations.__all__ if hasattr(LF, "activations") else dir(LF)
+#: Where torch's function is not the one of that name in torch.nn.functional.
+OF_TORCH = getattr(getattr(LF, "activations", None), "_TORCH_FUNCTIONS", {})
 
 
-#: Activations by their name in lomem.functional: the torch function, and further arguments for both.
-ACTIVATIONS = {
-    "regelu2": (F.gelu, ()),
-    "resilu2": (F.silu, ()),
-    "gelu": (F.gelu, ()),
-    "quick_gelu": (quick_gelu, ()),
-    "silu": (F.silu, ()),
-    "mish": (F.mish, ()),
-    "sigmoid": (torch.sigmoid, ()),
-    "tanh": (torch.tanh, ()),
-    "tanhshrink": (F.tanhshrink, ()),
-    "softplus": (F.softplus, (1.0, 20.0)),
-    "softsign": (F.softsign, ()),
-    "logsigmoid": (F.logsigmoid, ()),
-    "elu": (F.elu, (1.0,)),
-    "celu": (F.celu, (1.0,)),
-    "selu": (F.selu, ()),
-    "hardswish": (F.hardswish, ()),
-    "relu": (F.relu, ()),
-    "leaky_relu": (F.leaky_relu, (0.01,)),
-    "relu6": (F.relu6, ()),
-    "threshold": (F.threshold, (0.0, 0.0)),
-    "hardtanh": (F.hardtanh, (-1.0, 1.0)),
-    "hardsigmoid": (F.hardsigmoid, ()),
-    "hardshrink": (F.hardshrink, (0.5,)),
-    "softshrink": (F.softshrink, (0.5,)),
-}
+def torch_function(name):
+    """The function of torch's that an activation replaces, None for any other name."""
+    published = re.fullmatch(r"re(\w+)2", name)  # those of published step functions are called after torch's
+    name = published[1] if published else name
+    return OF_TORCH.get(name) or getattr(F, name, None)
 
 
-def pairs():
+def required_arguments(function):
+    """Zeros for the arguments after the input that have no default."""
+    required = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    return (0.0,) * (len(required) - 1)
+
+
+def activations():
     """Maps names to lomem's and torch's functions of one tensor."""
     result = {}
-    for name, (theirs, arguments) in ACTIVATIONS.items():
-        ours = getattr(LF, name)
-        result[name] = (
-            lambda x, f=ours, a=arguments: f(x, *a),
-            lambda x, f=theirs, a=arguments: f(x, *a),
-        )
-    result["ms_layer_norm"] = (lambda x: LF.ms_layer_norm(x, (1,)), lambda x: F.layer_norm(x, (1,)))
-    result["ms_rms_norm"] = (lambda x: LF.ms_rms_norm(x, (1,)), lambda x: F.rms_norm(x, (1,)))
+    for name in NAMES:
+        ours, theirs = getattr(LF, name), torch_function(name)
+        if inspect.isfunction(ours) and theirs is not None and "norm" not in name:
+            arguments = required_arguments(ours)
+            result[name] = (
+                lambda x, f=ours, a=arguments: f(x, *a),
+                lambda x, f=theirs, a=arguments: f(x, *a),
+            )
     return result
+
+
+def of_one_element(norm):
+    return lambda x: norm(x, (1,))
+
+
+ACTIVATIONS = activations()
+NORMS = {
+    f"ms_{name}": (of_one_element(getattr(LF, f"ms_{name}")), of_one_element(getattr(F, name)))
+    for name in ("layer_norm", "rms_norm")
+}
 
 
 def microseconds(function, x):
@@ -83,7 +82,8 @@ def microseconds(function, x):
 def one_round(requires_grad):
     """Maps names to microseconds of lomem and of torch."""
     x = torch.randn(1, requires_grad=requires_grad)
-    return {name: (microseconds(ours, x), microseconds(theirs, x)) for name, (ours, theirs) in pairs().items()}
+    pairs = {**ACTIVATIONS, **NORMS}
+    return {name: (microseconds(ours, x), microseconds(theirs, x)) for name, (ours, theirs) in pairs.items()}
 
 
 def serve():
@@ -118,7 +118,7 @@ def report(title, rounds, others):
     for name in rounds[0]:
         ours, theirs = (statistics.median(r[name][i] for r in rounds) for i in (0, 1))
         difference = statistics.median(r[name][0] - r[name][1] for r in rounds)
-        other = f"{statistics.median(r[name][0] for r in others):>13.2f}" if others else ""
+        other = f"{statistics.median(r[name][0] for r in others):>13.2f}" if others and name in others[0] else ""
         print(f"{name:<28}{theirs:>8.2f}{ours:>8.2f}{difference:>+12.2f}{other}")
         if name in ACTIVATIONS:
             worst = max(worst, difference)

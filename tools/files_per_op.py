@@ -8,10 +8,16 @@
 An op is an op of the dispatcher; `_forward`, `_backward` and similar variants count as the op itself. An activation is
 a function in `lomem.functional.activations`. A file counts if it contains the name in any spelling as words of an
 identifier: `some_op`, `SomeOp2D` and `some_op_forward` all match some_op; `AwesomeOp` and `some_ops` do not. Only
-tracked source files count, without generated ones.
+tracked source files count, without generated ones and this one.
 
 The limits are LIMIT_OF_OPS, LIMIT_OF_ACTIVATIONS and LIMIT_OF_LINES. A count that was already over its limit when the
-limit was set has a ceiling in CEILINGS. A ceiling must be lowered with the count, so it can only fall.
+limit was set has a ceiling in CEILINGS. A ceiling must be lowered with the count, so it can only fall. The reasons:
+
+- pack_bits, unpack_bits and step_codes are names of kernels too, for the CPU and CUDA, and of their reference; each
+  layer has its own test.
+- step_activation, ms_layer_norm, ms_rms_norm and randomized_linear have shape, autograd and autocast kernels, modules
+  in both languages and a test per subject: numbers, training, errors, transforms, memory.
+- softplus alone has both parameters, for which its steps are fitted on first use, and a rule under autocast.
 
 The names in EVERYDAY have no limit: torch has them too, and tests, examples and benchmarks use them for any GELU or
 ReLU, of torch or lomem. So their counts say little about the structure of the library; the other activations are
@@ -40,7 +46,16 @@ LIMIT_OF_LINES = 800
 EVERYDAY = frozenset({"elu", "gelu", "relu", "sigmoid", "silu", "tanh", "threshold"})
 
 #: Allowed counts of names that are over their limit.
-CEILINGS: dict[str, int] = {}
+CEILINGS: dict[str, int] = {
+    "ms_layer_norm": 32,
+    "ms_rms_norm": 27,
+    "pack_bits": 32,
+    "randomized_linear": 24,
+    "softplus": 13,
+    "step_activation": 33,
+    "step_codes": 17,
+    "unpack_bits": 28,
+}
 
 FOLDERS = ("benchmarks", "cmake", "cpp", "examples", "python", "tests", "tools")
 SUFFIXES = (".cmake", ".cpp", ".cu", ".cuh", ".def", ".h", ".py", ".pyi", ".toml")
@@ -49,8 +64,10 @@ NAMES = ("CMakeLists.txt", "Makefile")
 GENERATED = (
     "cpp/include/lomem/core/fast_forward_tables.h",
     "cpp/src/activations/data.cpp",
-    "cpp/src/step_tables.cpp",
 )
+
+#: This file names what is over its limit.
+ITSELF = "tools/files_per_op.py"
 
 #: Names in lomem.functional.activations that are not activations.
 _OTHERS = ("step_function",)
@@ -133,7 +150,7 @@ def _ends(text: str, at: int) -> bool:
 def files(name: str, texts: Mapping[str, str]) -> list[str]:
     """The files that mention a name."""
     pattern = spelled(name)
-    return [path for path, text in texts.items() if stands_in(pattern, text)]
+    return [path for path, text in texts.items() if path != ITSELF and stands_in(pattern, text)]
 
 
 def limits(texts: Mapping[str, str]) -> dict[str, int | None]:

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lomem.fit import fit
+from lomem.fit._functions import DERIVED, FUNCTIONS
 
 SOURCE = Path(__file__).resolve().parents[1] / "cpp/src/activations/data.cpp"
 
-FUNCTIONS = ("elu", "exp", "gelu", "gelu_tanh", "hardswish", "mish", "selu", "sigmoid", "silu", "softplus", "softsign")
+TABULATED = tuple(sorted(FUNCTIONS.keys() - DERIVED))
 CRITERIA = ("derivative", "primitive")
 BITS = range(1, 9)
 # Their asymptotes are parallel, so a one-bit step function with the slopes of both would be 0 everywhere.
@@ -124,7 +125,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     # Longest fits first.
-    keys = [(f, c, bits) for bits in reversed(BITS) for c in reversed(CRITERIA) for f in FUNCTIONS]
+    keys = [(f, c, bits) for bits in reversed(BITS) for c in reversed(CRITERIA) for f in TABULATED]
     found = tables(keys, arguments.jobs)
     if not arguments.check:
         SOURCE.write_text(source(found))

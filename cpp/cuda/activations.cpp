@@ -61,7 +61,7 @@ std::tuple<at::Tensor, at::Tensor> fused_activation_forward_cuda(
 }
 
 at::Tensor step_codes_cuda(const at::Tensor& input, at::ArrayRef<double> boundaries, int64_t bits) {
-  check_step_codes(input, boundaries, bits);
+  check_encoding(ops::step_codes.name, input, boundaries, bits);
   const CudaScope scope(input);
   const std::vector<double> filled = filled_boundaries(boundaries, bits);
   const int width = static_cast<int>(bits);
@@ -75,7 +75,7 @@ at::Tensor step_codes_cuda(const at::Tensor& input, at::ArrayRef<double> boundar
 }
 
 at::Tensor band_codes_cuda(const at::Tensor& input, double low, double high) {
-  check_band_codes(input, low, high);
+  check_band(ops::band_codes.name, input, low, high);
   const CudaScope scope(input);
   const at::Tensor source = input.contiguous();
   at::Tensor codes = at::empty({packed_bytes(source.numel(), 1)}, input.options().dtype(at::kByte));

@@ -24,7 +24,7 @@ at::Tensor pack_bits_cuda(const at::Tensor& codes, int64_t bits) {
 }
 
 at::Tensor unpack_bits_cuda(const at::Tensor& packed, int64_t bits, int64_t numel) {
-  check_unpack(packed, bits, numel);
+  check_unpack("lomem::unpack_bits", packed, bits, numel);
   const CudaScope scope(packed);
   const at::Tensor source = packed.contiguous();
   at::Tensor codes = at::empty({numel}, source.options());

@@ -143,14 +143,12 @@ std::vector<double> filled_boundaries(at::ArrayRef<double> boundaries, int64_t b
   return filled;
 }
 
-void check_step_codes(const at::Tensor& input, at::ArrayRef<double> boundaries, int64_t bits) {
-  constexpr const char* op = "lomem::step_codes";
+void check_encoding(const char* op, const at::Tensor& input, at::ArrayRef<double> boundaries, int64_t bits) {
   check_float_tensor(op, "input", input);
   check_boundaries(op, boundaries, bits);
 }
 
-void check_band_codes(const at::Tensor& input, double low, double high) {
-  constexpr const char* op = "lomem::band_codes";
+void check_band(const char* op, const at::Tensor& input, double low, double high) {
   check_float_tensor(op, "input", input);
   TORCH_CHECK_VALUE(!std::isnan(low), op, ": low is NaN, expected a number");
   TORCH_CHECK_VALUE(!std::isnan(high), op, ": high is NaN, expected a number");
@@ -168,8 +166,7 @@ void check_step_backward(
   check_same_device(op, "codes", codes, "grad_output", grad_output);
 }
 
-void check_unpack(const at::Tensor& packed, int64_t bits, const c10::SymInt& numel) {
-  constexpr const char* op = "lomem::unpack_bits";
+void check_unpack(const char* op, const at::Tensor& packed, int64_t bits, const c10::SymInt& numel) {
   check_bits(op, bits);
   TORCH_CHECK_VALUE(numel >= 0 && numel <= max_numel, op, ": numel is ", numel, ", expected 0 to ", max_numel);
   check_packed(op, "packed", packed, numel, bits);
@@ -283,9 +280,8 @@ void check_compression(
 }
 
 c10::SymInt check_weight_grad(
-    const at::Tensor& grad_output, const at::Tensor& compressed, const std::optional<at::Tensor>& indices,
-    const at::Tensor& seed, bool picks_rows) {
-  constexpr const char* op = "lomem::randomized_linear_weight_grad";
+    const char* op, const at::Tensor& grad_output, const at::Tensor& compressed,
+    const std::optional<at::Tensor>& indices, const at::Tensor& seed, bool picks_rows) {
   check_float_tensor(op, "grad_output", grad_output);
   TORCH_CHECK(grad_output.dim() >= 1, op, ": grad_output has no dimensions, expected at least 1");
   check_float_tensor(op, "compressed", compressed);

@@ -31,14 +31,16 @@ void check_boundaries(const char* op, at::ArrayRef<double> boundaries, int64_t b
 /// The given boundaries, padded to 2^bits - 1 with +infinity, which no input exceeds.
 std::vector<double> filled_boundaries(at::ArrayRef<double> boundaries, int64_t bits);
 
-void check_step_codes(const at::Tensor& input, at::ArrayRef<double> boundaries, int64_t bits);
+/// Checks the arguments of an op that finds the piece of each input.
+void check_encoding(const char* op, const at::Tensor& input, at::ArrayRef<double> boundaries, int64_t bits);
 
-void check_band_codes(const at::Tensor& input, double low, double high);
+/// Checks the arguments of an op that finds the inputs from `low` to `high`.
+void check_band(const char* op, const at::Tensor& input, double low, double high);
 
 void check_step_backward(
     const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits);
 
-void check_unpack(const at::Tensor& packed, int64_t bits, const c10::SymInt& numel);
+void check_unpack(const char* op, const at::Tensor& packed, int64_t bits, const c10::SymInt& numel);
 
 /// Sizes derived from an input and its normalized_shape.
 struct NormSizes {
@@ -72,14 +74,14 @@ void check_linear(
 /// Checks a seed, if there is one. It must be on the device of `other`.
 void check_seed(const char* op, const std::optional<at::Tensor>& seed, const char* other_name, const at::Tensor& other);
 
-/// Checks the additional arguments of randomized_linear_forward.
+/// Checks the additional arguments of the forward of a linear layer that compresses its input.
 void check_compression(
     const char* op, const at::Tensor& input, const std::optional<at::Tensor>& seed, const c10::SymInt& proj_dim);
 
-/// Checks the arguments of randomized_linear_weight_grad, and returns the number of rows of `grad_output`.
+/// Checks the arguments of the weight gradient of such a layer, and returns the number of rows of `grad_output`.
 c10::SymInt check_weight_grad(
-    const at::Tensor& grad_output, const at::Tensor& compressed, const std::optional<at::Tensor>& indices,
-    const at::Tensor& seed, bool picks_rows);
+    const char* op, const at::Tensor& grad_output, const at::Tensor& compressed,
+    const std::optional<at::Tensor>& indices, const at::Tensor& seed, bool picks_rows);
 
 /// Product of all sizes but the last.
 c10::SymInt leading_rows(const at::Tensor& tensor);

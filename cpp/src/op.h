@@ -1,4 +1,4 @@
-// The library's ops as C++ functions with symbolic sizes: ops::pack_bits(codes, bits) is one call of the dispatcher.
+// The library's ops as C++ functions with symbolic sizes: ops::name(arguments) is one call of the dispatcher.
 #pragma once
 
 #include <ATen/core/Tensor.h>

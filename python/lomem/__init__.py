@@ -3,7 +3,7 @@
 Step activations save 2 bits per element for the backward pass; memory-sharing norms save their output,
 which the next linear layer saves anyway.
 
-    model.act = lomem.nn.ReGELU2()          # in place of torch.nn.GELU()
+    model.act = lomem.nn.GELU(bits=2)       # in place of torch.nn.GELU()
     model.norm = lomem.nn.MSLayerNorm(768)  # in place of torch.nn.LayerNorm(768, elementwise_affine=False)
 """
 

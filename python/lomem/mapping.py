@@ -136,7 +136,7 @@ def convert_activation(module: nn.Module, **kwargs: Any) -> nn.Module:
     nn.Module.__init__(result)
     _taking_over(result, module)
     if issubclass(counterpart, activations.FewBitActivation):
-        made = activations.QuickGELU(**kwargs)  # has only the attributes that all of them share
+        made = activations.Sigmoid(**kwargs)  # all of them have these attributes
         vars(result).update({name: vars(made)[name] for name in ("_bits", "_steps", "criterion")})
     return result
 

@@ -2,7 +2,7 @@
 
 Each call of a randomized layer that compresses its input draws one seed. The seed depends on three things: the initial
 seed of torch's default CPU generator at that time (which is read, never advanced), the start of the stream, and the
-number of seeds drawn since. Building a :class:`lomem.nn.RandomizedLinear` restarts the stream at the current position
+number of seeds drawn since. Building a randomized layer restarts the stream at the current position
 of torch's default CPU generator. So a program that calls :func:`torch.manual_seed`, builds its model and trains it
 draws the same seeds on every run, also when it does so twice in one process. Processes with the same seed draw the same
 seeds; processes with different seeds draw different ones.

@@ -6,6 +6,7 @@ import lomem
 import torch
 import torch.nn.functional as F
 from lomem import reference
+from torch import nn
 
 LF = lomem.functional
 
@@ -68,6 +69,39 @@ HARD = {
 
 
 ALL = {**{name: entry[:2] for name, entry in SMOOTH.items()}, **HARD}
+
+
+# The same functions as modules: what makes one, and torch's.
+MODULES = {
+    "gelu": (partial(lomem.nn.GELU), nn.GELU()),
+    "gelu-tanh": (partial(lomem.nn.GELU, "tanh"), nn.GELU("tanh")),
+    "silu": (lomem.nn.SiLU, nn.SiLU()),
+    "mish": (lomem.nn.Mish, nn.Mish()),
+    "sigmoid": (lomem.nn.Sigmoid, nn.Sigmoid()),
+    "tanh": (lomem.nn.Tanh, nn.Tanh()),
+    "tanhshrink": (lomem.nn.Tanhshrink, nn.Tanhshrink()),
+    "softplus": (partial(lomem.nn.Softplus, 2.0, threshold=5.0), nn.Softplus(2.0, 5.0)),
+    "softsign": (lomem.nn.Softsign, nn.Softsign()),
+    "logsigmoid": (lomem.nn.LogSigmoid, nn.LogSigmoid()),
+    "elu": (partial(lomem.nn.ELU, 0.5), nn.ELU(0.5)),
+    "celu": (partial(lomem.nn.CELU, 0.5), nn.CELU(0.5)),
+    "selu": (lomem.nn.SELU, nn.SELU()),
+    "hardswish": (lomem.nn.Hardswish, nn.Hardswish()),
+    "relu": (lomem.nn.ReLU, nn.ReLU()),
+    "leaky_relu": (partial(lomem.nn.LeakyReLU, 0.2), nn.LeakyReLU(0.2)),
+    "relu6": (lomem.nn.ReLU6, nn.ReLU6()),
+    "threshold": (partial(lomem.nn.Threshold, 0.1, 20.0), nn.Threshold(0.1, 20.0)),
+    "hardtanh": (partial(lomem.nn.Hardtanh, -2.0, 0.5), nn.Hardtanh(-2.0, 0.5)),
+    "hardsigmoid": (lomem.nn.Hardsigmoid, nn.Hardsigmoid()),
+    "hardshrink": (partial(lomem.nn.Hardshrink, 0.2), nn.Hardshrink(0.2)),
+    "softshrink": (partial(lomem.nn.Softshrink, 0.2), nn.Softshrink(0.2)),
+}
+
+# Those that torch has no module for.
+MODULES_OF_LOMEM_ALONE = {"QuickGELU"}
+
+# x sigmoid(1.702 x), which models spell out.
+STRETCHED_SILU = "quick_gelu"
 
 
 BITS = range(1, 9)

@@ -70,6 +70,9 @@ ACTIVATIONS = {
     ),
 }
 
+# Those that are ops of their own, GELU's and SiLU's.
+PUBLISHED = {name: entry for name, entry in ACTIVATIONS.items() if "-" not in name}
+
 
 class LayerNorm:
     """LayerNorm: the op, torch's, and how many parameters it takes."""

@@ -67,7 +67,7 @@ class Ill(nn.Module):
 
 
 class Quick(nn.Module):
-    """QuickGELU, as transformers writes it."""
+    """GELU by way of a sigmoid, as transformers writes it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)

@@ -19,7 +19,6 @@ from activations_helpers import (
     expected_gradient,
     jagged,
     outcome,
-    quick_gelu,
     saved_by,
 )
 from helpers import DTYPES, LAYOUTS, SIXTEEN_BIT, all_patterns, in_memory_order, make_input, same_bits
@@ -94,7 +93,7 @@ def test_codes_of_every_pattern(bits, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["gelu", "quick_gelu", "softplus-parameters", "hardswish", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("name", ["gelu", "silu", "softplus-parameters", "hardswish", "relu6", "leaky_relu"])
 def test_every_layout(name, layout, dtype, device):
     op, torch_op = ALL[name]
     x = make_input(layout, dtype, device)
@@ -439,6 +438,17 @@ def test_steps_do_not_pass_the_threshold_of_softplus():
     assert smooth.boundaries == pytest.approx([c / 2 for c in base.boundaries])
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_factors_that_do_not_stretch(value, place, requires_grad):
+    x = torch.ones(4, 8, device=place, requires_grad=requires_grad)
+    with pytest.raises(ValueError, match=r"^lomem::step_activation: beta is "):
+        LF.softplus(x, value)
+    with pytest.raises(ValueError, match=r"^lomem::step_activation: alpha is "):
+        LF.celu(x, value)
+
+
 @pytest.mark.parametrize("threshold", [math.nan, -math.inf])
 def test_thresholds_that_are_none(threshold):
     with pytest.raises(ValueError, match=r"lomem::.*: threshold is (nan|-inf), expected a number"):
@@ -474,10 +484,11 @@ def test_compile_with_jagged_tensors(name):
 
 
 def test_step_activation_of_jagged_tensors():
+    def swish(x):
+        return x * torch.sigmoid(1.702 * x)
+
     x = jagged(2, 5)
-    assert_same_outcome(
-        outcome(lambda x: LF.step_activation(x, quick_gelu, [0.0], [0.0, 1.0]), x), outcome(quick_gelu, x)
-    )
+    assert_same_outcome(outcome(lambda x: LF.step_activation(x, swish, [0.0], [0.0, 1.0]), x), outcome(swish, x))
 
 
 def test_bad_arguments_with_jagged_tensors():

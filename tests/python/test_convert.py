@@ -316,13 +316,13 @@ def test_the_bytes_are_checked(monkeypatch):
     assert classes(model) == before
 
 
-@pytest.mark.parametrize(("criterion", "name"), [("derivative", "gelu"), ("paper", "regelu2")])
-def test_the_check_runs_what_training_runs(criterion, name, monkeypatch):
+@pytest.mark.parametrize("criterion", ["derivative", "paper"])
+def test_the_check_runs_what_training_runs(criterion, monkeypatch):
     model, x = make(), batch()
     before = classes(model)
     # Wrong where there is a gradient only.
-    right = getattr(lomem.functional, name)
-    monkeypatch.setattr(lomem.functional, name, lambda *args, **kwargs: right(*args, **kwargs) * 1.5)
+    right = lomem.functional.gelu
+    monkeypatch.setattr(lomem.functional, "gelu", lambda *args, **kwargs: right(*args, **kwargs) * 1.5)
     with pytest.raises(RuntimeError, match=r"an output of the converted model differs.*once 1.activation \(GELU\)"):
         lomem.convert(model, x, norms="keep", criterion=criterion)
     assert classes(model) == before

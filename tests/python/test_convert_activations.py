@@ -11,6 +11,8 @@ import lomem.functional as LF
 import pytest
 import torch
 import torch.nn.functional as F
+from activations_helpers import STRETCHED_SILU
+from helpers import PUBLISHED
 from lomem.memory import saved_for_backward
 from small_models import D, batch, make, results
 from torch import nn
@@ -22,7 +24,8 @@ CRITERIA = ["derivative", "primitive", "paper"]
 
 def steps_of(function, bits, criterion):
     if criterion == "paper":
-        return lomem.reference.RESILU2 if function == "silu" else lomem.reference.REGELU2
+        gelu, silu = PUBLISHED.values()
+        return (silu if function == "silu" else gelu).step
     return LF.step_function(function, bits, criterion=criterion)
 
 
@@ -42,12 +45,12 @@ def test_activations_change_no_bit_of_the_output(activation, dtype, device):
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_composite_activation_keeps_its_forward_and_gets_the_step_function_of_its_kind(criterion):
-    class QuickGELU(nn.Module):
+    class Quick(nn.Module):
         def forward(self, x):
             return x * torch.sigmoid(1.702 * x)
 
     x = torch.linspace(-6, 6, 4001, dtype=torch.float64)[:, None].requires_grad_()
-    model = nn.Sequential(QuickGELU())
+    model = nn.Sequential(Quick())
     y = model(x)
     lomem.convert(model, x, criterion=criterion)
     with saved_for_backward() as saved:
@@ -101,7 +104,7 @@ FEW_BIT = {
     "GELU tanh": (lambda: nn.GELU("tanh"), partial(LF.gelu, approximate="tanh")),
     "SiLU": (nn.SiLU, LF.silu),
     "SiLU in place": (lambda: nn.Sequential(nn.Linear(D, D), nn.SiLU(inplace=True)), LF.silu),
-    "QuickGELU": (partial(Spelled, 1.702), LF.quick_gelu),
+    "stretched": (partial(Spelled, 1.702), getattr(LF, STRETCHED_SILU)),
     "mirrored": (partial(Spelled, -1.0), lambda x, bits: -LF.silu(-x, bits=bits)),
     "called GELU": (partial(Called, F.gelu), LF.gelu),
     "called SiLU": (partial(Called, F.silu), LF.silu),
@@ -160,7 +163,7 @@ EXACT = {
     "GELU": (nn.GELU, "gelu", 1.0),
     "GELU tanh": (lambda: nn.GELU("tanh"), "gelu_tanh", 1.0),
     "SiLU": (nn.SiLU, "silu", 1.0),
-    "QuickGELU": (partial(Spelled, 1.702), "silu", 1.702),
+    "stretched": (partial(Spelled, 1.702), "silu", 1.702),
     "mirrored": (partial(Spelled, -1.0), "silu", -1.0),
     "F.gelu": (partial(Applied, F.gelu), "gelu", 1.0),
     "F.gelu tanh": (partial(Applied, partial(F.gelu, approximate="tanh")), "gelu_tanh", 1.0),
@@ -246,8 +249,8 @@ def test_the_paper_is_asked_for_by_name():
     x = torch.linspace(-9, 9, 2001, dtype=torch.float64)
     model = nn.Sequential(nn.GELU(), nn.SiLU())
     lomem.convert(model, criterion="paper")
-    assert torch.equal(gradient_of(model[0], x), gradient_of(LF.regelu2, x))
-    assert torch.equal(gradient_of(model[1], x), gradient_of(LF.resilu2, x))
+    for module, published in zip(model, PUBLISHED.values(), strict=True):
+        assert torch.equal(gradient_of(module, x), gradient_of(published.op, x))
     with pytest.raises(ValueError, match="found nothing to convert"):  # and it says nothing of norms
         lomem.convert(nn.Sequential(nn.LayerNorm(D)), activations="keep", criterion="paper")
 

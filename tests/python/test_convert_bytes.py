@@ -452,7 +452,7 @@ class Quick(nn.Module):
 
 INSIDE = {
     "GELU": nn.GELU,
-    "QuickGELU": Quick,
+    "quick": Quick,
     "PReLU": nn.PReLU,
     "dropout": nn.Dropout,
     "norm": norm,
@@ -470,14 +470,14 @@ def test_a_module_that_never_ran_does_not_keep_calls_around_it_from_being_conver
         assert "did not run" in d.reason
 
 
-@pytest.mark.parametrize("name", ["GELU", "QuickGELU", "calls", "deeper"])
+@pytest.mark.parametrize("name", ["GELU", "quick", "calls", "deeper"])
 @pytest.mark.parametrize("run", [False, True])
 def test_one_that_is_excluded_does_where_it_may_be_reached(name, run):
     model, x = nn.Sequential(Around(INSIDE[name](), run)), torch.randn(4, D)
     patterns = ["0.inside.1.0"] if name == "deeper" else ["0.inside"]
     report = lomem.convert(model, x, exclude=patterns, dry_run=True)
     # What it computes is seen when it runs: no call in it can be replaced by that around it.
-    free = name == "QuickGELU" and run
+    free = name == "quick" and run
     call = next(d for d in report.decisions if d.name == "0")
     assert (call.action == "2bit") == free
     assert free or call.reason == f"{patterns[0]} inside it is left"

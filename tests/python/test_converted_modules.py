@@ -151,7 +151,7 @@ def _assign(y):
 IN_PLACE = {
     "relu": nn.ReLU(inplace=True),
     "silu": nn.SiLU(inplace=True),
-    "hardswish": nn.Hardswish(inplace=True),
+    "elu": nn.ELU(inplace=True),
     "dropout": nn.Dropout(0.1, inplace=True),
     "add": _add,
     "multiply": _multiply,

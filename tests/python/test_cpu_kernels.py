@@ -10,11 +10,12 @@ import lomem
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ACTIVATIONS, DTYPES, NORMS, SIXTEEN_BIT, all_patterns, make_norm_parameters, same_bits
+from helpers import ACTIVATIONS, DTYPES, NORMS, PUBLISHED, SIXTEEN_BIT, all_patterns, make_norm_parameters, same_bits
 from lomem import reference
 
 LF = lomem.functional
 ops = torch.ops.lomem
+gelu2, _ = (entry.op for entry in PUBLISHED.values())
 pytestmark = pytest.mark.cpu_kernels
 
 CAPABILITIES = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
@@ -242,7 +243,7 @@ def test_tiles_are_bit_for_bit_one_call(name, dtype, count, threads):
     # The forward may go in tiles: GELU's, where it is oneDNN's, from 2^23 elements on, others from 2^19.
     threads(count)
     activation = ACTIVATIONS[name]
-    large = name == "regelu2" and dtype in (torch.float32, torch.bfloat16)
+    large = activation.torch_op is F.gelu and dtype in (torch.float32, torch.bfloat16)
     for n in (2**23, 2**23 + 65_537) if large else (2**19, 2**19 + 1, 3 * 2**19 + 65_537):
         x = (torch.randn(n) * 4).to(dtype)
         output, codes = activation.forward(x)
@@ -257,7 +258,7 @@ def test_tiles_without_onednn(mkldnn, threads):
     threads(2)
     x = torch.randn(2**23 + 5)
     with torch.backends.mkldnn.flags(enabled=mkldnn):
-        assert same_bits(lomem.functional.regelu2(x.clone().requires_grad_()).detach(), F.gelu(x))
+        assert same_bits(gelu2(x.clone().requires_grad_()).detach(), F.gelu(x))
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
@@ -289,15 +290,16 @@ def test_why_gelu_by_onednn_may_go_in_tiles(dtype):
 FAST = lomem._C.cpu_capability() != "DEFAULT"
 # Else the strict forward runs, which test_fast_is_off_unless_asked_for then asserts.
 needs_fast_kernels = pytest.mark.skipif(not FAST, reason="no kernels with fused multiply-add run")
-EXACT = {
-    "regelu2": lambda x: 0.5 * x * torch.special.erfc(-x / 2**0.5),
+EXACT_VALUES = (
+    lambda x: 0.5 * x * torch.special.erfc(-x / 2**0.5),
     # erfc's counterpart of tanh: 1 + tanh(u) = 2 sigmoid(2u), without cancellation.
-    "regelu2-tanh": lambda x: x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
-    "resilu2": lambda x: x * torch.sigmoid(x),
-}
+    lambda x: x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
+    lambda x: x * torch.sigmoid(x),
+)
+EXACT = dict(zip(ACTIVATIONS, EXACT_VALUES, strict=True))
 # name -> (lowest x that the bound in ulps holds for, ulps of float32, absolute error below it): what
 # core/fast_forward_tables.h says, with a margin for the inputs that it did not try.
-BOUNDS = {"regelu2": (-3.375, 2.0, 1.3e-10), "regelu2-tanh": (-3.375, 2.2, 2e-10), "resilu2": (-22.0, 4.0, 6e-9)}
+BOUNDS = dict(zip(ACTIVATIONS, ((-3.375, 2.0, 1.3e-10), (-3.375, 2.2, 2e-10), (-22.0, 4.0, 6e-9)), strict=True))
 
 
 def ulp(values, dtype):
@@ -329,7 +331,7 @@ def test_fast_16_bits(name, dtype):
     x = x[x.isfinite()]
     got = ACTIVATIONS[name].op(x, fast=True)
     want = EXACT[name](x.double())
-    near = x.double() > (-5.5 if name != "resilu2" else -22)
+    near = x.double() > (-22 if ACTIVATIONS[name].torch_op is F.silu else -5.5)
     error = (got.double() - want).abs()
     # Rounded correctly, but for near-ties.
     assert (error[near] <= 0.5002 * ulp(want, dtype)[near]).all()
@@ -388,26 +390,26 @@ def test_fast_layouts(name):
 
 def test_fast_is_off_unless_asked_for():
     x = torch.randn(1000)
-    for op, torch_op in ((lomem.functional.regelu2, F.gelu), (lomem.functional.resilu2, F.silu)):
+    for op, torch_op, *_ in PUBLISHED.values():
         assert same_bits(op(x), torch_op(x))
         assert same_bits(op(x.double(), fast=True), torch_op(x.double()))
         assert same_bits(op(x, fast=True), torch_op(x)) != FAST
 
 
-@pytest.mark.parametrize("module", [lomem.nn.ReGELU2, lomem.nn.ReSiLU2])
-def test_fast_modules(module):
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_fast_modules(name):
+    op, module = PUBLISHED[name].op, PUBLISHED[name].module
     x = torch.randn(100)
     fast = module(fast=True)
     assert repr(fast).endswith("fast=True)")
     for same in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        op = lomem.functional.regelu2 if module is lomem.nn.ReGELU2 else lomem.functional.resilu2
         assert same_bits(same(x), op(x, fast=True))
     assert "fast" not in repr(module())
 
 
 def test_fast_under_compile_and_opcheck():
     x = torch.randn(65, requires_grad=True)
-    for op in (torch.ops.lomem.regelu2.default, torch.ops.lomem.resilu2.default):
+    for op in (getattr(ops, name).default for name in PUBLISHED):
         torch.library.opcheck(op, (x,), {"fast": True})
         compiled = torch.compile(lambda x, op=op: op(x, fast=True) * 2, fullgraph=True)
         assert same_bits(compiled(x).detach(), (op(x, fast=True) * 2).detach())

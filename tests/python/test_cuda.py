@@ -11,11 +11,12 @@ import lomem
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ACTIVATIONS, DTYPES, EPS, same_bits
+from helpers import ACTIVATIONS, DTYPES, EPS, PUBLISHED, same_bits
 
 LF = lomem.functional
 ops = torch.ops.lomem
 BIG = 2**31 + 13
+GELU2, SILU2 = PUBLISHED.values()
 
 
 def make_net():
@@ -23,11 +24,11 @@ def make_net():
     return torch.nn.Sequential(
         lomem.nn.MSLayerNorm(64, elementwise_affine=True),
         torch.nn.Linear(64, 256),
-        lomem.nn.ReGELU2(),
+        GELU2.module(),
         torch.nn.Linear(256, 64),
         lomem.nn.MSRMSNorm(64, elementwise_affine=True),
         torch.nn.Linear(64, 256),
-        lomem.nn.ReSiLU2(),
+        SILU2.module(),
         torch.nn.Linear(256, 64),
     ).cuda()
 
@@ -172,7 +173,7 @@ def test_autocast_emits_its_dtype():
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cuda", dtype=dtype):
             assert lomem.nn.MSLayerNorm(64).cuda()(x).dtype == dtype
-            assert LF.regelu2(x).dtype == torch.float32
+            assert GELU2.op(x).dtype == torch.float32
 
 
 def test_mixed_devices():
@@ -215,7 +216,7 @@ def test_devices_that_are_not_current(other):
         ops.step_activation_backward(x.to(f"cuda:{other}"), torch.zeros(1024, dtype=torch.uint8).cuda(), [0.0] * 4, 2)
 
 
-@pytest.mark.parametrize("name", ["regelu2", "resilu2"])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_activations_beyond_2_to_31_elements(name, memory):
     memory(30)
     _, torch_op, _, forward, *_ = ACTIVATIONS[name]
@@ -291,7 +292,7 @@ def test_memory_of_a_step():
     n = 64 * 2**20
     x = torch.randn(n, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     held = {}
-    for name, op in {"torch": F.gelu, "lomem": LF.regelu2}.items():
+    for name, op in {"torch": F.gelu, "lomem": GELU2.op}.items():
         hidden = x * 1
         before = torch.cuda.memory_allocated()
         y = op(hidden)

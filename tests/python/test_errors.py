@@ -2,10 +2,12 @@
 
 import math
 import re
+from functools import partial
 
 import lomem
 import pytest
 import torch
+from helpers import PUBLISHED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,6 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 LF = lomem.functional
 ops = torch.ops.lomem
 X = torch.ones(4, 8)
+GELU2 = next(iter(PUBLISHED))
+gelu2 = PUBLISHED[GELU2].op
+# How many parameters each function of step_activation and of hard_activation has.
+FEW_BIT = {name: len(parameters) for name, parameters, exact, _ in lomem._C.activations() if not exact}
+EXACT = {name: len(parameters) for name, parameters, exact, _ in lomem._C.activations() if exact}
 WRONG_DTYPES = {
     "int32": torch.ones(4, 8, dtype=torch.int32),
     "uint8": torch.ones(4, 8, dtype=torch.uint8),
@@ -30,8 +37,7 @@ def raises(message, kinds=(RuntimeError, ValueError)):
 def test_wrong_dtype_of_input(name):
     bad = WRONG_DTYPES[name]
     for op, call in {
-        "regelu2": lambda: ops.regelu2(bad),
-        "resilu2": lambda: ops.resilu2(bad),
+        **{name: partial(getattr(ops, name), bad) for name in PUBLISHED},
         "step_activation": lambda: LF.gelu(bad),
         "fused_activation_forward": lambda: ops.fused_activation_forward(bad, "silu", [0.0], 1),
         "ms_layer_norm": lambda: LF.ms_layer_norm(bad, (8,)),
@@ -55,7 +61,7 @@ def test_wrong_dtype_of_input(name):
 
 def test_complex_input_with_gradient():
     with raises(f"lomem::step_activation: input has dtype complex64, {FLOATS}"):
-        LF.regelu2(WRONG_DTYPES["complex64"].clone().requires_grad_())
+        gelu2(WRONG_DTYPES["complex64"].clone().requires_grad_())
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -63,10 +69,9 @@ def test_other_layouts(requires_grad):
     sparse = torch.eye(4).to_sparse().requires_grad_(requires_grad)
     nested = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)]).requires_grad_(requires_grad)
     for op, call in {
-        "step_activation": LF.regelu2,
+        "step_activation": gelu2,
         "hard_activation": LF.relu,
-        "regelu2": ops.regelu2,
-        "resilu2": ops.resilu2,
+        **{name: getattr(ops, name) for name in PUBLISHED},
         "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (4,)),
         "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (4,)),
     }.items():
@@ -109,8 +114,7 @@ ODD_TENSORS = {
 ROWS = FLOAT_VALUES[:, :1]
 # op -> arguments that it takes; tensors of them are exchanged one by one
 GOOD_ARGUMENTS = {
-    "regelu2": (FLOAT_VALUES,),
-    "resilu2": (FLOAT_VALUES,),
+    **dict.fromkeys(PUBLISHED, (FLOAT_VALUES,)),
     "step_activation": (FLOAT_VALUES, "gelu", [], 3),
     "step_activation_forward": (FLOAT_VALUES, "gelu", [], 3),
     "hard_activation": (FLOAT_VALUES, "relu", []),
@@ -178,13 +182,12 @@ class TestOddTensors:
             op(*arguments)
 
     FUNCTIONS = {  # noqa: RUF012
-        "regelu2": LF.regelu2,
-        "regelu2-fast": lambda x: LF.regelu2(x, fast=True),
-        "resilu2": LF.resilu2,
+        **{name: entry.op for name, entry in PUBLISHED.items()},
+        f"{GELU2}-fast": lambda x: gelu2(x, fast=True),
         "gelu": LF.gelu,
-        "softplus": LF.softplus,
+        "elu": LF.elu,
         "relu": LF.relu,
-        "hardtanh": LF.hardtanh,
+        "threshold": lambda x: LF.threshold(x, 0.1, 0.2),
         "step_activation": lambda x: LF.step_activation(x, torch.sigmoid, [0.0], [0.0, 1.0]),
         "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (4,)),
         "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (4,)),
@@ -271,7 +274,7 @@ def test_cuda_in_a_build_without_cuda():
         "unpack_bits": (X.to(torch.uint8), 2, 128),
     }
     # Of torch's ops, which have kernels of their own.
-    composite = {"regelu2", "resilu2", "step_activation", "hard_activation"}
+    composite = {*PUBLISHED, "step_activation", "hard_activation"}
     composite.update(name for name in ARGUMENTS if name.startswith("randomized_linear"))
     assert {f"lomem::{name}" for name in composite.union(calls)} == {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lomem::")
@@ -291,12 +294,13 @@ def test_cuda_in_a_build_without_cuda():
 def test_approximate(approximate):
     message = f"approximate is '{approximate}', expected 'none' or 'tanh'"
     for x in (X, X.clone().requires_grad_()):
-        with raises(f"lomem.functional.regelu2: {message}", ValueError):
-            LF.regelu2(x, approximate)
-        with raises(f"lomem::regelu2: {message}", ValueError):
-            ops.regelu2(x, approximate=approximate)
-    with raises(f"lomem.nn.ReGELU2: {message}", ValueError):
-        lomem.nn.ReGELU2(approximate)
+        with raises(f"lomem.functional.{GELU2}: {message}", ValueError):
+            gelu2(x, approximate)
+        with raises(f"lomem::{GELU2}: {message}", ValueError):
+            getattr(ops, GELU2)(x, approximate=approximate)
+    module = PUBLISHED[GELU2].module
+    with raises(f"lomem.nn.{module.__name__}: {message}", ValueError):
+        module(approximate)
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 9, 64, 2**40])
@@ -325,19 +329,19 @@ class TestFamily:
     @pytest.mark.parametrize("bits", [-1, 0, 9, 2**40])
     def test_bits(self, bits, x):
         with raises(f"lomem::step_activation: bits is {bits}, expected 1 to 8", ValueError):
-            LF.mish(x, bits=bits)
+            LF.silu(x, bits=bits)
         with raises(f"lomem::step_codes: bits is {bits}, expected 1 to 8", ValueError):
             ops.step_codes(x.detach(), [0.0], bits)
-        with raises(f"lomem.nn.Mish: bits is {bits}, expected 1 to 8", ValueError):
-            lomem.nn.Mish(bits=bits)
+        with raises(f"lomem.nn.SiLU: bits is {bits}, expected 1 to 8", ValueError):
+            lomem.nn.SiLU(bits=bits)
         with raises(f"lomem::step_function: bits is {bits}, expected 1 to 8", ValueError):
-            LF.step_function("mish", bits)
+            LF.step_function("silu", bits)
 
     @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
     def test_names(self, x):
         with raises("lomem::step_activation: function is 'jelu', expected one of gelu, gelu_tanh, ", ValueError):
             ops.step_activation(x, "jelu", [], 3)
-        with raises("lomem::hard_activation: function is 'gelu', expected one of relu, leaky_relu, ", ValueError):
+        with raises(f"lomem::hard_activation: function is 'gelu', expected one of {', '.join(EXACT)}", ValueError):
             ops.hard_activation(x, "gelu", [])
         with raises(
             "lomem::step_activation: criterion is 'best', expected 'derivative', 'primitive' or 'paper'", ValueError
@@ -352,16 +356,13 @@ class TestFamily:
 
     @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
     def test_parameters(self, x):
-        message = "lomem::step_activation: parameters has 1 entries, expected 2 (beta threshold) for softplus"
+        with raises("lomem::step_activation: parameters has 2 entries, expected 1 (alpha) for elu", ValueError):
+            ops.step_activation(x, "elu", [1.0, 2.0], 3)
+        message = "lomem::hard_activation: parameters has 1 entries, expected 2 (threshold value) for threshold"
         with raises(message, ValueError):
-            ops.step_activation(x, "softplus", [1.0], 3)
+            ops.hard_activation(x, "threshold", [1.0])
         with raises("lomem::hard_activation: parameters has 1 entries, expected 0 (none) for relu", ValueError):
             ops.hard_activation(x, "relu", [1.0])
-        for beta in (0.0, -1.0, float("nan"), float("inf")):
-            with raises("lomem::step_activation: beta is ", ValueError):
-                LF.softplus(x, beta)
-            with raises("lomem::step_activation: alpha is ", ValueError):
-                LF.celu(x, beta)
         with raises("lomem::step_activation: alpha is nan, expected a finite number", ValueError):
             LF.elu(x, float("nan"))
 
@@ -572,16 +573,14 @@ def unpack_arguments(draw):
 
 @st.composite
 def family_arguments(draw):
-    function, count = draw(
-        st.sampled_from([("gelu", 0), ("quick_gelu", 0), ("softplus", 2), ("elu", 1), ("celu", 1), ("relu", 0)])
-    )
+    function, count = draw(st.sampled_from([*FEW_BIT.items(), ("relu", 0)]))
     parameters = [draw(floats) for _ in range(count if draw(st.integers(0, 9)) else 3)]
     return (draw(tensors()), function, parameters, draw(widths))
 
 
 @st.composite
 def hard_arguments(draw):
-    function, count = draw(st.sampled_from([("relu", 0), ("threshold", 2), ("hardtanh", 2), ("softshrink", 1)]))
+    function, count = draw(st.sampled_from([*EXACT.items()]))
     return (draw(tensors()), function, [draw(floats) for _ in range(count if draw(st.integers(0, 9)) else 3)])
 
 
@@ -612,14 +611,13 @@ def linear_arguments(draw, kind):
 boundaries = st.one_of(st.lists(floats, max_size=300), st.lists(st.floats(allow_nan=False), max_size=9).map(sorted))
 optional_floats = st.one_of(st.none(), floats)
 ARGUMENTS = {
-    "regelu2": st.tuples(tensors()),
-    "resilu2": st.tuples(tensors()),
+    **dict.fromkeys(PUBLISHED, st.tuples(tensors())),
     "step_activation": family_arguments(),
     "step_activation_forward": family_arguments(),
     "hard_activation": hard_arguments(),
     "hard_activation_forward": hard_arguments(),
     "fused_activation_forward": st.tuples(
-        tensors(), st.sampled_from(["gelu", "gelu_tanh", "silu", "mish"]), boundaries, widths
+        tensors(), st.sampled_from(["gelu", "gelu_tanh", "silu", "tanh"]), boundaries, widths
     ),
     "step_codes": st.tuples(tensors(), boundaries, widths),
     "band_codes": st.tuples(tensors(), floats, floats),

@@ -26,7 +26,7 @@ class Everything(nn.Module):
         self.dropout = nn.Dropout(0.1)
         self.head = nn.Linear(16, 10, bias=False)
         self.head.weight = self.embedding.weight
-        self.act = lomem.nn.ReGELU2()
+        self.act = lomem.nn.GELU(bits=2)
         self.register_buffer("scale", torch.ones(16), persistent=False)
         self.plain = torch.ones(16)
 
@@ -94,7 +94,7 @@ def test_a_batch_may_be_made_by_a_function():
 
 def test_an_estimate_of_a_converted_model():
     def convert(model):
-        model.act = lomem.nn.ReGELU2()
+        model.act = lomem.nn.GELU(bits=2)
 
     assert memory.estimate(Tiny, tiny_input(), transform=convert).saved_bytes == H + H // 16
     wrapped = memory.estimate(Tiny, tiny_input(), transform=lambda model: nn.Sequential(model, nn.Linear(4, 4)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as prune
+from activations_helpers import MODULES
 from lomem.conversion.recognize import (
     ActivationForm,
     NormForm,
@@ -376,12 +377,7 @@ def test_activations_are_recognized_in_every_spelling(name):
 @pytest.mark.parametrize(
     "module",
     [
-        nn.ReLU(),
-        nn.Mish(),
-        nn.Softplus(),
-        nn.Sigmoid(),
-        nn.Tanh(),
-        nn.Hardswish(),
+        *(plain for _, plain in MODULES.values() if not isinstance(plain, (nn.GELU, nn.SiLU))),
         nn.Identity(),
         nn.Softmax(-1),
         nn.Dropout(),

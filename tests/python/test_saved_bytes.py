@@ -193,16 +193,16 @@ def test_saved_for_backward_counts_storages_once(device):
 def test_saved_for_backward_nests_and_frees(device):
     x = torch.randn(8, device=device, requires_grad=True)
     with saved_for_backward() as outer:
-        lomem.functional.regelu2(x)
+        lomem.functional.gelu(x, bits=2)
         with saved_for_backward() as inner:
-            lomem.functional.regelu2(x)
-        lomem.functional.regelu2(x)
+            lomem.functional.gelu(x, bits=2)
+        lomem.functional.gelu(x, bits=2)
     assert (outer.nbytes, inner.nbytes) == (6, 2)
     failed = saved_for_backward()
     with pytest.raises(RuntimeError, match="normalized_shape"), failed:
-        lomem.functional.ms_layer_norm(lomem.functional.regelu2(x), (7,))
+        lomem.functional.ms_layer_norm(lomem.functional.gelu(x, bits=2), (7,))
     assert failed.nbytes == 2
-    lomem.functional.regelu2(x)
+    lomem.functional.gelu(x, bits=2)
     assert (outer.nbytes, failed.nbytes) == (6, 2)
     # Without the garbage collector: no reference cycle holds the storages.
     gc.disable()

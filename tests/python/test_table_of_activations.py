@@ -9,6 +9,8 @@ import lomem
 import lomem.fit
 import pytest
 import torch.nn as nn
+from activations_helpers import MODULES_OF_LOMEM_ALONE
+from helpers import PUBLISHED
 from lomem import functional as LF
 from lomem.fit._functions import FUNCTIONS
 
@@ -20,7 +22,7 @@ HEADER = Path(lomem.__file__).parent / "include/lomem/ops/activations.h"
 if not HEADER.exists():  # run from a checkout
     HEADER = Path(__file__).parents[2] / "cpp/include/lomem/ops/activations.h"
 FEW_BIT = {"bits": 3, "criterion": "derivative", "steps": None}
-OTHERS = {"regelu2", "resilu2", "step_activation", "step_function"}
+OTHERS = {*PUBLISHED, "step_activation", "step_function"}
 
 
 def module_of(function):
@@ -62,7 +64,7 @@ def test_modules_take_the_parameters_of_the_table(name):
     values = {parameter: 0.25 if default is None else default for parameter, default in parameters}
     made = module(*[values[parameter] for parameter, default in parameters if default is None])
     assert {parameter: getattr(made, parameter) for parameter in values} == values
-    if module.__name__ != "QuickGELU":
+    if module.__name__ not in MODULES_OF_LOMEM_ALONE:
         assert issubclass(module, getattr(nn, module.__name__))
 
 
@@ -83,7 +85,7 @@ def functions_of_the_header():
 
 def test_the_header_has_the_functions_and_parameters_of_the_table():
     declared = functions_of_the_header()
-    assert set(declared) == set(PYTHON_NAMES.values()) | {"regelu2", "resilu2"}
+    assert set(declared) == set(PYTHON_NAMES.values()) | set(PUBLISHED)
     for name, (parameters, exact, _) in ROWS.items():
         spelled = tuple(("lambda" if parameter == "lambd" else parameter, value) for parameter, value in parameters)
         assert declared[PYTHON_NAMES[name]] == (spelled, not exact), name
@@ -93,7 +95,7 @@ def test_the_header_has_a_module_for_every_row():
     text = (HEADER.parents[1] / "nn/activations.h").read_text()
     modules = set(re.findall(r"TORCH_MODULE(?:_IMPL)?\((\w+)", text))
     expected = {module_of(name).__name__ for name in PYTHON_NAMES.values()}
-    assert modules == expected | {"ReGELU2", "ReSiLU2"}
+    assert modules == expected | {entry.module.__name__ for entry in PUBLISHED.values()}
 
 
 def test_every_smooth_row_can_be_fitted():
@@ -117,8 +119,9 @@ def test_which_criteria_a_row_has(name):
             LF.step_function(name, 2, criterion="paper", parameters=values)
         return
     steps = LF.step_function(name, 2, criterion="paper", parameters=values)
-    scale = 1.702 if name == "quick_gelu" else 1.0
-    oracle = lomem.reference.REGELU2 if name.startswith("gelu") else lomem.reference.RESILU2
+    gelu, silu = (entry.step for entry in PUBLISHED.values())
+    oracle = gelu if name.startswith("gelu") else silu
+    scale = 1.702 if module_of(PYTHON_NAMES[name]).__name__ in MODULES_OF_LOMEM_ALONE else 1.0
     assert steps.levels == oracle.levels
     pairs = zip(steps.boundaries, oracle.boundaries, strict=True)
     assert all(math.isclose(a * scale, b, rel_tol=1e-15) for a, b in pairs)

@@ -8,6 +8,7 @@ import lomem
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import PUBLISHED
 from torch import nn
 from torch.autograd import forward_ad
 from torch.library import opcheck
@@ -16,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 LF = lomem.functional
 ops = torch.ops.lomem
+GELU2, SILU2 = PUBLISHED
+gelu2, silu2 = (entry.op for entry in PUBLISHED.values())
+of_published = pytest.mark.parametrize("op", [gelu2, silu2], ids=PUBLISHED)
 
 
 def tensors(device, requires_grad=True):
@@ -38,16 +42,16 @@ def samples(device):
     seed = torch.tensor(3, device=device)
     _, rows, picked, _ = ops.randomized_linear_forward(x0, linear, None, seed, 2, matmul="crs")
     return {
-        "regelu2": [((x,), {}), ((image,), {"approximate": "tanh"}), ((x0,), {})],
-        "resilu2": [((x,), {}), ((image,), {}), ((x0,), {})],
+        GELU2: [((x,), {}), ((image,), {"approximate": "tanh"}), ((x0,), {})],
+        SILU2: [((x,), {}), ((image,), {}), ((x0,), {})],
         "step_activation": [
             ((x, "gelu", [], 3), {}),
-            ((image, "softplus", [2.0, 5.0], 8), {"criterion": "derivative"}),
-            ((x, "mish", [], 2), {"boundaries": [-1.0, 0.0, 1.0], "levels": [0.0, 0.1, 0.2, 1.0]}),
+            ((image, "elu", [2.0], 8), {"criterion": "derivative"}),
+            ((x, "tanh", [], 2), {"boundaries": [-1.0, 0.0, 1.0], "levels": [0.0, 0.1, 0.2, 1.0]}),
             ((x, "silu", [], 2), {"criterion": "paper"}),
             ((x0, "elu", [0.5], 1), {}),
         ],
-        "step_activation_forward": [((x0, "gelu_tanh", [], 3), {}), ((image0, "quick_gelu", [], 5), {})],
+        "step_activation_forward": [((x0, "gelu_tanh", [], 3), {}), ((image0, "sigmoid", [], 5), {})],
         "hard_activation": [((x, "relu", []), {}), ((image, "hardtanh", [-0.5, 0.5]), {}), ((x0, "relu6", []), {})],
         "hard_activation_forward": [((x0, "hardshrink", [0.3]), {}), ((image0, "leaky_relu", [0.2]), {})],
         "fused_activation_forward": [((x0, "gelu", [-1.0, 0.5], 2), {}), ((image0, "silu", [0.0], 1), {"fast": False})],
@@ -121,9 +125,9 @@ class Net(nn.Module):
         super().__init__()
         self.norm = lomem.nn.MSLayerNorm(6, elementwise_affine=True)
         self.up = nn.Linear(6, 8)
-        self.act = lomem.nn.ReGELU2()
+        self.act = PUBLISHED[GELU2].module()
         self.rms = lomem.nn.MSRMSNorm(8, elementwise_affine=True)
-        self.silu = lomem.nn.ReSiLU2()
+        self.silu = PUBLISHED[SILU2].module()
 
     def forward(self, x):
         return self.silu(self.rms(self.act(self.up(self.norm(x)))))
@@ -151,7 +155,7 @@ def test_compile_dynamic(backend, device):
         assert_gradients_close(gradients(net, compiled, x), gradients(net, net, x))
 
 
-@pytest.mark.parametrize("op", [LF.regelu2, LF.resilu2], ids=["regelu2", "resilu2"])
+@of_published
 def test_compile_keeps_layouts(op, device):
     def f(x):
         return op(x * 2).cos()
@@ -172,7 +176,7 @@ def test_compile_keeps_layouts(op, device):
 def test_compile_with_sizes_that_depend_on_data(device):
     def f(x, mask):
         rows = x[mask]
-        return LF.regelu2(rows.t()).sum() + LF.ms_layer_norm(rows, (16,)).square().sum() + LF.resilu2(rows).sum()
+        return gelu2(rows.t()).sum() + LF.ms_layer_norm(rows, (16,)).square().sum() + silu2(rows).sum()
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(f, fullgraph=True)
@@ -228,9 +232,9 @@ def test_export_keeps_the_public_ops(training, device):
     net = Net().to(device).train(training)
     x = torch.randn(4, 6, device=device)
     program = torch.export.export(net, (x,), dynamic_shapes={"x": {0: torch.export.Dim("rows")}})
-    # Decomposed, regelu2 and resilu2 are what they are made of.
+    # Decomposed, the published ones are what they are made of.
     for exported, activations in (
-        (program, ("regelu2", "resilu2")),
+        (program, (GELU2, SILU2)),
         (program.run_decompositions(), ("step_activation", "step_activation")),
     ):
         names = [str(node.target) for node in exported.graph.nodes if "lomem" in str(node.target)]
@@ -288,7 +292,7 @@ def test_inference_mode(device):
     assert torch.equal(y, net(x))
 
 
-@pytest.mark.parametrize("op", [LF.regelu2, LF.resilu2], ids=["regelu2", "resilu2"])
+@of_published
 def test_double_backward_of_activations_is_exact(op, device):
     """The second derivative of a step function is 0; what flows through grad_output is linear."""
     x = torch.randn(3, 5, dtype=torch.float64, device=device, requires_grad=True)
@@ -316,9 +320,9 @@ def test_double_backward_of_norms_is_refused(op, device):
 
 # The op that refuses, and what calls it.
 PUBLIC = {
-    "regelu2": LF.regelu2,
-    "resilu2": LF.resilu2,
-    "step_activation": lambda x: LF.mish(x),
+    GELU2: gelu2,
+    SILU2: silu2,
+    "step_activation": lambda x: LF.tanh(x),
     "hard_activation": lambda x: LF.relu(x),
     "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (6,)),
     "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (6,)),
@@ -341,7 +345,7 @@ def test_functorch_gradients_raise(name, device):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_forward_mode_raises(name, device):
     x = torch.randn(4, 6, device=device)
-    op = "step_activation" if name in ("regelu2", "resilu2") else name
+    op = "step_activation" if name in PUBLISHED else name
     match = f"lomem::{op}: input has a forward-mode tangent"
     with pytest.raises(NotImplementedError, match=match):
         torch.func.jvp(PUBLIC[name], (x,), (x,))
@@ -441,7 +445,7 @@ def test_changing_the_output_in_place_raises_at_backward(op, device):
         y.sum().backward()
 
 
-@pytest.mark.parametrize("op", [LF.regelu2, LF.resilu2], ids=["regelu2", "resilu2"])
+@of_published
 def test_activations_do_not_mind_changes_in_place(op, device):
     # Neither input nor output is needed any more.
     x = torch.randn(3, 5, device=device, requires_grad=True)
@@ -456,9 +460,9 @@ def test_activations_do_not_mind_changes_in_place(op, device):
 
 def test_inplace_silu_module(device):
     x = torch.randn(3, 5, device=device, requires_grad=True)
-    (want,) = torch.autograd.grad(LF.resilu2(x).sum(), x)
+    (want,) = torch.autograd.grad(silu2(x).sum(), x)
     h = x.clone()
-    y = lomem.nn.ReSiLU2(inplace=True)(h)
+    y = PUBLISHED[SILU2].module(inplace=True)(h)
     assert y.data_ptr() == h.data_ptr()
     assert torch.equal(h.detach(), F.silu(x.detach()))
     (got,) = torch.autograd.grad(y.sum(), x)
@@ -471,7 +475,7 @@ def test_autocast(autocast_dtype, device):
     with torch.autocast(device.type, dtype=autocast_dtype):
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             h = x.to(dtype)
-            assert LF.regelu2(h).dtype == LF.resilu2(h).dtype == dtype
+            assert gelu2(h).dtype == silu2(h).dtype == dtype
             want = torch.float64 if dtype == torch.float64 else autocast_dtype
             layer = LF.ms_layer_norm(h, (6,), weight, bias)
             rms = LF.ms_rms_norm(h, (6,), weight)
@@ -518,7 +522,7 @@ def test_many_threads(device):
 # Tensors that are not plain ones. --------------------------------------------------------------------------------
 
 
-def quick_gelu(x):
+def swish(x):
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -535,12 +539,12 @@ FUNCTIONS = {
     **{name: getattr(LF, name) for name in lomem.functional.activations.__all__ if name != "step_function"},
     "gelu-tanh": lambda x: LF.gelu(x, "tanh", bits=8),
     "threshold": lambda x: LF.threshold(x, 0.1, 0.2),
-    "step_activation": lambda x: LF.step_activation(x, quick_gelu, *STEPS),
+    "step_activation": lambda x: LF.step_activation(x, swish, *STEPS),
     "step_activation-identity": lambda x: LF.step_activation(x, lambda x: x, *STEPS),
     "step_activation-view": lambda x: LF.step_activation(x, lambda x: x.view(x.shape), *STEPS),
-    "regelu2-tanh": lambda x: LF.regelu2(x, "tanh"),
-    "regelu2-fast": lambda x: LF.regelu2(x, fast=True),
-    "resilu2-fast": lambda x: LF.resilu2(x, fast=True),
+    f"{GELU2}-tanh": lambda x: gelu2(x, "tanh"),
+    f"{GELU2}-fast": lambda x: gelu2(x, fast=True),
+    f"{SILU2}-fast": lambda x: silu2(x, fast=True),
     "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (6,)),
     "ms_layer_norm-affine": lambda x: LF.ms_layer_norm(x, (6,), of_last((6,), x), of_last((6,), x, [3.0, 0.0, 9.0])),
     "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (6,)),
@@ -557,9 +561,9 @@ MODULES = {
         if name not in ("FewBitActivation", "StepActivation", "Threshold")
     },
     "Threshold": lambda: lomem.nn.Threshold(0.1, 0.2),
-    "StepActivation": lambda: lomem.nn.StepActivation(quick_gelu, *STEPS),
-    "ReGELU2-fast": lambda: lomem.nn.ReGELU2("tanh", fast=True),
-    "ReSiLU2-inplace": lambda: lomem.nn.ReSiLU2(inplace=True),
+    "StepActivation": lambda: lomem.nn.StepActivation(swish, *STEPS),
+    f"{PUBLISHED[GELU2].module.__name__}-fast": lambda: PUBLISHED[GELU2].module("tanh", fast=True),
+    f"{PUBLISHED[SILU2].module.__name__}-inplace": lambda: PUBLISHED[SILU2].module(inplace=True),
     "MSLayerNorm": lambda: lomem.nn.MSLayerNorm(6),
     "MSLayerNorm-affine": lambda: lomem.nn.MSLayerNorm(6, elementwise_affine=True),
     "MSLayerNorm-bfloat16": lambda: lomem.nn.MSLayerNorm(6, elementwise_affine=True, output_dtype=torch.bfloat16),
@@ -668,13 +672,13 @@ def test_results_that_share_memory_with_a_wrapper_are_copied(fn):
     assert not torch.equal(y.a, a)
 
 
-class QuickGELU(nn.Module):
+class Swish(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
 def test_wrapper_subclasses_in_a_converted_model():
-    model = nn.Sequential(nn.Linear(6, 6), QuickGELU(), nn.Linear(6, 6))
+    model = nn.Sequential(nn.Linear(6, 6), Swish(), nn.Linear(6, 6))
     a, b = torch.randn(4, 6), torch.randn(4, 6)
     lomem.convert(model, a)
     got = run_and_differentiate(model, TwoTensor(a, b))
@@ -700,7 +704,7 @@ def test_trace(name, training, requires_grad):
     torch.jit.save(traced, buffer)
     buffer.seek(0)
     # A graph keeps a function of Python's as the ops that it is of, with their gradients.
-    like = nn.Sequential(model[0], QuickGELU()) if name == "StepActivation" else model
+    like = nn.Sequential(model[0], Swish()) if name == "StepActivation" else model
     y = torch.randn(5, 6)
     want = run_and_differentiate(like, y, *like.parameters())
     for other in (traced, torch.jit.load(buffer)):

@@ -124,7 +124,7 @@ at::Tensor hard_activation_autograd(const at::Tensor& input, std::string_view fu
   check_float_tensor(op, "input", input);
   check_no_tangent(op, "input", input);
   if (needs_grad(input)) {
-    const Activation& activation = find_hard_activation(op, function, parameters);
+    const Activation& activation = find_exact(op, function, parameters);
     const Band band = band_of(activation, parameters, input.scalar_type(), input.is_cuda());
     return apply_function<HardActivation>(input, function, parameters, band);
   }

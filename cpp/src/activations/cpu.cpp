@@ -70,7 +70,7 @@ void encode_all(const Encode& encode, at::ScalarType scalar_type, const void* x,
 }
 
 at::Tensor step_codes_cpu(const at::Tensor& input, Doubles boundaries, int64_t bits) {
-  check_step_codes(input, boundaries, bits);
+  check_encoding(ops::step_codes.name, input, boundaries, bits);
   const at::Tensor source = input.contiguous();
   at::Tensor codes = empty_codes(source.numel(), bits);
   encode_all(
@@ -80,7 +80,7 @@ at::Tensor step_codes_cpu(const at::Tensor& input, Doubles boundaries, int64_t b
 }
 
 at::Tensor band_codes_cpu(const at::Tensor& input, double low, double high) {
-  check_band_codes(input, low, high);
+  check_band(ops::band_codes.name, input, low, high);
   const at::Tensor source = input.contiguous();
   at::Tensor codes = empty_codes(source.numel(), 1);
   const auto encode = [&](DType dtype, const void* x, int64_t first, int64_t n, uint8_t* packed) {

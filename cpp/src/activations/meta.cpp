@@ -29,7 +29,7 @@ std::tuple<at::Tensor, at::Tensor> hard_activation_forward_meta(
   constexpr const char* op = ops::hard_activation_forward.name;
   check_float_tensor(op, "input", input);
   return {
-      activation_value(find_hard_activation(op, function, parameters), input, parameters), empty_codes(input, 1)};
+      activation_value(find_exact(op, function, parameters), input, parameters), empty_codes(input, 1)};
 }
 
 std::tuple<at::Tensor, at::Tensor> fused_activation_forward_meta(
@@ -41,12 +41,12 @@ std::tuple<at::Tensor, at::Tensor> fused_activation_forward_meta(
 }
 
 at::Tensor step_codes_meta(const at::Tensor& input, Doubles boundaries, int64_t bits) {
-  check_step_codes(input, boundaries, bits);
+  check_encoding(ops::step_codes.name, input, boundaries, bits);
   return empty_codes(input, bits);
 }
 
 at::Tensor band_codes_meta(const at::Tensor& input, double low, double high) {
-  check_band_codes(input, low, high);
+  check_band(ops::band_codes.name, input, low, high);
   return empty_codes(input, 1);
 }
 

@@ -60,14 +60,14 @@ std::tuple<at::Tensor, at::Tensor> step_activation_forward_value(
 at::Tensor hard_activation_value(const at::Tensor& input, std::string_view function, Doubles parameters) {
   constexpr const char* op = ops::hard_activation.name;
   check_float_tensor(op, "input", input);
-  return activation_value(find_hard_activation(op, function, parameters), input, parameters);
+  return activation_value(find_exact(op, function, parameters), input, parameters);
 }
 
 std::tuple<at::Tensor, at::Tensor> hard_activation_forward_value(
     const at::Tensor& input, std::string_view function, Doubles parameters) {
   constexpr const char* op = ops::hard_activation_forward.name;
   check_float_tensor(op, "input", input);
-  const Activation& activation = find_hard_activation(op, function, parameters);
+  const Activation& activation = find_exact(op, function, parameters);
   const at::Tensor output = activation_value(activation, input, parameters);
   const Band band = band_of(activation, parameters, input.scalar_type(), input.is_cuda());
   return {output, ops::band_codes(in_memory_order(input, output), band.low, band.high)};

@@ -303,7 +303,7 @@ const Activation& find_activation(const char* op, std::string_view name, Doubles
   return activation;
 }
 
-const Activation& find_hard_activation(const char* op, std::string_view name, Doubles parameters) {
+const Activation& find_exact(const char* op, std::string_view name, Doubles parameters) {
   return find(op, name, parameters, true);
 }
 

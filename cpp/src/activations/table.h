@@ -71,7 +71,7 @@ const std::vector<Activation>& activations();
 const Activation& find_activation(const char* op, std::string_view name, Doubles parameters);
 
 /// The same for activations whose derivative has two values.
-const Activation& find_hard_activation(const char* op, std::string_view name, Doubles parameters);
+const Activation& find_exact(const char* op, std::string_view name, Doubles parameters);
 
 Band band_of(const Activation& activation, Doubles parameters, at::ScalarType dtype, bool cuda);
 

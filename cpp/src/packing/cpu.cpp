@@ -36,7 +36,7 @@ at::Tensor pack_bits_cpu(const at::Tensor& codes, int64_t bits) {
 }
 
 at::Tensor unpack_bits_cpu(const at::Tensor& packed, int64_t bits, int64_t numel) {
-  check_unpack(packed, bits, numel);
+  check_unpack("lomem::unpack_bits", packed, bits, numel);
   const at::Tensor source = packed.contiguous();
   const int width = static_cast<int>(bits);
   at::Tensor codes = at::empty({numel}, source.options());

@@ -15,7 +15,7 @@ at::Tensor pack_bits_meta(const at::Tensor& codes, int64_t bits) {
 }
 
 at::Tensor unpack_bits_meta(const at::Tensor& packed, int64_t bits, c10::SymInt numel) {
-  check_unpack(packed, bits, numel);
+  check_unpack("lomem::unpack_bits", packed, bits, numel);
   return at::empty_symint({numel}, packed.options());
 }
 

@@ -28,8 +28,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_meta(
 at::Tensor weight_grad_meta(
     const at::Tensor& grad_output, const at::Tensor& compressed, const OptionalTensor& indices, const at::Tensor& seed,
     std::string_view matmul) {
-  const RandomMatmul kind = parse_matmul("lomem::randomized_linear_weight_grad", matmul);
-  check_weight_grad(grad_output, compressed, indices, seed, picks_rows(kind));
+  constexpr const char* op = "lomem::randomized_linear_weight_grad";
+  const RandomMatmul kind = parse_matmul(op, matmul);
+  check_weight_grad(op, grad_output, compressed, indices, seed, picks_rows(kind));
   return at::empty_symint({grad_output.sym_size(-1), compressed.sym_size(1)}, compressed.options());
 }
 

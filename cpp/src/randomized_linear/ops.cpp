@@ -69,7 +69,7 @@ at::Tensor weight_grad(
     std::string_view matmul) {
   constexpr const char* op = "lomem::randomized_linear_weight_grad";
   const RandomMatmul kind = parse_matmul(op, matmul);
-  const int64_t rows = check_weight_grad(grad_output, compressed, indices, seed, picks_rows(kind)).expect_int();
+  const int64_t rows = check_weight_grad(op, grad_output, compressed, indices, seed, picks_rows(kind)).expect_int();
   const at::Tensor grad = as_rows(grad_output);
   const int64_t proj_dim = compressed.size(0);
   if (proj_dim == rows) {

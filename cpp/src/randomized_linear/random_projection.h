@@ -1,4 +1,4 @@
-// Random matrices S with proj_dim rows and E[S^T S] = I, applied to rows. The weight gradient of randomized_linear is
+// Random matrices S with proj_dim rows and E[S^T S] = I, applied to rows. The weight gradient of a layer is
 // estimated from the result. Implemented in ATen ops, for every device. Everything is a function of the arguments and
 // of `seed`, a 0-d int64 tensor on the device of the rows, which is never read on the host.
 #pragma once

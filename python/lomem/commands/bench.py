@@ -154,10 +154,13 @@ class Activation(NamedTuple):
     torch: Callable[..., Tensor]
 
 
+_PAPER: dict[str, Any] = {"bits": 2, "criterion": "paper"}
 ACTIVATION_FUNCTIONS = {
-    "gelu": Activation(functional.regelu2, F.gelu),
-    "gelu-tanh": Activation(partial(functional.regelu2, approximate="tanh"), partial(F.gelu, approximate="tanh")),
-    "silu": Activation(functional.resilu2, F.silu),
+    "gelu": Activation(partial(functional.gelu, **_PAPER), F.gelu),
+    "gelu-tanh": Activation(
+        partial(functional.gelu, approximate="tanh", **_PAPER), partial(F.gelu, approximate="tanh")
+    ),
+    "silu": Activation(partial(functional.silu, **_PAPER), F.silu),
 }
 
 

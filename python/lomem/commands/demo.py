@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 try:
@@ -41,7 +42,9 @@ class Layers(NamedTuple):
 #: Both have the same parameters, so a seed gives the same initial weights.
 METHODS = {
     "torch": Layers(nn.LayerNorm, nn.GELU),
-    "lomem": Layers(lambda width: lnn.MSLayerNorm(width, elementwise_affine=True), lnn.ReGELU2),
+    "lomem": Layers(
+        lambda width: lnn.MSLayerNorm(width, elementwise_affine=True), partial(lnn.GELU, bits=2, criterion="paper")
+    ),
 }
 
 

@@ -40,9 +40,10 @@ def convert(
 ) -> Report:
     """Reduces what a model saves for backward, in place.
 
-    Activations that compute GELU (either form), QuickGELU or SiLU, under whatever name, save 2 bits per element, or as
-    many as ``activations`` says; so do calls of ``F.gelu`` and ``F.silu`` in modules' forwards. Their results are
-    unchanged, bit for bit; their gradient is that of a step function (:func:`lomem.functional.step_function`).
+    Activations that compute GELU (either form) or ``x * sigmoid(c * x)`` (SiLU and others), under whatever name, save 2
+    bits per element, or as many as ``activations`` says; so do calls of ``F.gelu`` and ``F.silu`` in modules' forwards.
+    Their results are unchanged, bit for bit; their gradient is that of a step function
+    (:func:`lomem.functional.step_function`).
 
     Norms that compute layer or RMS norm, under whatever name, save what the linear layers behind them save anyway,
     where the example run shows that these do. Their gradient is exact to rounding. In order of preference:
@@ -65,7 +66,7 @@ def convert(
         norms: ``"auto"``, or ``"keep"`` to leave all.
         criterion: Which step functions the activations use: those fitted to the ``"derivative"`` or to the
             ``"primitive"``, as in :func:`lomem.functional.gelu`, or those that the ``"paper"`` published, which have
-            2 bits (:func:`lomem.functional.regelu2`, :func:`lomem.functional.resilu2`).
+            2 bits.
         exclude: Names of modules to leave, with wildcards (``["*.layers.0.*"]``), each of which must match one.
         check: Whether to compare the outputs on the example inputs with the original model's, in training and in
             evaluation mode (of models with quantized weights, in training mode alone).

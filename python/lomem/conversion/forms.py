@@ -67,7 +67,7 @@ class ActivationForm:
     Attributes:
         kind: Which of the two it is.
         approximate: Of a GELU, "none" or "tanh".
-        scale: Of a SiLU: 1, or 1.702 for QuickGELU.
+        scale: Of a SiLU: 1, or the factor of an approximation of GELU, 1.702.
         torch_op: Whether the result is torch's own op's, bit for bit. Else the module's own forward has to run.
         inplace: Whether the result is written to the input.
         scale_name: Name of the attribute that the scale is read from at each call, None where no attribute is.

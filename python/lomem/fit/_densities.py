@@ -136,7 +136,7 @@ def _points(x: Array, weights: Array, domain: Domain | None, reach: Domain) -> M
 def measure_of(f: Function, density: Any, domain: Domain | None, exact: bool) -> Measure:
     if isinstance(density, str) and density == "uniform":
         # `rest` of a named function stays accurate where h itself cancels; beyond, no error is left that matters.
-        # Boundaries can be where h equals its asymptote: hardswish is 0 below -3, its first boundary of two bits -4.5.
+        # Boundaries can be where h equals its asymptote: one that is 0 below -3 can have its first one at -4.5.
         line = _reach(f, 1e-20 if exact else 1e-12, 4.0) if f.asymptotic else (-4.0, 4.0)
         if domain is None or f.last is None:
             return Density(_mesh(f, *(domain or line)), np.ones_like)

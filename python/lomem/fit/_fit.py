@@ -160,7 +160,7 @@ def fit(
     without asymptotes the outermost pieces are free.
 
     With one bit, the asymptotes fully determine ``"primitive"``: the boundary is their intersection. If they are
-    parallel (sigmoid, tanh, softsign), the outer pieces are free under a Gaussian or a sample; on the real line, no
+    parallel (as of a sigmoid), the outer pieces are free under a Gaussian or a sample; on the real line, no
     such one-bit step function exists for either criterion, and the library's tables contain the optimal one under the
     standard normal density instead.
 
@@ -169,12 +169,10 @@ def fit(
     as long as this lowers the error. A fit takes about a second, with 8 bits several.
 
     Args:
-        fn: Name of an activation, with torch's default arguments: ``"celu"``, ``"elu"``, ``"exp"`` (e^x - 1 below 0, x
-            above, with a boundary at 0: its levels below 0, scaled by alpha, suit an ELU), ``"gelu"``,
-            ``"gelu_tanh"``, ``"hardswish"``, ``"logsigmoid"``, ``"mish"``, ``"quick_gelu"`` (x sigmoid(1.702 x)),
-            ``"selu"``, ``"sigmoid"``, ``"silu"``, ``"softplus"``, ``"softsign"``, ``"tanh"``, ``"tanhshrink"``. Or an
-            elementwise function of a float64 tensor that autograd can differentiate; on the real line it must follow
-            its asymptotes for abs(x) from 512 on.
+        fn: Name of a function of :mod:`lomem.functional` with argument ``bits``, such as ``"gelu"``, with torch's
+            default arguments; also ``"gelu_tanh"``, and ``"exp"`` (e^x - 1 below 0, x above, with a boundary at 0: its
+            levels below 0, scaled by alpha, suit an ELU). Or an elementwise function of a float64 tensor that autograd
+            can differentiate; on the real line it must follow its asymptotes for abs(x) from 512 on.
         bits: Number of bits per code, 1 to 8.
         criterion: ``"primitive"`` or ``"derivative"``.
         density: Weight of the errors: ``"uniform"``; ``"gaussian"``, the standard normal density; a tuple (mean,

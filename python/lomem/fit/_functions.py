@@ -236,3 +236,6 @@ FUNCTIONS: dict[str, Callable[[], Function]] = {
     "tanh": lambda: _sigmoid(2.0, 2.0, -1.0),
     "tanhshrink": lambda: _affine(_sigmoid(2.0, 2.0, -1.0), 1.0, -1.0),
 }
+
+#: Those that are others, stretched or subtracted from a line, and so are their step functions.
+DERIVED = frozenset({"celu", "logsigmoid", "quick_gelu", "tanh", "tanhshrink"})

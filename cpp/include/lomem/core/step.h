@@ -101,8 +101,8 @@ LOMEM_HOST_DEVICE constexpr std::uint8_t search_code(C x, const C* boundaries) {
   return static_cast<std::uint8_t>(code);
 }
 
-/// One-bit code of a function whose derivative has one value inside an interval and another one outside (hardtanh,
-/// relu, ...): 1 for low <= x <= high. NaN has code 0.
+/// One-bit code of a function whose derivative has one value inside an interval and another one outside (relu
+/// and others): 1 for low <= x <= high. NaN has code 0.
 template <class C>
 LOMEM_HOST_DEVICE constexpr std::uint8_t band_code(C x, C low, C high) {
   return static_cast<std::uint8_t>(static_cast<int>(x >= low) & static_cast<int>(x <= high));
