@@ -181,7 +181,7 @@ def test_the_report_says_it_all():
     report = lomem.convert(make(), batch())
     text = str(report)
     assert "4 converted, 0 left" in text
-    assert "inverted: 1.norm and 1 more [LayerNorm, layer norm (weight, bias)]: its consumers keep its output" in text
+    assert "inverted: 1.norm and 1 more [LayerNorm, layer norm (weight, bias)]: its consumers save its output" in text
     assert report.to_dict()["decisions"][0]["name"] == "1.norm"
     assert '"saved_before"' in report.to_json()
     assert report.table().row_count == 2
@@ -235,14 +235,14 @@ def test_inputs_come_as_a_tensor_a_tuple_or_a_dict():
             "activations is '3bit', expected '2bit' with criterion='paper'",
         ),
         (lambda model, x: lomem.convert(model, x, norms="keep", activations="keep"), "expected something to convert"),
-        (lambda model, x: lomem.convert(model[0], x), "found nothing to convert in Linear: no norm, no activation"),
-        (lambda model, x: lomem.convert(model, x[..., :3]), "example_inputs do not run in training mode: RuntimeError"),
-        (lambda model, x: lomem.convert(model, {"y": x}), "example_inputs do not run in training mode: TypeError"),
+        (lambda model, x: lomem.convert(model[0], x), "found nothing to convert in Linear: no norms or activations"),
+        (lambda model, x: lomem.convert(model, x[..., :3]), "the model does not run on example_inputs in training mode: RuntimeError"),
+        (lambda model, x: lomem.convert(model, {"y": x}), "the model does not run on example_inputs in training mode: TypeError"),
         (lambda model, x: lomem.convert(model, x, exclude=5), "exclude has 5, expected names of modules"),
         (lambda model, x: lomem.convert(model, x, exclude=["9.*"]), "exclude has '9.*', expected names of modules"),
         (lambda model, x: lomem.convert(model, x, tolerance=-1), "tolerance is -1, expected a number of at least 0"),
         (lambda model, x: lomem.convert(model, x, tolerance="a"), "tolerance is 'a', expected a number"),
-        (lambda model, x: lomem.convert(model, x, tolerance=0.0), "differs by .*the model is as it was"),
+        (lambda model, x: lomem.convert(model, x, tolerance=0.0), "differs by .*the model is unchanged"),
         (lambda model, x: lomem.restore(model), "no module of Sequential is converted, expected a converted model"),
         (lambda model, x: lomem.restore(3), "model is a int, expected a torch.nn.Module"),
     ],
@@ -260,7 +260,7 @@ def test_a_converted_model_is_not_converted_again():
     model, x = make(), batch()
     lomem.convert(model, x)
     before = classes(model)
-    with pytest.raises(ValueError, match="4 modules of Sequential are converted already, expected a plain model"):
+    with pytest.raises(ValueError, match="4 modules of Sequential are already converted, expected a plain model"):
         lomem.convert(model, x)
     assert classes(model) == before
 
@@ -270,7 +270,7 @@ def test_a_module_that_cannot_be_exchanged_is_left():
     norm = model[1].norm
     norm.forward = norm.forward  # as hooks of accelerate do
     report = lomem.convert(model, x)
-    assert {d.name: d.reason for d in report.left} == {"1.norm": "its forward is replaced on the object"}
+    assert {d.name: d.reason for d in report.left} == {"1.norm": "its forward is overridden on the instance"}
 
 
 def test_quantized_weights_are_not_run_in_evaluation_mode():

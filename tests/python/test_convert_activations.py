@@ -71,7 +71,7 @@ def test_an_activation_whose_input_is_kept_anyway_is_left():
             gate, up = self.both(x).chunk(2, dim=-1)  # one storage, of which the product keeps the other half
             return self.down(self.act(gate) * up)
 
-    with pytest.raises(ValueError, match=r"SiLU \(its input is kept by 1 too\)"):
+    with pytest.raises(ValueError, match=r"SiLU \(its input is also saved by 1\)"):
         lomem.convert(make(Packed, depth=1), batch())
 
 
@@ -355,7 +355,7 @@ def test_what_is_excluded_is_not_reached_by_a_call_outside_of_it():
 
     model, x = nn.Sequential(Outer(), nn.Linear(D, D)), batch()
     report = lomem.convert(model, x, exclude=["0.act"], dry_run=True)
-    assert {d.name: d.reason for d in report.left} == {"0": "0.act inside it is left", "0.act": "it is excluded"}
+    assert {d.name: d.reason for d in report.left} == {"0": "0.act inside it is not converted", "0.act": "it is excluded"}
     report = lomem.convert(model, x)
     assert len(report.converted) == 2
     assert report.saved_before - report.saved_after == 2 * (4 * x.numel() - x.numel() // 4)

@@ -243,7 +243,7 @@ def test_norms_before_activations_are_chosen_and_the_activations_left(count):
     report = lomem.convert(model, torch.randn(4, D))
     assert {d.kind for d in report.converted} == {"norm"}
     assert len(report.converted) == len(report.left) == count
-    assert [d.reason for d in report.left] == [f"its input is kept by {3 * i + 1} too" for i in range(count)]
+    assert [d.reason for d in report.left] == [f"its input is also saved by {3 * i + 1}" for i in range(count)]
 
 
 def test_of_two_norms_in_a_row_one_is_chosen():
@@ -254,8 +254,8 @@ def test_of_two_norms_in_a_row_one_is_chosen():
     assert (
         left.reason
         == {
-            "1": "2 keeps its output no more",
-            "2": "its input is kept by 1 too",
+            "1": "2 no longer saves its output",
+            "2": "its input is also saved by 1",
         }[left.name]
     )
 
@@ -264,7 +264,7 @@ def test_norms_of_which_each_keeps_several_copies_are_all_chosen():
     model, x, _ = build("composite norms", "float32")
     report = lomem.convert(model, x)
     assert {d.name for d in report.converted} == {"1", "2"}
-    assert next(d.reason for d in report.converted) == "it keeps less than before, though 2 keeps its output no more"
+    assert next(d.reason for d in report.converted) == "it saves less than before, though 2 no longer saves its output"
 
 
 def test_what_two_conversions_let_go_together_is_split():
@@ -382,14 +382,14 @@ def test_calls_are_not_counted_where_they_are_not_replaced(name):
     (call,) = lomem.convert(model, x, dry_run=True).decisions
     assert (call.kind, call.action, call.saved_bytes) == ("call", "left", 0)
     reason = {
-        "scripted": "in which they cannot be replaced",
-        "vmap": "in which they cannot be replaced",
-        "disabled": "in which they cannot be replaced",
-        "out": "in which they cannot be replaced",
-        "kept by another": "its input is kept by 0 too",
-        "of one storage": "its input is kept by 0 too",
+        "scripted": "its calls cannot be intercepted",
+        "vmap": "its calls cannot be intercepted",
+        "disabled": "its calls cannot be intercepted",
+        "out": "its calls cannot be intercepted",
+        "kept by another": "its input is also saved by 0",
+        "of one storage": "its input is also saved by 0",
     }
-    assert reason.get(name, "it needs no gradient: it keeps nothing") in call.reason
+    assert reason.get(name, "it needs no gradient, so it saves nothing") in call.reason
 
 
 @pytest.mark.parametrize("name", ["disabled", "kept by another", "without gradient", "vmap"])
@@ -480,7 +480,7 @@ def test_one_that_is_excluded_does_where_it_may_be_reached(name, run):
     free = name == "QuickGELU" and run
     call = next(d for d in report.decisions if d.name == "0")
     assert (call.action == "2bit") == free
-    assert free or call.reason == f"{patterns[0]} inside it is left"
+    assert free or call.reason == f"{patterns[0]} inside it is not converted"
 
 
 class Kept(nn.Module):
@@ -501,12 +501,12 @@ def test_calls_in_and_around_a_module_are_replaced_together_or_not():
     around, inside = lomem.convert(model, x).converted
     assert (around.saved_bytes, inside.saved_bytes) == (4 * x.numel() - x.numel() // 4, -x.numel() // 4)
     assert before - kept(model, x) == around.saved_bytes + inside.saved_bytes
-    assert inside.reason == "calls in 0 are not replaced without those in it"
+    assert inside.reason == "calls in 0 can only be replaced together with those in it"
     # More codes inside than are saved around it.
     report = lomem.convert(nn.Sequential(Around(Kept(16), True)), x, dry_run=True)
     assert {d.name: d.reason for d in report.left} == {
-        "0": "0.inside inside it is left",
-        "0.inside": "its input is kept by 0.inside too",
+        "0": "0.inside inside it is not converted",
+        "0.inside": "its input is also saved by 0.inside",
     }
 
 

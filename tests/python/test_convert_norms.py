@@ -78,7 +78,7 @@ def test_no_norm_is_converted_for_an_output_that_nobody_keeps():
         linear.requires_grad_(False)
     report = lomem.convert(model, x, activations="keep")
     left = next(d for d in report.decisions if d.name == "1.norm")
-    assert (left.action, left.reason) == ("left", "no consumer keeps its output: the weight of Linear is frozen")
+    assert (left.action, left.reason) == ("left", "no consumer saves its output: the weight of Linear is frozen")
     assert actions(report)["2.norm"] == "inverted"
 
 
@@ -107,7 +107,7 @@ def test_norms_of_one_input_are_converted_together():
     assert report.saved_before - report.saved_after == 4 * x.numel() + 2 * 4 * rows
     lomem.restore(model)
     model[1].fb.weight.requires_grad_(False)  # now the second norm must keep x, and the first gains nothing
-    with pytest.raises(ValueError, match=r"LayerNorm \(its input is kept by 1.b too\).*no consumer keeps its output"):
+    with pytest.raises(ValueError, match=r"LayerNorm \(its input is also saved by 1.b\).*no consumer saves its output"):
         lomem.convert(model, x)
 
 

@@ -196,7 +196,7 @@ def test_in_place_behind_a_linear_layer(change, action, shape, bias):
         model.norm.weight.data[0] = 0
         if len(shape) == 1:
             # Nothing is shared with linear layers of one row: there is nothing to be changed behind.
-            with pytest.raises(lomem.NothingToConvertError, match="no linear layer takes its output as it is"):
+            with pytest.raises(lomem.NothingToConvertError, match="no linear layer takes its output directly"):
                 lomem.convert(model, x, activations="keep")
             return
     plain, autocast = copy.deepcopy(model), action == "two outputs"
@@ -361,7 +361,7 @@ def test_a_stored_forward_is_found_by_convert():
     model[0].norm.forward = model[0].norm.forward
     report = lomem.convert(model, torch.randn(2, 3, D))
     actions = {d.name: (d.action, d.reason) for d in report.decisions}
-    assert actions["0.norm"] == ("left", "its forward is replaced on the object")
+    assert actions["0.norm"] == ("left", "its forward is overridden on the instance")
     assert actions["1.norm"][0] == "inverted"
 
 
@@ -420,7 +420,7 @@ def test_peculiar_classes(kind):
     assert verdicts["3"].action == "inverted"
     if kind is Final:
         assert verdicts["1"].action == "left"
-        assert verdicts["1"].reason == "its class takes no subclass: TypeError: no subclasses, please"
+        assert verdicts["1"].reason == "its class cannot be subclassed: TypeError: no subclasses, please"
     else:
         assert verdicts["1"].action == "inverted"
     assert Registering.subclasses == []
@@ -705,7 +705,7 @@ class Forces(nn.Module):
 
 
 def test_a_model_that_differentiates_itself_is_left():
-    with pytest.raises(lomem.NothingToConvertError, match="the model takes gradients in its forward pass"):
+    with pytest.raises(lomem.NothingToConvertError, match="the model computes gradients in its forward pass"):
         lomem.convert(Forces(), torch.randn(2, D))
     report = lomem.convert(Forces(), torch.randn(2, D), dry_run=True)
     assert {d.name: d.action for d in report.decisions} == {"norm": "left", "act": "left"}
@@ -727,7 +727,7 @@ def test_the_check_names_the_module_at_fault(place, monkeypatch):
 
     monkeypatch.setattr(lomem.conversion.modules.MSNorm, "forward", forward)
     with pytest.raises(
-        RuntimeError, match=rf"once {wrong} \(layer norm .*exclude=\['{wrong}'\] leaves it; the model is"
+        RuntimeError, match=rf"once {wrong} \(layer norm .*exclude=\['{wrong}'\] to skip it; the model is"
     ):
         lomem.convert(model, torch.randn(4, D))
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]

@@ -166,20 +166,20 @@ NORM_CASES = {
     # name: what follows the norm, dtype of the norm's side, autocast, reasons; no reason where it is shared
     "shared": (lambda: nn.Linear(16, 4), None, False, []),
     "shared under autocast": (lambda: nn.Linear(16, 4), None, True, []),
-    "a cast": (CastsTo32, torch.bfloat16, False, ["`then.a` keeps a float32 copy of it"]),
-    "a copy": (Copies, None, False, ["`then.fc` keeps a copy of it"]),
+    "a cast": (CastsTo32, torch.bfloat16, False, ["`then.a` saves a float32 copy of it"]),
+    "a copy": (Copies, None, False, ["`then.fc` saves a copy of it"]),
     "dropout": (
         lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(16, 4)),
         None,
         False,
-        ["the dropout `then.0` is between"],
+        ["the dropout `then.0` is in between"],
     ),
-    "functional dropout": (FunctionalDropout, None, False, ["a dropout in `then` is between"]),
+    "functional dropout": (FunctionalDropout, None, False, ["a dropout in `then` is in between"]),
     "frozen": (
         lambda: nn.Linear(16, 4).requires_grad_(False),
         None,
         False,
-        ["the weight of `then` is frozen: it keeps no input"],
+        ["the weight of `then` is frozen: it saves no input"],
     ),
     "no product": (Gate, None, False, ["no matrix product takes it: it goes to tanh in `then`, add in `then`"]),
 }
@@ -231,7 +231,7 @@ def test_a_checkpointed_norm_says_so(use_reentrant):
 
     (norm,) = memory.profile(Model(), torch.randn(4, 16, requires_grad=True)).norms
     assert not norm.shared
-    assert norm.reasons == ["`inner.then` keeps no input: its weight needs no gradient there, or it is checkpointed"]
+    assert norm.reasons == ["`inner.then` saves no input: its weight needs no gradient there, or it is checkpointed"]
 
 
 def test_a_step_whose_peak_is_counted():

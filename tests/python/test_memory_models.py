@@ -122,10 +122,10 @@ def test_why_the_norms_of_a_model_are_not_shared():
     norms = {n.module: n for n in memory.profile(model, **batch_of(llama)).norms}
     layer = "base_model.model.model.layers.1"
     assert norms[f"{layer}.input_layernorm"].reasons == [
-        f"the weight of `{layer}.self_attn.q_proj.base_layer` is frozen: it keeps no input",
-        f"`{layer}.self_attn.q_proj.lora_A.default` keeps a float32 copy of it",
-        f"the weight of `{layer}.self_attn.k_proj` is frozen: it keeps no input",
-        f"the weight of `{layer}.self_attn.v_proj` is frozen: it keeps no input",
+        f"the weight of `{layer}.self_attn.q_proj.base_layer` is frozen: it saves no input",
+        f"`{layer}.self_attn.q_proj.lora_A.default` saves a float32 copy of it",
+        f"the weight of `{layer}.self_attn.k_proj` is frozen: it saves no input",
+        f"the weight of `{layer}.self_attn.v_proj` is frozen: it saves no input",
     ]
     full = {n.module: n for n in memory.profile(replace(llama()), **batch_of(llama)).norms}
     assert full["model.layers.0.input_layernorm"].shared_with == [

@@ -312,7 +312,7 @@ REFUSED = {
         lambda: Runs(lambda m, x: m.inside(torch.nested.as_nested_tensor([x], layout=torch.jagged)), inside=linear()),
         plain_input,
         RuntimeError,
-        "makes tensors of sizes that a fake one does not know",
+        "makes tensors whose sizes are unknown with fake tensors",
     ),
     "no meta kernel": (
         lambda: with_buffer(torch.eye(WIDTH).to_sparse()),

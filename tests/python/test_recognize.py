@@ -194,14 +194,14 @@ class Scaled(nn.RMSNorm):
 
 
 NEUTRAL = {
-    "gain": (WithNeutralParts(lambda m, y, x: y * m.gain, gain=torch.ones(())), "gain is no weight or bias"),
-    "gate": (WithNeutralParts(lambda m, y, x: y + m.alpha * x, alpha=torch.zeros(())), "alpha is no weight or bias"),
+    "gain": (WithNeutralParts(lambda m, y, x: y * m.gain, gain=torch.ones(())), "gain is not a weight or bias"),
+    "gate": (WithNeutralParts(lambda m, y, x: y + m.alpha * x, alpha=torch.zeros(())), "alpha is not a weight or bias"),
     "dropout": (
         WithNeutralParts(lambda m, y, x: F.dropout(y, 0.5, m.training)).eval(),
         "also computes (dropout|bernoulli)",
     ),
     "detached": (Detached(D, eps=1e-6), "its gradient is not that of a norm"),
-    "scale": (Scaled(), "its attribute scale is not known"),
+    "scale": (Scaled(), "its attribute scale has an effect"),
 }
 
 

@@ -620,8 +620,8 @@ class ChannelsFirst(nn.Module):
 
 
 OTHER_NORMS = {
-    "channels first": (ChannelsFirst(), [(2, D, 4, 4)], "lies in memory channels first"),
-    "channels first, never run": (ChannelsFirst(), [], "does not run|no layer norm|channels first"),
+    "channels first": (ChannelsFirst(), [(2, D, 4, 4)], "laid out channels first"),
+    "channels first, never run": (ChannelsFirst(), [], "does not run|not a layer norm|channels first"),
     "one group": (nn.GroupNorm(1, D), [(2, D, 4, 4)], "channels and positions together"),
     "one group, no weight": (nn.GroupNorm(1, D, affine=False), [(2, D, 4, 4)], "channels and positions together"),
     "one group of sequences": (nn.GroupNorm(1, D), [(2, D, 7)], "channels and positions together"),

@@ -82,7 +82,7 @@ class Profile(Report):
             do not count, since they are in memory anyway.
         activation_bytes: The part of ``saved_bytes`` that is not copies of weights.
         weight_copy_bytes: Parameters and buffers copied to another dtype, as autocast does.
-        input_bytes: Saved inputs and other tensors from before the forward pass, such as the targets of a loss function.
+        input_bytes: Saved inputs and other tensors from before the forward pass, such as targets of a loss function.
         unaccounted_bytes: Bytes alive after the forward pass that autograd did not save.
         modules: Bytes by qualified name: ``"(model)"`` is the model itself, ``"(loss)"`` what ran after it.
         classes: Bytes of activations by class of module.
