@@ -26,7 +26,7 @@ def test_a_checkpointed_model_is_converted_as_without(reentrant):
     y, grads = results(model, x)
     y2, grads2 = results(plain, x)
     assert torch.equal(y, y2)
-    assert distance(grads, grads2) < 1e-6  # sums in another order
+    assert distance(grads, grads2) < 1e-6  # sums in a different order
 
 
 def test_a_converted_model_compiles():

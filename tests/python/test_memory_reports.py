@@ -1,4 +1,4 @@
-"""What lomem.memory reports, against bytes that are counted by hand."""
+"""Tables, plots, JSON and errors of lomem.memory."""
 
 import builtins
 import json
@@ -24,7 +24,7 @@ def test_sizes_show_something(nbytes):
     for sign in (1, -1):
         text, unit = size(sign * nbytes).split(" ")
         value = float(text.replace(",", ""))
-        # Three digits at least: half a unit of the last is 0.5 % of the smallest.
+        # At least three digits: half a unit of the last is 0.5 % of the smallest.
         assert abs(value * units[unit] - sign * nbytes) <= 0.005 * nbytes
         assert unit == "B" or abs(value) >= 1
         assert unit == "GiB" or abs(value) < 1024
@@ -37,7 +37,7 @@ def test_reports_of_small_models_show_their_bytes():
     # GELU's input and its output.
     assert "64 B" in str(memory.profile(model, x))
     assert re.search(r"saved for backward +64 B, 0 B of them weight copies", str(memory.step_peak(model, x)))
-    # Two bits an element in place of 32.
+    # Two bits per element instead of 32.
     assert "saved for backward: 64 B -> 34 B (-46.9 %)" in str(lomem.convert(model, x))
 
 
