@@ -7,16 +7,16 @@ import lomem
 import pytest
 import torch
 
-# A library that executes the CUDA kernels on the CPU, in place of the CPU kernels (tests/cpp/cuda/on_host.cpp).
+# A library that runs the CUDA kernels on the CPU, replacing the CPU kernels (tests/cpp/cuda/on_host.cpp).
 if helpers.CUDA_ON_HOST:
     torch.ops.load_library(helpers.CUDA_ON_HOST)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and lomem._C.cuda_archs() else [])]
 
-# Tests of what only a GPU has.
+# Tests that need a GPU.
 collect_ignore = [] if "cuda" in DEVICES else ["test_cuda.py"]
 
-# The same examples in every CI run, new ones on a developer's machine.
+# CI runs use the same examples every time; other runs draw new ones.
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
@@ -82,7 +82,7 @@ def _seed():
 
 @pytest.fixture
 def one_thread():
-    """For models of small layers: threads of several workers that wait for each other take minutes."""
+    """Limits torch to one thread, for models of small layers: workers whose threads compete would take minutes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -91,7 +91,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory):
-    """A folder with the config of a small model."""
+    """A directory with the config of a small model."""
     import transformers
 
     folder = tmp_path_factory.mktemp("config")

@@ -1,4 +1,4 @@
-"""What the tests of memory share."""
+"""Helpers of the tests of lomem.memory."""
 
 import lomem
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Tiny(nn.Module):
-    """Two linear layers, whose bytes can be counted: 212 float32 parameters."""
+    """Two linear layers with countable bytes: 212 float32 parameters."""
 
     def __init__(self):
         super().__init__()

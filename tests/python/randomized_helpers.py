@@ -1,4 +1,4 @@
-"""What the tests of randomized share."""
+"""Helpers of the tests of randomized linear layers."""
 
 from functools import partial
 
@@ -28,32 +28,32 @@ matmuls = pytest.mark.parametrize("matmul", MATMULS)
 
 
 def compress(x, seed, proj_dim, matmul):
-    """What is kept of x: rows, and indices of those that are picked."""
+    """The compressed x: rows, and their indices if they are picked."""
     weight = x.new_empty(0, x.shape[-1])
     seed = torch.as_tensor(seed, device=x.device)
     return ops.randomized_linear_forward(x, weight, None, seed, proj_dim, matmul=matmul)[1:3]
 
 
 def estimate(x, y, seed, proj_dim, matmul):
-    """The estimate of y^T x with a seed, by the ops."""
+    """The estimate of y^T x for a seed, by the ops."""
     seed = torch.tensor(seed, device=x.device)
     compressed, indices = compress(x, seed, proj_dim, matmul)
     return ops.randomized_linear_weight_grad(y, compressed, indices, seed, matmul=matmul)
 
 
 def projection(rows, proj_dim, seed, matmul, dtype=torch.float64, device="cpu"):
-    """S itself, of what mixes rows: S times the identity."""
+    """S itself, for methods that mix rows: S times the identity."""
     eye = torch.eye(rows, dtype=dtype, device=device)
     return compress(eye, seed, proj_dim, matmul)[0]
 
 
 def signs(seed, rows, k, device="cpu"):
-    """Of the matrix of signs: one bit each of the words."""
+    """The matrix of signs: one bit per sign from the random words."""
     return projection(rows, k, seed, "rademacher", device=device).sign().flatten().cpu()
 
 
 def states():
-    """Of all generators that others draw from."""
+    """The states of all generators that other code draws from."""
     devices = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return torch.cat([torch.get_rng_state(), *devices])
 
@@ -63,7 +63,7 @@ def gradient(layer, x):
 
 
 class Recorder(TorchDispatchMode):
-    """What randomized layers compressed, and what they estimated gradients from."""
+    """Records what randomized layers compress, and what they estimate gradients from."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,6 @@ KEEP, AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
 OURS = ops.randomized_linear_forward.default
 
 
-# Of which inputs are the results.
 MAKE_INPUTS = [torch.ops.aten.mul.Tensor, torch.ops.aten.tanh.default]
 
 

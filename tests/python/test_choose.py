@@ -1,4 +1,4 @@
-"""Which options together let go the most: against every set, tried one by one."""
+"""The choice of options that together free the most, against trying every set."""
 
 import itertools
 import random
@@ -8,13 +8,13 @@ from lomem.conversion.choose import Option, choose, shares
 
 
 def value(options, items, chosen):
-    """By the definition."""
+    """Gain of a set, by definition."""
     gone = sum(size for size, parts in items if all(any(p in options[i].drops for i in chosen) for p in parts))
     return gone - sum(options[i].added for i in chosen)
 
 
 def closed(options, chosen):
-    """Less those that lack what they need."""
+    """The set without options that lack what they need."""
     while True:
         kept = {i for i in chosen if options[i].needs <= chosen}
         if kept == chosen:
@@ -30,7 +30,7 @@ def allowed(options, items, chosen):
 
 
 def best(options, items):
-    """Of all allowed sets, the most that one brings, and of those that do the smallest rank."""
+    """The largest gain of all allowed sets, and the smallest rank of those that reach it."""
     every = (set(c) for n in range(len(options) + 1) for c in itertools.combinations(range(len(options)), n))
     good = [chosen for chosen in every if allowed(options, items, chosen)]
     most = max(value(options, items, chosen) for chosen in good)
@@ -38,7 +38,7 @@ def best(options, items):
 
 
 def drawn(seed, count):
-    """Options and items without a pattern."""
+    """Random options and items."""
     draw = random.Random(seed)
     items, parts = [], itertools.count()
     for _ in range(draw.randint(1, 2 * count)):
@@ -74,7 +74,7 @@ def test_shares_sum_to_what_is_brought(seed):
         assert all(part == 0 for i, part in enumerate(parts) if i not in chosen)
 
 
-# Layers: each keeps its input, and puts something in place of what the next one keeps.
+# Layers: each saves its input, and replaces what the next one saves.
 
 
 def norms_in_a_row(count, sizes):

@@ -1,4 +1,4 @@
-"""Converting hand-made models: arguments, reports, and what stays as it was."""
+"""Converting hand-made models: arguments, reports, and what does not change."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_saved_bytes_are_those_counted_by_hand():
     model, x = make(), batch()
     n = x.numel()
-    first, last = 4 * n, 4 * n  # inputs of the outer linear layers; the first is the model's input, which is left out
+    first, last = 4 * n, 4 * n  # inputs of the outer linear layers; the first is the model's input, not counted
     rows = n // D
     # A block: x and its mean and rstd; z; the activation's input; the product's two factors; their product.
     plain = 4 * n + 2 * 4 * rows + 4 * n + 4 * (4 * n) * 4
@@ -144,7 +144,7 @@ def test_the_trace_leaves_no_trace():
     random = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16):
         lomem.convert(model, x)
-        # Copies of weights that autocast made without gradient must not serve with.
+        # Weight copies that autocast made without gradient must not be reused in runs with gradient.
         results(model, x)
         _, grads = results(model, x)
     assert all(grads[name].norm() > 0 for name in ("0.weight", "1.up.weight"))
@@ -181,7 +181,7 @@ def test_the_report_says_it_all():
     report = lomem.convert(make(), batch())
     text = str(report)
     assert "4 converted, 0 left" in text
-    assert "inverted: 1.norm and 1 more [LayerNorm, layer norm (weight, bias)]: its consumers keep its output" in text
+    assert "inverted: 1.norm and 1 more [LayerNorm, layer norm (weight, bias)]: its consumers save its output" in text
     assert report.to_dict()["decisions"][0]["name"] == "1.norm"
     assert '"saved_before"' in report.to_json()
     assert report.table().row_count == 2
@@ -235,14 +235,14 @@ def test_inputs_come_as_a_tensor_a_tuple_or_a_dict():
             "activations is '3bit', expected '2bit' with criterion='paper'",
         ),
         (lambda model, x: lomem.convert(model, x, norms="keep", activations="keep"), "expected something to convert"),
-        (lambda model, x: lomem.convert(model[0], x), "found nothing to convert in Linear: no norm, no activation"),
-        (lambda model, x: lomem.convert(model, x[..., :3]), "example_inputs do not run in training mode: RuntimeError"),
-        (lambda model, x: lomem.convert(model, {"y": x}), "example_inputs do not run in training mode: TypeError"),
+        (lambda model, x: lomem.convert(model[0], x), "found nothing to convert in Linear: no norms or activations"),
+        (lambda model, x: lomem.convert(model, x[..., :3]), "run on example_inputs in training mode: RuntimeError"),
+        (lambda model, x: lomem.convert(model, {"y": x}), "run on example_inputs in training mode: TypeError"),
         (lambda model, x: lomem.convert(model, x, exclude=5), "exclude has 5, expected names of modules"),
         (lambda model, x: lomem.convert(model, x, exclude=["9.*"]), "exclude has '9.*', expected names of modules"),
         (lambda model, x: lomem.convert(model, x, tolerance=-1), "tolerance is -1, expected a number of at least 0"),
         (lambda model, x: lomem.convert(model, x, tolerance="a"), "tolerance is 'a', expected a number"),
-        (lambda model, x: lomem.convert(model, x, tolerance=0.0), "differs by .*the model is as it was"),
+        (lambda model, x: lomem.convert(model, x, tolerance=0.0), "differs by .*the model is unchanged"),
         (lambda model, x: lomem.restore(model), "no module of Sequential is converted, expected a converted model"),
         (lambda model, x: lomem.restore(3), "model is a int, expected a torch.nn.Module"),
     ],
@@ -260,7 +260,7 @@ def test_a_converted_model_is_not_converted_again():
     model, x = make(), batch()
     lomem.convert(model, x)
     before = classes(model)
-    with pytest.raises(ValueError, match="4 modules of Sequential are converted already, expected a plain model"):
+    with pytest.raises(ValueError, match="4 modules of Sequential are already converted, expected a plain model"):
         lomem.convert(model, x)
     assert classes(model) == before
 
@@ -268,13 +268,13 @@ def test_a_converted_model_is_not_converted_again():
 def test_a_module_that_cannot_be_exchanged_is_left():
     model, x = make(), batch()
     norm = model[1].norm
-    norm.forward = norm.forward  # as hooks of accelerate do
+    norm.forward = norm.forward  # as accelerate's hooks do
     report = lomem.convert(model, x)
-    assert {d.name: d.reason for d in report.left} == {"1.norm": "its forward is replaced on the object"}
+    assert {d.name: d.reason for d in report.left} == {"1.norm": "its forward is overridden on the instance"}
 
 
 def test_quantized_weights_are_not_run_in_evaluation_mode():
-    # Where bitsandbytes packs them anew, for good.
+    # In evaluation mode, bitsandbytes repacks such weights permanently.
     class Quantized(Block):
         def __init__(self):
             super().__init__()
@@ -305,7 +305,7 @@ def test_a_fake_model_is_planned_and_converted():
 
 
 def test_the_bytes_are_checked(monkeypatch):
-    # Whatever was overlooked: the model is left as it was.
+    # Whatever conversion missed, the model is left unchanged.
     model, x = make(), batch()
     before = classes(model)
     monkeypatch.setattr(lomem.conversion.plan, "settle", lambda *_: None)
@@ -320,7 +320,7 @@ def test_the_bytes_are_checked(monkeypatch):
 def test_the_check_runs_what_training_runs(criterion, monkeypatch):
     model, x = make(), batch()
     before = classes(model)
-    # Wrong where there is a gradient only.
+    # Wrong only with a gradient.
     right = lomem.functional.gelu
     monkeypatch.setattr(lomem.functional, "gelu", lambda *args, **kwargs: right(*args, **kwargs) * 1.5)
     with pytest.raises(RuntimeError, match=r"an output of the converted model differs.*once 1.activation \(GELU\)"):

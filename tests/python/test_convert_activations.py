@@ -1,4 +1,4 @@
-"""Converting activations, and calls of their functions, in hand-made models."""
+"""Converting activations and calls of activation functions in hand-made models."""
 
 import copy
 import itertools
@@ -71,15 +71,15 @@ def test_an_activation_whose_input_is_kept_anyway_is_left():
             self.both, self.act, self.down = nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(D, D)
 
         def forward(self, x):
-            gate, up = self.both(x).chunk(2, dim=-1)  # one storage, of which the product keeps the other half
+            gate, up = self.both(x).chunk(2, dim=-1)  # one storage; the product saves the other half
             return self.down(self.act(gate) * up)
 
-    with pytest.raises(ValueError, match=r"SiLU \(its input is kept by 1 too\)"):
+    with pytest.raises(ValueError, match=r"SiLU \(its input is also saved by 1\)"):
         lomem.convert(make(Packed, depth=1), batch())
 
 
 class Spelled(nn.Module):
-    """An activation that is no single op of torch's."""
+    """An activation that is not a single torch op."""
 
     def __init__(self, scale):
         super().__init__()
@@ -133,7 +133,7 @@ def test_activations_of_more_and_fewer_bits(name, bits, device):
     for linear in inner:
         hidden = linear(hidden)
     (expected,) = torch.autograd.grad(few_bit(hidden, bits=bits).square().sum(), weight)
-    # Products of a GEMM that adds in the same order, of gradients that differ where a boundary was divided by a scale.
+    # The GEMM adds in the same order; gradients differ only where a boundary was divided by a scale.
     assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
     again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
@@ -143,7 +143,7 @@ def test_activations_of_more_and_fewer_bits(name, bits, device):
 
 
 class Before(nn.Module):
-    """What makes the activation's input, so that it is no input of the model."""
+    """Produces the activation's input, so that it is not an input of the model."""
 
     def forward(self, x):
         return x * 1.0
@@ -158,7 +158,7 @@ class Applied(nn.Module):
         return self.function(x * 1.0)
 
 
-#: What is converted, the step function of it, and the scale by which that is stretched.
+#: The converted module, its step function, and the scale of the latter.
 EXACT = {
     "GELU": (nn.GELU, "gelu", 1.0),
     "GELU tanh": (lambda: nn.GELU("tanh"), "gelu_tanh", 1.0),
@@ -172,14 +172,14 @@ EXACT = {
 
 
 def places(steps, scale):
-    """Numbers on and beside all boundaries, and many others."""
+    """Numbers at and next to all boundaries, and many others."""
     c = torch.tensor(steps.boundaries, dtype=torch.float64) / scale
     beside = [torch.nextafter(c, torch.full_like(c, end)) for end in (-math.inf, math.inf)]
     return torch.cat([c, *beside, torch.linspace(-9, 9, 2001, dtype=torch.float64)])
 
 
 def levels_at(x, steps, scale):
-    """The derivative by torch's own search; ties belong to the interval below."""
+    """The derivative, by torch's own search. Ties belong to the interval below."""
     boundaries = torch.tensor(steps.boundaries, dtype=torch.float64) / scale
     levels = torch.tensor(steps.levels, dtype=torch.float64)
     if scale < 0:
@@ -213,7 +213,7 @@ def test_the_gradient_is_that_of_the_step_function(name, bits, criterion):
 
 @pytest.mark.parametrize("make_module", [nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU])
 def test_more_bits_are_nearer_to_the_derivative(make_module):
-    # Relative error in the 2-norm, of inputs of the standard normal distribution.
+    # Relative error in the 2-norm, for inputs from the standard normal distribution.
     x = torch.linspace(-9, 9, 20001, dtype=torch.float64)
     weight = torch.exp(-x * x / 2)
     exact = gradient_of(make_module(), x)
@@ -251,7 +251,7 @@ def test_the_paper_is_asked_for_by_name():
     lomem.convert(model, criterion="paper")
     for module, published in zip(model, PUBLISHED.values(), strict=True):
         assert torch.equal(gradient_of(module, x), gradient_of(published.op, x))
-    with pytest.raises(ValueError, match="found nothing to convert"):  # and it says nothing of norms
+    with pytest.raises(ValueError, match="found nothing to convert"):  # and does not mention norms
         lomem.convert(nn.Sequential(nn.LayerNorm(D)), activations="keep", criterion="paper")
 
 
@@ -358,7 +358,10 @@ def test_what_is_excluded_is_not_reached_by_a_call_outside_of_it():
 
     model, x = nn.Sequential(Outer(), nn.Linear(D, D)), batch()
     report = lomem.convert(model, x, exclude=["0.act"], dry_run=True)
-    assert {d.name: d.reason for d in report.left} == {"0": "0.act inside it is left", "0.act": "it is excluded"}
+    assert {d.name: d.reason for d in report.left} == {
+        "0": "0.act inside it is not converted",
+        "0.act": "it is excluded",
+    }
     report = lomem.convert(model, x)
     assert len(report.converted) == 2
     assert report.saved_before - report.saved_after == 2 * (4 * x.numel() - x.numel() // 4)
@@ -373,6 +376,6 @@ def test_converted_activations_compile(bits, criterion):
     assert len(report.converted) == len(modules)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     gradient = gradient_of(model, x)
-    # A matrix product may add in another order.
+    # A matrix product may add in a different order.
     torch.testing.assert_close(gradient_of(compiled, x), gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item())
     torch.compiler.reset()

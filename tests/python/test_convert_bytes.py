@@ -1,4 +1,4 @@
-"""The bytes that a conversion claims, and the choice of conversions by them: against what the converted models keep."""
+"""The bytes that a conversion reports to free, and the choice based on them, against what converted models save."""
 
 import itertools
 import warnings
@@ -18,7 +18,7 @@ MODES = [{}, {"activations": "keep"}, {"norms": "keep"}, {"activations": "8bit"}
 
 
 class RMSNorm(nn.Module):
-    """Of several ops, which keep several copies."""
+    """A norm of several ops, which save several copies."""
 
     def __init__(self, width):
         super().__init__()
@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
 
 
 class ChannelsFirst(nn.LayerNorm):
-    """As ConvNeXt's stem has it."""
+    """A norm over channels, as in ConvNeXt's stem."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -53,7 +53,7 @@ class Residual(nn.Sequential):
 
 
 class Calls(nn.Module):
-    """A call of a function, and modules around it."""
+    """A function call between modules."""
 
     def __init__(self, before, after):
         super().__init__()
@@ -161,7 +161,7 @@ def build(name, dtype, *, ill=False):
 
 
 def convert(model, x, **options):
-    """The report, of nothing where there is nothing to convert."""
+    """The report; an empty one if there is nothing to convert."""
     try:
         return lomem.convert(model, x, check=False, **options)
     except lomem.conversion.NothingToConvertError:
@@ -169,7 +169,7 @@ def convert(model, x, **options):
 
 
 def kept(model, x):
-    """Counted apart from the recorder that decides, without copies of weights that autocast makes."""
+    """Bytes saved, counted independently of the recorder behind the decisions, without autocast's weight copies."""
     storages = {}
     weights = {p.shape for p in model.parameters()}
     mine = {t.untyped_storage().data_ptr() for t in (*model.parameters(), x)}
@@ -178,7 +178,7 @@ def kept(model, x):
         storage = tensor.untyped_storage()
         weight = tensor.is_floating_point() and {tensor.shape, tensor.shape[::-1]} & weights
         if storage.data_ptr() not in mine and not weight:
-            storages[storage.data_ptr()] = storage  # alive: its address is nobody else's
+            storages[storage.data_ptr()] = storage  # kept alive, so that its address is not reused
         return tensor
 
     model.train()
@@ -207,7 +207,7 @@ def test_rows_sum_to_what_the_converted_model_keeps_less(name, dtype, ill):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_other_choice_keeps_fewer_bytes(name, dtype):
-    # Of few candidates any are excluded, of many each one.
+    # With few candidates, all subsets are excluded; with many, each one on its own.
     model, x, autocast = build(name, dtype)
     with autocast:
         report = convert(model, x)
@@ -223,7 +223,7 @@ def test_no_other_choice_keeps_fewer_bytes(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_no_conversion_could_be_left_out(name, dtype):
-    # Measured: each conversion alone is undone.
+    # Measured by undoing one conversion at a time.
     model, x, autocast = build(name, dtype)
     with autocast:
         report = convert(model, x)
@@ -243,19 +243,19 @@ def test_norms_before_activations_are_chosen_and_the_activations_left(count):
     report = lomem.convert(model, torch.randn(4, D))
     assert {d.kind for d in report.converted} == {"norm"}
     assert len(report.converted) == len(report.left) == count
-    assert [d.reason for d in report.left] == [f"its input is kept by {3 * i + 1} too" for i in range(count)]
+    assert [d.reason for d in report.left] == [f"its input is also saved by {3 * i + 1}" for i in range(count)]
 
 
 def test_of_two_norms_in_a_row_one_is_chosen():
     model, x, _ = build("two norms", "float32")
     report = lomem.convert(model, x)
     (chosen,), (left,) = report.converted, report.left
-    assert chosen.saved_bytes == 4 * x.numel() + 4 * x.numel() // D  # the input, and a mean a row
+    assert chosen.saved_bytes == 4 * x.numel() + 4 * x.numel() // D  # the input, and a mean per row
     assert (
         left.reason
         == {
-            "1": "2 keeps its output no more",
-            "2": "its input is kept by 1 too",
+            "1": "2 no longer saves its output",
+            "2": "its input is also saved by 1",
         }[left.name]
     )
 
@@ -264,7 +264,7 @@ def test_norms_of_which_each_keeps_several_copies_are_all_chosen():
     model, x, _ = build("composite norms", "float32")
     report = lomem.convert(model, x)
     assert {d.name for d in report.converted} == {"1", "2"}
-    assert next(d.reason for d in report.converted) == "it keeps less than before, though 2 keeps its output no more"
+    assert next(d.reason for d in report.converted) == "it saves less than before, though 2 no longer saves its output"
 
 
 def test_what_two_conversions_let_go_together_is_split():
@@ -284,7 +284,7 @@ def out_of_place(h):
 
 
 class Constant(torch.autograd.Function):
-    """With a backward pass of its own, and a gradient that it does not need."""
+    """A custom backward pass that does not need its gradient."""
 
     @staticmethod
     def forward(ctx, h):
@@ -296,7 +296,7 @@ class Constant(torch.autograd.Function):
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # that it is deprecated
+    warnings.simplefilter("ignore")  # a deprecation
 
     @torch.jit.script
     def scripted(h):
@@ -382,14 +382,14 @@ def test_calls_are_not_counted_where_they_are_not_replaced(name):
     (call,) = lomem.convert(model, x, dry_run=True).decisions
     assert (call.kind, call.action, call.saved_bytes) == ("call", "left", 0)
     reason = {
-        "scripted": "in which they cannot be replaced",
-        "vmap": "in which they cannot be replaced",
-        "disabled": "in which they cannot be replaced",
-        "out": "in which they cannot be replaced",
-        "kept by another": "its input is kept by 0 too",
-        "of one storage": "its input is kept by 0 too",
+        "scripted": "its calls cannot be intercepted",
+        "vmap": "its calls cannot be intercepted",
+        "disabled": "its calls cannot be intercepted",
+        "out": "its calls cannot be intercepted",
+        "kept by another": "its input is also saved by 0",
+        "of one storage": "its input is also saved by 0",
     }
-    assert reason.get(name, "it needs no gradient: it keeps nothing") in call.reason
+    assert reason.get(name, "it needs no gradient, so it saves nothing") in call.reason
 
 
 @pytest.mark.parametrize("name", ["disabled", "kept by another", "without gradient", "vmap"])
@@ -419,7 +419,7 @@ def test_a_call_with_a_gradient_of_vmap_stays_torchs():
     ],
 )
 def test_wrong_calls_get_torchs_errors(call, error):
-    # In a converted module, which did not go that way before.
+    # In a converted module that did not take this path before.
     model, x = nn.Sequential(Spelled(F.gelu)), torch.randn(4, 5, D)
     with pytest.raises(error) as plain:
         call(model[0].a(x))
@@ -434,7 +434,7 @@ def test_wrong_calls_get_torchs_errors(call, error):
 
 
 class Around(nn.Module):
-    """Calls a function, and has a module inside."""
+    """Calls a function, and has a submodule."""
 
     def __init__(self, inside, run=False):
         super().__init__()
@@ -476,15 +476,15 @@ def test_one_that_is_excluded_does_where_it_may_be_reached(name, run):
     model, x = nn.Sequential(Around(INSIDE[name](), run)), torch.randn(4, D)
     patterns = ["0.inside.1.0"] if name == "deeper" else ["0.inside"]
     report = lomem.convert(model, x, exclude=patterns, dry_run=True)
-    # What it computes is seen when it runs: no call in it can be replaced by that around it.
+    # If it ran, its ops were recorded: no call in it can be replaced along with those around it.
     free = name == "quick" and run
     call = next(d for d in report.decisions if d.name == "0")
     assert (call.action == "2bit") == free
-    assert free or call.reason == f"{patterns[0]} inside it is left"
+    assert free or call.reason == f"{patterns[0]} inside it is not converted"
 
 
 class Kept(nn.Module):
-    """A call whose input is kept anyway."""
+    """A call whose input is saved anyway."""
 
     def __init__(self, copies):
         super().__init__()
@@ -501,12 +501,12 @@ def test_calls_in_and_around_a_module_are_replaced_together_or_not():
     around, inside = lomem.convert(model, x).converted
     assert (around.saved_bytes, inside.saved_bytes) == (4 * x.numel() - x.numel() // 4, -x.numel() // 4)
     assert before - kept(model, x) == around.saved_bytes + inside.saved_bytes
-    assert inside.reason == "calls in 0 are not replaced without those in it"
-    # More codes inside than are saved around it.
+    assert inside.reason == "calls in 0 can only be replaced together with those in it"
+    # The codes inside take more than is freed around it.
     report = lomem.convert(nn.Sequential(Around(Kept(16), True)), x, dry_run=True)
     assert {d.name: d.reason for d in report.left} == {
-        "0": "0.inside inside it is left",
-        "0.inside": "its input is kept by 0.inside too",
+        "0": "0.inside inside it is not converted",
+        "0.inside": "its input is also saved by 0.inside",
     }
 
 

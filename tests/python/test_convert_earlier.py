@@ -1,4 +1,4 @@
-"""Models that an earlier version converted and pickled."""
+"""Models converted and pickled by an earlier version."""
 
 import copy
 import io
@@ -22,9 +22,9 @@ def contents():
 
 
 def check(contents, model):
-    """The same outputs and gradients as then."""
+    """Checks that outputs and gradients are the same as when pickled."""
     output, gradients = pickled_model.results(model, contents["input"])
-    # torch's own products may be computed in another order on another machine: bfloat16, a few of them in a row.
+    # torch may compute products in a different order on another machine; a few of them in a row, in bfloat16.
     norm = contents["output"].double().norm()
     assert (output.double() - contents["output"].double()).norm() <= 2**-7 * norm
     assert gradients.keys() == contents["gradients"].keys()
@@ -75,7 +75,7 @@ def test_it_is_restored_and_converted_again(contents):
     model = contents["model"]
     plain = pickled_model.Model()
     plain.load_state_dict(model.state_dict())
-    assert lomem.restore(model) == len(pickled_model.ACTIONS) + 3  # and the linear layers behind norms
+    assert lomem.restore(model) == len(pickled_model.ACTIONS) + 3  # and the linear layers after norms
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
     assert not any(name.startswith("lomem") for m in model.modules() for name in vars(m))
     assert torch.equal(model(contents["input"]), plain(contents["input"]))
@@ -97,7 +97,7 @@ def test_the_default_is_another_one_now(contents):
     assert (gradients[name] - then).norm() > 0.02 * then.norm()
 
 
-#: A report of version 0.1.0, by its `pickle.dumps(report, protocol=0)`.
+#: A report of version 0.1.0, written with `pickle.dumps(report, protocol=0)`.
 REPORT = (
     b"ccopy_reg\n_reconstructor\np0\n(clomem.conversion._report\nReport\np1\nc__builtin__\nobject\np2\nNtp3\nRp4\n(dp5\n"
     b"Vdecisions\np6\n(g0\n(clomem.conversion._report\nDecision\np7\ng2\nNtp8\nRp9\n(dp10\nVname\np11\nVa\np12\nsVkind\n"

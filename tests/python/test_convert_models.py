@@ -1,4 +1,4 @@
-"""Converting transformers' architectures."""
+"""Converting architectures from transformers."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,12 @@ from zoo import ZOO, adapted, build, conversion, converted, error, gradient_erro
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Weights and activations; None for float32 under bfloat16 autocast.
+#: Dtypes of weights and activations; None for float32 under bfloat16 autocast.
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": None}
 
 
 def exact(name, model, batch):
-    """What the same weights give in float64."""
+    """Results of the same weights in float64."""
     reference, _ = build(name, torch.float64)
     reference.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in model.state_dict().items()})
     batch = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in batch.items()}
@@ -38,12 +38,12 @@ def test_norms_change_nothing_but_rounding(name, dtype):
         assert all(torch.equal(a, b) for a, b in zip(before, outputs(model, batch), strict=True))
     assert report.saved_after < report.saved_before
     if dtype == "float64":
-        # Norms that compute in float32 whatever they get are the less exact ones: 2e-7 of them, some in a row.
+        # Norms that always compute in float32 limit the accuracy: 2e-7 each, several in a row.
         assert error(after, before) < 1e-6
         assert gradient_error(grads_after, grads_before) < 1e-6
         return
-    # Never less accurate, but for luck: a norm's output has half a unit of error, the original's at least that, and the
-    # rest of the model rounds other numbers; small models draw few of them.
+    # No less accurate, apart from chance: a norm's output is off by half a unit, the original's by at least that, and
+    # the rest of the model rounds different numbers, of which small models have few.
     eps = torch.finfo(torch.float32 if dtype == "float32" else torch.bfloat16).eps
     assert error(after, expected) <= max(2 * error(before, expected), 4 * eps)
     assert gradient_error(grads_after, expected_grads) <= max(2 * gradient_error(grads_before, expected_grads), 4 * eps)
@@ -95,7 +95,7 @@ def test_the_table_has_the_whole_zoo():
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("dtype", CONVERTED_IN)
 def test_conversions_are_those_of_the_table(name, dtype):
-    # `python tools/zoo_conversions.py` writes it. More bytes than there need a reason.
+    # Written by `python tools/zoo_conversions.py`. Byte counts must not grow without a reason.
     _, _, report = converted(name, dtype)
     assert conversion(report) == TABLE[f"{name}/{dtype}"]
     assert sum(d.saved_bytes for d in report.decisions) == report.saved_before - report.saved_after
@@ -118,7 +118,7 @@ def test_rows_sum_to_what_the_converted_model_keeps_less(name, dtype):
             spoil(model, name)
         if options == {"lora": True}:
             if name in ("gpt2", "mamba"):
-                continue  # peft knows no layer of theirs
+                continue  # peft supports none of their layers
             model = adapted(model)
         options = {key: value for key, value in options.items() if value == "keep"}
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
@@ -132,7 +132,7 @@ def test_rows_sum_to_what_the_converted_model_keeps_less(name, dtype):
 
 @pytest.mark.parametrize("name", ["gpt_neox", "clip", "wav2vec2"])
 def test_the_bytes_are_those_that_are_saved(name):
-    for dtype in ("float32", "bfloat16"):  # autocast's copies of weights are counted there too
+    for dtype in ("float32", "bfloat16"):  # there, autocast's weight copies count too
         model, batch, report = converted(name, dtype)
         model.train()
         torch.manual_seed(0)
@@ -175,7 +175,7 @@ def test_low_rank_adapters(name, ill, first):
         model = adapted(model)
     actions = {d.action for d in report.converted}
     assert ("normalized" if ill else "inverted") in actions
-    # Roundings of float32.
+    # Rounding in float32.
     assert error(outputs(model, batch), [t.double() for t in before]) < 1e-5
     assert gradient_error(gradients(model, batch), grads) < 1e-5
     merged = model.merge_and_unload()

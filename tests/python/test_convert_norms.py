@@ -1,4 +1,4 @@
-"""Converting norms of hand-made models."""
+"""Converting norms in hand-made models."""
 
 import copy
 
@@ -26,9 +26,9 @@ def test_norms_change_nothing_but_rounding(norm, ill, block, dtype):
     y2, grads2 = results(model, x)
     exact_y, exact_grads = results(exact, x.double())
     eps = torch.finfo(dtype).eps
-    # One rounding of the norms' output more or less, through four layers with weights of order 1.
+    # One rounding of the norms' output more or less, propagated through four layers with weights of order 1.
     assert (y2.double() - y.double()).norm() <= 4 * eps * y.double().norm()
-    # No less accurate, but for luck with roundings: a factor, and a few roundings where the original is the oracle.
+    # No less accurate, apart from chance in rounding: a factor, and a few roundings where the original is the oracle.
     before, after = distance(grads, exact_grads), distance(grads2, exact_grads)
     assert after <= max(2 * before, 16 * eps), (before, after)
     error = (y2.double() - exact_y).norm()
@@ -48,8 +48,7 @@ def test_norms_under_autocast(norm, ill, block):
     wanted = "normalized" if ill else "inverted" if block is Block else "two outputs"
     assert {d.action for d in report.decisions if d.kind == "norm"} == {wanted}
     _, exact_grads = results(exact, x.double())
-    # Linear layers round the norms' output to bfloat16 in any case. Twice rounded, by float32 in between, some elements
-    # differ.
+    # Linear layers round the norms' output to bfloat16 anyway. Rounding to float32 first makes some elements differ.
     assert (y2 - y).double().norm() <= 2**-8 * y.double().norm()
     assert y2.dtype == y.dtype
     assert distance(grads2, exact_grads) <= 1.5 * distance(grads, exact_grads)
@@ -68,7 +67,7 @@ def test_a_post_norm_model_under_autocast_keeps_one_copy_and_its_residual_stream
     assert actions(report) == {"1.norm": "two outputs"}
     assert seen[0].dtype == seen[1].dtype == torch.float32
     torch.testing.assert_close(*seen, rtol=0, atol=2**-8)  # bfloat16 products of order 1
-    # Before: the sum in float32, mean and rstd, and a cast each for q and k. After: one cast, and rstd.
+    # Before: the sum in float32, mean and rstd, and one cast each for q and k. After: one cast, and rstd.
     assert report.saved_before - report.saved_after == 4 * n + 2 * 4 * rows + 2 * (2 * n) - (2 * n + 4 * rows)
 
 
@@ -78,7 +77,7 @@ def test_no_norm_is_converted_for_an_output_that_nobody_keeps():
         linear.requires_grad_(False)
     report = lomem.convert(model, x, activations="keep")
     left = next(d for d in report.decisions if d.name == "1.norm")
-    assert (left.action, left.reason) == ("left", "no consumer keeps its output: the weight of Linear is frozen")
+    assert (left.action, left.reason) == ("left", "no consumer saves its output: the weight of Linear is frozen")
     assert actions(report)["2.norm"] == "inverted"
 
 
@@ -106,13 +105,13 @@ def test_norms_of_one_input_are_converted_together():
     rows = x.numel() // D
     assert report.saved_before - report.saved_after == 4 * x.numel() + 2 * 4 * rows
     lomem.restore(model)
-    model[1].fb.weight.requires_grad_(False)  # now the second norm must keep x, and the first gains nothing
-    with pytest.raises(ValueError, match=r"LayerNorm \(its input is kept by 1.b too\).*no consumer keeps its output"):
+    model[1].fb.weight.requires_grad_(False)  # now the second norm must save x, and converting the first gains nothing
+    with pytest.raises(ValueError, match=r"LayerNorm \(its input is also saved by 1.b\).*no consumer saves its output"):
         lomem.convert(model, x)
 
 
 class Inner(nn.Module):
-    """A norm, something done with its output, and linear layers."""
+    """A norm, an operation on its output, and linear layers."""
 
     def __init__(self):
         super().__init__()
@@ -211,20 +210,20 @@ ADVERSARIES = [
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 def test_no_model_goes_wrong(adversary, ill, autocast, training):
-    # Converted right or left; float64, where rounding is no excuse, or autocast.
+    # Either converted correctly or not converted; in float64, where rounding is no excuse, or under autocast.
     dtype = torch.float32 if autocast else torch.float64
     model, x = make(adversary, ill=ill, dtype=dtype, depth=1).train(training), batch(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         torch.manual_seed(3)
         y, grads = results(model, x)
         if not lomem.convert(model, x, dry_run=True).converted:
-            return  # left as a whole, which is right too
+            return  # not converted at all, which is correct too
         report = lomem.convert(model, x)
         assert report.saved_after <= report.saved_before
         torch.manual_seed(3)
         y2, grads2 = results(model, x)
-    # Roundings of float64 through four layers; of bfloat16 products, up to three in a row, in which single elements of
-    # 300 (the large bias) meet.
+    # Rounding in float64 through four layers; in up to three bfloat16 products in a row, where single elements of 300
+    # (the large bias) meet.
     assert (y2 - y).norm() <= (2**-6 if autocast else 1e-14) * y.norm()
     assert distance(grads2, grads) <= (2**-5 if autocast else 1e-13)
 
@@ -239,7 +238,7 @@ def test_an_output_that_is_changed_in_place_is_left():
 
 
 def test_an_output_changed_in_place_later_is_noticed():
-    # Not in the example run: only where a flag is set. The linear layer must not take what was kept before the change.
+    # Only if a flag is set, so not in the example run. The linear layer must not take what was saved before the change.
     class Later(Inner):
         flag = False
 
@@ -274,14 +273,14 @@ def test_every_norm_has_a_verdict():
     model = Many()
     before = copy.deepcopy(model.state_dict())
     report = lomem.convert(model, batch())
-    # Batch norm is nobody's layer norm.
+    # A batch norm is not a layer norm.
     assert actions(report) == {"group_norm": "left", "layer_norm": "inverted"}
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name  # running statistics too, after runs in training mode
 
 
 def test_converting_decides_by_what_is_frozen():
-    # As low-rank adapters do it: the base is frozen, and small matrices beside it are trained.
+    # As in low-rank adapters: the base is frozen, and small matrices next to it are trained.
     class Adapted(nn.Module):
         def __init__(self):
             super().__init__()
@@ -319,7 +318,7 @@ def test_a_linear_layer_without_autocast_behind_a_norm_with_it():
         _, grads = results(model, x)
         lomem.convert(model, x)
         _, grads2 = results(model, x)
-    # In float32 throughout: its input is not taken from bfloat16.
+    # In float32 throughout: its input is not recomputed from bfloat16.
     torch.testing.assert_close(grads2["1.b.weight"], grads["1.b.weight"])
 
 
@@ -374,5 +373,5 @@ def test_hooks_that_change_a_norms_output():
     model[1].norm.register_forward_hook(replaced)
     y, grads = results(model, x)
     report = lomem.convert(model, x, activations="keep", dry_run=True)
-    assert sum(d.saved_bytes for d in report.decisions) == 0  # the linear layers keep what the hook made
+    assert sum(d.saved_bytes for d in report.decisions) == 0  # the linear layers save what the hook returned
     del y, grads

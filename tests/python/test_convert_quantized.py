@@ -1,4 +1,4 @@
-"""Converting a model whose weights bitsandbytes holds in 4 bits."""
+"""Converting a model with 4-bit weights by bitsandbytes."""
 
 import bitsandbytes
 import lomem
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_a_model_quantized_by_bitsandbytes():
     torch.manual_seed(0)
-    # Not smaller: bitsandbytes' kernels for the CPU want whole blocks of weights.
+    # Not smaller: bitsandbytes' CPU kernels require whole blocks of weights.
     config = transformers.LlamaConfig(
         vocab_size=99,
         hidden_size=256,
@@ -38,5 +38,5 @@ def test_a_model_quantized_by_bitsandbytes():
     # The first norm's input needs no gradient; the last one's consumer is frozen.
     assert [d.action for d in report.decisions if d.kind == "norm"].count("inverted") == 4
     assert report.saved_after < report.saved_before
-    # Roundings of bfloat16, of which two runs of the same model draw none; quantization alone is off by a tenth.
+    # Rounding in bfloat16, of which two runs of the same model show none; quantization itself is off by a tenth.
     assert gradient_error(gradients(model, batch), before) < 2**-6

@@ -1,4 +1,4 @@
-"""A converted module is what it was, to everybody who looks, calls, changes and restores it."""
+"""A converted module looks and behaves like the original when it is inspected, called, changed and restored."""
 
 import abc
 import copy
@@ -71,12 +71,12 @@ def test_classes_are_looked_at():
         assert inspect.getfullargspec(module.forward) == inspect.getfullargspec(before.forward)
         assert module.forward.__doc__ == before.forward.__doc__
         assert module.forward.__name__ == "forward"
-        assert repr(module) != repr(before)  # the one place that tells
+        assert repr(module) != repr(before)  # the only place where it shows
     assert kinds == {Block, nn.LayerNorm, nn.Linear, nn.GELU}
 
 
 def test_modules_are_found_by_the_name_of_their_class():
-    # As FSDP's wrapping by class names does it: the class of the first module of that name, then all instances of that.
+    # As FSDP's wrapping by class name does: it takes the class of the first module of that name, then its instances.
     for exclude in ("0", "1"):
         torch.manual_seed(0)
         model = nn.Sequential(Block(), Block())
@@ -147,7 +147,7 @@ def _assign(y):
     return y
 
 
-#: What a model does in place to the result of a linear layer.
+#: In-place changes of a linear layer's result.
 IN_PLACE = {
     "relu": nn.ReLU(inplace=True),
     "silu": nn.SiLU(inplace=True),
@@ -164,7 +164,7 @@ class InPlace(nn.Module):
     def __init__(self, change, bias):
         super().__init__()
         self.norm, self.a, self.b = nn.LayerNorm(D), nn.Linear(D, 2 * D, bias=bias), nn.Linear(2 * D, D)
-        self.change = [change]  # no module of the model
+        self.change = [change]  # in a list, so that it is not a submodule
 
     def forward(self, x):
         h = self.norm(x + 1)
@@ -195,13 +195,13 @@ def test_in_place_behind_a_linear_layer(change, action, shape, bias):
     if action == "normalized":
         model.norm.weight.data[0] = 0
         if len(shape) == 1:
-            # Nothing is shared with linear layers of one row: there is nothing to be changed behind.
-            with pytest.raises(lomem.NothingToConvertError, match="no linear layer takes its output as it is"):
+            # Nothing is shared with linear layers of one row, so there is nothing to change.
+            with pytest.raises(lomem.NothingToConvertError, match="no linear layer takes its output directly"):
                 lomem.convert(model, x, activations="keep")
             return
     plain, autocast = copy.deepcopy(model), action == "two outputs"
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        # Seen in the example run, and later in one that it was not seen in.
+        # First as in the example run, then in a run that differs from it.
         report = lomem.convert(model, x, activations="keep")
         other = InPlace(torch.tanh, bias)
         other.load_state_dict(model.state_dict())
@@ -211,7 +211,7 @@ def test_in_place_behind_a_linear_layer(change, action, shape, bias):
     y, expected = run(plain, x, autocast)
     for m in (model, other):
         z, grads = run(m, x, autocast)
-        # Roundings of float32; of bfloat16 under autocast.
+        # Rounding in float32; in bfloat16 under autocast.
         assert (z - y).norm() <= (1e-2 if autocast else 1e-6) * y.norm()
         assert distance(grads, expected) < (2e-2 if autocast else 1e-5)
 
@@ -226,7 +226,7 @@ class Swish(nn.Module):
 
 
 class Configured(nn.Module):
-    """A norm that reads what it needs from somewhere else."""
+    """A norm that reads its settings from another object."""
 
     def __init__(self, config):
         super().__init__()
@@ -252,7 +252,7 @@ def _all(*changes):
     return change
 
 
-#: What becomes of a module after its conversion.
+#: Changes to a module after its conversion.
 CHANGES = {
     "eps": (lambda: nn.LayerNorm(D), _set("eps", 1.0)),
     "eps 0": (lambda: nn.LayerNorm(D), _set("eps", 0.0)),
@@ -303,10 +303,10 @@ def test_what_changes_after_the_conversion_is_seen(change):
     z, grads = run(model, x)
     if report.converted[0].kind == "activation":
         assert torch.equal(z, y)
-        # The largest error of 8-bit steps; what was not seen would be off by 0.1 and more.
+        # The largest error of 8-bit steps. An unnoticed change would be off by at least 0.1.
         assert distance(grads, expected) < 0.02
     else:
-        # Roundings of float32.
+        # Rounding in float32.
         assert (z - y).norm() <= 1e-6 * y.norm()
         assert distance(grads, expected) < 1e-5
 
@@ -328,7 +328,7 @@ def test_a_forward_that_the_class_gets_later_is_run():
 
 
 def test_a_stored_forward_works_after_restoring():
-    # As accelerate's hooks and monkeypatches store it, on the object or elsewhere.
+    # As stored by accelerate's hooks and by monkey patches, on the object or elsewhere.
     model, plain = converted(ill=True)
     x = torch.randn(2, 3, D)
     y = plain(x)
@@ -350,7 +350,7 @@ def test_a_stored_forward_works_after_restoring():
     for module in model.modules():
         del module.forward
     assert torch.equal(stored["0"](x), plain[0](x))
-    # And after another conversion it is that one's.
+    # After another conversion, it runs that one's forward.
     lomem.convert(model, x)
     assert torch.equal(stored["0"](x), model[0](x))
 
@@ -361,7 +361,7 @@ def test_a_stored_forward_is_found_by_convert():
     model[0].norm.forward = model[0].norm.forward
     report = lomem.convert(model, torch.randn(2, 3, D))
     actions = {d.name: (d.action, d.reason) for d in report.decisions}
-    assert actions["0.norm"] == ("left", "its forward is replaced on the object")
+    assert actions["0.norm"] == ("left", "its forward is overridden on the instance")
     assert actions["1.norm"][0] == "inverted"
 
 
@@ -420,7 +420,7 @@ def test_peculiar_classes(kind):
     assert verdicts["3"].action == "inverted"
     if kind is Final:
         assert verdicts["1"].action == "left"
-        assert verdicts["1"].reason == "its class takes no subclass: TypeError: no subclasses, please"
+        assert verdicts["1"].reason == "its class cannot be subclassed: TypeError: no subclasses, please"
     else:
         assert verdicts["1"].action == "inverted"
     assert Registering.subclasses == []
@@ -489,7 +489,7 @@ class Lazy(RetainsGradient):
 
 
 class Remembers(nn.Module):
-    """Its forward does more than return something."""
+    """A module whose forward has side effects."""
 
     def __init__(self, how):
         super().__init__()
@@ -522,7 +522,7 @@ def test_a_module_whose_forward_does_more_is_left(how):
 
 
 class CheckpointsItself(nn.Module):
-    """Regions that begin inside the forward: they are computed again outside of it."""
+    """Checkpointed regions that begin inside the forward: they are recomputed outside of it."""
 
     def __init__(self, way):
         super().__init__()
@@ -564,7 +564,7 @@ def test_calls_in_regions_of_the_forward_itself(way, around):
 
 
 def test_threads_convert_side_by_side():
-    # What is put between for the run is put there for one thread, and taken away again.
+    # The patches for the run apply to one thread only, and are removed again.
     def patched():
         graph, regions = torch.autograd.graph.saved_tensors_hooks, torch.utils.checkpoint
         return (
@@ -705,7 +705,7 @@ class Forces(nn.Module):
 
 
 def test_a_model_that_differentiates_itself_is_left():
-    with pytest.raises(lomem.NothingToConvertError, match="the model takes gradients in its forward pass"):
+    with pytest.raises(lomem.NothingToConvertError, match="the model computes gradients in its forward pass"):
         lomem.convert(Forces(), torch.randn(2, D))
     report = lomem.convert(Forces(), torch.randn(2, D), dry_run=True)
     assert {d.name: d.action for d in report.decisions} == {"norm": "left", "act": "left"}
@@ -727,7 +727,7 @@ def test_the_check_names_the_module_at_fault(place, monkeypatch):
 
     monkeypatch.setattr(lomem.conversion.modules.MSNorm, "forward", forward)
     with pytest.raises(
-        RuntimeError, match=rf"once {wrong} \(layer norm .*exclude=\['{wrong}'\] leaves it; the model is"
+        RuntimeError, match=rf"once {wrong} \(layer norm .*exclude=\['{wrong}'\] to skip it; the model is"
     ):
         lomem.convert(model, torch.randn(4, D))
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
@@ -764,7 +764,7 @@ def test_meta_and_tracing(ill):
 @pytest.mark.parametrize("ill", [False, True], ids=["well", "ill"])
 @pytest.mark.parametrize("place", [1, 2])
 def test_a_parametrization_that_counts_its_uses(place, ill):
-    # Spectral norm goes a step of its iteration each time that the weight is asked for.
+    # Spectral norm runs one step of its iteration at each access to the weight.
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, D)), torch.randn(4, D)
     model[1].weight.data[0] = 0 if ill else 1

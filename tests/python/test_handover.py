@@ -1,4 +1,4 @@
-"""What a producer hands to the linear layers behind it, through everything that autograd does."""
+"""What a producer hands to the linear layers after it, under everything that autograd supports."""
 
 import copy
 import functools
@@ -25,7 +25,7 @@ D = 16
 
 @pytest.fixture(autouse=True, scope="module")
 def few_objects():
-    # What was there before is not looked at: collections are quick.
+    # Objects from before are ignored, so that collections are quick.
     gc.collect()
     gc.freeze()
     yield
@@ -53,7 +53,7 @@ def _whole(block, x):
 
 
 def _selective(block, x):
-    # Matrix products are kept, the rest is computed again.
+    # Matrix products are saved, the rest is recomputed.
     products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 
     def policy(ctx, op, *args, **kwargs):
@@ -83,7 +83,7 @@ def _offloaded_checkpoint(block, x):
         return checkpoint(block, x, use_reentrant=False)
 
 
-#: How blocks run: what users put around them.
+#: How blocks run: the wrappers that users put around them.
 WAYS = {
     "none": _whole,
     "reentrant": functools.partial(checkpoint, use_reentrant=True),
@@ -95,13 +95,13 @@ WAYS = {
     "offloaded checkpoint": _offloaded_checkpoint,
 }
 
-#: Of weights; None for float32 under bfloat16 autocast. With the largest difference of a gradient, relative in the
-#: 2-norm: a few roundings of the narrowest dtype, through four blocks.
+#: Dtypes of weights (None for float32 under bfloat16 autocast), with the largest relative difference of a gradient in
+#: the 2-norm: a few roundings in the narrowest dtype, through four blocks.
 DTYPES = {"float32": (torch.float32, 1e-5), "bfloat16": (torch.bfloat16, 4e-2), "autocast": (None, 4e-2)}
 
 
 class Net(nn.Module):
-    """Blocks, each of which runs in a way."""
+    """Blocks, each of which runs in its own way."""
 
     def __init__(self, block, way):
         super().__init__()
@@ -111,7 +111,7 @@ class Net(nn.Module):
         self.way = way
 
     def forward(self, x):
-        x = self.first(x).to(x.dtype)  # a stream of full precision under autocast
+        x = self.first(x).to(x.dtype)  # a residual stream of full precision under autocast
         for block in self.blocks:
             x = WAYS[self.way](block, x)
         return self.last(x)
@@ -130,12 +130,12 @@ def make(block, way, dtype, ill):
 
 
 def autocast(dtype):
-    # Without the cache of weights' copies, which lives as long as the block.
+    # Without autocast's cache of weight copies, which lives as long as the block.
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype is None, cache_enabled=False)
 
 
 class Living(TorchDispatchMode):
-    """Counts the bytes that ops made and that live: by storages, whoever holds them."""
+    """Counts the bytes of live storages that ops made, whatever holds them."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +155,7 @@ class Living(TorchDispatchMode):
 
 
 def living_and_gradients(model, x, dtype, loss=None):
-    """Bytes that live after the forward pass, and the gradients."""
+    """Bytes alive after the forward pass, and the gradients."""
     model.zero_grad(set_to_none=True)
     torch.clear_autocast_cache()
     torch.manual_seed(0)
@@ -186,10 +186,10 @@ def test_gradients_and_living_bytes(way, block, dtype, ill):
     with autocast(dtype):
         report = lomem.convert(model, x, activations="keep")
     kinds = {d.action for d in report.converted}
-    # The last norm's output goes to one linear layer alone.
+    # The last norm's output goes to a single linear layer.
     two = block is PostNorm and dtype is None
     assert kinds == {"normalized"} if ill else kinds == ({"inverted", "two outputs"} if two else {"inverted"})
-    # torch compares what a region saves with what it saves when computed again, and raises where that differs.
+    # torch compares what a region saves with what it saves when recomputed, and raises if they differ.
     after, grads = living_and_gradients(model, x, dtype)
     assert distance(grads, expected) < tolerance
     assert after <= before
@@ -224,7 +224,7 @@ HUGGING_FACE = {
 @pytest.mark.parametrize("name", ["bert", "llama"])
 @pytest.mark.parametrize("way", HUGGING_FACE)
 def test_hugging_face_checkpointing(way, name, dtype, ill, monkeypatch):
-    # It asks for pinned memory, which a machine without an accelerator does not have.
+    # It requests pinned memory, which a machine without an accelerator does not have.
     monkeypatch.setattr(transformers.modeling_utils, "save_on_cpu", lambda **_: torch.autograd.graph.save_on_cpu())
     dtype, tolerance = DTYPES[dtype]
     plain, batch = build(name, dtype or torch.float32)
@@ -249,8 +249,8 @@ def test_hugging_face_checkpointing(way, name, dtype, ill, monkeypatch):
 
 
 def test_an_offer_ends_with_its_region():
-    # Nobody takes what the region's last norm offers: its linear layers are in the next region. Its result lives, of
-    # which that region is computed again.
+    # Nothing takes the offer of the region's last norm, since its linear layers are in the next region. Its result
+    # stays alive, because that region is recomputed from it.
     model, x = make(PostNorm, "non-reentrant", None, False)
     results = []
     with autocast(None):
@@ -289,12 +289,12 @@ def test_nothing_is_taken_of_a_result_that_was_changed():
             assert take(h) is None
 
 
-# Other producers than norms: what pairs to come are built on. An activation keeps its input, a gated unit gate and up;
-# the linear layer behind them keeps the same, and makes its input of it again.
+# Producers other than norms, as a basis for future pairs. An activation saves its input, a gated unit gate and up; the
+# linear layer after them saves the same tensors, and recomputes its input from them.
 
 
-# As lomem's ops, each is one op: of a formula in ATen's ops a compiler would see that the rebuilding computes the same,
-# and keep the result.
+# Like lomem's ops, each is a single op. In a formula of ATen ops, a compiler would see that the rebuilding computes the
+# same thing, and save the result instead.
 
 
 @torch.library.custom_op("lomem_test::gelu", mutates_args=())
@@ -391,7 +391,7 @@ def test_other_producers(way, pair):
     assert distance(grads, expected) < 1e-6
     assert after <= before
     if way == "none":
-        # Three products of 6 rows are not kept; and of the gated units, three silu(gate).
+        # Three products of 6 rows are not saved; for the gated units, neither are three silu(gate).
         assert before - after == 3 * 6 * 4 * D * 4 * (2 if pair is GatedPair else 1)
 
 
@@ -402,7 +402,7 @@ class _AttributeLinear(nn.Linear):
 
 
 class _AttributePair(nn.Module):
-    """In a compiler's hands an offer can be an attribute of the result, which it follows within a graph."""
+    """Under a compiler, an offer can be an attribute of the result, which it follows within a graph."""
 
     def __init__(self, gated):
         super().__init__()
@@ -438,8 +438,8 @@ def test_a_compiler_carries_an_attribute(gated, checkpointed):
         return saved.nbytes, {name: p.grad.clone() for name, p in pair.named_parameters()}
 
     _, expected = gradients(pair)
-    # An attribute is a side effect, which a checkpointed region in a graph may have only if told that it can be left
-    # out of the recomputation.
+    # Setting an attribute is a side effect, allowed in a checkpointed region of a graph only if declared safe to skip
+    # in the recomputation.
     with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
         nbytes, grads = gradients(torch.compile(run, backend="aot_eager_decomp_partition", fullgraph=True))
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""What lomem.memory reports, against bytes that are counted by hand."""
+"""Reports of lomem.memory, against bytes counted by hand."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ X = 4 * 8 * 4  # the input: 4 rows
 
 def test_a_profile_counts_a_storage_once():
     report = memory.profile(Tiny(), tiny_input())
-    # fc1 keeps its input; act its result, which fc2 keeps too. Weights are there anyway.
+    # fc1 saves its input, act its result, which fc2 saves too. Weights do not count.
     assert (report.saved_bytes, report.activation_bytes, report.weight_copy_bytes) == (H, H, 0)
     assert report.input_bytes == X
     assert report.unaccounted_bytes == 0
@@ -39,7 +39,7 @@ def test_a_profile_counts_a_storage_once():
 def test_totals_of_subtrees_and_the_loss():
     model = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.GELU()), nn.Sequential(nn.Sequential(nn.Tanh())))
     report = memory.profile(model, tiny_input(), loss=lambda y: y.square().sum())
-    # GELU keeps its input, Tanh its result, the square in the loss that result too.
+    # GELU saves its input, Tanh its result, which the square in the loss saves too.
     own = {name: m.own for name, m in report.modules.items() if m.own}
     assert own == {"0.1": H, "1.0.0": H}
     assert {name: report.modules[name].subtree for name in ("(model)", "0", "1", "1.0")} == {
@@ -54,7 +54,7 @@ def test_totals_of_subtrees_and_the_loss():
 def test_autocast_copies_of_weights_have_a_line_of_their_own():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         report = memory.profile(Tiny(), tiny_input())
-    # bf16: fc1's cast input and act's result. Of the weights fc2's is kept, for the gradient of its input.
+    # bf16: fc1's cast input and act's result. Of the weights only fc2's is saved, for the gradient of its input.
     assert report.activation_bytes == X // 2 + H // 2
     assert report.weight_copy_bytes == 16 * 4 * 2
     assert report.saved_bytes == report.activation_bytes + report.weight_copy_bytes
@@ -117,7 +117,7 @@ def test_a_checkpointed_region_keeps_its_inputs(use_reentrant):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_what_checkpointing_makes_again_is_told_apart(use_reentrant):
     step = memory.step_peak(Checkpointed(use_reentrant), torch.randn(256, 8, requires_grad=True))
-    # When GELU's gradient is made there is at least GELU's input, made again; the gradients come to it from outside.
+    # When GELU's gradient is computed, at least GELU's recomputed input is alive.
     assert step.peak.phase == "backward"
     assert step.peak.categories["recomputed"] >= 256 * 16 * 4
     assert step.peak.categories["activations"] == 256 * 8 * 4  # the region's input
@@ -163,23 +163,23 @@ class Gate(nn.Module):
 
 
 NORM_CASES = {
-    # name: what follows the norm, dtype of the norm's side, autocast, reasons; no reason where it is shared
+    # name: the module after the norm, dtype of the stem, autocast, reasons why the output is not shared
     "shared": (lambda: nn.Linear(16, 4), None, False, []),
     "shared under autocast": (lambda: nn.Linear(16, 4), None, True, []),
-    "a cast": (CastsTo32, torch.bfloat16, False, ["`then.a` keeps a float32 copy of it"]),
-    "a copy": (Copies, None, False, ["`then.fc` keeps a copy of it"]),
+    "a cast": (CastsTo32, torch.bfloat16, False, ["`then.a` saves a float32 copy of it"]),
+    "a copy": (Copies, None, False, ["`then.fc` saves a copy of it"]),
     "dropout": (
         lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(16, 4)),
         None,
         False,
-        ["the dropout `then.0` is between"],
+        ["the dropout `then.0` is in between"],
     ),
-    "functional dropout": (FunctionalDropout, None, False, ["a dropout in `then` is between"]),
+    "functional dropout": (FunctionalDropout, None, False, ["a dropout in `then` is in between"]),
     "frozen": (
         lambda: nn.Linear(16, 4).requires_grad_(False),
         None,
         False,
-        ["the weight of `then` is frozen: it keeps no input"],
+        ["the weight of `then` is frozen: it saves no input"],
     ),
     "no product": (Gate, None, False, ["no matrix product takes it: it goes to tanh in `then`, add in `then`"]),
 }
@@ -213,7 +213,7 @@ def test_torch_norms_and_marked_modules_are_looked_at():
         report = memory.profile(NormThen(norm, nn.Linear(16, 4)), torch.randn(4, 16))
         assert len(report.norms) == count
         assert all(norm.shared_with == ["then"] for norm in report.norms)
-    # A torch norm under autocast gives float32 on the CPU too, and each linear layer keeps a copy of its own.
+    # A torch norm under autocast returns float32 on the CPU too, and each linear layer saves its own copy.
     with torch.autocast("cpu", dtype=torch.bfloat16):
         report = memory.profile(NormThen(nn.LayerNorm(16), nn.Linear(16, 4)), torch.randn(4, 16))
     assert report.norms[0].kept_by_norm is False
@@ -231,15 +231,15 @@ def test_a_checkpointed_norm_says_so(use_reentrant):
 
     (norm,) = memory.profile(Model(), torch.randn(4, 16, requires_grad=True)).norms
     assert not norm.shared
-    assert norm.reasons == ["`inner.then` keeps no input: its weight needs no gradient there, or it is checkpointed"]
+    assert norm.reasons == ["`inner.then` saves no input: its weight needs no gradient there, or it is checkpointed"]
 
 
 def test_a_step_whose_peak_is_counted():
     model, x = Tiny(), tiny_input()
     report = memory.step_peak(model, x, torch.optim.SGD(model.parameters(), momentum=0.9))
-    # The last op of the backward pass sums fc1's gradient of the bias. By then there are: the gradients of all
-    # parameters, the gradient of act's input (H), and two scalars: the loss and the gradient that it began with.
-    # act's result is not needed any more.
+    # The last op of the backward pass sums the gradient of fc1's bias. At that point these are alive: the gradients of
+    # all parameters, the gradient of act's input (H), the loss, and the gradient that backward started from. act's
+    # result is no longer needed.
     assert report.peak.categories == {
         "parameters": PARAMETERS,
         "optimizer state": PARAMETERS,
@@ -264,7 +264,7 @@ def test_the_peak_can_be_in_the_optimizer():
     model = nn.Linear(64, 64, bias=False)
     report = memory.step_peak(model, torch.randn(1, 64), torch.optim.AdamW(model.parameters()))
     weight = 64 * 64 * 4
-    # weight, gradient, two averages and two temporaries of Adam; the count of steps is one more float
+    # weight, gradient, two averages and two temporaries of Adam; its step count is one more float
     assert report.peak.phase == "optimizer"
     assert report.peak.categories["optimizer state"] == 2 * weight + 4
     assert report.peak.categories["temporaries"] == 2 * weight + 4  # and the loss
@@ -309,7 +309,7 @@ def test_autocast_covers_the_forward_pass_only():
     model = Model(8, 8)
     keyword = memory.step_peak(model, tiny_input(), autocast=torch.bfloat16, steps=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(tiny_input())  # whose weight copies are in the cache
+        model(tiny_input())  # fills the cache of weight copies
         seen.clear()
         around = memory.step_peak(model, tiny_input(), steps=1)
     assert seen == [True, False]
@@ -326,7 +326,7 @@ def test_gradients_of_inputs_and_targets_of_the_loss():
 
 
 class Stateful(nn.Module):
-    """Everything that a forward pass may change."""
+    """A module whose forward pass changes everything it may."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What lomem.memory reports, against bytes that are counted by hand."""
+"""Estimates of lomem.memory, against bytes counted by hand."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Everything(nn.Module):
-    """Ops of which fake tensors know what real ones keep, in both precisions."""
+    """Ops that save the same with fake tensors as with real ones, in both precisions."""
 
     def __init__(self):
         super().__init__()
@@ -170,13 +170,13 @@ def test_attention_on_cuda_is_fused():
     def saved(autocast=None, **kwargs):
         return memory.estimate(partial(Attention, **kwargs), x, autocast=autocast).saved_bytes
 
-    # float32, efficient kernel: q, k, v, output; one float a row, rows padded to 32; seed and offset, 8 bytes each.
+    # float32, efficient kernel: q, k, v, output; one float per row, rows padded to 32; seed and offset, 8 bytes each.
     assert saved() == 4 * tensor * 4 + 4 * 2 * 32 * 4 + 16
-    # With a bool mask a float one, of the rows' next multiple of 16, which heads and batch share.
+    # With a bool mask: a float one, rows padded to a multiple of 16, shared by heads and batch.
     assert saved(mask=True) == saved() + 20 * 32 * 4
     # 16 bits, flash kernel: the same without padding; 24 bytes of state. And the input's bf16 copies.
     assert saved(torch.bfloat16) == 4 * tensor * 2 + 4 * 2 * 20 * 4 + 24 + 3 * tensor * 2
-    # Its efficient one, for the mask.
+    # The efficient kernel, because of the mask.
     assert saved(torch.bfloat16, mask=True) == 7 * tensor * 2 + 4 * 2 * 32 * 4 + 16 + 20 * 32 * 2
 
 
@@ -186,7 +186,7 @@ def test_attention_inside_modules_of_torch_is_fused():
 
     x = torch.randn(4, 20, 16)
     cpu, cuda = (memory.estimate(build, x, device=device) for device in ("cpu", "cuda"))
-    # On the CPU attention with dropout is a chain of ops, which keeps several matrices of 20 x 20 a head.
+    # On the CPU, attention with dropout is a chain of ops that saves several 20 x 20 matrices per head.
     assert cpu.saved_bytes - cuda.saved_bytes > 2 * 4 * 2 * 20 * 20 * 4
 
 
@@ -208,7 +208,7 @@ def test_rms_norm_on_cuda_is_one_op():
     def build():
         return nn.Sequential(nn.Linear(16, 16), nn.RMSNorm(16))
 
-    # Its input and one float a row.
+    # Its input and one float per row.
     assert memory.estimate(build, torch.randn(4, 16)).saved_bytes == 4 * 16 * 4 + 4 * 4
 
 

@@ -1,4 +1,4 @@
-"""lomem.memory on models of transformers, built from configurations, with peft, autocast and checkpointing."""
+"""lomem.memory on models from transformers, built from configurations, with peft, autocast and checkpointing."""
 
 import contextlib
 from functools import partial
@@ -105,7 +105,7 @@ def test_a_padding_mask_is_looked_at(build):
 
 def test_checkpointing_keeps_more_than_autograd_saves():
     report = memory.profile(checkpointing(llama, False), **batch_of(llama))
-    # The closures that run a block again hold, of 16 tokens: position ids, and 8 float32 cosines and sines.
+    # The closures that recompute a block hold, for 16 tokens: position ids, and 8 float32 cosines and sines.
     assert report.unaccounted_bytes == 16 * 8 + 2 * 16 * 8 * 4
     assert {u.module for u in report.unaccounted} == {"model", "model.rotary_emb"}
 
@@ -122,10 +122,10 @@ def test_why_the_norms_of_a_model_are_not_shared():
     norms = {n.module: n for n in memory.profile(model, **batch_of(llama)).norms}
     layer = "base_model.model.model.layers.1"
     assert norms[f"{layer}.input_layernorm"].reasons == [
-        f"the weight of `{layer}.self_attn.q_proj.base_layer` is frozen: it keeps no input",
-        f"`{layer}.self_attn.q_proj.lora_A.default` keeps a float32 copy of it",
-        f"the weight of `{layer}.self_attn.k_proj` is frozen: it keeps no input",
-        f"the weight of `{layer}.self_attn.v_proj` is frozen: it keeps no input",
+        f"the weight of `{layer}.self_attn.q_proj.base_layer` is frozen: it saves no input",
+        f"`{layer}.self_attn.q_proj.lora_A.default` saves a float32 copy of it",
+        f"the weight of `{layer}.self_attn.k_proj` is frozen: it saves no input",
+        f"the weight of `{layer}.self_attn.v_proj` is frozen: it saves no input",
     ]
     full = {n.module: n for n in memory.profile(replace(llama()), **batch_of(llama)).norms}
     assert full["model.layers.0.input_layernorm"].shared_with == [
@@ -150,8 +150,8 @@ def test_a_model_of_seven_billion_parameters():
     report = memory.estimate(build, {"input_ids": ids, "labels": ids}, torch.optim.AdamW)
     base = 2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
     adapters = 32 * 2 * 2 * 64 * 4096  # float32
-    inverse_frequencies = 2 * 128 // 2 * 4  # and what they were at first
+    inverse_frequencies = 2 * 128 // 2 * 4  # and their initial values
     assert report.peak.categories["parameters"] == base * 2 + adapters * 4 + inverse_frequencies
-    # Two averages, and the number of steps of each of 128 matrices.
+    # Two averages, and the step count for each of 128 matrices.
     assert report.peak.categories["optimizer state"] == adapters * 8 + 128 * 4
     assert report.forward_backward.nbytes > report.saved_bytes + report.peak.categories["parameters"]

@@ -1,4 +1,4 @@
-"""What lomem.memory reports, against bytes that are counted by hand."""
+"""Tables, plots, JSON and errors of lomem.memory."""
 
 import builtins
 import json
@@ -24,7 +24,7 @@ def test_sizes_show_something(nbytes):
     for sign in (1, -1):
         text, unit = size(sign * nbytes).split(" ")
         value = float(text.replace(",", ""))
-        # Three digits at least: half a unit of the last is 0.5 % of the smallest.
+        # At least three digits: half a unit of the last is 0.5 % of the smallest.
         assert abs(value * units[unit] - sign * nbytes) <= 0.005 * nbytes
         assert unit == "B" or abs(value) >= 1
         assert unit == "GiB" or abs(value) < 1024
@@ -36,8 +36,8 @@ def test_reports_of_small_models_show_their_bytes():
     x = torch.randn(2, 4)
     # GELU's input and its output.
     assert "64 B" in str(memory.profile(model, x))
-    assert re.search(r"saved for backward +64 B, 0 B of it weight copies", str(memory.step_peak(model, x)))
-    # Two bits an element in place of 32.
+    assert re.search(r"saved for backward +64 B, 0 B of them weight copies", str(memory.step_peak(model, x)))
+    # Two bits per element instead of 32.
     assert "saved for backward: 64 B -> 34 B (-46.9 %)" in str(lomem.convert(model, x))
 
 
@@ -101,7 +101,7 @@ BAD = {
     "excluded": (
         lambda: memory.saved_for_backward([3]),
         TypeError,
-        "lomem.memory.saved_for_backward: exclude has a int, expected tensors alone",
+        "lomem.memory.saved_for_backward: exclude has a int, expected only tensors",
     ),
     "model": (
         lambda: memory.profile(torch.zeros(1)),
@@ -111,7 +111,7 @@ BAD = {
     "lazy": (
         lambda: memory.profile(nn.LazyLinear(3), tiny_input()),
         ValueError,
-        "weight of model has no shape yet, expected a model that ran once",
+        "weight of model has no shape yet, expected a model that has run once",
     ),
     "batch": (
         lambda: memory.step_peak(Tiny(), 3),
@@ -151,7 +151,7 @@ BAD = {
     "another model's optimizer": (
         lambda: memory.step_peak(Tiny(), tiny_input(), torch.optim.SGD(Tiny().parameters())),
         ValueError,
-        "optimizer holds 4 tensors that are not of model",
+        "optimizer holds 4 tensors that are not in model",
     ),
     "steps": (lambda: memory.step_peak(Tiny(), tiny_input(), steps=0), ValueError, "steps is 0, expected a positive"),
     "autocast": (
@@ -188,7 +188,7 @@ BAD = {
         lambda: memory.estimate(lambda: LooksAtFloats(8, 8), tiny_input()),
         RuntimeError,
         "lomem.memory.estimate: the model calls aten._local_scalar_dense.default, which depends on the values of a "
-        "tensor, and a fake one has a shape alone: measure a small real model with lomem.memory.step_peak",
+        "tensor, and a fake one has only a shape: measure a small real model with lomem.memory.step_peak",
     ),
 }
 

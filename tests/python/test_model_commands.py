@@ -58,7 +58,7 @@ def test_convert_of_a_config(config, capsys):
     assert "7 converted, 0 left" in printed
     assert main(["convert", "--dry-run", "--model", config, "--lora", "r=2,targets=qv"]) == 0
     # LoRA beside q and v keeps the output of the norm before them; the frozen layers behind the others keep nothing.
-    assert "no consumer keeps its output: the weight of Linear is frozen" in capsys.readouterr().out
+    assert "no consumer saves its output: the weight of Linear is frozen" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -23,16 +23,16 @@ def double(tensors):
 
 
 def assert_rounded_once(got, want, mean=1, parameters=0):
-    """`got` is `want`, which is in float64, rounded once: float64 results but for float64's own errors.
+    """Checks that `got` is `want`, given in float64, rounded once; float64 results may have float64's own errors.
 
-    The others are computed in float32 before: they are off by half a spacing of their dtype, and by a few float32
-    roundings of the result and of weight and bias, whose magnitudes are at most `parameters` together. (The mean's size
-    does not matter. It is a sum of distances from an element, of some standard deviations each, of which at most 32
-    are added in float32: a few roundings of the unit that results are in.)
+    Other results are computed in float32 first. They are off by half a spacing of their dtype, and by a few float32
+    roundings of the result and of weight and bias, whose magnitudes add up to at most `parameters`. The size of the
+    mean does not matter: it is a sum of distances from one element, a few standard deviations each, of which at most 32
+    are added in float32. This costs a few roundings in the unit of the results.
     """
     distance = (got.double() - want).abs()
     if got.dtype == torch.float64:
-        # Sums of up to 1e6 terms, z = y * w + b, and a mean that is rounded.
+        # Sums of up to 1e6 terms, z = y * w + b, and a rounded mean.
         assert (distance <= 1e-12 * want.abs() + 1e-13 + 4 * EPS[torch.float64] * mean).all()
         return
     finite = got.isfinite()
@@ -104,7 +104,7 @@ def test_huge_and_tiny_values(norm, dtype, scale, device):
 @pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_differences_beyond_the_range(norm, dtype):
-    # Finite elements whose differences are not.
+    # Finite elements with infinite differences.
     limit = torch.finfo(dtype).max
     x = torch.tensor([limit, -limit, 0.5 * limit, -limit, 1.0, limit], dtype=dtype).repeat(3, 20)
     got = norm.op(x, (120,), eps=1e-5)
@@ -121,7 +121,7 @@ def test_mean_far_from_zero(norm, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0.5, 3.0, 30.0, 2e4])
 def test_first_elements_unlike_the_others(norm, dtype, offset, device):
-    # The mean is sought from the first elements on. The distance is 0.5 to 20,000 standard deviations of the others.
+    # The mean is computed relative to the first elements, which are 0.5 to 20,000 standard deviations from the others.
     x = torch.randn(6, 700, dtype=torch.float64, device=device)
     for row, width in enumerate([1, 2, 31, 32, 33, 64]):
         x[row, :width] += offset
@@ -132,13 +132,13 @@ def test_first_elements_unlike_the_others(norm, dtype, offset, device):
 @pytest.mark.cpu_kernels
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.8, 0.9])
 def test_two_values_behind_zeros(norm, share):
-    # Equal terms round in the same direction each time they are added, and what cancels makes that error larger.
+    # Equal terms round in the same direction each time they are added, and cancellation amplifies that error.
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(50, 2048, generator=generator).lt(share) * torch.rand(50, 1, generator=generator)
     x[:, :40] = 0
     want = norm.torch_op(x.double(), (2048,), eps=0.0)
-    # A sum of 32 equal terms is off by up to 16 units of 2^-24; so is the mean square, of which rstd has half; where
-    # the mean is one standard deviation away, cancellation doubles that.
+    # A sum of 32 equal terms is off by up to 16 units of 2^-24. So is the mean square, and rstd by half of that. If the
+    # mean is one standard deviation away, cancellation doubles it.
     assert ((norm.op(x, (2048,), eps=0.0) - want).abs() <= 16 * 2**-24 * want.abs().clamp_min(1)).all()
 
 
@@ -149,7 +149,7 @@ def test_constant_rows(norm, dtype, value, cols, device):
     x = torch.full((3, cols), value, device=device).to(dtype).requires_grad_()
     y = norm.op(x, (cols,), eps=1e-5)
     if norm is NORMS["layer"] and runs_cuda_kernels(device):
-        # The mean is known to twice the digits of float32, but for the rounding of sums; rstd is 316.
+        # The mean has twice the digits of float32, apart from the rounding of sums; rstd is 316.
         unit = EPS[torch.float64 if dtype == torch.float64 else torch.float32]
         assert (y.abs() <= 316 * 64 * unit**2 * abs(value)).all()
     elif norm is NORMS["layer"]:
@@ -217,7 +217,7 @@ def test_gradients(norm, dtype, affine, rows, cols, device):
             arithmetic = 1e-12 if dtype == torch.float64 else 5e-7 if runs_cuda_kernels(device) else 1e-7
             bound = 4 * max(EPS[dtype], arithmetic) * scale
         else:
-            # Sums over rows: each term is off by the rounding of y. (bias: only the last rounding.)
+            # Sums over rows: each term is off by the rounding of y. For the bias, only the last rounding counts.
             bound = 2 * max(EPS[dtype], EPS[t.dtype]) * ((grad.double().abs() * 8).sum(0) + 1)
         assert ((g.double() - w).abs() <= bound).all(), i
 
@@ -240,7 +240,7 @@ def test_equals_the_reference(norm, dtype, device):
         y = op(inputs[0], (500,), *inputs[1:], eps=1e-5)
         results.append((y.detach(), *torch.autograd.grad(y, inputs, grad)))
     for got, want in zip(*results, strict=True):
-        # float32 against float64: some roundings of the largest values, and the last one.
+        # float32 against float64: a few roundings of the largest values, and the last one.
         atol = 16 * EPS[torch.float32] * want.abs().max().item()
         torch.testing.assert_close(got.double(), want.double(), rtol=EPS[got.dtype], atol=atol)
 
@@ -297,7 +297,7 @@ def test_weights_too_small_to_divide_by(norm, output_dtype, weight, smallest, de
     got = norm.op(x, (6,), w, eps=1e-5, dtype=output_dtype)
     assert_rounded_once(got, norm.torch_op(x.double(), (6,), w, eps=1e-5))
     if runs_cuda_kernels(device):
-        # Nothing waits for the device to look at the weights: gradients that cannot be known are NaN.
+        # Checking the weights would synchronize with the device, so gradients that cannot be recovered are NaN.
         x.requires_grad_()
         norm.op(x, (6,), w, eps=1e-5, dtype=output_dtype).sum().backward()
         assert x.grad.isnan().all()
@@ -309,7 +309,7 @@ def test_weights_too_small_to_divide_by(norm, output_dtype, weight, smallest, de
 
 @pytest.mark.cpu_kernels
 def test_what_to_do_about_a_weight_of_zero_in_a_converted_model(norm):
-    """The sentence says it, and it is so."""
+    """The advice in the error message works."""
     plain = {"layer": nn.LayerNorm(16), "rms": nn.RMSNorm(16, eps=1e-6)}["layer" if norm.parameters == 2 else "rms"]
     model = nn.Sequential(nn.Linear(16, 16), plain, nn.Linear(16, 16))
     x = torch.randn(4, 16)
@@ -329,7 +329,7 @@ def test_what_to_do_about_a_weight_of_zero_in_a_converted_model(norm):
 
 
 def test_gradients_of_the_smallest_float16_weights(norm, device):
-    # At the limit: about half of the outputs are subnormal, and still good to a percent.
+    # At the limit, about half of the outputs are subnormal, and still accurate to a percent.
     x = torch.randn(64, 64, device=device)
     results = []
     for op, dtype in ((norm.op, torch.float16), (norm.torch_op, None)):
@@ -355,7 +355,7 @@ def test_output_dtype(norm, dtype, output_dtype, device):
 def test_default_eps_is_torchs(norm, dtype, device):
     computed_in = torch.float64 if dtype == torch.float64 else torch.float32
     default = 1e-5 if norm is NORMS["layer"] else torch.finfo(computed_in).eps
-    # So small that eps decides.
+    # So small that eps dominates.
     x = (torch.rand(3, 16, device=device) * default**0.5).to(dtype)
     assert torch.equal(norm.op(x, (16,)), norm.op(x, (16,), eps=default))
     torch.testing.assert_close(
@@ -400,7 +400,7 @@ def test_names_of_lowmemorybp(norm, device):
 @pytest.mark.parametrize("output_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_jagged_tensors(norm, parameters, output_dtype, conditioned):
-    """Nested tensors of torch.jagged: torch's own ops are called, whatever the weights are."""
+    """For jagged nested tensors torch's own ops are called, whatever the weights."""
     parameters = [p.requires_grad_() for p in make_norm_parameters(norm, (6,), torch.float32)[:parameters]]
     if not conditioned and parameters:
         parameters[0].data[2] = 0.0

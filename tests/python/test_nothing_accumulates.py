@@ -1,4 +1,4 @@
-"""What is done again and again leaves no more behind than what is done once: counted in objects, not in time.
+"""Repeating an operation leaves no more behind than doing it once, counted in objects.
 
 `make soak` does each a hundred times as often, and looks at the memory of the process as well.
 """
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def _only_what_is_new():
-    """What lives before is not looked at, by the garbage collector either: that takes most of the time."""
+    """Ignores objects from before, in garbage collection too, which takes most of the time."""
     gc.collect()
     gc.freeze()
     yield
@@ -65,7 +65,7 @@ def fake():
 
 
 def keep_a_graph():
-    # Recorders end while what they saw lives on.
+    # Recorders are freed while the tensors that they saw live on.
     recorder = lomem._trace.recorder.Recorder(MODEL)
     with recorder:
         MODEL(X)
@@ -89,9 +89,9 @@ OFTEN = {
 
 
 def living():
-    """How many objects of each type live, Python's blocks of memory, and the process's KiB."""
+    """The number of live objects of each type, of Python's memory blocks, and of KiB of the process."""
     gc.collect()
-    # Blocks hold also what the garbage collector does not know: numbers, strings.
+    # Blocks include objects that the garbage collector does not track: numbers, strings.
     blocks = sys.getallocatedblocks()
     counts = collections.Counter(type(o).__qualname__ for o in gc.get_objects())
     counts["finalizers"] = len(weakref.finalize._registry)
@@ -107,15 +107,15 @@ def resident_kib():
 
 
 def assert_flat(act, rounds):
-    """Caches fill, of lomem's, torch's and Python's: then nothing grows. What stays behind each time grows for ever."""
+    """Checks that nothing grows once the caches of lomem, torch and Python are full. A leak grows with every round."""
     act()
     before = living()
     for _ in range(30):
         for _ in range(rounds):
             act()
         now = living()
-        # What stays each time is there as many times; half of that is more than what comes and goes by itself. An arena
-        # of the allocator is a MiB, and comes or goes by itself too.
+        # A leak adds at least one object per round; half of that exceeds the random fluctuation. An arena of the
+        # allocator is 1 MiB, and may come or go at random too.
         bound = collections.defaultdict(lambda: rounds / 2, KiB=rounds / 2 + 1024)
         grown = {kind: number - before[kind] for kind, number in now.items() if number - before[kind] > bound[kind]}
         if not grown:
@@ -151,7 +151,7 @@ def test_training_accumulates_nothing(zero, activations):
 
 
 def test_a_recorder_ends_with_its_last_reference():
-    """Without the garbage collector: a cycle would keep what it recorded until then."""
+    """Without the garbage collector: a reference cycle would keep its records alive until it runs."""
     gc.disable()
     try:
         recorder = lomem._trace.recorder.Recorder(MODEL)

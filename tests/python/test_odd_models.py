@@ -1,4 +1,4 @@
-"""Models that are not made of plain tensors and modules are measured as others are, or refused in one sentence."""
+"""Models that are not made of plain tensors and modules: they are measured like others, or rejected in one sentence."""
 
 import copy
 
@@ -11,8 +11,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 WIDTH = 16
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.jit
-    pytest.mark.filterwarnings("ignore::UserWarning"),  # of torch, about prototypes: nested, quantized, sparse tensors
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # from torch.jit
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # torch's prototypes: nested, quantized, sparse tensors
 ]
 
 
@@ -29,7 +29,7 @@ def plain_input(rows=5):
 
 
 class Runs(nn.Module):
-    """A model whose forward is a function of it and its input."""
+    """A model whose forward is a given function of the model and its input."""
 
     def __init__(self, function, **modules):
         super().__init__()
@@ -42,7 +42,7 @@ class Runs(nn.Module):
 
 
 class Unflattened(torch.Tensor):
-    """A wrapper that does not say what it wraps."""
+    """A wrapper subclass without __tensor_flatten__."""
 
     @staticmethod
     def __new__(cls, inside):
@@ -88,7 +88,7 @@ def with_buffer(buffer):
     return model
 
 
-#: Name: model, input, and the same of plain modules and tensors, which keep as much; how many times as much.
+#: Name: model, input, an equivalent of plain modules and tensors that saves as much, and the factor between the two.
 MEASURED = {
     "scripted activation": (lambda: layers(torch.jit.script(nn.ReLU())), plain_input, lambda: layers(nn.ReLU()), 1),
     "scripted linear": (lambda: layers(torch.jit.script(linear())), plain_input, lambda: layers(linear()), 1),
@@ -156,9 +156,9 @@ def test_what_odd_models_keep(name):
     plain = memory.profile(make_plain(), plain_input(16 if name == "sparse input" else 5))
     assert plain.saved_bytes > 0
     profiled = memory.profile(make(), make_input())
-    # The sum of a nested tensor keeps it.
+    # The sum of a nested tensor saves it.
     assert profiled.saved_bytes - profiled.modules["(loss)"].own == times * plain.saved_bytes
-    # And strided nested ones tell autograd their sizes.
+    # Strided nested tensors also save their sizes.
     assert all(u.op == "aten._nested_tensor_size.default" for u in profiled.unaccounted)
     assert memory.step_peak(make(), make_input()).saved_bytes == profiled.saved_bytes
     str(profiled)
@@ -193,7 +193,7 @@ def test_an_estimate_of_an_odd_model_is_exact(name):
 
 
 class Counts(nn.Module):
-    """A module with state that TorchScript holds."""
+    """A module whose state TorchScript holds."""
 
     count: int
 
@@ -281,7 +281,7 @@ def test_forward_mode_transforms_are_measured(name):
     }
     model, x = transformed(transforms[name])
     report = memory.profile(model, x)
-    # The last layer keeps its input, which the transform made.
+    # The last layer saves its input, which the transform made.
     assert report.modules["last"].own >= WIDTH * 4
     assert memory.step_peak(model, x).saved_bytes == report.saved_bytes
 
@@ -312,7 +312,7 @@ REFUSED = {
         lambda: Runs(lambda m, x: m.inside(torch.nested.as_nested_tensor([x], layout=torch.jagged)), inside=linear()),
         plain_input,
         RuntimeError,
-        "makes tensors of sizes that a fake one does not know",
+        "makes tensors whose sizes are unknown with fake tensors",
     ),
     "no meta kernel": (
         lambda: with_buffer(torch.eye(WIDTH).to_sparse()),
@@ -348,7 +348,7 @@ def test_a_lazy_parameter_is_excluded_once_it_has_a_shape():
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_map_module_of_odd_models(name):
-    """Module by module, without a run: what is no plain torch module is left."""
+    """map_module needs no run, and leaves everything but plain torch modules alone."""
     make, *_ = MEASURED[name]
     model = make()
     scripted = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]

@@ -1,4 +1,4 @@
-"""RandomizedLinear: exact but for the weight's gradient, which is right on average, with the variance of theory."""
+"""RandomizedLinear: everything but the weight gradient is exact; that is unbiased, with the theoretical variance."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from torch import nn
 
 
 def layer_gradients(f, *tensors, grad):
-    """A layer's result, and its gradients; tensors that require none are made to."""
+    """A layer's result and gradients. All tensors are made to require gradients."""
     inputs = [t if t.requires_grad else t.clone().requires_grad_() for t in tensors]
     y = f(*inputs)
     return y, torch.autograd.grad(y, inputs, grad)
@@ -60,7 +60,7 @@ def test_all_but_the_gradient_of_the_weight_is_torchs(matmul, kind, dtype, bias,
     assert got_gradients[1].isfinite().all()
     rows = x.shape[:-1].numel()
     if rows <= 1:
-        # Nothing to compress: exact, and zeros where there is nothing at all.
+        # Nothing to compress: exact, and zeros for empty inputs.
         assert torch.equal(got_gradients[1], want_gradients[1])
         assert rows or not got_gradients[1].any()
     else:
@@ -77,7 +77,7 @@ def test_all_rows_are_exact(matmul, size, device):
     _, got = layer_gradients(lambda *a: LF.randomized_linear(*a, matmul=matmul, **size), x, weight, grad=grad)
     _, want = layer_gradients(F.linear, x, weight, grad=grad)
     assert all(map(torch.equal, got, want))
-    # And by the ops themselves.
+    # The same by the ops themselves.
     torch.testing.assert_close(estimate(x, grad, 0, 10, matmul), grad.t() @ x)
     assert torch.equal(estimate(x[:0], grad[:0], 0, 3, matmul), torch.zeros(4, 6, device=device))
 
@@ -96,7 +96,7 @@ def test_autocast_is_that_of_linear_layers(matmul, dtype, device):
             with saved_for_backward() as saved, torch.autocast(device.type, dtype=dtype):
                 y = module(leaf)
             if module is layer:
-                # The rows in the autocast dtype, and the cast of the weight.
+                # The rows in the autocast dtype, and the cast weight.
                 want = 3 * 6 * 2 + SEED_BYTES + 3 * INDEX_BYTES * (matmul in PICKS) + 4 * 6 * 2
                 assert saved.nbytes == want
             y.sum().backward()
@@ -105,20 +105,20 @@ def test_autocast_is_that_of_linear_layers(matmul, dtype, device):
             module.zero_grad()
         assert results[0][0].dtype == dtype
         assert all(map(torch.equal, *results))
-    # float64 is left alone, and does not go with float32.
+    # autocast leaves float64 alone, and it cannot be mixed with float32.
     for module in (layer, plain):
         with torch.autocast(device.type, dtype=dtype), pytest.raises(RuntimeError, match="dtype"):
             module(torch.randn(10, 6, device=device, dtype=torch.float64))
 
 
 def transform(matmul, n):
-    """The orthonormal matrices, as the textbooks have them, in float64."""
+    """The orthonormal matrices, by the textbook formulas, in float64."""
     j, i = torch.meshgrid(torch.arange(n).double(), torch.arange(n).double(), indexing="ij")
     if matmul == "dct":
         matrix = (math.pi * (2 * i + 1) * j / (2 * n)).cos() * math.sqrt(2 / n)
     else:
         angle = 2 * math.pi * i * j / n
-        # Above n / 2, imaginary parts of the frequencies n - j.
+        # Above n / 2: imaginary parts of the frequencies n - j.
         matrix = torch.where(j <= n // 2, angle.cos(), angle.sin()) * math.sqrt(2 / n)
         if n % 2 == 0:
             matrix[n // 2] /= math.sqrt(2)
@@ -127,7 +127,7 @@ def transform(matmul, n):
 
 
 def variance(matmul, x, y, k):
-    """Expected squared Frobenius distance of the estimate of y^T x from it: docs/linear.md has the formulas."""
+    """Expected squared Frobenius error of the estimate of y^T x. docs/linear.md has the formulas."""
     n = len(x)
     squares_x, squares_y = x.square().sum(1), y.square().sum(1)
     product = (y.t() @ x).square().sum()
@@ -136,12 +136,12 @@ def variance(matmul, x, y, k):
     if matmul == "rademacher":
         return (squares_x.sum() * squares_y.sum() + product - 2 * (squares_x * squares_y).sum()) / k
     if matmul in ("dct", "dft"):
-        # Of sampling without replacement; of the squares, the mean over the signs.
+        # Variance of sampling without replacement, with the mean of the squares over the signs.
         f = transform(matmul, n).square()
         pairs = (x @ x.t()) * (y @ y.t())
         square = (f @ squares_x) * (f @ squares_y) + 2 * ((f @ pairs) * f).sum(1) - 2 * f.square() @ pairs.diag()
         return n / k * (n - k) / (n - 1) * (square.sum() - product / n)
-    if matmul == "uniform":  # rows without replacement: what others are compared with
+    if matmul == "uniform":  # rows without replacement, the baseline for the others
         return n / k * (n - k) / (n - 1) * ((squares_x * squares_y).sum() - product / n)
     norms, order = squares_x.sqrt().sort(descending=True)
     kept = 0
@@ -168,16 +168,16 @@ def test_the_mean_converges_and_the_variance_is_that_of_theory(matmul, rows):
     k, count = 5, 4096
     errors = torch.stack([estimate(x, y, seed, k, matmul) for seed in range(count)]) - y.t() @ x
     errors = errors.flatten(1)
-    # Each element's mean is off by 5 standard errors at most: the chance of more is 6e-7 an element.
+    # Each element's mean is off by at most 5 standard errors: the chance of more is 6e-7 per element.
     z = errors.mean(0) / (errors.std(0) / math.sqrt(count))
     assert z.abs().max() < 5
-    # The mean square is the variance of theory, within 5 standard errors.
+    # The mean square is the theoretical variance, within 5 standard errors.
     squares = errors.square().sum(1)
     want = variance(matmul, x, y, k)
     assert (squares.mean() - want).abs() < 5 * squares.std() / math.sqrt(count)
-    # The error of means of N goes as 1 / sqrt(N): N times its mean square is the variance, for N of 16 and of 256. With
-    # C the covariance of the elements, that of count / N groups has the relative standard error
-    # sqrt(2 tr C^2 / (tr C)^2 / groups), since means of 16 and more are about normal.
+    # The error of a mean over N falls as 1 / sqrt(N): N times its mean square is the variance, for N = 16 and N = 256.
+    # With C the covariance of the elements, the estimate from count / N groups has the relative standard error
+    # sqrt(2 tr C^2 / (tr C)^2 / groups), since means over 16 or more are approximately normal.
     covariance = errors.t().cov()
     spread = covariance.square().sum() / covariance.trace().square()
     for size in (16, 256):
@@ -188,7 +188,7 @@ def test_the_mean_converges_and_the_variance_is_that_of_theory(matmul, rows):
 
 @pytest.mark.parametrize("matmul", ["gaussian", "rademacher", "dct", "dft"])
 def test_the_module_is_unbiased(matmul, device):
-    # The same with seeds of lomem's own stream, through autograd.
+    # The same with seeds from lomem's own stream, through autograd.
     x, y = (t.to(device) for t in rows_of_unequal_norms())
     layer = lomem.nn.RandomizedLinear(6, 5, dtype=x.dtype, proj_dim_ratio=0.3, matmul=matmul, device=device)
     gradients = [torch.autograd.grad(layer(x), layer.weight, y)[0] for _ in range(2000)]
@@ -203,7 +203,7 @@ def test_transforms(matmul, rows, device):
     k = rows - 1
     s = projection(rows, k, seed=3, matmul=matmul, device=device).cpu() / math.sqrt(rows / k)
     torch.testing.assert_close(s @ s.t(), torch.eye(k, dtype=s.dtype), rtol=0, atol=1e-13)
-    # Rows of the matrix, each once, its columns times signs.
+    # Rows of the matrix without repetition, with signs on its columns.
     matrix = transform(matmul, rows)
     which = [(matrix.abs() - row.abs()).abs().sum(1) for row in s]
     found = []
@@ -213,7 +213,7 @@ def test_transforms(matmul, rows, device):
         assert candidates
         found.append(candidates)
     assert len({c for candidates in found for c in candidates}) >= k
-    # One of the sets of signs explains all rows: those of a row without zeros.
+    # A single set of signs explains all rows. It is read from a row without zeros.
     for row, candidates in zip(s, found, strict=True):
         if row.abs().min() > 1e-6 and len(candidates) == 1:
             signs = (row * matrix[candidates[0]]).sign()
@@ -226,21 +226,21 @@ def test_transforms(matmul, rows, device):
 def test_elements(dtype, device):
     rows, k = 333, 100
     s = projection(rows, k, 0, "rademacher", dtype, device).double() * math.sqrt(k)
-    # One rounding of the result.
+    # A single rounding of the result.
     assert ((s.abs() - 1).abs() <= EPS[dtype]).all()
     assert abs(s.mean()) < 5 / math.sqrt(s.numel())
     s = projection(rows, k, 0, "gaussian", dtype, device).double() * math.sqrt(k)
     assert abs(s.mean()) < 5 / math.sqrt(s.numel())
     assert abs(s.square().mean() - 1) < 5 * math.sqrt(2 / s.numel())
     assert abs(s.pow(4).mean() - 3) < 5 * math.sqrt(96 / s.numel())
-    # Rows and columns are of different numbers.
+    # Rows and columns use different random numbers.
     assert len({tuple(row) for row in s.tolist()}) == k
     assert s.t().corrcoef().fill_diagonal_(0).abs().max() < 6 / math.sqrt(k)
 
 
 @pytest.mark.parametrize("matmul", ["gaussian", "rademacher"])
 def test_blocks_of_the_matrix(matmul):
-    # More elements than are made at a time, 2^23: seen whole, by both passes.
+    # More elements than are generated at a time (2^23): both passes see all of them.
     rows, k = 2**20 + 1, 20
     x = torch.zeros(rows, 1)
     x[::1000] = torch.randn(len(x[::1000]), 1)
@@ -254,16 +254,16 @@ def test_blocks_of_the_matrix(matmul):
 @matmuls
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_accuracy(matmul, dtype, device):
-    """The estimate of a dtype is that of float64 with the same S, but for rounding."""
+    """The estimate in any dtype equals that in float64 with the same S, up to rounding."""
     rows, k = 500, 100
     x, y = (torch.randn(rows, width, device=device).to(dtype) for width in (12, 9))
     got = estimate(x, y, 7, k, matmul).double()
-    if matmul == "gaussian":  # whose numbers are drawn in float32
+    if matmul == "gaussian":  # its numbers are drawn in float32
         s = projection(rows, k, 7, matmul, torch.float32, device).double()
         want = (s @ y.double()).t() @ (s @ x.double())
     else:
         want = estimate(x.double(), y.double(), 7, k, matmul)
-    # S X and S Y are rounded once each, S too of gaussian, and the result; sums of 500 and 100 products go by float32.
+    # S X, S Y and the result are rounded once each, and for gaussian S too; sums of 500 and 100 products use float32.
     if matmul in PICKS:
         compressed, indices = compress(x.double(), 7, k, matmul)
         factors = y.double()[indices], compressed
@@ -289,7 +289,7 @@ def test_size_of_the_result(matmul, device):
                     x, weight, matmul=matmul, proj_dim_ratio=ratio, proj_dim_min=low, proj_dim_max=high
                 )
             picks = INDEX_BYTES * kept * (matmul in PICKS)
-            # The input itself, not counted here, where all rows are kept.
+            # If all rows are kept, the input itself is saved, which is not counted here.
             assert saved.nbytes == (kept * 3 * 4 + SEED_BYTES + picks if kept < rows else 0), (rows, ratio, low, high)
 
 
@@ -298,7 +298,7 @@ def test_rows_in_proportion_to_their_norms_beat_rows_at_random():
     y /= y.norm(dim=1, keepdim=True)
     for k in (4, 8, 16):
         uniform, crs, wta = (float(variance(m, x, y, k)) for m in ("uniform", "crs", "wta-crs"))
-        # The norms are uneven enough to make up for replacement; not uneven enough for many winners.
+        # The norms are uneven enough to make up for replacement, but not for many winners.
         assert crs < uniform, k
         assert wta < 1.02 * crs, k
         for matmul, want in (("crs", crs), ("wta-crs", wta)):
@@ -335,7 +335,7 @@ def test_what_is_picked(matmul, dtype, device):
     for seed in range(200):
         compressed, indices = compress(x, seed, 4, matmul)
         assert (indices.dtype, indices.shape) == (torch.int64, (4,))
-        # Never a row of zeros; each is one of the rows, times its scale.
+        # Never a row of zeros; each is an input row times its scale.
         p = norms / norms.sum()
         if matmul == "crs":
             scales = 1 / (4 * p[indices])

@@ -1,4 +1,4 @@
-"""RandomizedLinear: exact but for the weight's gradient, which is right on average, with the variance of theory."""
+"""Random numbers and seeds of RandomizedLinear."""
 
 import copy
 import itertools
@@ -31,14 +31,14 @@ MASK = 2**64 - 1
 
 
 def mixed(word):
-    """The finalizer of SplitMix64, with integers of Python."""
+    """The finalizer of SplitMix64, in Python integers."""
     for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         word = (word ^ (word >> shift)) * multiplier & MASK
     return word
 
 
 def words(seed, count):
-    """The words that everything random is made of."""
+    """The words that all random numbers are made from."""
     key, step = (mixed(seed + i * 0x9E3779B97F4A7C15 & MASK) for i in (1, 2))
     return [mixed(key + i * (step | 1) & MASK) for i in range(1, count + 1)]
 
@@ -60,19 +60,19 @@ def test_normal_numbers_are_those_of_box_and_muller(seed, dtype, device):
         low, high = (half - 2**32 * (half >> 31) for half in (word & (2**32 - 1), word >> 32))
         radius = math.sqrt(-2 * math.log(max(abs(low), 0.5) / 2**31))
         want += [radius * math.cos(math.pi * high / 2**31), radius * math.sin(math.pi * high / 2**31)]
-    # In float32 the angle, up to pi, is rounded to some EPS times pi, and the logarithm of what is next to 1 to EPS:
-    # its root is off by sqrt(EPS) at most.
+    # In float32 the angle, up to pi, is rounded to a few EPS times pi, and the logarithm of numbers next to 1 to EPS,
+    # so its root is off by at most sqrt(EPS).
     tolerance = {torch.float64: 1e-12, torch.float32: math.sqrt(2 * EPS[torch.float32])}[dtype]
     torch.testing.assert_close(got, torch.tensor(want[: rows * k], dtype=torch.float64), rtol=0, atol=tolerance)
 
 
 def test_bits_are_independent(device):
-    """Every bit of the words, every pair of bits of a word and of words that follow, of a few seeds."""
+    """Every bit of the words, and every pair of bits in one word or in successive words, for a few seeds."""
     count = 2**16
     for seed in (0, 1, 2**40, -3):
         bits = signs(seed, 2048, 2048, device)[: 64 * count].double().view(count, 64)
-        # Each mean and each correlation is of count signs, of standard deviation 1 / sqrt(count): of 64 * 64 numbers
-        # the chance that one is over 6 of them is 8e-6.
+        # Each mean and each correlation is over count signs, with standard deviation 1 / sqrt(count). The chance that
+        # one of 64 * 64 exceeds 6 standard deviations is 8e-6.
         limit = 6 / math.sqrt(count)
         assert bits.mean(0).abs().max() < limit
         assert ((bits.t() @ bits / count).fill_diagonal_(0)).abs().max() < limit
@@ -86,7 +86,7 @@ def test_seeds_next_to_each_other_share_nothing(device):
     # As above: 75 * 75 / 2 correlations.
     limit = 6 / math.sqrt(rows.shape[1])
     assert (rows @ rows.t() / rows.shape[1]).fill_diagonal_(0).abs().max() < limit
-    # No word of one is a word of another, at any position: 75 * 254 words, of which two of 2^64 are equal with a
+    # No two streams share a word, at any position: among 75 * 254 random words of 64 bits, two are equal with a
     # probability of 1e-11.
     seen = (rows[:, : 64 * (rows.shape[1] // 64)].view(-1, 64) > 0).long() << torch.arange(64)
     assert len(seen.sum(1).unique()) == len(seen)
@@ -97,15 +97,15 @@ def test_normal_numbers_are_normal(device):
     x = projection(1025, 1024, 9, "gaussian", torch.float32, device).double().flatten().cpu()[:count] * 32
     ordered = x.sort().values
     distance = (torch.special.ndtr(ordered) - (torch.arange(count) + 0.5) / count).abs().max()
-    # Kolmogorov's: sqrt(count) times the distance is over 3 with a probability of 2 exp(-2 * 3^2), 3e-8.
+    # Kolmogorov's test: sqrt(count) times the distance exceeds 3 with a probability of 2 exp(-2 * 3^2), 3e-8.
     assert distance * math.sqrt(count) < 3
     for power, moment, square in ((1, 0, 1), (2, 1, 3), (3, 0, 15), (4, 3, 105), (6, 15, 10395)):
         assert abs(x.pow(power).mean() - moment) < 5 * math.sqrt((square - moment**2) / count), power
-    # Tails, as far as they go.
+    # The tails.
     for limit in (3.0, 4.0, 4.5):
         expected = count * math.erfc(limit / math.sqrt(2))
         assert abs((x.abs() > limit).sum() - expected) < 5 * math.sqrt(expected), limit
-    # The two of one word, and their squares, are not correlated, nor are neighbours.
+    # The two numbers from one word are uncorrelated, as are their squares and neighbours.
     for a, b in ((x[::2], x[1::2]), (x[1:-1:2], x[2::2])):
         for f in (lambda t: t, lambda t: t.square() - 1):
             assert abs((f(a) * f(b)).mean()) < 5 * f(a).square().mean() / math.sqrt(len(a))
@@ -114,13 +114,13 @@ def test_normal_numbers_are_normal(device):
 def test_rows_of_equal_norms_are_picked_evenly(device):
     x = torch.ones(50, 1, device=device)
     counts = sum(torch.bincount(compress(x, seed, 40, "crs")[1], minlength=50) for seed in range(1000)).cpu()
-    # Chi-square of 49 degrees of freedom, within 5 standard deviations.
+    # Chi-square with 49 degrees of freedom, within 5 standard deviations.
     chi = ((counts - 800.0) ** 2 / 800).sum()
     assert abs(chi - 49) < 5 * math.sqrt(2 * 49)
 
 
 def drawn():
-    """How many seeds were drawn since the stream began."""
+    """Number of seeds drawn since the stream began."""
     return lomem.random.get_state()[1]
 
 
@@ -132,7 +132,7 @@ def test_others_random_numbers_do_not_change(device):
         before, count = states(), drawn()
         LF.randomized_linear(x, weight, matmul=matmul, proj_dim_ratio=ratio).sum().backward()
         assert torch.equal(states(), before)
-        # One seed where rows are compressed, none where all are kept.
+        # One seed if rows are compressed, none if all are kept.
         kept = max(1, int(ratio * rows + 0.5))
         assert drawn() - count == (kept < rows), (rows, ratio)
         lomem.nn.RandomizedLinear(6, 4, proj_dim=3, device="meta")
@@ -150,7 +150,7 @@ def test_nothing_is_drawn_or_kept_where_the_weight_needs_no_gradient(matmul, dev
         with torch.inference_mode():
             layer(x)
     assert saved.tensors == 0
-    # Frozen: the weight alone is kept, for the input's gradient, and nothing for a frozen input.
+    # Frozen: only the weight is saved, for the input's gradient; nothing if that is not needed either.
     layer.weight.requires_grad_(False)
     with saved_for_backward() as saved:
         layer(x).sum().backward()
@@ -181,16 +181,16 @@ def test_results_follow_from_the_seeds(matmul, device):
 
     first = with_seeds(1, 1)
     assert torch.equal(first, with_seeds(1, 1))
-    # Either makes others: ranks that are seeded differently draw differently.
+    # Either seed changes the stream: ranks with different seeds draw different numbers.
     for seeds in ((1, 2), (2, 1), (1 + 2**32, 1), (1, -1)):
         assert not torch.equal(first, with_seeds(*seeds)), seeds
     assert torch.equal(with_seeds(1, -1), with_seeds(1, 2**64 - 1))
-    # Where torch's generator stands is nothing to a stream that began.
+    # The position of torch's generator does not affect a stream that has begun.
     torch.manual_seed(1)
     torch.randn(5)
     lomem.random.manual_seed(1)
     assert torch.equal(first, gradient(layer, x))
-    # And a state goes on.
+    # A restored state continues the stream.
     state = lomem.random.get_state()
     after = gradient(layer, x)
     assert not torch.equal(after, first)
@@ -205,7 +205,7 @@ def test_a_seed_of_the_callers(device):
             count = drawn()
             seed = torch.tensor(number, device=device)
             y = LF.randomized_linear(x, weight, matmul=matmul, proj_dim=3, seed=seed)
-            seed.add_(1)  # which is no longer looked at
+            seed.add_(1)  # no longer read
             grad = torch.randn_like(y)
             (got,) = torch.autograd.grad(y, weight, grad)
             assert torch.equal(got, estimate(x, grad, number, 3, matmul))
@@ -228,7 +228,7 @@ BUILDS = {
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_same_program_trains_the_same_model(build, dropout):
-    """Seeded, built and trained: the same again in one process, whatever ran in between."""
+    """Seeding, building and training twice in one process gives the same model, whatever ran in between."""
 
     def train(seed=3):
         torch.manual_seed(seed)
@@ -260,7 +260,7 @@ def test_the_same_program_in_another_process():
         for seeds in ((0, 0), (0, 0), (0, 1))
     ]
     assert ran[0] == ran[1]
-    # Ranks that build alike and go on with seeds of their own.
+    # Ranks that build the same model and continue with their own seeds.
     assert ran[0] != ran[2]
 
 
@@ -273,7 +273,7 @@ def test_no_two_calls_share_a_seed(device):
             LF.randomized_linear(torch.randn(9, 6, device=device), model[0].weight, proj_dim=3)
     seeds = torch.stack([result[3] for *_, result in recorder.forwards])
     assert len(seeds) == 200 * 7 == len(seeds.unique())
-    # Bits of seeds that follow one another are as good as independent.
+    # Bits of successive seeds behave as if independent.
     bits = (seeds.cpu()[:, None] >> torch.arange(64)) & 1
     assert (bits.double().mean(0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(len(seeds))
     changed = (bits[1:] ^ bits[:-1]).double()
@@ -290,7 +290,7 @@ def test_the_number_of_threads_does_not_matter(matmul):
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             seed = torch.tensor(11)
-            # S itself; and the rows that are picked, or their transforms.
+            # S itself, and the picked rows or their transforms.
             results.append(
                 [
                     *compress(eye, seed, 1000, matmul),

@@ -1,4 +1,4 @@
-"""RandomizedLinear: exact but for the weight's gradient, which is right on average, with the variance of theory."""
+"""RandomizedLinear in training: checkpointing, devices and second derivatives."""
 
 import itertools
 from functools import partial
@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 
 class Block(nn.Module):
-    """Two layers, and dropouts in front of them or behind them, whose masks are seen."""
+    """Two layers, with dropouts before or after them that expose their masks."""
 
     def __init__(self, matmul, dropouts, linear):
         super().__init__()
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 def run_block(block, way, x):
-    """Output, gradients, masks, and where the generators stand, from a given state of them."""
+    """Output, gradients, masks and final states of the generators, starting from given states."""
     torch.manual_seed(7)
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     y = way(block, leaf)
@@ -65,7 +65,7 @@ def run_block(block, way, x):
 @pytest.mark.parametrize("dropouts", [(), ("front",), ("behind",), ("front", "behind")], ids=str)
 @pytest.mark.parametrize("shape", ["3-D", "permuted"])
 def test_checkpointing(matmul, way, dropouts, shape):
-    """All but the weights' gradients is as of torch's layers, and these are estimated from what belongs together."""
+    """All but the weight gradients equals torch's, and those are estimated from matching inputs and seeds."""
     plain, block = Block(matmul, dropouts, "plain"), Block(matmul, dropouts, "randomized")
     block.load_state_dict(plain.state_dict())
     x = torch.randn(3, 5, 6) if shape == "3-D" else torch.randn(5, 3, 6).transpose(0, 1)
@@ -75,9 +75,9 @@ def test_checkpointing(matmul, way, dropouts, shape):
     assert len(got[3]) == len(want[3])
     for a, b in zip([*got[:3], *got[3], got[4]], [*want[:3], *want[3], want[4]], strict=True):
         assert torch.equal(a, b)
-    # The first pass and what is computed again have the same masks.
+    # The first pass and the recomputation have the same masks.
     assert all(torch.equal(mask, got[3][i % len(dropouts)]) for i, mask in enumerate(got[3]))
-    # What gradients come from was compressed by the seed beside it; and of the input that the exact gradient is of.
+    # The gradient comes from rows compressed with the seed saved beside them, from the input of the exact gradient.
     assert len(recorder.estimates) == 2
     for layer, (args, result) in zip((block.down, block.up), recorder.estimates, strict=True):
         _, compressed, indices, seed = args
@@ -134,7 +134,7 @@ def test_the_seed_is_a_number_on_the_device(device):
 
 
 def halves(x, grad, seed, k, matmul):
-    """Both halves as a device other than the CPU runs them: their kernels themselves, whatever the tensors are."""
+    """Both halves as on a device other than the CPU: their kernels are called directly, whatever the tensors."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     weight = x.new_empty(grad.shape[1], x.shape[1])
     _, compressed, indices, used = OURS.redispatch(keys, x, weight, None, seed, k, matmul=matmul)
@@ -146,7 +146,7 @@ def halves(x, grad, seed, k, matmul):
 @matmuls
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_devices_compute_the_same_and_read_no_seed(matmul, dtype):
-    """What a GPU would run, recorded on tensors without values, then run here: with seeds that a replay changes."""
+    """Records what a GPU would run, on tensors without values, then runs it here with other seeds, as a replay does."""
     rows, k = 50, 20
     with FakeTensorMode():
         x, grad = torch.empty(rows, 6, dtype=dtype, device="cuda"), torch.empty(rows, 4, dtype=dtype, device="cuda")
@@ -158,7 +158,7 @@ def test_devices_compute_the_same_and_read_no_seed(matmul, dtype):
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
     graph.recompile()
-    # No op that waits for the device, or copies to it.
+    # No op synchronizes with the device or copies to it.
     names = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
     assert not names & {
         f"aten.{op}.default" for op in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item")
@@ -200,7 +200,7 @@ def test_changes_of_the_input_in_place_do_not_matter(device):
 
 @matmuls
 def test_second_derivatives(matmul, device):
-    """Those of the input's gradient are exact; of the weight's, which knows of no input, refused."""
+    """Derivatives of the input gradient are exact; those of the weight gradient, which has no input, are refused."""
     x = torch.randn(9, 6, dtype=torch.float64, device=device, requires_grad=True)
     weight = torch.randn(4, 6, dtype=torch.float64, device=device, requires_grad=True)
 
@@ -217,7 +217,7 @@ def test_second_derivatives(matmul, device):
     (grad,) = torch.autograd.grad(randomized(x, weight).square().sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="derivative for lomem::randomized_linear_weight_grad is not implemented"):
         grad.sum().backward()
-    # Nor have the halves derivatives.
+    # Nor do the halves have derivatives.
     compressed, _ = compress(x, 0, 3, matmul)
     with pytest.raises(RuntimeError, match="derivative for lomem::randomized_linear_forward is not implemented"):
         compressed.sum().backward()

@@ -1,4 +1,4 @@
-"""RandomizedLinear: exact but for the weight's gradient, which is right on average, with the variance of theory."""
+"""RandomizedLinear under function transforms and compilers, and its errors."""
 
 import copy
 import io
@@ -35,7 +35,7 @@ def test_forward_mode_and_functorch(device):
     def op(x, weight):
         return LF.randomized_linear(x, weight, proj_dim=3)
 
-    # Where nothing is estimated, they are F.linear's.
+    # Gradients that are not estimated equal those of F.linear.
     torch.testing.assert_close(torch.func.jvp(op, (x, weight), (x, weight))[1], 2 * F.linear(x, weight))
     got = torch.func.grad(lambda x: op(x, weight).sum())(x)
     torch.testing.assert_close(got, weight.sum(0).expand_as(x))
@@ -63,7 +63,7 @@ def test_compiled_as_one_graph(matmul, device):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_passes_use_the_same_numbers(dynamic, device):
-    # Of one row, the estimate by signs is exact whatever the seeds are, if both passes have the same.
+    # For a single row, the estimate by signs is exact for any seed, if both passes use the same one.
     layer = lomem.nn.RandomizedLinear(6, 4, proj_dim=3, matmul="rademacher", device=device)
 
     def f(x):
@@ -121,7 +121,7 @@ def test_compiled_autograd(device):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("way", ["none", "non-reentrant", "ours kept", "inputs kept", "none kept"])
 def test_compiled_checkpoints_use_the_same_numbers(way, backend, device):
-    # As above: exact, if what is computed again in the backward pass and what is not belong together.
+    # As above: exact if what the backward pass recomputes matches what was saved.
     torch._dynamo.reset()
     layer = lomem.nn.RandomizedLinear(6, 4, proj_dim=3, matmul="rademacher", device=device)
 
@@ -143,7 +143,7 @@ def test_compiled_checkpoints_use_the_same_numbers(way, backend, device):
 @matmuls
 @pytest.mark.parametrize("how", ["make_fx", "aot_eager", "inductor", "export"])
 def test_replays_draw_anew(matmul, how, device):
-    torch._dynamo.reset()  # which compiles one code for so many layers alone
+    torch._dynamo.reset()  # its limit of recompilations would stop compiling this many layers
     layer = lomem.nn.RandomizedLinear(6, 4, proj_dim=3, matmul=matmul, device=device)
     x = torch.randn(9, 6, device=device)
     if how == "make_fx":
@@ -159,7 +159,7 @@ def test_replays_draw_anew(matmul, how, device):
     seen = [replay() for _ in range(4)]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
     assert torch.equal(states(), before)
-    # The seeds that the layer itself draws.
+    # The seeds that the layer draws itself.
     lomem.random.manual_seed(1)
     for got in seen:
         torch.testing.assert_close(got, gradient(layer, x))

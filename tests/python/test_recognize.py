@@ -1,4 +1,4 @@
-"""What lomem.convert takes a module for, whatever its name and spelling."""
+"""What lomem.convert recognizes a module as, whatever its name and implementation."""
 
 import math
 import re
@@ -25,7 +25,7 @@ D = 24
 
 
 class Norm(nn.Module):
-    """The parts of a norm, each spelled out."""
+    """A norm made of separate parts."""
 
     def __init__(self, centred, gamma, beta, eps, *, double=False):
         super().__init__()
@@ -148,7 +148,7 @@ class _NotANorm(nn.Module):
         nn.Dropout(),
         nn.Sequential(nn.LayerNorm(D)),
         _NotANorm(lambda x: F.normalize(x, dim=-1)),
-        _NotANorm(lambda x: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-3)),  # eps outside of the root
+        _NotANorm(lambda x: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-3)),  # eps outside the root
         _NotANorm(lambda x: (x - x.median(-1, keepdim=True).values) / x.std(-1, keepdim=True)),
         _NotANorm(lambda x: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)),  # divides by D - 1
         _NotANorm(lambda x: F.rms_norm(x, (D,)).clamp(max=2)),
@@ -166,7 +166,7 @@ def test_what_is_no_norm_is_none(module):
 
 
 class WithNeutralParts(nn.LayerNorm):
-    """A norm with a part that has no effect now."""
+    """A norm with a part that has no effect for now."""
 
     def __init__(self, forward, **tensors):
         super().__init__(D)
@@ -195,14 +195,14 @@ class Scaled(nn.RMSNorm):
 
 
 NEUTRAL = {
-    "gain": (WithNeutralParts(lambda m, y, x: y * m.gain, gain=torch.ones(())), "gain is no weight or bias"),
-    "gate": (WithNeutralParts(lambda m, y, x: y + m.alpha * x, alpha=torch.zeros(())), "alpha is no weight or bias"),
+    "gain": (WithNeutralParts(lambda m, y, x: y * m.gain, gain=torch.ones(())), "gain is not a weight or bias"),
+    "gate": (WithNeutralParts(lambda m, y, x: y + m.alpha * x, alpha=torch.zeros(())), "alpha is not a weight or bias"),
     "dropout": (
         WithNeutralParts(lambda m, y, x: F.dropout(y, 0.5, m.training)).eval(),
         "also computes (dropout|bernoulli)",
     ),
     "detached": (Detached(D, eps=1e-6), "its gradient is not that of a norm"),
-    "scale": (Scaled(), "its attribute scale is not known"),
+    "scale": (Scaled(), "its attribute scale has an effect"),
 }
 
 
@@ -211,12 +211,12 @@ def test_a_norm_with_a_part_that_has_no_effect_now_is_none(name):
     module, match = NEUTRAL[name]
     found = recognize_norm(module, [(5, D)])
     assert isinstance(found, NotRecognized)
-    assert found.near  # it deserves a verdict
+    assert found.near  # so it is reported
     assert re.search(match, found.reason)
 
 
 def test_a_norm_is_what_it_is_for_the_inputs_that_it_gets():
-    # Over everything but the batch: of a matrix that is over the last dimension.
+    # Over all dimensions but the batch; for a matrix that is the last one.
     assert recognize_norm(nn.GroupNorm(1, D), [(5, D)]).ranks == (2,)
     assert isinstance(recognize_norm(nn.GroupNorm(1, D), [(5, D, 3, 3)]), NotRecognized)
     assert isinstance(recognize_norm(nn.GroupNorm(1, D), [(5, D, D, D)]), NotRecognized)
@@ -285,12 +285,12 @@ def test_modules_of_one_signature_are_alike():
         nn.SiLU(inplace=True),
     ]
     assert len({signature(module) for module in different}) == len(different)
-    # A function says nothing of itself, but that it is the same.
+    # Functions are compared by identity only.
     assert signature(Function(F.gelu)) == signature(Function(F.gelu))
     assert signature(Function(lambda x: x)) != signature(Function(lambda x: x))
     tanh = [Function(partial(F.gelu, approximate=kind)) for kind in ("tanh", "tanh", "none")]
     assert signature(tanh[0]) == signature(tanh[1]) != signature(tanh[2])
-    # 1 and True and 1.0 are equal, and not the same.
+    # 1, True and 1.0 are equal but not the same.
     assert len({signature(Function(value)) for value in (1, True, 1.0)}) == 3
 
 
@@ -369,7 +369,7 @@ SPELLINGS = {
 def test_activations_are_recognized_in_every_spelling(name):
     module, form = SPELLINGS[name]
     found = recognize_activation(module)
-    if name == "swish":  # bit for bit torch's or not, that depends on torch's vectorization
+    if name == "swish":  # whether it equals torch's op bit for bit depends on torch's vectorization
         found = replace(found, torch_op=False)
     assert found == form
 
@@ -396,7 +396,7 @@ def test_what_is_no_such_activation_is_none(module):
 
 
 def test_linear_layers_are_recognized():
-    class Conv1D(nn.Module):  # as GPT-2 has it
+    class Conv1D(nn.Module):  # as in GPT-2
         def __init__(self, inner, outer):
             super().__init__()
             self.w, self.b = nn.Parameter(torch.zeros(inner, outer)), nn.Parameter(torch.zeros(outer))

@@ -1,4 +1,4 @@
-"""A module is what it is taken for on all of its domain: weights, inputs, dtypes and modes that nobody tries first."""
+"""A module is what it is recognized as on its whole domain: unusual weights, inputs, dtypes and modes too."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ SHAPES = [(2, 5, D)]
 
 
 class Norm(nn.Module):
-    """A function of input and parameters as a module."""
+    """A module whose forward is a given function of its parameters and input."""
 
     def __init__(self, function, *, bias=False, **attributes):
         super().__init__()
@@ -65,7 +65,7 @@ def layer(x, weight, bias=None):
 
 
 def gradient_through(function):
-    """The identity, with another gradient."""
+    """The identity with a different gradient."""
 
     class Hook(torch.autograd.Function):
         @staticmethod
@@ -80,7 +80,7 @@ def gradient_through(function):
 
 
 def only_where(condition, function):
-    """A function in some settings alone."""
+    """A function that applies in some settings only."""
     return lambda m, x: function(rms(x, m.weight)) if condition(m, x) else rms(x, m.weight)
 
 
@@ -88,8 +88,7 @@ def limited(x):
     return x.clamp(-100, 100)
 
 
-# What each computes of ordinary weights and inputs is a norm. By whom it is seen not to be one: by its values, by its
-# ops, or by both.
+# Each computes a norm for ordinary weights and inputs. The second entry says what gives it away: values, ops, or both.
 ALMOST_NORMS = {
     "weight.abs()": (Norm(lambda m, x: rms(x, m.weight.abs())), "values ops", "abs"),
     "weight.relu()": (Norm(lambda m, x: rms(x, m.weight.relu())), "values ops", "relu"),
@@ -224,7 +223,7 @@ def test_a_norm_that_writes_to_its_input_is_none(condition):
 
 
 def test_a_norm_that_writes_to_its_input_in_one_dtype_is_none():
-    # x.float() is x itself where that is float32, and a copy otherwise.
+    # x.float() is x itself if that is float32, and a copy otherwise.
     def forward(m, x):
         y = x.float()
         return y.mul_((y.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype) * m.weight
@@ -272,7 +271,7 @@ CASTING = {
     "CLIP": (ClipLayerNorm, (True, 1e-5, "eps")),
     "open_clip": (LayerNormFp32, (True, 1e-5, "eps")),
     "RMS": (functools.partial(RMSNormFp32, eps=1e-6), (False, 1e-6, "eps")),
-    # The machine epsilon of float32 in float64 too: a number, not the rule of torch's.
+    # The machine epsilon of float32, in float64 too: a fixed number, not torch's rule.
     "RMS, no eps": (RMSNormFp32, (False, torch.finfo(torch.float32).eps, None)),
 }
 
@@ -324,7 +323,7 @@ def test_norms_that_lose_digits_or_overflow_on_their_way_are_recognized(name):
     assert form.eps == eps
 
 
-# Attributes that are read at each call, those of the class and those that are not read.
+# Attributes that are read at each call, attributes of the class, and attributes that are not read.
 
 
 class ClassEps(nn.Module):
@@ -386,7 +385,7 @@ def test_the_attributes_that_an_activation_reads_are_known(name):
     assert isinstance(form, ActivationForm), form
     assert (form.scale_name, form.approximate_name, form.inplace_name) == expected
     if form.scale_name is not None:
-        # Its own forward has to run: the attribute may be another tomorrow.
+        # The module's own forward has to run, since the attribute may change.
         assert form.scale == module.beta
         assert not form.torch_op
 
@@ -479,7 +478,7 @@ def test_a_linear_layer_that_takes_float32_alone_is_recognized():
     assert recognize_linear(Casting(6, 4)) == LinearForm("weight", "bias", transposed=True)
 
 
-# Nothing is raised, whatever a module is.
+# Recognition never raises, whatever the module.
 
 
 class Rotary(nn.Module):
@@ -501,7 +500,7 @@ class Raising(nn.Module):
 
 
 class Guarded(nn.LayerNorm):
-    """Takes no other attributes."""
+    """Refuses changes of its attributes."""
 
     def __setattr__(self, name, value):
         if name == "eps" and hasattr(self, "eps"):
@@ -519,7 +518,7 @@ class Keyed(nn.Module):
 
 
 class Unprintable(nn.Module):
-    """Raises when asked for its attributes."""
+    """Raises on access to its attributes."""
 
     def __init__(self):
         super().__init__()
@@ -620,8 +619,8 @@ class ChannelsFirst(nn.Module):
 
 
 OTHER_NORMS = {
-    "channels first": (ChannelsFirst(), [(2, D, 4, 4)], "lies in memory channels first"),
-    "channels first, never run": (ChannelsFirst(), [], "does not run|no layer norm|channels first"),
+    "channels first": (ChannelsFirst(), [(2, D, 4, 4)], "laid out channels first"),
+    "channels first, never run": (ChannelsFirst(), [], "does not run|not a layer norm|channels first"),
     "one group": (nn.GroupNorm(1, D), [(2, D, 4, 4)], "channels and positions together"),
     "one group, no weight": (nn.GroupNorm(1, D, affine=False), [(2, D, 4, 4)], "channels and positions together"),
     "one group of sequences": (nn.GroupNorm(1, D), [(2, D, 7)], "channels and positions together"),
@@ -665,7 +664,7 @@ def test_norms_of_other_kinds_deserve_no_verdict(module, shapes):
 
 
 class _Objects(TorchDispatchMode):
-    """A mode of somebody else's, in which nothing is to be computed."""
+    """A foreign mode in which nothing may be computed."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} is called")
@@ -739,7 +738,7 @@ WIDTHS = {
 @pytest.mark.parametrize("width", [2, 3, 5, 8, 33, 257, 2000])
 @pytest.mark.parametrize("name", WIDTHS)
 def test_a_norm_of_every_width_is_recognized(name, width):
-    # Of two elements a layer norm leaves signs, and hardly a gradient.
+    # For two elements, a layer norm leaves only signs, and almost no gradient.
     module = WIDTHS[name](width)
     inner = module.normalized_shape
     for shapes in ([(4, *inner)], [(2, 3, *inner)], [inner, (2, 2, *inner)]):

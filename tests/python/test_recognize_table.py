@@ -1,4 +1,4 @@
-"""What modules of libraries are recognized as, and that nothing of it is lost."""
+"""A table of what modules of libraries are recognized as."""
 
 import functools
 import importlib
@@ -14,7 +14,7 @@ from zoo import ZOO, build
 
 D = 24
 
-#: Kind, approximate and scale; what is missing is none.
+#: Kind, approximate and scale; modules not listed are not activations.
 ACTIVATIONS = {
     "gelu": ("gelu", "none", 1.0),
     "gelu_fast": ("gelu", "tanh", 1.0),
@@ -40,7 +40,7 @@ def test_activations_of_transformers(name):
 
 
 class Kind(NamedTuple):
-    """What a norm is.
+    """The expected form of a norm.
 
     Attributes:
         centred: Whether the mean is subtracted.
@@ -48,7 +48,7 @@ class Kind(NamedTuple):
         gamma: Name of the weight.
         beta: Name of the bias.
         eps: Name of the attribute that eps is read from.
-        dtype: The rule for that of the result.
+        dtype: Rule for the dtype of the result.
     """
 
     centred: bool
@@ -62,7 +62,7 @@ class Kind(NamedTuple):
 LAYER = Kind(True, False, "weight", "bias", "eps", "input")
 RMS = Kind(False, False, "weight", None, "variance_epsilon", "promote")
 
-#: Classes that are made with a width, in transformers.models.
+#: Classes in transformers.models whose constructor takes a width.
 NORMS = {
     "llama.LlamaRMSNorm": RMS,
     "mistral.MistralRMSNorm": RMS,
@@ -102,7 +102,7 @@ def test_norms_of_transformers(name):
     assert (form.shape, form.axis, form.ranks) == ((D,), -1, (3,))
 
 
-#: Those that take their input with channels first; the reason where they are none.
+#: Those that take channels-first inputs, or the reason why they are not norms.
 CHANNELS_FIRST = {
     "convnext.ConvNextLayerNorm": None,
     "eomt.EomtLayerNorm2d": None,
@@ -124,7 +124,7 @@ def test_norms_of_channels_of_transformers(name):
         assert CHANNELS_FIRST[name] in found.reason
 
 
-#: Classes of transformers that are no norms of their input alone.
+#: Classes of transformers that are not norms of a single input.
 OTHERS = ("mobilebert.NoNorm", "conditional_detr.ConditionalDetrFrozenBatchNorm2d", "dac.Snake1d")
 
 
@@ -181,4 +181,4 @@ def test_every_norm_and_activation_of_the_zoo_is_recognized(name):
     for module in {type(m): m for m in activations}.values():
         assert isinstance(recognize_activation(module), ActivationForm)
         with torch.no_grad():
-            assert module(torch.zeros(2)).shape == (2,)  # is as it was
+            assert module(torch.zeros(2)).shape == (2,)  # unchanged

@@ -1,4 +1,4 @@
-"""Small models of transformers' architectures, from configurations, with random weights."""
+"""Small models of architectures in transformers, built from configurations, with random weights."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -53,11 +53,11 @@ class Entry(NamedTuple):
     """One architecture.
 
     Attributes:
-        model: Makes it.
-        batch: Makes what it is called with.
-        activations: How many activations and calls are to be converted, in float32.
-        norms: How many norms.
-        behind: How many more activations, where the norms before them are left.
+        model: Function that makes the model.
+        batch: Function that makes its arguments.
+        activations: Number of activations and calls that are converted, in float32.
+        norms: Number of norms that are converted.
+        behind: Number of additional activations converted if the norms before them are not.
     """
 
     model: Callable[[], nn.Module]
@@ -74,7 +74,7 @@ ZOO = {
     "qwen3": Entry(lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**DECODER, head_dim=8)), language, 2, 9),
     "gemma": Entry(lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**DECODER, head_dim=8)), language, 2, 5),
     "gemma2": Entry(lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**DECODER, head_dim=8)), language, 2, 9),
-    # The two halves of one storage: the product keeps the other half of the activation's input.
+    # Two halves of one storage: the product saves the other half of the activation's input.
     "phi3": Entry(lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**DECODER)), language, 0, 5),
     "gpt2": Entry(
         lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
@@ -100,9 +100,9 @@ ZOO = {
         5,
     ),
     "gpt_neox": Entry(lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**TEXT)), language, 2, 5),
-    # Behind the embeddings' norm is a dropout, which keeps no input.
+    # The embeddings' norm is followed by a dropout, which saves no input.
     "bert": Entry(lambda: tf.BertForSequenceClassification(tf.BertConfig(**TEXT)), classes, 2, 4),
-    # The classifier too has a dropout before it.
+    # The classifier also comes after a dropout.
     "roberta": Entry(
         lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**TEXT | {"max_position_embeddings": 80})),
         classes,
@@ -130,7 +130,7 @@ ZOO = {
         2,
         4,
     ),
-    # The norms before attention go through windows, which are copies; the last one's output is averaged.
+    # The outputs of the norms before attention are split into windows, which copies; the last one's output is averaged.
     "swin": Entry(
         lambda: tf.SwinForImageClassification(
             tf.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
@@ -139,8 +139,8 @@ ZOO = {
         4,
         6,
     ),
-    # Of the text model's last norm, one row a sequence is taken. The vision model's first block begins with a norm of
-    # another norm's output, which that one keeps.
+    # One row per sequence is taken from the output of the text model's last norm. The vision model's first block begins
+    # with a norm that takes another norm's output and saves it.
     "clip": Entry(
         lambda: tf.CLIPModel(
             tf.CLIPConfig(
@@ -178,8 +178,8 @@ ZOO = {
         5,
         12,
     ),
-    # Norms and gated activations of several ops each, which keep several copies: converted also where nobody else keeps
-    # the output, behind the last norms' dropouts.
+    # Norms and gated activations of several ops each, which save several copies. They are converted even if nothing
+    # else saves the output, as before the last dropouts.
     "t5": Entry(
         lambda: tf.T5ForConditionalGeneration(
             tf.T5Config(
@@ -197,7 +197,7 @@ ZOO = {
         4,
         12,
     ),
-    # Convolutions, each with a norm and a GELU behind it: either alone lets something go, and the norms let go more.
+    # Convolutions, each followed by a norm and a GELU: converting either one frees memory, and the norms free more.
     "wav2vec2": Entry(
         lambda: tf.Wav2Vec2ForSequenceClassification(
             tf.Wav2Vec2Config(
@@ -222,7 +222,7 @@ ZOO = {
         9,
         3,
     ),
-    # The mixers have modules that never run, and call F.silu themselves.
+    # The mixers have modules that never run, and call F.silu directly.
     "mamba": Entry(
         lambda: tf.MambaForCausalLM(
             tf.MambaConfig(
@@ -233,7 +233,7 @@ ZOO = {
         2,
         3,
     ),
-    # Two norms of one input, and a third one.
+    # Two norms with the same input, and a third one.
     "falcon": Entry(
         lambda: tf.FalconForCausalLM(
             tf.FalconConfig(
@@ -264,7 +264,7 @@ ZOO = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
-    """A model in evaluation mode, its norms' weights and biases random, and a batch."""
+    """A model in evaluation mode, with random weights and biases in its norms, and a batch."""
     torch.manual_seed(0)
     model = ZOO[name].model().eval()
     with torch.no_grad():
@@ -279,12 +279,12 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dic
     return model.to(dtype), batch
 
 
-#: Of weights and inputs; None for float32 under bfloat16 autocast.
+#: Dtypes of weights and inputs; None for float32 under bfloat16 autocast.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": None}
 
 
 def converted(name: str, dtype: str, **options: Any) -> tuple[nn.Module, dict[str, Any], lomem.conversion.Report]:
-    """A model, converted but for what cannot be, its batch, and the report."""
+    """A model converted as far as possible, its batch, and the report."""
     model, batch = build(name, DTYPES[dtype] or torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
         try:
@@ -294,7 +294,7 @@ def converted(name: str, dtype: str, **options: Any) -> tuple[nn.Module, dict[st
 
 
 def conversion(report: lomem.conversion.Report) -> dict[str, int]:
-    """What tools/zoo_conversions.py writes of a model: bytes, and numbers of decisions."""
+    """What tools/zoo_conversions.py writes for a model: bytes, and numbers of decisions."""
     actions = sorted(f"{d.kind} {d.action}" for d in report.decisions)
     before = report.saved_before or 0
     after = before if report.saved_after is None else report.saved_after
@@ -317,20 +317,20 @@ def gradients(model, batch):
 
 
 def error(values, expected):
-    """Relative error of the outputs, in the quadratic mean."""
+    """Relative error of the outputs, as a root mean square."""
     squares = [((a.double() - b).norm() / b.norm()) ** 2 for a, b in zip(values, expected, strict=True)]
     return torch.stack(squares).mean().sqrt().item()
 
 
 def gradient_error(grads, expected):
-    """Of all gradients together: single ones, of biases that softmax does not see, vanish but for rounding."""
+    """Relative error of all gradients together. Some, of biases that cancel in softmax, are 0 up to rounding."""
     assert grads.keys() == expected.keys()
     squares = [((grads[n] - g).norm() ** 2, g.norm() ** 2) for n, g in expected.items()]
     return (sum(s for s, _ in squares) / sum(s for _, s in squares)).sqrt().item()
 
 
 def adapted(model, rank=4):
-    """With LoRA beside the attention's and the MLP's linear layers, whose second matrix is not 0."""
+    """Adds LoRA with a nonzero second matrix to the linear layers of attention and MLP."""
     names = [n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
     config = peft.LoraConfig(r=rank, target_modules=sorted(set(names)), lora_dropout=0.0)
     model = peft.get_peft_model(model, config)

@@ -1,1 +1,1 @@
-"""What a model does while it runs, and what passes between its modules."""
+"""Records what a model does while it runs, and hands tensors from one module to another."""

@@ -1,4 +1,4 @@
-"""Autocast of any kind of device, also of those that have none (meta)."""
+"""Autocast for any device type, including those without autocast (meta)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["autocast_dtype", "autocast_to"]
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype of autocast on a kind of device, None where it is off."""
+    """The autocast dtype of a device type, None if autocast is off."""
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
 
 def autocast_to(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to a dtype on a kind of device; none for None."""
+    """Autocast to a dtype on a device type; None disables autocast."""
     if not torch.amp.is_autocast_available(device):
         return contextlib.nullcontext()
     return torch.autocast(device, dtype=dtype) if dtype is not None else torch.autocast(device, enabled=False)

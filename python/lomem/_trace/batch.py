@@ -1,4 +1,4 @@
-"""The batch that a model is called with, as a user may write it."""
+"""The arguments of a model, as a user may pass them."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def as_batch(function: str, argument: str, value: Any, error: type[Exception] = 
     """Reads a batch.
 
     Args:
-        function: The public function, for the message.
-        argument: The name of its argument, for the message.
+        function: Name of the public function, for the message.
+        argument: Name of its argument, for the message.
         value: A tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
-        error: What is raised where it is something else.
+        error: Exception raised for anything else.
     """
     if isinstance(value, Tensor):
         return Batch((value,), {})

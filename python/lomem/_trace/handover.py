@@ -1,30 +1,30 @@
-"""What a producer hands to the linear layers behind it, so that they need not keep their input.
+"""Hands what a producer saves to the linear layers after it, so that they need not save their input.
 
-A linear layer keeps its input for its weight's gradient. Where that input is a cheap function of what its producer
-keeps anyway (a norm's copy in another dtype or its normalized input, an activation's input, gate and up of a gated
-unit), the layer keeps those instead and makes its input of them again. The producer *offers* them, the linear layer
-*takes* them.
+A linear layer saves its input to compute its weight gradient. If that input is a cheap function of tensors that its
+producer saves anyway (a norm's copy in another dtype or its normalized input, an activation's input, gate and up of a
+gated unit), the layer saves those tensors instead and recomputes its input from them. The producer *offers* them, the
+linear layer *takes* them.
 
-An offer belongs to the producer's result, the tensor, and is found in a weak table: a tensor and its Python object live
-and end together, whoever else holds the tensor, and a tensor without attributes is pickled as any other. Other carriers
-fail: an autograd node outlives every checkpointed region, and a compiler cannot look at it; one op for producer and
-layer together would have to know the layer when the producer runs, and there may be several, or none; a tensor subclass
-is seen by everybody.
+An offer belongs to the producer's result tensor, and is looked up in a weak table: a tensor and its Python object have
+the same lifetime, whoever else holds the tensor, and a tensor without extra attributes is pickled like any other. The
+alternatives fail: an autograd node outlives every checkpointed region, and a compiler cannot see it; a single op for
+producer and layer would have to know the layer when the producer runs, and there may be several or none; a tensor
+subclass is visible to all code.
 
-Three rules keep it right:
+Three rules make it correct:
 
-- **Boundaries.** Saved-tensor hooks decide where saved tensors go: to the CPU, or, under checkpointing, nowhere. What
-  was offered under one pair of hooks is not taken under another. Each checkpointed region has hooks of its own, in the
-  first pass as when it is computed again, so both passes take, and save, the same.
-- **Lifetimes.** Without hooks autograd keeps the producer's tensors themselves, and an offer refers to them weakly.
-  With hooks it may keep something else, or nothing; then an offer holds them itself, until the last of the linear
-  layers that the example run has seen took them, or until something converted runs under other hooks: the region is
-  over.
-- **Versions.** A result that was changed in place since is not what was offered.
+- **Boundaries.** Saved-tensor hooks decide where saved tensors go: to the CPU or, under checkpointing, nowhere. What
+  was offered under one pair of hooks is not taken under another. Each checkpointed region sets its own hooks, in the
+  first pass and when it is recomputed, so both passes take and save the same tensors.
+- **Lifetimes.** Without hooks, autograd saves the producer's tensors themselves, and an offer holds weak references to
+  them. With hooks, autograd may save something else, or nothing. An offer then holds strong references until the last
+  of the linear layers seen in the example run takes them, or until a converted module runs under other hooks, which
+  means that the region is over.
+- **Versions.** An offer is void once the result has been changed in place.
 
-Under a compiler nothing is offered yet. It follows attributes of tensors within a graph, and the rebuilding stays in
-the backward graph if the producer is an op of its own (tests/python/test_handover.py does both); but it cannot read a
-tensor's version, so that a change in place would go unseen.
+Under a compiler nothing is offered yet. Compilers follow attributes of tensors within a graph, and the rebuilding stays
+in the backward graph if the producer is a custom op (tests/python/test_handover.py does both). But they cannot read a
+tensor's version, so in-place changes would go unnoticed.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 __all__ = ["Rebuild", "current_hooks", "itself", "linear_of_offered", "offer", "offered", "take"]
 
-#: Makes a linear layer's input of what is kept for it.
+#: Function that recomputes a linear layer's input from the tensors saved in its place.
 Rebuild: TypeAlias = Callable[..., Tensor]
 
 
 class Offer:
-    """What a producer keeps, and how its result is made of it.
+    """The tensors that a producer saves, and how to recompute its result from them.
 
     Attributes:
-        rebuild: Makes the result again of what is kept.
-        version: Of the result when it was offered.
-        hooks: The innermost saved-tensor hooks then; None for none.
-        takers: Linear layers still to come; only counted under hooks.
+        rebuild: Function that recomputes the result from the saved tensors.
+        version: Version of the result when the offer was made.
+        hooks: Innermost saved-tensor hooks at that time; None for none.
+        takers: Number of linear layers still expected to take it; only used under hooks.
     """
 
     def __init__(self, kept: Sequence[Tensor | None], rebuild: Rebuild, version: int, hooks: Any, takers: int) -> None:
@@ -63,7 +63,7 @@ class Offer:
         self._kept = tuple(None if t is None else TensorWeakRef(t) for t in kept) if self._weak else tuple(kept)
 
     def tensors(self) -> tuple[Tensor | None, ...] | None:
-        """What is kept; None where it is no more."""
+        """The offered tensors; None if they no longer exist."""
         if self._kept is None or not self._weak:
             return self._kept
         tensors = tuple(None if ref is None else ref() for ref in self._kept)
@@ -71,34 +71,34 @@ class Offer:
         return None if gone else tensors
 
     def end(self) -> None:
-        """Nobody takes it any more."""
+        """Withdraws the offer."""
         self._kept = None
 
 
 def itself(kept: Tensor) -> Tensor:
-    """What a layer's input is made of where a copy of it in another dtype is kept."""
+    """The ``rebuild`` function for a saved copy of the input in another dtype."""
     return kept
 
 
 class _Open(threading.local):
     def __init__(self) -> None:
-        #: Offers that hold what they offer.
+        #: Offers that hold strong references.
         self.offers: list[weakref.ref[Offer]] = []
 
 
 _open = _Open()
-#: By result. Not of a thread: a region may be computed again in another one.
+#: Offers by result. Not thread-local: a region may be recomputed in another thread.
 _offers: Any = WeakTensorKeyDictionary()
 
 
 def current_hooks() -> Any:
-    """The innermost saved-tensor hooks of this thread, the packing one for both; None for none."""
+    """The innermost saved-tensor hooks of this thread, represented by the pack hook; None for none."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if top is None else top[0]
 
 
 def _end_others(hooks: Any) -> None:
-    """Ends the offers that were made under other hooks and hold what they offer."""
+    """Withdraws the offers that were made under other hooks and hold strong references."""
     if not _open.offers:
         return
     still = []
@@ -114,13 +114,13 @@ def _end_others(hooks: Any) -> None:
 
 
 def offer(result: Tensor, kept: Sequence[Tensor | None], rebuild: Rebuild, takers: int) -> None:
-    """Offers what a producer keeps to the linear layers that are called with its result.
+    """Offers what a producer saves to the linear layers that are called with its result.
 
     Args:
         result: The very tensor that the producer returns.
-        kept: Tensors that it keeps for its backward pass, or parameters.
-        rebuild: Makes the result, without a graph, of ``kept``.
-        takers: Number of linear layers that are expected to take it.
+        kept: Tensors that it saves for backward, or parameters.
+        rebuild: Function that recomputes the result from ``kept``, without a graph.
+        takers: Number of linear layers expected to take it.
     """
     if is_compiling():
         return
@@ -142,9 +142,9 @@ def offered(result: Any) -> tuple[Tensor, ...]:
 
 
 def take(input: Tensor) -> tuple[tuple[Tensor | None, ...], Rebuild] | None:
-    """What a linear layer may keep in place of its input, and what makes the input of that; None for nothing.
+    """The tensors that a linear layer may save instead of its input, and how to recompute the input; None for none.
 
-    To be called once by each linear layer, whatever it does with the answer.
+    Each linear layer must call this exactly once, even if it does not use the result.
     """
     if is_compiling():
         return None
@@ -161,7 +161,7 @@ def take(input: Tensor) -> tuple[tuple[Tensor | None, ...], Rebuild] | None:
 
 
 class _LinearOfOffered(torch.autograd.Function):
-    # Result and gradients are those of the layer; kept is what the producer keeps, in place of the input.
+    # Result and gradients are those of the layer. It saves kept, the producer's tensors, instead of the input.
 
     @staticmethod
     def forward(
@@ -176,12 +176,12 @@ class _LinearOfOffered(torch.autograd.Function):
         ctx.save_for_backward(weight, *kept)
         ctx.rebuild, ctx.input_dtype, ctx.dtype = rebuild, input.dtype, dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # What the producer keeps in the layer's own dtype may be what the input would be cast to.
+        # If the producer saved a copy in the layer's dtype, the input need not be cast again.
         copy = kept[0] if rebuild is itself else None
         cast = copy if copy is not None and copy.dtype == dtype else input.to(dtype)
         result = F.linear(cast, weight.to(dtype), None if bias is None else bias.to(dtype))
-        # F.linear returns a view of a matrix product of rows, and views that are made here cannot be changed in place
-        # later. This tensor is no view, and the only one left of the storage.
+        # F.linear returns a view of a 2D product, and views made in a custom function cannot be changed in place
+        # later. `.data` is not a view, and becomes the only tensor on the storage.
         return result.data
 
     @staticmethod
@@ -207,16 +207,16 @@ def linear_of_offered(
     kept: Sequence[Tensor | None],
     rebuild: Rebuild,
 ) -> Tensor:
-    """A linear layer that keeps what its producer keeps, in place of its input.
+    """A linear layer that saves what its producer saves, instead of its input.
 
-    Its result is the layer's, bit for bit; the weight's gradient is computed of the input, made again.
+    The result equals the layer's, bit for bit; the weight gradient is computed from the recomputed input.
 
     Args:
-        input: Of at least two dimensions.
-        weight: Of shape (out, in).
-        bias: Of shape (out,), or None.
-        dtype: In which the layer computes.
-        kept: What :func:`take` gave.
-        rebuild: The same.
+        input: Input of at least two dimensions.
+        weight: Weight of shape (out, in).
+        bias: Bias of shape (out,), or None.
+        dtype: Dtype in which the layer computes.
+        kept: Tensors returned by :func:`take`.
+        rebuild: Function returned by :func:`take`.
     """
     return _LinearOfOffered.apply(input, weight, bias, dtype, rebuild, *kept)  # type: ignore[no-any-return]

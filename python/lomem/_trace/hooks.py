@@ -1,4 +1,4 @@
-"""Hooks of modules and of saved tensors that hide nothing from one another."""
+"""Module hooks and saved-tensor hooks that do not hide events from one another."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch.utils.hooks import RemovableHandle
 __all__ = ["ModulePath", "SavedTensorsBlock", "hook_after", "hook_before"]
 
 
-# A ScriptModule refuses these methods by name, since hooks are no part of what is compiled. Those around the call of a
-# whole one are Python's, and run.
+# A ScriptModule disables these methods, since hooks are not compiled. Hooks around a call of the whole module run in
+# Python, and do work.
 def hook_before(module: nn.Module, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
-    """``module.register_forward_pre_hook``, of ScriptModules too."""
+    """``module.register_forward_pre_hook``, for ScriptModules too."""
     return nn.Module.register_forward_pre_hook(module, hook, **options)
 
 
 def hook_after(module: nn.Module, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
-    """``module.register_forward_hook``, of ScriptModules too."""
+    """``module.register_forward_hook``, for ScriptModules too."""
     return nn.Module.register_forward_hook(module, hook, **options)
 
 
 class ModulePath:
-    """Context manager that knows which submodule of a model runs: the innermost one, by its first name."""
+    """Context manager that tracks which submodule of a model is running: the innermost one, by its first name."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -49,7 +49,7 @@ class ModulePath:
                 self._stack.pop()
 
             self._handles.append(hook_before(module, enter, prepend=True))
-            # Also where the module raises: checkpointing leaves a recomputed forward by an exception.
+            # Also if the module raises: checkpointing ends a recomputed forward with an exception.
             self._handles.append(hook_after(module, leave, always_call=True))
         return self
 
@@ -71,19 +71,19 @@ _recorders = _Recorders()
 
 
 def _pack(tensor: Tensor) -> Tensor:
-    # torch calls the innermost hooks only, so they speak for all blocks around them.
+    # torch calls only the innermost hooks, so they notify all enclosing blocks.
     for record in _recorders.active:
         record(tensor)
-    # Not the tensor itself: an op that keeps its own result would keep itself, and a graph that no backward pass frees
-    # would stay for ever. torch makes the result of unpacking what the tensor was in the graph.
+    # Not the tensor itself: an op that saves its own result would then reference itself, and a graph that no backward
+    # pass frees would leak. torch reattaches the unpacked tensor to the graph.
     return tensor.detach()
 
 
 class SavedTensorsBlock:
     """Context manager that calls a function with every tensor that autograd saves inside it.
 
-    Blocks may be nested, and each is called; other saved-tensor hooks around the innermost block are not (torch calls
-    the innermost alone), and those inside it (of checkpointing) hide from it what they replace.
+    Blocks may be nested, and each one's function is called. Other saved-tensor hooks around the innermost block are not
+    called, since torch calls only the innermost hooks. Hooks inside it (checkpointing) hide what they replace.
     """
 
     def __init__(self, record: Callable[[Tensor], None]) -> None:
@@ -91,7 +91,7 @@ class SavedTensorsBlock:
 
     def __enter__(self) -> SavedTensorsBlock:
         _recorders.active.append(self._record)
-        # Hooks that do not refer to a recorder: a cycle through the graph would keep its storages alive.
+        # The hooks must not refer to a recorder: a cycle through the graph would keep its storages alive.
         self._hooks = torch.autograd.graph.saved_tensors_hooks(_pack, lambda t: t)
         self._hooks.__enter__()
         return self

@@ -1,4 +1,4 @@
-"""Which operands ops save for backward: one table, read by :mod:`lomem.memory` and :mod:`lomem.conversion`."""
+"""Table of the operands that ops save for backward, for :mod:`lomem.memory` and :mod:`lomem.conversion`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["ATTENTION", "COPIES", "DROPOUTS", "KEEPS", "PRODUCTS", "saves_operan
 
 _aten = torch.ops.aten
 
-#: Matrix products and convolutions, with the positions of the tensors among their arguments that are saved where the
-#: other one needs a gradient.
+#: Matrix products and convolutions, with the positions of the two operands. Each is saved if the other one needs a
+#: gradient.
 PRODUCTS: dict[Any, tuple[int, ...]] = {
     _aten.linear: (0, 1),
     _aten.mkldnn_linear: (0, 1),
@@ -26,7 +26,7 @@ PRODUCTS: dict[Any, tuple[int, ...]] = {
     _aten._convolution: (0, 1),
 }
 
-#: Attention: query, key and value, and an additive mask where the op takes one.
+#: Attention: query, key and value, and an additive mask if the op takes one.
 ATTENTION: dict[Any, tuple[int, ...]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: (0, 1, 2, 3),
     _aten._scaled_dot_product_flash_attention: (0, 1, 2),
@@ -37,18 +37,18 @@ ATTENTION: dict[Any, tuple[int, ...]] = {
     _aten._efficient_attention_forward: (0, 1, 2, 3),
 }
 
-#: Copies whose elements are those of the operand, in another dtype, layout or order. They save no operand.
+#: Copies of the operand in another dtype, layout or order. They save no operand.
 COPIES = frozenset({_aten._to_copy, _aten.clone, _aten.roll})
 
-#: Dropouts, which save their mask and no operand.
+#: Dropouts, which save their mask but no operand.
 DROPOUTS = frozenset({_aten.native_dropout, _aten._fused_dropout})
 
-#: All of them, by overload packet.
+#: All of the above, by overload packet.
 KEEPS: MappingProxyType[Any, tuple[int, ...]] = MappingProxyType(
     {**PRODUCTS, **ATTENTION, **dict.fromkeys([*COPIES, *DROPOUTS], ())}
 )
 
 
 def saves_operands(func: torch._ops.OpOverload) -> bool:
-    """Whether an op of the table saves operands, as products and attention do."""
+    """Whether an op saves operands according to the table: products and attention."""
     return bool(KEEPS.get(func._overloadpacket))

@@ -1,6 +1,6 @@
-"""What a model does while it runs: its ops, the storages they make, and what autograd saves of them.
+"""Records what a model does while it runs: its ops, the storages they make, and which of them autograd saves.
 
-The ground of :mod:`lomem.memory` and :mod:`lomem.conversion`, which only read what is recorded here.
+:mod:`lomem.memory` and :mod:`lomem.conversion` are built on these records.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ __all__ = [
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
     """The storages that hold a tensor's data.
 
-    One of a strided tensor, several of a sparse one, those of what is inside a wrapper (vmap's, jagged tensors), none
-    of an opaque one or of a parameter that has no shape yet.
+    A strided tensor has one, a sparse one several, a wrapper (vmap, jagged tensors) those of the tensors inside it, and
+    an opaque tensor or a lazy parameter none.
     """
     return [part.untyped_storage() for part in _parts(tensor)]
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    """The tensors that have the storages."""
+    """The plain tensors that own the storages."""
     if functorch.is_functorch_wrapped_tensor(tensor):
         return _parts(functorch.get_unwrapped(tensor))
     if type(tensor) in _PLAIN:
@@ -64,21 +64,21 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     return []
 
 
-#: What most tensors are, which wraps no other.
+#: The most common tensor types, none of which wraps other tensors.
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
-    """The tensors that a wrapper of tensors is made of; none of a tensor with data of its own."""
+    """The tensors inside a wrapper subclass; none for a tensor with its own data."""
     if is_traceable_wrapper_subclass(tensor):
         parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-        return [part for part in parts if isinstance(part, Tensor)]  # not a mesh of devices
+        return [part for part in parts if isinstance(part, Tensor)]  # not a device mesh
     if isinstance(tensor, FakeTensor) or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
         return []
     try:
         tensor.untyped_storage().data_ptr()
-    except RuntimeError:  # of a storage of wrappers, which says its size but has no data
-        # One that torch.compile could not take: what it wraps is in its attributes.
+    except RuntimeError:  # the storage of a wrapper has a size but no data
+        # A wrapper without __tensor_flatten__: the wrapped tensors are among its attributes.
         return [value for value in vars(tensor).values() if isinstance(value, Tensor)]
     return []
 
@@ -89,16 +89,16 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 @dataclass(eq=False)
 class Storage:
-    """A storage that was seen, also after its end.
+    """Record of a storage, which outlives the storage.
 
     Attributes:
-        nbytes: Its size.
-        born: Index of the op that made it, -1 where it was there before.
-        died: Index of the last op before its end (or the number of ops so far, when seen at rest); None while it lives.
+        nbytes: Size of the storage.
+        born: Index of the op that made it, -1 if it existed before.
+        died: Number of ops recorded when it was freed; None while it is alive.
         dtype: Dtype of the tensor by which it was first seen.
         shape: Shape of that tensor.
-        copy_of: The storage of which a dtype conversion made it.
-        label: What the user of the recorder says of it (``"parameter"`` and the like).
+        copy_of: The storage that it was converted from, if a dtype conversion made it.
+        label: Label given by the user of the recorder (``"parameter"`` and the like).
     """
 
     nbytes: int
@@ -112,13 +112,13 @@ class Storage:
 
 @dataclass(eq=False)
 class Op:
-    """One call of an aten, or other dispatcher, op that is not a view.
+    """One call of an aten or other dispatcher op that is not a view.
 
     Attributes:
         func: The overload.
-        module: Where it ran, see :attr:`ModulePath.path`; during backward, as after the end of a model, None.
-        node: Name of the autograd node that runs, during backward.
-        inputs: Storages of its tensor arguments, in their order, each once.
+        module: Module in which it ran, see :attr:`ModulePath.path`; None outside the model, as during backward.
+        node: Name of the running autograd node, during backward.
+        inputs: Storages of its tensor arguments, in order, without repetition.
         written: Those that it changed in place.
         outputs: Storages of its results.
     """
@@ -137,8 +137,9 @@ class Saved:
 
     Attributes:
         storage: Storage of the tensor.
-        module: Where it was saved.
-        op: Number of ops recorded before it: the op that saves an input comes next, that of an output was the last.
+        module: Module in which it was saved.
+        op: Number of ops recorded before it. An op that saves an input is the next one, one that saves its output the
+            last one.
         dtype: Dtype of the tensor.
         shape: Shape of the tensor.
     """
@@ -161,26 +162,26 @@ def _written_arguments(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ..
 
 @dataclass(eq=False)
 class _Live:
-    # Of a living storage: its record, and a weak reference that notes its end. The address of a storage is another's
-    # soon after, so the end must be known.
+    # A storage that is alive: its record, and a weak reference that reports when it is freed. This must be known, since
+    # its address may then be reused.
     record: Storage
-    # No weakref.finalize: a parameter's outlives the recorder, and would stay registered as long as the parameter.
+    # Not weakref.finalize, which for a parameter would stay registered as long as the parameter exists.
     end: weakref.ref[torch.UntypedStorage] = field(repr=False)
 
 
 class Recorder(TorchDispatchMode):
-    """Context manager that records the ops, storages and saved tensors of what runs inside it.
+    """Context manager that records the ops, storages and saved tensors of the code inside it.
 
-    It keeps no tensor alive. Views are followed: they share a storage. Works on real and fake tensors, in forward and
-    backward passes and in optimizers.
+    It keeps no tensor alive. Views are attributed to the storage that they share. Works on real and fake tensors, in
+    forward and backward passes and in optimizers.
 
     Args:
-        model: Whose modules' names are recorded; None for none.
+        model: Model whose module names are recorded; None for none.
 
     Attributes:
-        ops: In their order.
-        storages: In the order in which they were first seen.
-        saved: What autograd saved, in its order, with repetitions.
+        ops: Ops, in order.
+        storages: Storages, in the order in which they were first seen.
+        saved: Tensors that autograd saved, in order, with repetitions.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -210,25 +211,25 @@ class Recorder(TorchDispatchMode):
 
     @property
     def module(self) -> str | None:
-        """The module that runs now."""
+        """The module that is running."""
         return self._path.path if self._path is not None else None
 
     def label(self, tensors: Iterable[Tensor], label: str) -> None:
-        """Says of the storages of tensors what they are; those not yet labelled."""
+        """Labels the storages of tensors that have no label yet."""
         for tensor in tensors:
             for storage in self.records(tensor):
                 storage.label = storage.label or label
 
     def records(self, tensor: Tensor, born: int = -1) -> list[Storage]:
-        """The records of a tensor's storages, made where there is none."""
+        """The records of a tensor's storages, created if needed."""
         return [self._record(storage, tensor, born) for storage in storages_of(tensor)]
 
     def living(self) -> Iterator[Storage]:
-        """The storages that live now."""
+        """The storages that are alive."""
         return (live.record for live in self._live.values())
 
     def _record(self, storage: torch.UntypedStorage, tensor: Tensor, born: int) -> Storage:
-        # The address of the storage object, not of its data: that is 0 for fake and meta tensors.
+        # The address of the storage object, since that of its data is 0 for fake and meta tensors.
         key = storage._cdata
         live = self._live.get(key)
         if live is not None:
@@ -245,7 +246,7 @@ class Recorder(TorchDispatchMode):
             self._live.pop(key).record.died = len(self.ops)
 
     def _save(self, tensor: Tensor) -> None:
-        for storage in self.records(tensor):  # one that is first seen here is an input of the next op
+        for storage in self.records(tensor):  # a storage first seen here is an input of the next op
             self.saved.append(Saved(storage, self.module, len(self.ops), tensor.dtype, _shape(tensor)))
 
     def __torch_dispatch__(
@@ -257,10 +258,10 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is _DEVICE:
-            # A question, not an op. Fake tensors are asked often, and know.
+            # A query, not an op. It is frequent for fake tensors, which know the answer.
             return getattr(args[0], "fake_device", None) or func(*args, **kwargs)
         if func is torch.ops.aten.lift_fresh.default:
-            # torch.tensor() makes its result without an op, and this one hands it out.
+            # torch.tensor() makes its result without an op, and returns it through this one.
             result = func(*args, **kwargs)
             self.ops.append(Op(func, self.module, None, (), (), tuple(self._all([result], born=len(self.ops)))))
             return result

@@ -1,4 +1,4 @@
-"""What a measurement must leave as it was."""
+"""Restores what a measurement must not change."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .. import _C
 
 @contextlib.contextmanager
 def preserved(model: nn.Module, optimizer: Optimizer | None = None, inputs: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Leaves the model, the optimizer, the inputs and the random numbers as they were, also where the block raises.
+    """Restores the model, the optimizer, the inputs and the random state after the block, even if it raises.
 
-    What a training step may change (buffers, the optimizer's parameters and state) is copied to the CPU meanwhile, and
-    copied back bit for bit into the same tensors. Gradients are set aside, and none are there inside the block.
-    Attributes of modules are set back; what such an attribute holds (a list that the forward pass appends to) is not.
+    What a training step may change (buffers, the optimizer's parameters and state) is copied to the CPU, and copied
+    back bit for bit into the same tensors. Gradients are set aside: inside the block there are none. Attributes of
+    modules are restored, but not changes inside their values (a list that the forward pass appends to).
     """
     held = [p for group in optimizer.param_groups for p in group["params"]] if optimizer is not None else []
     parameters = list(dict.fromkeys([*model.parameters(), *held]))
@@ -44,7 +44,7 @@ def preserved(model: nn.Module, optimizer: Optimizer | None = None, inputs: Iter
 
 
 def generators_of(model: nn.Module) -> list[torch.Generator]:
-    """The generators of random numbers that modules have of their own."""
+    """The random number generators that modules hold as attributes."""
     found = (v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Generator))
     return list(dict.fromkeys(found))
 
@@ -53,7 +53,7 @@ def generators_of(model: nn.Module) -> list[torch.Generator]:
 def _random_numbers(tensors: Iterable[Tensor], generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     state = random.getstate()
-    numpy = sys.modules.get("numpy")  # of which transformers draws masks
+    numpy = sys.modules.get("numpy")  # transformers uses it to draw masks
     with contextlib.ExitStack() as stack:
         if numpy is not None:
             stack.callback(numpy.random.set_state, numpy.random.get_state())
@@ -69,7 +69,7 @@ def _random_numbers(tensors: Iterable[Tensor], generators: Iterable[torch.Genera
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    # On the meta device there is nothing to copy.
+    # Meta tensors have no data to copy.
     return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 
@@ -85,7 +85,7 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _written_back(tensor: Tensor, value: Tensor, version: int | None) -> None:
-    # An input is written to by an in-place first layer alone; otherwise it may be what cannot be written to (expanded).
+    # Only an in-place first layer writes to an input. Others may not be writable (expanded), so they are left alone.
     if _version(tensor) != version:
         _set(tensor, value)
 
@@ -98,7 +98,7 @@ def module_state(module: nn.Module) -> tuple[dict[str, Any], ...]:
 
 
 def restore_module(module: nn.Module, attributes: dict[str, Any], *tensors: dict[str, Any]) -> None:
-    """Sets back what a module has."""
+    """Restores a module's attributes, parameters and buffers."""
     if isinstance(module, torch.jit.ScriptModule):
         for name, value in tensors[0].items():
             module._c.setattr(name, value)
@@ -113,7 +113,7 @@ def restore_module(module: nn.Module, attributes: dict[str, Any], *tensors: dict
 
 
 def script_attributes(module: torch.jit.ScriptModule) -> dict[str, Any]:
-    """What TorchScript holds of a module, parameters and buffers among it, in no dictionary of Python's."""
+    """The attributes of a module held by TorchScript rather than in Python, including parameters and buffers."""
     # Not in the stubs.
     kind: Any = torch._C.ConcreteModuleType.from_jit_type(module._c._type())
     return {name: module._c.getattr(name) for name in kind.get_attributes()}
@@ -121,7 +121,7 @@ def script_attributes(module: torch.jit.ScriptModule) -> dict[str, Any]:
 
 def _optimizer_state(optimizer: Optimizer) -> tuple[dict[Tensor, Any], list[tuple[Tensor, Tensor]], list[Any]]:
     def kept(value: Any) -> Any:
-        return tree_map_only(Tensor, lambda t: t, value)  # containers of their own, the same tensors
+        return tree_map_only(Tensor, lambda t: t, value)  # new containers with the same tensors
 
     state = {parameter: kept(values) for parameter, values in optimizer.state.items()}
     tensors = [leaf for leaf in tree_leaves(list(state.values())) if isinstance(leaf, Tensor)]

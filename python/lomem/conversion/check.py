@@ -1,4 +1,4 @@
-"""Whether a converted model computes what it did before, and which conversion is at fault where it does not."""
+"""Checks that a converted model computes what it did before, and finds the conversion at fault if it does not."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ __all__ = ["Difference", "Outputs", "verify"]
 
 
 class Outputs:
-    """What a model returns, before and after."""
+    """Outputs of the original model, to compare with those of the converted one."""
 
     def __init__(self, model: nn.Module, inputs: Batch) -> None:
         self._model, self._inputs = model, inputs
         self._dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         self._first = self._run()
         again = self._run()
-        #: Whether the model computes the same each time.
+        #: Whether the model's outputs are reproducible.
         self.repeatable = all(_same(a, b) for a, b in zip(self._first, again, strict=True))
 
     def _run(self) -> list[Tensor]:
         outputs = []
         for training in modes(self._model):
-            # With gradients in training: that is when converted modules do something else.
+            # With gradients in training: only then do converted modules behave differently.
             with untouched(self._model, training, self._inputs), torch.set_grad_enabled(training):
-                torch.manual_seed(0)  # the same dropout each time; put back afterwards
+                torch.manual_seed(0)  # the same dropout every time; the state is restored afterwards
                 leaves = tree_leaves(self._inputs.call(self._model))
             outputs += [t.detach().clone() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
         return outputs
 
     def compare(self, tolerance: float | None) -> Difference:
-        """How much the outputs differ now."""
+        """Runs the model again and returns the largest difference from the original outputs."""
         worst = Difference(0.0, 0.0 if tolerance is None else tolerance)
         for before, after in zip(self._first, self._run(), strict=True):
             if _same(before, after):
                 continue
-            # Modules that compute in float32 whatever they are given have no more digits than that; an output has no
-            # more than the weights and autocast's dtype, whatever its own.
+            # Modules that always compute in float32 are no more precise than that, and an output is no more precise
+            # than the weights and the autocast dtype, whatever its own dtype.
             low = autocast_dtype(before.device.type) or torch.float32
             dtypes = {before.dtype, torch.float32, *self._dtypes, low}
             allowed = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5 if tolerance is None else tolerance
             difference = Difference(_relative(before, after), allowed)
-            # The first that is too large, else the largest.
+            # The first excessive difference, otherwise the largest.
             if not worst.excessive and (difference.excessive or difference.largest > worst.largest):
                 worst = difference
         return worst
@@ -60,11 +60,11 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much an output differs.
+    """Difference of an output from the original model's.
 
     Attributes:
-        largest: Relative to the norm of the output.
-        allowed: How much it may.
+        largest: The difference, relative to the norm of the output.
+        allowed: Largest difference allowed.
     """
 
     largest: float
@@ -72,7 +72,7 @@ class Difference:
 
     @property
     def excessive(self) -> bool:
-        """Whether it is more than is allowed."""
+        """Whether the difference is larger than allowed, or NaN."""
         return not self.largest <= self.allowed
 
 
@@ -91,20 +91,21 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def verify(
     modules: Mapping[str, nn.Module], chosen: list[Candidate], before: Outputs, tolerance: float | None
 ) -> float:
-    """Compares the outputs of a converted model with those before.
+    """Compares the outputs of a converted model with the original ones.
 
     Args:
         modules: All modules of the model, by name.
-        chosen: What was converted.
-        before: What the model returned before.
-        tolerance: The largest relative difference that is allowed; None for one by the dtypes, or 0 where only
-            activations were converted.
+        chosen: The conversions made.
+        before: Outputs of the original model.
+        tolerance: Largest relative difference allowed; None derives it from the dtypes, or 0 if only activations were
+            converted.
 
     Returns:
         The largest relative difference.
 
     Raises:
-        RuntimeError: Where it is too large; it names the conversion at fault, and leaves the model converted in part.
+        RuntimeError: If the difference is too large. The message names the conversion at fault; the model is left
+            partly converted.
     """
     exact = all(c.kind is not Kind.NORM for c in chosen)
     allowed = 0.0 if exact and tolerance is None else tolerance
@@ -114,15 +115,15 @@ def verify(
     c = _at_fault(modules, chosen, before, allowed)
     raise RuntimeError(
         f"lomem.convert: an output of the converted model differs by {difference.largest:.2g} (relative), expected at "
-        f"most {difference.allowed:.2g}, once {c.name or 'the model'} ({c.form}) is converted: exclude={[c.name]} "
-        "leaves it; the model is as it was"
+        f"most {difference.allowed:.2g}, once {c.name or 'the model'} ({c.form}) is converted: pass exclude={[c.name]} "
+        "to skip it; the model is unchanged"
     )
 
 
 def _at_fault(
     modules: Mapping[str, nn.Module], chosen: list[Candidate], outputs: Outputs, tolerance: float | None
 ) -> Candidate:
-    """The conversion with which, after all before it, the outputs differ by too much."""
+    """The first conversion that makes the outputs differ too much, by bisection."""
     passing, failing = 0, len(chosen)
     while failing - passing > 1:
         middle = (passing + failing) // 2

@@ -1,4 +1,4 @@
-"""Which of several options together let go the most: a search that knows nothing of models."""
+"""Picks the set of options that frees the most: a search that knows nothing about models."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 __all__ = ["EXACT", "Option", "choose", "shares"]
 
-#: Of so many options that depend on one another every set is looked at; of more, those near to good ones.
+#: Up to this many interdependent options, every set is tried; beyond it, only neighbours of good sets.
 EXACT = 12
 
 
 @dataclass(frozen=True)
 class Option:
-    """What may be done or not.
+    """Something that may be chosen or not.
 
     Attributes:
-        drops: What it lets go, of the parts of items.
-        added: What it costs.
-        least: What it must bring more than, the others being what they are.
-        rank: Of sets that bring the same, those with the smallest sum are preferred.
-        needs: Positions of the options without which it may not be done.
+        drops: Parts of items that it drops.
+        added: Its cost.
+        least: Its gain, given the other chosen options, must exceed this.
+        rank: Breaks ties: of sets with equal gain, the one with the smallest sum of ranks is preferred.
+        needs: Positions of the options that it requires.
     """
 
     drops: frozenset[int]
@@ -32,15 +32,15 @@ class Option:
 
 
 def choose(options: Sequence[Option], items: Iterable[tuple[int, Iterable[int]]], exact: int = EXACT) -> set[int]:
-    """The set of options that brings the most: the sizes of the items that are gone, less what the options cost.
+    """The set of options with the largest gain: the sizes of the items freed, minus the costs of the options.
 
     Args:
-        options: All of them.
-        items: Size and parts of each. An item is gone when all of its parts are let go, by whichever options.
-        exact: Up to how many options that depend on one another are tried in every combination.
+        options: All options.
+        items: Size and parts of each item. An item is freed when all of its parts are dropped, by any options.
+        exact: Maximum number of interdependent options for which every combination is tried.
 
     Returns:
-        Positions of options. Each brings more than its least: without it, the others would bring less by that.
+        Positions of the chosen options. Removing any one of them would lower the gain by more than its ``least``.
     """
     groups = _groups(options, items)
     chosen: set[int] = set()
@@ -52,10 +52,10 @@ def choose(options: Sequence[Option], items: Iterable[tuple[int, Iterable[int]]]
 
 
 def shares(options: Sequence[Option], items: Iterable[tuple[int, Iterable[int]]], chosen: set[int]) -> list[int]:
-    """What each option brings, in a set of them; of all together, the sum.
+    """The share of each option in the gain of a set; the shares add up to the gain.
 
-    The size of an item is split among those without whom it would not be gone; where several ways lead there, among all
-    who take part.
+    The size of an item is split among the options without which it would not be freed. If there are none, because
+    several options drop each part, it is split among all that take part.
     """
     result = [-option.added if i in chosen else 0 for i, option in enumerate(options)]
     for size, masks in _groups(options, items):
@@ -73,7 +73,7 @@ _Group = tuple[int, tuple[int, ...]]
 
 
 def _groups(options: Sequence[Option], items: Iterable[tuple[int, Iterable[int]]]) -> list[_Group]:
-    """The items that can be gone: size, and of each part who lets it go, as bits; alike ones together."""
+    """The items that can be freed: size, and for each part a bit mask of the options that drop it. Equal ones merge."""
     droppers: dict[int, int] = {}
     for i, option in enumerate(options):
         for part in option.drops:
@@ -82,7 +82,7 @@ def _groups(options: Sequence[Option], items: Iterable[tuple[int, Iterable[int]]
     for size, parts in items:
         masks = {droppers.get(part, 0) for part in parts}
         if 0 not in masks:
-            # Who lets one part go for sure lets those go that more can.
+            # A part with more droppers is implied by one whose droppers are a subset.
             least = tuple(sorted(m for m in masks if not any(o != m and o & m == o for o in masks)))
             sizes[least] = sizes.get(least, 0) + size
     return [(size, masks) for masks, size in sizes.items()]
@@ -96,7 +96,7 @@ def _bits(mask: int) -> Iterator[int]:
 
 
 def _components(options: Sequence[Option], groups: Iterable[_Group]) -> list[list[int]]:
-    """Options that depend on one another, by items or needs."""
+    """Groups of options that depend on one another through items or needs."""
     parent = list(range(len(options)))
 
     def root(i: int) -> int:
@@ -119,7 +119,7 @@ def _components(options: Sequence[Option], groups: Iterable[_Group]) -> list[lis
 
 
 class _Problem:
-    """Of options that depend on one another. Sets are integers, a bit for each option."""
+    """The choice among interdependent options. Sets are integers with one bit per option."""
 
     def __init__(self, options: Sequence[Option], members: list[int], groups: list[_Group]) -> None:
         self.options, self.members = options, members
@@ -129,12 +129,12 @@ class _Problem:
         self.needs = {i: sum(1 << j for j in options[i].needs) for i in members}
 
     def value(self, chosen: int) -> int:
-        """What a set brings."""
+        """The gain of a set."""
         gone = sum(size for size, masks in self.groups if all(mask & chosen for mask in masks))
         return gone - sum(self.options[i].added for i in _bits(chosen))
 
     def change(self, before: int, after: int) -> int:
-        """What one set brings more than another."""
+        """The gain of one set minus that of another."""
         touched = {id(g): g for i in _bits(before ^ after) for g in self.touching[i]}.values()
         result = sum(self.options[i].added for i in _bits(before & ~after))
         result -= sum(self.options[i].added for i in _bits(after & ~before))
@@ -143,12 +143,12 @@ class _Problem:
         return result
 
     def order(self, chosen: int) -> tuple[int, ...]:
-        """Of sets that bring the same, the greatest is preferred."""
+        """Tie-breaker: of sets with equal gain, the one with the greatest value is preferred."""
         members = list(_bits(chosen))
         return -sum(self.options[i].rank for i in members), -len(members), -chosen
 
     def without(self, chosen: int, i: int) -> int:
-        """A set less an option, and those that need it."""
+        """A set without an option and those that need it."""
         chosen &= ~(1 << i)
         for j in _bits(chosen):
             if chosen >> j & 1 and self.needs[j] & ~chosen:
@@ -156,18 +156,18 @@ class _Problem:
         return chosen
 
     def with_needs(self, chosen: int, i: int) -> int:
-        """A set and an option, and those that it needs."""
+        """A set with an option added, and those that it needs."""
         chosen |= 1 << i
         for j in _bits(self.needs[i] & ~chosen):
             chosen = self.with_needs(chosen, j)
         return chosen
 
     def allowed(self, chosen: int) -> bool:
-        """Whether all have what they need, and bring more than their least."""
+        """Whether all options have what they need, and gain more than their ``least``."""
         return not any(self.needs[i] & ~chosen for i in _bits(chosen)) and self.weakest(chosen) is None
 
     def weakest(self, chosen: int) -> int | None:
-        """The option that brings the least in a set, where that is too little."""
+        """The option with the smallest gain in a set if that is too small, otherwise None."""
         margins = [(self.change(self.without(chosen, i), chosen) - self.options[i].least, i) for i in _bits(chosen)]
         worst = min(margins, default=(1, -1))
         return worst[1] if worst[0] <= 0 else None
@@ -177,12 +177,12 @@ class _Problem:
         sets = [0]
         for i in self.members:
             sets += [chosen | 1 << i for chosen in sets]
-        # Most sets are not worth asking whether they are allowed. The empty one is.
+        # allowed() is slow, so it is called on the best sets first. The empty set is always allowed.
         values = sorted(((self.value(chosen), self.order(chosen), chosen) for chosen in sets), reverse=True)
         return next(chosen for _, _, chosen in values if self.allowed(chosen))
 
     def by_search(self) -> int:
-        """The best of some sets from which no small step leads to a better one."""
+        """The best of several local optima."""
         everything = 0
         for i in self.members:
             everything = self.with_needs(everything, i)
@@ -195,7 +195,7 @@ class _Problem:
         return max(found, key=lambda chosen: (self.value(chosen), self.order(chosen)))
 
     def greedy(self) -> int:
-        """One option after the other, each the one that brings the most."""
+        """Adds the option with the largest gain until none helps."""
         chosen = 0
         while True:
             added = [self.with_needs(chosen, i) for i in self.members if not chosen >> i & 1]
@@ -205,7 +205,7 @@ class _Problem:
             chosen = best
 
     def improve(self, chosen: int, allowed: Callable[[int], bool]) -> int:
-        """Takes steps as long as one leads to a better set."""
+        """Takes steps as long as one leads to a better set: a local search."""
 
         def better(after: int) -> bool:
             more = self.change(chosen, after)
@@ -221,7 +221,7 @@ class _Problem:
         return chosen
 
     def steps(self, chosen: int, place: int | _Group) -> Iterator[int]:
-        """Sets that are near to a set: less or more an option, one in place of others, all that let an item go."""
+        """Neighbours of a set: with one option added, removed or replaced, or with all options that free an item."""
         if isinstance(place, int):
             yield self.without(chosen, place) if chosen >> place & 1 else self.with_needs(chosen, place)
             return

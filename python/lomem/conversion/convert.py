@@ -1,4 +1,4 @@
-"""Converting a model in place, and back."""
+"""Converts a model in place, and restores it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["NothingToConvertError", "convert", "restore"]
 
 
 class NothingToConvertError(ValueError):
-    """A model in which :func:`lomem.convert` finds nothing to convert."""
+    """Raised if :func:`lomem.convert` finds nothing to convert in a model."""
 
 
 def convert(
@@ -38,50 +38,50 @@ def convert(
     tolerance: float | None = None,
     dry_run: bool = False,
 ) -> Report:
-    """Reduces what a model saves for backward, in place.
+    """Reduces what a model saves for backward. Converts the model in place.
 
-    Activations that compute GELU (either form) or ``x * sigmoid(c * x)`` (SiLU and others), under whatever name, save 2
-    bits per element, or as many as ``activations`` says; so do calls of ``F.gelu`` and ``F.silu`` in modules' forwards.
-    Their results are unchanged, bit for bit; their gradient is that of a step function
-    (:func:`lomem.functional.step_function`).
+    Modules are recognized by what they compute, not by name.
 
-    Norms that compute layer or RMS norm, under whatever name, save what the linear layers behind them save anyway,
-    where the example run shows that these do. Their gradient is exact to rounding. In order of preference:
+    Activations that compute GELU (exact or tanh) or ``x * sigmoid(c * x)`` save 2 bits per element, or as many as
+    ``activations`` says; so do calls of ``F.gelu`` and ``F.silu`` in a module's forward. Their results are unchanged,
+    bit for bit; their gradient is that of a step function (:func:`lomem.functional.step_function`).
+
+    Norms that compute layer or RMS norm save what the linear layers after them save anyway, if the example run shows
+    that these do. Their gradient is exact up to rounding. In order of preference:
 
     - *inverted*: the norm saves its output, and recovers the normalized input from it;
-    - *two outputs*: the same under autocast where the output also goes where its full precision matters, such as the
-      residual stream of a post-norm model: a copy in the autocast dtype is saved, which linear layers take;
-    - *normalized*: where the weights and biases cannot be inverted, the norm saves the normalized input, and the linear
-      layers that follow take their weights' gradients from it. Their results are unchanged.
+    - *two outputs*: the same under autocast if the output is also used in full precision, as in the residual stream
+      of a post-norm model: the norm and the linear layers save a copy in the autocast dtype;
+    - *normalized*: if the weights and biases cannot be inverted, the norm saves the normalized input, and the linear
+      layers that follow compute their weight gradients from it. Their results are unchanged.
 
-    A module stays the same object, with its parameters, hooks and state_dict keys, so that state dicts load both ways.
-    Call this under the autocast that the model is trained under, on the device that it is trained on, and after
-    peft's wrapping and freezing, since what is frozen decides what is saved; and before compiling. See docs/convert.md.
+    A module stays the same object, with its parameters, hooks and state_dict keys, so state dicts load both ways.
+    Call this under the autocast setting and on the device used in training, after wrapping with peft and freezing
+    (what is frozen determines what is saved), and before compiling. See docs/convert.md.
 
     Args:
-        model: Changed in place; as it was where this raises.
-        example_inputs: A batch of the kind that the model is trained with, small: a tensor, a tuple of arguments or a
-            dict of keyword arguments. Without it norms are left, since nothing is known of their consumers.
-        activations: ``"1bit"``, ``"2bit"``, ... or ``"8bit"``. ``"keep"`` leaves all.
-        norms: ``"auto"``, or ``"keep"`` to leave all.
+        model: The model, changed in place. Unchanged if this raises.
+        example_inputs: A small batch of the kind that the model is trained with: a tensor, a tuple of arguments or a
+            dict of keyword arguments. Without it, norms are left unconverted, since their consumers are unknown.
+        activations: ``"1bit"``, ``"2bit"``, ... or ``"8bit"``; ``"keep"`` converts none.
+        norms: ``"auto"``; ``"keep"`` converts none.
         criterion: Which step functions the activations use: those fitted to the ``"derivative"`` or to the
-            ``"primitive"``, as in :func:`lomem.functional.gelu`, or those that the ``"paper"`` published, which have
-            2 bits.
-        exclude: Names of modules to leave, with wildcards (``["*.layers.0.*"]``), each of which must match one.
+            ``"primitive"``, as in :func:`lomem.functional.gelu`, or the 2-bit ones published in the ``"paper"``.
+        exclude: Names of modules to skip, with wildcards (``["*.layers.0.*"]``). Each must match a module.
         check: Whether to compare the outputs on the example inputs with the original model's, in training and in
-            evaluation mode (of models with quantized weights, in training mode alone).
-        tolerance: Largest relative difference that the check allows, in the 2-norm of an output. By default half of
-            the digits of the narrowest dtype of weights, autocast and output, since a model may amplify rounding; where
-            only activations were converted, 0.
-        dry_run: Decides, and changes nothing.
+            evaluation mode (only in training mode if weights are quantized).
+        tolerance: Largest relative difference that the check allows, in the 2-norm of an output. By default half the
+            digits of the narrowest dtype among weights, autocast and output, since a model may amplify rounding; 0 if
+            only activations were converted.
+        dry_run: Whether to only report the decisions, changing nothing.
 
     Returns:
-        What was changed, what was not, and why.
+        What was converted, what was not, and why.
 
     Raises:
-        ValueError: Where an argument is wrong; where the model is converted already; where nothing can be converted,
-            as a ``NothingToConvertError``.
-        RuntimeError: Where the example inputs do not run, or where the check fails.
+        ValueError: If an argument is wrong, the model is already converted, or there is nothing to convert
+            (``NothingToConvertError``).
+        RuntimeError: If the model does not run on the example inputs, or the check fails.
     """
     wishes = _wishes(model, activations, norms, criterion, exclude, tolerance)
     given = example_inputs
@@ -92,13 +92,13 @@ def convert(
     decisions = tuple(_decision(modules[c.name], c) for c in candidates)
     report = Report(decisions, None if flow is None else Ledger(flow).nbytes)
     if inputs is None and wishes.norms is Norms.AUTO and any(c.kind is Kind.NORM for c in candidates):
-        report = dataclasses.replace(report, notes=("norms were left: their consumers show on example_inputs only",))
+        report = dataclasses.replace(report, notes=("norms were not converted: pass example_inputs to convert them",))
     if dry_run:
         return report
     if not chosen:
         reasons = "; ".join(f"{n} x {d.module} ({d.reason})" for d, n, _ in report.groups()[:4])
         raise NothingToConvertError(
-            f"lomem.convert: found nothing to convert in {type(model).__name__}: {reasons or 'no norm, no activation'}"
+            f"lomem.convert: found nothing to convert in {type(model).__name__}: {reasons or 'no norms or activations'}"
         )
     before = Outputs(model, inputs) if check and inputs is not None and not _is_fake(model) else None
     try:
@@ -115,7 +115,7 @@ def convert(
         if before is None:
             return report
         if not before.repeatable:
-            note = "not checked: the original model's outputs are not the same each time"
+            note = "not checked: the original model's outputs are not reproducible"
             return dataclasses.replace(report, notes=(*report.notes, note))
         return dataclasses.replace(report, difference=verify(modules, chosen, before, tolerance))
     except BaseException:
@@ -127,10 +127,10 @@ def restore(model: nn.Module) -> int:
     """Undoes :func:`convert`. Parameters keep their trained values.
 
     Args:
-        model: Changed in place.
+        model: The converted model, changed in place.
 
     Returns:
-        The number of modules that were changed back.
+        Number of modules restored.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"lomem.restore: model is a {type(model).__name__}, expected a torch.nn.Module")
@@ -140,8 +140,8 @@ def restore(model: nn.Module) -> int:
     wrapped = [module for module in converted if wrapped_since(module)]
     if wrapped:
         raise ValueError(
-            f"lomem.restore: a converted module is of the class {type(wrapped[0]).__name__} since, expected the one "
-            "that lomem.convert gave it: restore before fully_shard, parametrizations and the like"
+            f"lomem.restore: a converted module has become a {type(wrapped[0]).__name__}, expected the class that "
+            "lomem.convert gave it: restore before fully_shard, parametrizations and the like"
         )
     for module in converted:
         give_back(module)
@@ -152,7 +152,7 @@ _BITS = {f"{bits}bit": bits for bits in range(1, 9)}
 
 
 def _wishes(model: Any, activations: Any, norms: Any, criterion: Any, exclude: Any, tolerance: Any) -> Wishes:
-    """The arguments, checked."""
+    """Checks the arguments."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"lomem.convert: model is a {type(model).__name__}, expected a torch.nn.Module")
     if activations not in (*_BITS, KEEP):
@@ -168,16 +168,16 @@ def _wishes(model: Any, activations: Any, norms: Any, criterion: Any, exclude: A
     bits = _BITS.get(activations)
     if criterion == Criterion.PAPER and bits not in (2, None):
         raise ValueError(
-            f"lomem.convert: activations is {activations!r}, expected '2bit' with criterion='paper', whose step "
-            "functions have 2 bits"
+            f"lomem.convert: activations is {activations!r}, expected '2bit' with criterion='paper', which has "
+            "only 2-bit step functions"
         )
     if activations == norms == KEEP:
         raise ValueError("lomem.convert: activations and norms are both 'keep', expected something to convert")
     converted = sum(is_converted(module) for module in model.modules())
     if converted:
         raise ValueError(
-            f"lomem.convert: {converted} modules of {type(model).__name__} are converted already, expected a plain "
-            "model: lomem.restore makes it one"
+            f"lomem.convert: {converted} modules of {type(model).__name__} are already converted, expected a plain "
+            "model: call lomem.restore first"
         )
     return Wishes(bits, Criterion(criterion), Norms(norms), tuple(_patterns(model, exclude)))
 
@@ -187,7 +187,7 @@ def _patterns(model: nn.Module, exclude: Any) -> list[str]:
     names = [name for name, _ in model.named_modules()]
     for pattern in patterns:
         if not isinstance(pattern, str) or not fnmatch.filter(names, pattern):
-            raise ValueError(f"lomem.convert: exclude has {pattern!r}, expected names of modules, with wildcards")
+            raise ValueError(f"lomem.convert: exclude has {pattern!r}, expected names of modules, wildcards allowed")
     return patterns
 
 

@@ -1,4 +1,4 @@
-"""Lets pickles of earlier versions load: they refer to modules by the names that these had."""
+"""Lets pickles of earlier versions load, which refer to modules by their old names."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Changing what one module does, and nothing else about it.
+"""Changes what a module does, and nothing else about it.
 
 A converted module keeps its identity: the object, its parameters, buffers, hooks, attributes and place in the model.
-Only its class becomes a subclass of its own, with another ``forward`` and everything else that tools look at: name,
-module, signature, docstring. So isinstance checks, state_dict keys, optimizers and whoever else holds the module notice
-nothing, and undoing it is to give the class back.
+Only its class is replaced, by a subclass with another ``forward`` and the same name, module, signature and docstring.
+isinstance checks, state_dict keys, optimizers and other references to the module keep working. Restoring the module
+means setting its class back.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ __all__ = [
 
 
 class Converted(nn.Module):
-    """Base of what :func:`exchange` puts before a module's class."""
+    """Base of the mixins that :func:`exchange` puts before a module's class."""
 
-    #: Before the name of the class, in the module's repr.
+    #: Prefix of the class name in the module's repr.
     lomem_prefix: ClassVar[str] = ""
-    #: Names of the attributes that hold the mixin's own data.
+    #: Names of the attributes that hold the mixin's data.
     lomem_attributes: ClassVar[tuple[str, ...]] = ()
     lomem_mixin: ClassVar[type[Converted]]
     lomem_original: ClassVar[type[nn.Module]]
 
     def __init_subclass__(cls, **options: Any) -> None:
-        # What a class does with its subclasses (register them, ask for arguments) is meant for those of its users.
+        # What a class does with its subclasses (register them, require arguments) is meant for those that users write.
         if "lomem_original" not in vars(cls):
             super().__init_subclass__(**options)
 
@@ -51,14 +51,14 @@ class Converted(nn.Module):
         return self.lomem_prefix + super()._get_name()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class has no name in any module, so pickle and deepcopy are told how to make it.
+        # The class cannot be imported by name, so pickle and deepcopy are told how to make it.
         reduced = super().__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
         make, arguments, *rest = reduced
         if make is not copyreg.__newobj__:  # type: ignore[attr-defined]
             raise TypeError(
-                f"lomem.convert: {type(self).lomem_original.__name__} has its own way of being pickled, which a "
-                "converted module does not follow: lomem.restore the model first"
+                f"lomem.convert: {type(self).lomem_original.__name__} defines how it is pickled, which converted "
+                "modules do not support: call lomem.restore on the model first"
             )
         return (_new, (self.lomem_mixin, self.lomem_original, *arguments[1:]), *rest)
 
@@ -69,10 +69,10 @@ def _new(mixin: type[Converted], original: type[nn.Module], *arguments: Any) -> 
 
 
 class _ConvertedType(type):
-    """The type of converted classes: every instance of the original class counts as an instance.
+    """Metaclass of converted classes: every instance of the original class counts as an instance.
 
-    Tools look a class up by its name in a model (FSDP's wrapping does), and then for its instances. They find either
-    class, and are to find all modules.
+    Some tools, such as FSDP's wrapping, look up a class by its name in a model and then search for its instances.
+    Whichever of the two classes they find, they must find all modules.
     """
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -87,12 +87,12 @@ def _metaclass(original: type[nn.Module]) -> type:
     return type(own.__name__, (_ConvertedType, own), {"__module__": own.__module__})
 
 
-#: The converted classes that are in use, by mixin, class and the forward that this has.
+#: The converted classes in use, by mixin, original class and its forward.
 _classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
 def _class(mixin: type[Converted], original: type[nn.Module]) -> type[nn.Module]:
-    # One for each pair, so that modules of one class stay modules of one class.
+    # One class per pair, so that modules of one class still share a class.
     key = mixin, original, original.forward
     known = _classes.get(key)
     if known is not None:
@@ -115,14 +115,14 @@ def _forward(mixin: type[Converted], original: type[nn.Module]) -> Any:
     @functools.wraps(known)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if getattr(type(self), "lomem_mixin", None) is not mixin:
-            # A bound method that somebody stored before the module was restored.
+            # A bound method that was stored before the module was restored.
             return type(self).forward(self, *args, **kwargs)
         if original.forward is not known:
-            return original.forward(self, *args, **kwargs)  # the class got another one since
+            return original.forward(self, *args, **kwargs)  # the class has been given another forward since
         return mixin.forward(self, *args, **kwargs)
 
-    with contextlib.suppress(TypeError, ValueError):  # of a forward that has none
-        forward.__signature__ = inspect.signature(known)  # type: ignore[attr-defined]  # also for who unwraps nothing
+    with contextlib.suppress(TypeError, ValueError):  # some forwards have no signature
+        forward.__signature__ = inspect.signature(known)  # type: ignore[attr-defined]  # for tools that do not unwrap
     return forward
 
 
@@ -143,7 +143,7 @@ def unexchangeable(module: nn.Module, mixin: type[Converted]) -> str | None:
         module.__class__ = _class(mixin, original)
         module.__class__ = original  # type: ignore[assignment]
     except Exception as error:
-        return f"its class takes no subclass: {type(error).__name__}: {error}"
+        return f"its class cannot be subclassed: {type(error).__name__}: {error}"
     return None
 
 
@@ -156,7 +156,7 @@ def exchange(module: nn.Module, mixin: type[Converted], **attributes: Any) -> No
 
 
 def wrapped_since(module: nn.Module) -> bool:
-    """Whether somebody else has exchanged a converted module's class since, as fully_shard does."""
+    """Whether something else, such as fully_shard, has replaced a converted module's class since."""
     assert isinstance(module, Converted)
     return "lomem_original" not in vars(type(module))
 
@@ -169,23 +169,23 @@ def give_back(module: nn.Module) -> None:
     module.__class__ = module.lomem_original  # type: ignore[assignment]
 
 
-#: Mixins and their attributes, by the names of modules.
+#: Mixins and their attributes, by module name.
 Changes: TypeAlias = Mapping[str, tuple[type[Converted], Mapping[str, Any]]]
 
 
 def exchange_all(modules: Mapping[str, nn.Module], changes: Iterable[Changes]) -> None:
-    """Makes all changes, of a module that several name the last one.
+    """Makes all changes. If several name the same module, the last one counts.
 
     Args:
         modules: All modules of a model, by name.
-        changes: What is to be made of some.
+        changes: The changes to make.
     """
     for name, (mixin, attributes) in {n: change for c in changes for n, change in c.items()}.items():
         exchange(modules[name], mixin, **attributes)
 
 
 def give_all_back(modules: Iterable[nn.Module]) -> None:
-    """Undoes all of them."""
+    """Undoes :func:`exchange` for all converted modules."""
     for module in modules:
         if is_converted(module):
             give_back(module)

@@ -1,4 +1,4 @@
-"""What is asked of the runs of a model."""
+"""Queries on the recorded runs of a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CALLS", "Finder", "ways_of_its_own"]
 
 _aten = torch.ops.aten
 
-#: The ops of the functions whose calls are replaced.
+#: The ops whose calls are replaced.
 CALLS = {
     _aten.gelu: Function.GELU,
     _aten.gelu_: Function.GELU,
@@ -27,18 +27,18 @@ CALLS = {
 
 
 class Finder:
-    """Answers what planning asks of the runs of a model: who takes the results of modules, and what is saved.
+    """Answers the planner's questions about the runs of a model: which modules ran, and what they saved.
 
     Args:
         model: The model.
-        flows: Its runs, the first of them in training mode with gradients.
+        flows: Its runs. The first is in training mode with gradients.
 
     Attributes:
         modules: The model's modules, by name.
         flows: The runs.
         ledger: What was saved in the first run.
-        reached: Names of modules in which GELU or SiLU is called in the first run with a gradient.
-        callers: Names of modules in which they are called in any run, with or without a gradient.
+        reached: Names of modules that call GELU or SiLU with a gradient in the first run.
+        callers: Names of modules that call them in any run, with or without a gradient.
         ran: Names of modules that ran, or that contain modules which ran.
     """
 
@@ -54,29 +54,29 @@ class Finder:
         self._linear: dict[str, LinearForm | None] = {}
 
     def linear(self, name: str) -> LinearForm | None:
-        """The form of a linear layer; None where a module is none, or runs in another way."""
+        """The form of a linear layer; None if the module is not one, or cannot be converted."""
         if name not in self._linear:
             self._linear[name] = None if ways_of_its_own(self.modules[name]) else recognize_linear(self.modules[name])
         return self._linear[name]
 
     def unused(self, name: str) -> str | None:
-        """Why a module saves nothing in the first run that a conversion could change, or None."""
+        """Why a module saves nothing in the first run that a conversion could reduce, or None."""
         calls = self.flows[0].calls_of(name)
         if not calls:
             return "it did not run on the example inputs"
         if any(call.transformed for call in calls):
             return "it runs inside a function transform (torch.vmap and the like)"
         if not any(call.requires_grad for call in calls):
-            return "it needs no gradient: it keeps nothing"
+            return "it needs no gradient, so it saves nothing"
         return None
 
 
 def ways_of_its_own(module: nn.Module) -> str | None:
     """Why a module's class cannot be exchanged, or None."""
     if "forward" in vars(module):
-        return "its forward is replaced on the object"
+        return "its forward is overridden on the instance"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module"
     if type(module).__reduce_ex__ is not object.__reduce_ex__ or type(module).__reduce__ is not object.__reduce__:
-        return "it is pickled in a way of its own"
+        return "its class defines how it is pickled"
     return unexchangeable(module, SharedInput)

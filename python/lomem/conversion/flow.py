@@ -1,4 +1,4 @@
-"""Where the results of modules go: one run of the model, and what can be read off it."""
+"""Records one run of a model: its module calls, and where their results go."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class Call:
 
     Attributes:
         name: Name of the module.
-        start: Number of ops recorded before it.
+        start: Number of ops recorded before the call.
         shapes: Shapes of its tensor arguments.
         single: Whether one tensor is its only argument.
-        end: Number of ops recorded at its end.
-        input_id: Identity of its first argument, comparable with `result_id` of calls of the same run.
+        end: Number of ops recorded when it returned.
+        input_id: Identity of its first argument, comparable with `result_id` of calls in the same run.
         result_id: Identity of its result.
-        result: Storage of its result, where that is one tensor.
+        result: Storage of its result, if that is a single tensor.
         dtype: Dtype of the result.
         numel: Number of elements of the result.
         requires_grad: Whether the result requires a gradient.
-        saved: Positions in the recorder's list of what autograd saved meanwhile, without what the module's hooks save.
-        transformed: Whether it is part of a function transform (vmap and the like).
+        saved: Positions in the recorder's list of what autograd saved during the call, excluding the module's hooks.
+        transformed: Whether it runs inside a function transform (vmap and the like).
     """
 
     name: str
@@ -68,10 +68,10 @@ class ActivationCall:
 
     Attributes:
         replaced: Whether a converted module would replace it.
-        module: Name of the innermost module that runs, None outside all modules.
+        module: Name of the innermost running module, None outside all modules.
         numel: Number of elements of the argument.
         ops: Positions of its ops.
-        saved: Positions of what autograd saved meanwhile.
+        saved: Positions of what autograd saved during the call.
     """
 
     replaced: bool
@@ -92,14 +92,14 @@ def _names_dtype(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _address(tensor: Tensor) -> int | None:
-    # The address of the storage object, by which the recorder knows it.
+    # The address of the storage object, which is the recorder's key.
     if tensor.layout != torch.strided or tensor.is_nested or torch._C._are_functorch_transforms_active():
         return None
     return tensor.untyped_storage()._cdata
 
 
 class _Calls(TorchFunctionMode):
-    """Notes calls of functions that cannot be told from ops.
+    """Records calls that the ops alone do not show.
 
     Attributes:
         results: Results of the watched modules, by the addresses of their storages.
@@ -113,7 +113,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, recorder = kwargs or {}, self.flow.recorder
         if torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
-            return func(*args, **kwargs)  # below autograd: what a recorder calls, not what the model does
+            return func(*args, **kwargs)  # below autograd: called by a recorder, not by the model
         call = as_activation(func, args, kwargs)
         module, op, saved = recorder.module, len(recorder.ops), len(recorder.saved)
         result = func(*args, **kwargs)
@@ -121,7 +121,7 @@ class _Calls(TorchFunctionMode):
             ranges = range(op, len(recorder.ops)), range(saved, len(recorder.saved))
             self.flow.activations.append(ActivationCall(call.replaced, module, call.input.numel(), *ranges))
         elif func == _DTYPE or (func in _CASTS and result is args[0] and _names_dtype(func, args, kwargs)):
-            # Not the recorder's own way to a storage: it asks for dtypes itself.
+            # Not through the recorder, which reads dtypes itself.
             address = _address(args[0])
             storage = None if address is None else self.results.get(address)
             if storage is not None:
@@ -135,10 +135,10 @@ class Flow:
 
     Attributes:
         recorder: Its ops, storages and saved tensors.
-        calls: Calls of the modules that were watched.
-        activations: Calls of torch's GELU and SiLU that converted modules see; none of runs without gradients.
-        asked: Storages of which a module asked the dtype, or cast them to their own; none of runs without gradients.
-        escaped: Storages that outlive the run: in its output, or stashed somewhere.
+        calls: Calls of the watched modules.
+        activations: Calls of torch's GELU and SiLU that converted modules see; empty for runs without gradients.
+        asked: Storages whose dtype a module read, or that it cast to their own dtype; empty for runs without gradients.
+        escaped: Storages that outlive the run, in its output or stashed somewhere.
     """
 
     recorder: Recorder
@@ -149,11 +149,11 @@ class Flow:
 
     @property
     def differentiates(self) -> bool:
-        """Whether a backward pass is part of it."""
+        """Whether the run includes a backward pass."""
         return any(op.node is not None for op in self.recorder.ops)
 
     def hide_nothing(self) -> None:
-        """Takes all results for escaped, where it is not known which do."""
+        """Treats all results as escaped, for when it is not known which are."""
         self.escaped.update(call.result for call in self.calls if call.result is not None)
 
     def calls_of(self, name: str) -> list[Call]:
@@ -165,7 +165,7 @@ class Flow:
         return self.recorder.ops[call.start : call.end]
 
     def uses(self, storage: Storage, after: int) -> Iterator[tuple[Op, Storage]]:
-        """Ops that take a storage, or a copy of it in another dtype or order; with the copy that they take."""
+        """Ops that take a storage or a copy of it in another dtype or order, each with the storage it takes."""
         aliases = [storage]
         for op in self.recorder.ops[after:]:
             taken = [alias for alias in aliases if alias in op.inputs]
@@ -190,16 +190,16 @@ def _plainly(function: Callable[..., Any], preserve_rng_state: bool, *args: Any)
     return function(*args)
 
 
-#: One thread at a time puts something between.
+#: Only one thread at a time patches torch.
 _between = threading.RLock()
 
 
 @contextlib.contextmanager
 def _nothing_between() -> Iterator[None]:
-    # What a checkpointed region keeps when it is computed again is not to be seen, and is what it keeps without
-    # checkpointing; saved-tensor hooks of the model's own (offloading) would hide what they pack. torch has no switch
-    # for either; these are what its function calls around the region, in either variant, and what hooks are entered by.
-    # Other threads go on as ever.
+    # Disables checkpointing and saved-tensor hooks. What a checkpointed region saves when it is recomputed is not
+    # visible in the forward pass, but is what it saves without checkpointing; the model's own saved-tensor hooks
+    # (offloading) would hide what they pack. torch has no switch for either, so this patches what both checkpoint
+    # variants call around a region, and the hooks' __enter__ and __exit__. Other threads are not affected.
     here = threading.get_ident()
 
     def in_this_thread(original: Any, replacement: Any) -> Any:
@@ -229,21 +229,22 @@ def _nothing_between() -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, training: bool, inputs: Batch) -> Iterator[None]:
-    """Lets a model run, and leaves it, random state and autocast's cache as they were.
+    """Restores the model, the random state and autocast's cache after the block.
 
     Args:
         model: The model.
-        training: Mode of all modules meanwhile.
-        inputs: What it is called with, which a model may write to.
+        training: Mode of all modules inside the block.
+        inputs: Its arguments, which the model may write to.
     """
-    # Copies of weights made without gradient would serve later runs with; those made before are not seen to be copies.
+    # Weight copies made without gradient would be reused in runs with gradient, and earlier ones would not be
+    # recognized as copies.
     torch.clear_autocast_cache()
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # it goes past the modules
+        torch.backends.mha.set_fastpath_enabled(False)  # it bypasses the modules
         with preserved(model, inputs=inputs.tensors()):
             for module in model.modules():
-                module.training = training  # not model.train(): a module may do more in it
+                module.training = training  # not model.train(), which a module may override
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -254,17 +255,17 @@ def trace(model: nn.Module, inputs: Batch, watched: Iterable[str], *, training: 
     """Runs a model's forward pass once, and records it.
 
     Args:
-        model: Left as it was.
-        inputs: What it is called with.
+        model: The model, left unchanged.
+        inputs: Its arguments.
         watched: Names of the modules whose calls are recorded.
-        training: Its mode meanwhile.
-        grad: Whether autograd records; what it saves is seen only then, and what escapes in objects that are no
-            pytrees only without.
+        training: Mode of the model during the run.
+        grad: Whether autograd records. What it saves shows only with it; results that escape in objects that are not
+            pytrees show only without it.
     """
     recorder = Recorder(model)
     flow = Flow(recorder)
     calls = _Calls(flow)
-    # Alive until the run is over: an address, or a storage, belongs to one tensor only.
+    # Kept alive until the run is over, so that no address or storage is reused.
     kept: list[Any] = []
     open_calls: list[Call] = []
 
@@ -291,7 +292,7 @@ def trace(model: nn.Module, inputs: Batch, watched: Iterable[str], *, training: 
         if isinstance(result, Tensor) and result.layout == torch.strided and not result.is_nested:
             kept.append(result)
             records = recorder.records(result)
-            call.result = records[0] if len(records) == 1 else None  # several, of a wrapper
+            call.result = records[0] if len(records) == 1 else None  # a wrapper subclass may have several
             call.dtype, call.numel, call.requires_grad = result.dtype, result.numel(), result.requires_grad
             call.result_id = id(result)
             if call.result is not None:
@@ -303,7 +304,7 @@ def trace(model: nn.Module, inputs: Batch, watched: Iterable[str], *, training: 
         for name in watched:
             before = functools.partial(enter, name)
             handles.append(hook_before(modules[name], before, with_kwargs=True))
-            # Before the user's hooks, which may change the result, or return another.
+            # Before the user's hooks, which may change or replace the result.
             handles.append(hook_after(modules[name], leave, with_kwargs=True, prepend=True))
         seen = calls if grad else contextlib.nullcontext()
         with untouched(model, training, inputs), torch.set_grad_enabled(grad), recorder, _nothing_between(), seen:
@@ -318,18 +319,17 @@ def trace(model: nn.Module, inputs: Batch, watched: Iterable[str], *, training: 
         if isinstance(leaf, Tensor):
             flow.escaped.update(recorder.records(leaf))
     if grad:
-        del output, leaf  # and with them the graph, which holds results that have not escaped
+        del output, leaf  # frees the graph, which holds results that have not escaped
     kept.clear()
     if any(storage in results - flow.escaped for storage in recorder.living()):
-        gc.collect()  # slow, and no cycle holds them most of the time
+        gc.collect()  # only if needed: it is slow, and results are rarely in a reference cycle
     flow.escaped.update(storage for storage in recorder.living() if storage in results)
     return flow
 
 
 def modes(model: nn.Module) -> tuple[bool, ...]:
-    """The modes in which a model can be run: training, and where nothing forbids it evaluation."""
-    # Quantized weights are not run in evaluation mode: bitsandbytes packs them anew there on the CPU, with fewer digits
-    # and for good.
+    """The modes in which a model can be run: training, and evaluation unless weights are quantized."""
+    # On the CPU, bitsandbytes permanently repacks weights in evaluation mode, with lower precision.
     quantized = any(not p.is_floating_point() for p in model.parameters())
     return (True,) if quantized else (True, False)
 
@@ -340,20 +340,20 @@ def _run(model: nn.Module, inputs: Batch, watched: Iterable[str], training: bool
     except Exception as error:
         mode = "training" if training else "evaluation"
         raise RuntimeError(
-            f"lomem.convert: example_inputs do not run in {mode} mode: {type(error).__name__}: {error}"
+            f"lomem.convert: the model does not run on example_inputs in {mode} mode: {type(error).__name__}: {error}"
         ) from error
 
 
 def runs(model: nn.Module, inputs: Batch, watched: list[str]) -> list[Flow]:
-    """The runs that a conversion looks at, the first of them in training mode with gradients.
+    """The runs that a conversion is based on. The first is in training mode with gradients.
 
     Args:
-        model: Left as it was, but for lazy modules, which get their parameters.
-        inputs: What it is called with.
+        model: The model, left unchanged, except that lazy modules get their parameters.
+        inputs: Its arguments.
         watched: Names of the modules whose calls are recorded.
     """
-    # With gradients for what is saved; without for what escapes in objects that hide tensors; evaluation mode for the
-    # ways that training does not go.
+    # With gradients to see what is saved; without, to see what escapes in objects that hide tensors; in evaluation
+    # mode for paths that training does not take.
     _initialize(model, inputs)
     flows = [_run(model, inputs, watched, training=True, grad=True)]
     for training in modes(model):
@@ -362,12 +362,12 @@ def runs(model: nn.Module, inputs: Batch, watched: list[str]) -> list[Flow]:
         except RuntimeError:
             if not training:
                 raise
-            flows[0].hide_nothing()  # it needs gradients in training (`retain_grad`)
+            flows[0].hide_nothing()  # the model needs gradients in training (`retain_grad`)
     return flows
 
 
 def _initialize(model: nn.Module, inputs: Batch) -> None:
-    # Lazy modules get their parameters from a first run, by whomever. It cannot be undone.
+    # Lazy modules get their parameters in their first run, which cannot be undone.
     if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         with torch.no_grad():
             inputs.call(model)

@@ -1,4 +1,4 @@
-"""What modules are recognized as."""
+"""The forms that modules are recognized as."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class NormForm:
     """A layer or RMS norm, ``normalized * gamma + beta``.
 
     Attributes:
-        centred: Layer norm (the mean is subtracted), not RMS norm.
-        gamma: Name of the parameter (or buffer) that gamma is made of, None for no gamma.
+        centred: Whether the mean is subtracted: a layer norm, not an RMS norm.
+        gamma: Name of the parameter (or buffer) that gamma is computed from, None if there is no gamma.
         one_plus: Whether gamma is 1 + that parameter.
-        beta: Name of the parameter that is beta.
-        eps: Added to the variance or mean square; None for the machine epsilon of the dtype computed in.
+        beta: Name of the parameter that is beta, None if there is no beta.
+        eps: Number added to the variance or mean square; None for the machine epsilon of the compute dtype.
         shape: The normalized dimensions.
-        axis: -1: the last dimensions are normalized. 1: the channels of (batch, channels, ...).
-        ranks: Numbers of dimensions of inputs of which all this is known.
+        axis: -1 if the last dimensions are normalized, 1 for the channels of (batch, channels, ...).
+        ranks: Numbers of input dimensions for which this has been verified.
         dtype: Where the result's dtype comes from: the input, the weight or the promotion of both.
-        autocast_dtype: The same under autocast, where the result may also be of float32 or of autocast's dtype.
-        eps_name: Name of the attribute that eps is read from at each call, None where no attribute is.
+        autocast_dtype: The same under autocast, where the result may also be float32 or the autocast dtype.
+        eps_name: Name of the attribute that eps is read from at each call, None if it is not read from one.
     """
 
     centred: bool
@@ -50,7 +50,7 @@ class NormForm:
 
     @property
     def what(self) -> str:
-        """With its article, for sentences."""
+        """Name with its article, for sentences."""
         return "a layer norm" if self.centred else "an RMS norm"
 
     def __str__(self) -> str:
@@ -66,13 +66,13 @@ class ActivationForm:
 
     Attributes:
         kind: Which of the two it is.
-        approximate: Of a GELU, "none" or "tanh".
-        scale: Of a SiLU: 1, or the factor of an approximation of GELU, 1.702.
-        torch_op: Whether the result is torch's own op's, bit for bit. Else the module's own forward has to run.
+        approximate: "none" or "tanh", for a GELU.
+        scale: Scale of a SiLU: 1, or 1.702, which approximates GELU.
+        torch_op: Whether the result equals that of torch's op, bit for bit. Otherwise the module's own forward is run.
         inplace: Whether the result is written to the input.
-        scale_name: Name of the attribute that the scale is read from at each call, None where no attribute is.
-        approximate_name: The same of ``approximate``.
-        inplace_name: The same of ``inplace``.
+        scale_name: Name of the attribute that the scale is read from at each call, None if it is not read from one.
+        approximate_name: The same for ``approximate``.
+        inplace_name: The same for ``inplace``.
     """
 
     kind: Function
@@ -93,7 +93,7 @@ class ActivationForm:
 
     @property
     def what(self) -> str:
-        """With its article, for sentences."""
+        """Name with its article, for sentences."""
         return "a GELU" if self.kind is Function.GELU else "a SiLU"
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ class LinearForm:
 
     Attributes:
         weight: Name of the parameter.
-        bias: Name of the parameter, None for none.
+        bias: Name of the parameter, None if there is no bias.
         transposed: Whether the weight has shape (out, in), as in :class:`torch.nn.Linear`.
     """
 
@@ -119,13 +119,13 @@ class LinearForm:
 
 @dataclass(frozen=True)
 class NotRecognized:
-    """Why a module is no norm, or no activation.
+    """Why a module is not recognized as a norm or an activation.
 
     Attributes:
         reason: A clause about the module.
-        near: Whether its values are those of a norm (or an activation) on ordinary inputs. It deserves a verdict then,
+        near: Whether its values are those of a norm (or an activation) on ordinary inputs. If so, it is reported
             whatever its class is called.
-        kind: What it was tried as.
+        kind: What it was tested as.
     """
 
     reason: str

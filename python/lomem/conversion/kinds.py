@@ -1,4 +1,4 @@
-"""The words of a conversion: what is converted, how, and with what options."""
+"""Enums of a conversion: what is converted, how, and with what options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 __all__ = ["KEEP", "Action", "Criterion", "Function", "Kind", "Norms", "ResultDtype", "Text"]
 
-#: What leaves all activations, or all norms.
+#: Option value that converts no activations, or no norms.
 KEEP = "keep"
 
 
@@ -29,7 +29,7 @@ class Kind(Text):
 
 
 class Action(Text):
-    """What becomes of a module."""
+    """How a module is converted."""
 
     LEFT = "left"
     INVERTED = "inverted"
@@ -46,7 +46,7 @@ class Action(Text):
 
     @classmethod
     def of_bits(cls, bits: int) -> Action:
-        """That of an activation which saves so many bits per element."""
+        """The action for an activation that saves this many bits per element."""
         return cls(f"{bits}bit")
 
 
@@ -58,7 +58,7 @@ class Function(Text):
 
     @property
     def call(self) -> str:
-        """As a program calls it."""
+        """The function as spelled in code."""
         return f"F.{self.value}"
 
 

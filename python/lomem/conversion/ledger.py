@@ -1,4 +1,4 @@
-"""What may be converted, and what is saved for backward."""
+"""Candidates for conversion, and the ledger of what is saved for backward."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Candidate:
         name: Name of the module.
         kind: Whether it is a norm, an activation or calls of activations.
         form: What it computes.
-        action: What would become of it; LEFT where that is decided already.
+        action: How it would be converted; LEFT if it is already decided against.
         reason: Why, as a clause.
-        changes: Mixins and their attributes, by the module's name.
+        changes: Mixins and their attributes, by module name.
         own: What it saves, as positions in the ledger.
-        others: What other modules save, and no longer save once it is converted.
-        sharing: Those of the others that then save the tensor which it saves.
+        others: What other modules save now, but not once it is converted.
+        sharing: The subset of ``others`` whose modules then save the same tensor as it does.
         takers: A clause that says that no other module saves what it would save, and why.
-        added: Bytes that it saves once it is converted.
-        gain: Bytes that the model saves less; a part of those that several candidates free together.
-        least: What its conversion must free more than, the others being what they are.
+        added: Bytes that it saves once converted.
+        gain: Bytes that the model saves less because of it: its share of what several candidates free together.
+        least: Its conversion must free more bytes than this, given the other conversions.
     """
 
     name: str
@@ -55,15 +55,15 @@ class Candidate:
 
     @property
     def left(self) -> bool:
-        """Whether it is decided against."""
+        """Whether it has been decided against."""
         return self.action is Action.LEFT
 
     def drops(self, position: int) -> bool:
-        """Whether something is no longer saved once it is converted."""
+        """Whether a tensor is no longer saved once the candidate is converted."""
         return position in self.own or position in self.others
 
     def contains(self, name: str) -> bool:
-        """Whether a module is inside it."""
+        """Whether a module is inside this one."""
         return name != self.name and (not self.name or name.startswith(f"{self.name}."))
 
 
@@ -74,14 +74,14 @@ def _is_weight(storage: Storage) -> bool:
 
 
 class Ledger:
-    """What was saved for backward in one run, without parameters, inputs and copies of weights.
+    """What was saved for backward in one run, excluding parameters, inputs and weight copies.
 
     Args:
         flow: The run.
 
     Attributes:
         saved: What was saved, by its position in the recorder's list.
-        positions: The positions of each storage, which is saved as long as one of them is.
+        positions: The positions of each storage. It stays saved as long as one of them does.
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -93,7 +93,7 @@ class Ledger:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is saved."""
+        """Bytes saved in total."""
         return sum(storage.nbytes for storage in self.positions)
 
     def within(self, ranges: Iterable[range]) -> set[int]:

@@ -1,4 +1,4 @@
-"""What of a module may change after its conversion."""
+"""Detects changes to a module after its conversion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 __all__ = ["Fixed", "fixed", "holds"]
 
-#: Attributes, with what they were: names that lead to one, from the module or through an object that it has.
+#: Attributes with the values they had. Each is a path of names from the module, directly or through an object it holds.
 Fixed: TypeAlias = tuple[tuple[tuple[str, ...], Any], ...]
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -21,11 +21,11 @@ _CONTAINERS = (tuple, list, dict, set)
 
 
 class _Present:
-    """Stands for a parameter or buffer that is there, whatever it holds."""
+    """Stands for a parameter or buffer that exists, whatever its value."""
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether equal is as good as the same."""
+    """Whether comparing for equality is enough, rather than for identity."""
     if isinstance(value, dict):
         return all(map(_is_plain, value.keys())) and all(map(_is_plain, value.values()))
     return isinstance(value, _SCALARS) or (isinstance(value, _CONTAINERS) and all(map(_is_plain, value)))
@@ -33,7 +33,7 @@ def _is_plain(value: Any) -> bool:
 
 def _attributes(name: str, value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     yield (name,), copy.deepcopy(value) if _is_plain(value) else value
-    # A configuration, or the like, that the module reads from.
+    # For example a configuration that the module reads.
     if not callable(value) and not isinstance(value, Tensor | types.ModuleType):
         for inner, held in getattr(value, "__dict__", {}).items():
             if _is_plain(held):
@@ -41,11 +41,11 @@ def _attributes(name: str, value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def fixed(module: nn.Module, live: Collection[str | None] = ()) -> Fixed:
-    """What a module was recognized with, which must not change if it is to be what it was recognized as.
+    """The state that a module was recognized with. If it changes, the module may compute something else.
 
     Args:
-        module: That is to be converted.
-        live: Attributes that are read whenever it runs.
+        module: The module to convert.
+        live: Attributes that are read at each call, and so may change.
     """
     own = {name: v for name, v in vars(module).items() if name not in _MODULE_ATTRIBUTES and name not in live}
     tensors = {**module._parameters, **module._buffers}
@@ -56,13 +56,13 @@ def fixed(module: nn.Module, live: Collection[str | None] = ()) -> Fixed:
 
 
 def holds(module: nn.Module, expected: Fixed) -> bool:
-    """Whether nothing of that has changed."""
+    """Whether none of that has changed."""
     if "parametrizations" in module._modules:
-        return False  # a weight is computed whenever it is asked for, and may be another each time
+        return False  # a parametrized weight is recomputed at each access, and may differ each time
     for path, before in expected:
         if before is _Present:
             (name,) = path
-            # Not by getattr: whoever took a parameter away may have put a property in its place.
+            # Not by getattr: the parameter may have been replaced by a property.
             if module._parameters.get(name, before) is None or module._buffers.get(name, before) is None:
                 return False
             continue

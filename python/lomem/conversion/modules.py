@@ -1,4 +1,4 @@
-"""What converted modules do."""
+"""The mixins that converted modules run."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _in_a_graph() -> bool:
-    """Whether this is seen by a compiler or tracer, where nothing is handed over."""
+    """Whether a compiler or tracer is running; nothing is handed over then."""
     return is_compiling() or torch.jit.is_tracing()
 
 
 def _few_bit(function: Function, x: Tensor, approximate: str, bits: int, criterion: Criterion) -> Tensor:
-    """GELU or SiLU, with the step function of a width and a criterion."""
+    """GELU or SiLU with the step function for a number of bits and a criterion."""
     if function is Function.GELU:
         return LF.gelu(x, approximate, bits=bits, criterion=criterion.value)
     return LF.silu(x, bits=bits, criterion=criterion.value)
 
 
 class Steps(NamedTuple):
-    """The step function of a module that computes no single op of torch's, resolved for one scale.
+    """The step function of a module that is not a single torch op, resolved for one scale.
 
     Attributes:
-        function: That of the module's function of scale 1.
-        scale: The one that boundaries and levels are of.
-        boundaries: With that scale, ascending.
-        levels: In the same order.
+        function: Step function of the module's function at scale 1.
+        scale: Scale of the boundaries.
+        boundaries: Boundaries at that scale, ascending.
+        levels: Levels in the same order.
     """
 
     function: StepFunction
@@ -60,21 +60,21 @@ class Steps(NamedTuple):
 
     @classmethod
     def of(cls, form: ActivationForm, bits: int, criterion: Criterion, scale: float) -> Steps:
-        """Looks them up."""
+        """Looks up the step function of a form."""
         tanh = form.kind is Function.GELU and form.approximate == "tanh"
         name = "gelu_tanh" if tanh else form.kind.value
         return cls.scaled(LF.step_function(name, bits, criterion=criterion.value), scale)
 
     @classmethod
     def scaled(cls, function: StepFunction, scale: float) -> Steps:
-        """The same for another scale: the derivative of ``h(s x) / s`` is ``h'(s x)``."""
+        """Rescales a step function: the derivative of ``h(s x) / s`` is ``h'(s x)``."""
         order = 1 if scale > 0 else -1
         boundaries = tuple(c / scale for c in function.boundaries)[::order]
         return cls(function, scale, boundaries, function.levels[::order])
 
 
 def _is_scale(value: Any) -> bool:
-    """Whether a SiLU can be stretched by it."""
+    """Whether a value is a valid scale of a SiLU."""
     return isinstance(value, int | float) and math.isfinite(value) and value != 0
 
 
@@ -82,7 +82,7 @@ class _FewBit(Converted):
     """A converted module that saves a few bits per element.
 
     Attributes:
-        lomem_bits: How many.
+        lomem_bits: Number of bits per element.
         lomem_criterion: What the step function is fitted to.
     """
 
@@ -92,13 +92,13 @@ class _FewBit(Converted):
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
         if "lomem_bits" in vars(self) and "lomem_criterion" not in vars(self):
-            # Pickled by a version without criteria, in which 2 bits were the paper's.
+            # Pickled by a version without criteria, which used the paper's step functions for 2 bits.
             two = self.lomem_bits == 2
             self.__dict__["lomem_criterion"] = Criterion.PAPER if two else Criterion.DERIVATIVE
 
 
 class StepActivation(_FewBit):
-    """An activation that saves a few bits per element for backward; its forward is the original one, bit for bit."""
+    """An activation that saves a few bits per element for backward; its result is the original one, bit for bit."""
 
     lomem_prefix = "Step"
     lomem_attributes = ("lomem_activation", "lomem_bits", "lomem_criterion", "lomem_steps", "lomem_fixed")
@@ -108,7 +108,7 @@ class StepActivation(_FewBit):
 
     @staticmethod
     def attributes(module: nn.Module, form: ActivationForm, bits: int, criterion: Criterion) -> dict[str, Any]:
-        """The attributes of a module that becomes one."""
+        """The mixin's attributes for a module to be converted."""
         scale = form.scale if form.scale_name is None else getattr(module, form.scale_name)
         resolved = not form.torch_op and _is_scale(scale)
         live = (form.scale_name, form.approximate_name, form.inplace_name)
@@ -121,7 +121,7 @@ class StepActivation(_FewBit):
         }
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the original."""
+        """Same result as the original."""
         values = (*args, *kwargs.values())
         form = self.lomem_activation
         if (
@@ -138,7 +138,7 @@ class StepActivation(_FewBit):
         if not form.torch_op:
             scale = form.scale if form.scale_name is None else getattr(self, form.scale_name)
             if not _is_scale(scale):
-                return super().forward(*args, **kwargs)  # no silu, stretched
+                return super().forward(*args, **kwargs)  # not a scaled SiLU any more
             steps = self._steps(form, scale)
             return LF.step_activation(x, super().forward, steps.boundaries, steps.levels)
         approximate = form.approximate if form.approximate_name is None else getattr(self, form.approximate_name)
@@ -158,7 +158,7 @@ class StepActivation(_FewBit):
 
 _aten = torch.ops.aten
 _nn = torch._C._nn
-#: Every spelling of them that torch shows to modes.
+#: All the callables under which torch shows these functions to modes.
 _GELU = (F.gelu, _aten.gelu, _aten.gelu.default)
 _GELU_IN_PLACE = (_nn.gelu_, _aten.gelu_, _aten.gelu_.default)  # type: ignore[attr-defined]
 _SILU = (F.silu, _nn.silu, _aten.silu, _aten.silu.default)
@@ -177,18 +177,18 @@ class Activation(NamedTuple):
 
 
 def as_activation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activation | None:
-    """A call that is seen in a mode, or None where it is one of another function, or wrong."""
+    """Parses a call seen by a mode; None if it calls another function, or has invalid arguments."""
     gelu, silu = func in _GELU or func in _GELU_IN_PLACE, func in _SILU or func in _SILU_IN_PLACE
     if not (gelu or silu):
         return None
     options = dict(kwargs)
-    # torch's functions call it input, its ops self.
+    # The argument is named input in torch's functions and self in its ops.
     x = args[0] if args else options.pop("input", options.pop("self", None))
     approximate = options.pop("approximate", "none")
     inplace = options.pop("inplace", False) or func in _GELU_IN_PLACE or func in _SILU_IN_PLACE
     if len(args) > 1 and func is F.silu:
         inplace = args[1]
-    # What is left is `out`, which has no gradient, or an error, which is torch's to raise.
+    # Anything left is `out`, which has no gradient, or an error, which torch raises.
     wrong = options or len(args) > 1 + (func is F.silu) or approximate not in ("none", "tanh")
     if wrong or not isinstance(x, Tensor):
         return None
@@ -198,14 +198,14 @@ def as_activation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 def _can_be_replaced(x: Tensor) -> bool:
     if not _needs_gradient(x) or x.dtype not in _DTYPES or x.layout != torch.strided or x.is_nested:
         return False
-    # Which have derivatives of their own.
+    # Function transforms and forward-mode AD define their own derivatives.
     return is_compiling() or not (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
 
 
 class _Redirect(TorchFunctionMode):
-    """Calls of torch's GELU and SiLU become those of lomem."""
+    """Replaces calls of torch's GELU and SiLU by lomem's."""
 
     def __init__(self, bits: int, criterion: Criterion) -> None:
         super().__init__()
@@ -222,9 +222,10 @@ class _Redirect(TorchFunctionMode):
         return x.copy_(result) if call.inplace else result
 
     def lasts(self) -> bool:
-        """Whether this mode is there when what runs now is computed again.
+        """Whether this mode will be active again if the current region is recomputed.
 
-        A region that begins inside the forward is computed again outside of it. Such regions have hooks of their own.
+        A checkpointed region that begins inside the forward is recomputed outside of it. Such regions set their own
+        saved-tensor hooks.
         """
         return is_compiling() or current_hooks() is self.hooks
 
@@ -236,8 +237,8 @@ class StepCalls(_FewBit):
     lomem_attributes = ("lomem_bits", "lomem_criterion")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original."""
-        # Any mode, even one that does nothing, keeps torch from its faster ways in evaluation.
+        """Same result as the original."""
+        # Any mode, even one that does nothing, disables torch's fast paths in evaluation.
         redirected = torch.is_grad_enabled() and not torch.jit.is_tracing()
         with _Redirect(self.lomem_bits, self.lomem_criterion) if redirected else contextlib.nullcontext():
             return super().forward(*args, **kwargs)
@@ -249,12 +250,12 @@ class NormPlan:
 
     Attributes:
         form: What the original computes.
-        inverted: Whether the normalized input is recovered from the output, as ``(output - beta) / gamma``. Else the
-            normalized input is saved, and linear layers that follow take their weights' gradients from it.
-        low_precision: Whether all consumers compute in the autocast dtype, so that it can be emitted there.
-        shared: Whether there are linear layers that take what is saved, beside the result: under autocast where not
-            all consumers are of low precision, and where the norm is not inverted.
-        takers: How many linear layers were called with one result, at most.
+        inverted: Whether the normalized input is recovered from the output, as ``(output - beta) / gamma``. Otherwise
+            the normalized input is saved, and the linear layers that follow compute their weight gradients from it.
+        low_precision: Whether all consumers compute in the autocast dtype, so that the result can be emitted in it.
+        shared: Whether linear layers save a tensor other than the result, offered by the norm: if the norm is not
+            inverted, or under autocast if some consumers need full precision.
+        takers: Maximum number of linear layers called with one result.
     """
 
     form: NormForm
@@ -278,14 +279,14 @@ class NormPlan:
         return weight.dtype if rule is ResultDtype.WEIGHT else torch.promote_types(input.dtype, weight.dtype)
 
     def kept_dtype(self, device: str, dtype: torch.dtype) -> torch.dtype:
-        """Dtype of what is saved in place of a result of the given dtype."""
+        """Dtype of the tensor saved in place of a result of the given dtype."""
         low = autocast_dtype(device)
         return dtype if low is None or low.itemsize >= dtype.itemsize or dtype == torch.float64 else low
 
     def public(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, dtype: torch.dtype | None
     ) -> Tensor:
-        """The norm."""
+        """The norm, by lomem's public function."""
         if self.form.centred:
             return LF.ms_layer_norm(x, self.form.shape, weight, bias, eps or 0.0, dtype=dtype)
         return LF.ms_rms_norm(x, self.form.shape, weight, eps, dtype=dtype)
@@ -293,7 +294,7 @@ class NormPlan:
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
-        """The norm and its rstd, without a graph; weights are those that can be divided by."""
+        """The norm and its rstd, without a graph. The weights must be invertible."""
         if self.form.centred:
             return _lomem.ms_layer_norm_forward(x, self.form.shape, weight, bias, eps or 0.0, dtype=dtype)
         return _lomem.ms_rms_norm_forward(x, self.form.shape, weight, eps, dtype=dtype)
@@ -319,15 +320,15 @@ def _sum(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _affine(kept: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """A norm's output, of the normalized input."""
+    """A norm's output, from the normalized input."""
     output = kept if weight is None else kept * weight
     return output if bias is None else output + bias
 
 
 class _NormOfTwoOutputs(torch.autograd.Function):
-    """A norm that returns its result, which it does not save, and what it saves.
+    """A norm that returns its result, which it does not save, and the tensor that it saves instead.
 
-    That is the result in another dtype, or the normalized input.
+    That tensor is the result in another dtype, or the normalized input.
     """
 
     @staticmethod
@@ -345,7 +346,7 @@ class _NormOfTwoOutputs(torch.autograd.Function):
             result, rstd = plan.forward(x, weight, bias, eps, dtype)
             kept = result.to(kept_dtype)
         else:
-            # Both from the input, so that each is rounded once.
+            # Both are computed from the input, so that each is rounded only once.
             result = plan.public(x, weight, bias, eps, dtype)
             kept, rstd = plan.forward(x, None, None, eps, kept_dtype)
         ctx.save_for_backward(kept, rstd, weight, bias)
@@ -361,10 +362,10 @@ class _NormOfTwoOutputs(torch.autograd.Function):
         if plan.inverted:
             grads = plan.backward(grad, kept, rstd, weight, bias, ctx.dtype, needs)
         else:
-            # By the product rule outside: gamma may be 0.
+            # gamma is handled outside the op, since it may be 0.
             outer = tuple(range(grad.dim() - len(plan.form.shape)))
             wide = grad if grad.dtype == torch.float64 else grad.float()
-            # sum(()) would be over everything.
+            # _sum, since sum(()) would sum over everything.
             grad_weight = _sum(wide * kept, outer).to(weight.dtype) if needs[1] else None
             grad_bias = _sum(wide, outer).to(bias.dtype) if needs[2] else None
             if weight is not None:
@@ -384,11 +385,11 @@ class MSNorm(Converted):
 
     @staticmethod
     def attributes(module: nn.Module, plan: NormPlan) -> dict[str, Any]:
-        """The attributes of a module that becomes one."""
+        """The mixin's attributes for a module to be converted."""
         return {"lomem_norm": plan, "lomem_fixed": fixed(module, (plan.form.eps_name,))}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the original, to rounding."""
+        """Same result as the original, up to rounding."""
         values = (*args, *kwargs.values())
         plan = self.lomem_norm
         if plan is None or len(values) != 1 or not isinstance(values[0], Tensor) or not holds(self, self.lomem_fixed):
@@ -401,15 +402,15 @@ class MSNorm(Converted):
             or x.dim() not in form.ranks
             or not (eps is None or 0 <= eps < math.inf)
         ):
-            return super().forward(*args, **kwargs)  # nothing is known of those
-        # A traced graph has what was there before: it is traced again without gradients, and compared.
+            return super().forward(*args, **kwargs)  # not verified for such inputs
+        # Tracing records the original: torch.jit.trace traces again without gradients, and compares the graphs.
         if torch.jit.is_tracing() or (is_compiling() and not plan.inverted):
             return super().forward(*args, **kwargs)
         weight = getattr(self, form.gamma) if form.gamma is not None else None
         bias = getattr(self, form.beta) if form.beta is not None else None
         dtype = plan.dtype(x, weight)
         if weight is not None and form.one_plus:
-            # As wide as the arithmetic inside: 1 + weight is not rounded to 16 bits.
+            # In the precision of the kernel's arithmetic: 1 + weight is not rounded to 16 bits.
             weight = 1 + (weight if weight.dtype == torch.float64 else weight.float())
         if form.axis == 1:
             x = x.movedim(1, -1)
@@ -441,7 +442,7 @@ class MSNorm(Converted):
 
 
 class SharedInput(Converted):
-    """A linear layer behind a norm that saves something other than its result."""
+    """A linear layer after a norm that saves a tensor other than its result."""
 
     lomem_prefix = "SharedInput"
     lomem_attributes = ("lomem_linear", "lomem_fixed")
@@ -450,16 +451,16 @@ class SharedInput(Converted):
 
     @staticmethod
     def attributes(module: nn.Module, form: LinearForm) -> dict[str, Any]:
-        """The attributes of a module that becomes one."""
+        """The mixin's attributes for a module to be converted."""
         return {"lomem_linear": form, "lomem_fixed": fixed(module)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original."""
+        """Same result as the original."""
         form, values = self.lomem_linear, (*args, *kwargs.values())
         if form is None or len(values) != 1 or not isinstance(values[0], Tensor) or _in_a_graph():
             return super().forward(*args, **kwargs)
         x = values[0]
-        taken = take(x)  # also where nothing comes of it: the norm waits for its takers
+        taken = take(x)  # even if it goes unused: the norm counts its takers
         if taken is None or x.dim() < 2 or not holds(self, self.lomem_fixed):
             return super().forward(*args, **kwargs)
         weight = getattr(self, form.weight)
@@ -468,7 +469,7 @@ class SharedInput(Converted):
         device = x.device.type
         low = None if x.dtype == torch.float64 else autocast_dtype(device)
         dtype = low or x.dtype
-        # Nor where this layer computes with more digits than are saved.
+        # Do not use it if this layer computes in higher precision than what is saved.
         few = torch.finfo(kept[0].dtype).eps > torch.finfo(dtype).eps  # type: ignore[union-attr]
         if few or not _needs_gradient(weight) or (low is None and weight.dtype != x.dtype):
             return super().forward(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Inputs and weights that a module is tried with as a norm, and what is to come out of it."""
+"""Inputs and weights for testing whether a module is a norm, and the expected results."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ __all__ = [
 CPU = torch.device("cpu")
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
-#: Of a norm computed in float32, against float64: a few roundings, and sums of thousands of elements.
+#: Relative error of a norm computed in float32, against float64: a few roundings, and sums of thousands of elements.
 FLOAT32 = 1e-5
-#: Of a norm computed in 16 bits throughout: a handful of roundings of half an eps each.
+#: Error, in eps, of a norm computed in 16 bits throughout: a handful of roundings of half an eps each.
 _ROUNDINGS = 8
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a module is run in.
+    """The dtypes that a module is run in.
 
     Attributes:
         weight: Dtype of its weights.
@@ -59,21 +59,21 @@ class Setting:
         return {self.weight, self.input, *({BF16} if self.autocast else ())}
 
     def relative(self, result: torch.dtype) -> float:
-        """The rounding to allow for."""
+        """Allowed relative rounding error."""
         return max(FLOAT32, *(_ROUNDINGS * torch.finfo(d).eps for d in {*self.dtypes, result} if d.itemsize == 2), 0)
 
     def smallest(self, result: torch.dtype) -> float:
-        """What is rounded to 0 somewhere."""
+        """Magnitude below which some step may round to 0."""
         return max(torch.finfo(d).tiny * torch.finfo(d).eps for d in {*self.dtypes, result, F32})
 
     def eps(self, form: NormForm) -> float:
-        """The number that a norm adds here."""
+        """The eps that a norm uses in this setting."""
         if form.eps is not None:
             return form.eps
         return torch.finfo(F64 if self.input == F64 else F32).eps
 
 
-#: Those of which torch's own norms refuse some.
+#: The settings tried. torch's own norms reject some of them.
 SETTINGS = (
     *(Setting(dtype, dtype) for dtype in (F64, F32, BF16, F16)),
     Setting(F32, BF16),
@@ -82,7 +82,8 @@ SETTINGS = (
     *(Setting(w, x, autocast=True) for w in (F32, BF16) for x in (F32, BF16)),
 )
 
-#: Of inputs, as powers of 10. Rounding of the smallest and largest is forgiven where it shows in the module itself.
+#: Scales of inputs, as powers of 10. Rounding errors at the smallest and largest are ignored if the module's own
+#: intermediate results lose digits.
 _SCALES = {
     F64: (-100, -30, -18, -12, -9, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9, 12, 18, 30, 100),
     F32: (-30, -18, -12, -9, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9, 12, 15, 18, 30),
@@ -90,12 +91,12 @@ _SCALES = {
 }
 _SCALES[BF16] = _SCALES[F32]
 
-#: Of weights and biases: signs, zeros, and magnitudes over all that a dtype holds.
+#: Weights and biases: both signs, zeros, and magnitudes over the whole range of a dtype.
 _WEIGHTS = (-2.0, 0.0, -0.0, -0.5, 0.05, 5.0, 100.0, -1.0, -1e4, 1e4, 1e-6, -1e-6, 1e-30, -1e-30, 1e30, -1e30, -3.0)
 
 
 def statistics(x: Tensor, dims: tuple[int, ...], centred: bool) -> tuple[Tensor, Tensor]:
-    """The input less its mean, and the mean square of that; with no mean for an RMS norm."""
+    """The input minus its mean, and the mean square of the result. For an RMS norm the mean is not subtracted."""
     centre = x.mean(dims, keepdim=True) if centred else torch.zeros((), dtype=x.dtype)
     return x - centre, (x - centre).square().mean(dims, keepdim=True)
 
@@ -109,10 +110,10 @@ class Probe:
 
     Args:
         module: The module.
-        shape: Of what is normalized.
-        axis: As of :class:`NormForm`.
+        shape: Shape of the normalized dimensions.
+        axis: The axis, as in :class:`NormForm`.
         rank: Number of dimensions of inputs.
-        generator: Of random numbers.
+        generator: Random number generator.
     """
 
     def __init__(
@@ -129,19 +130,19 @@ class Probe:
         self.setting = SETTINGS[0]
 
     def ordinary(self) -> dict[str, Tensor]:
-        """Weights away from 0 and from 1, and each another: what becomes of them can be told apart."""
+        """Distinct weights away from 0 and 1, so that their effects can be told apart."""
         tensors = own_tensors(self.module)
         if self.scripted:
             return {name: tensors[name].detach().double() for name in self.names}
         return {name: 1.5 + _uniform(self.generator, tensors[name].shape) for name in self.names}
 
     def signed(self) -> dict[str, Tensor]:
-        """The same with both signs."""
+        """Ordinary weights with random signs."""
         values = self.ordinary()
         return {name: v * (_uniform(self.generator, v.shape) - 0.5).sign() for name, v in values.items()}
 
     def extreme(self, setting: Setting) -> dict[str, Tensor]:
-        """Of everything a channel."""
+        """Weights with a channel of every kind in ``_WEIGHTS``."""
         largest = torch.finfo(setting.weight).max
         choices = torch.tensor([w for w in _WEIGHTS if abs(w) < largest], dtype=F64)
         values = {}
@@ -151,7 +152,7 @@ class Probe:
         return values
 
     def input(self, rows: Tensor) -> Tensor:
-        """One sample for each of some scales."""
+        """An input with one sample per scale in ``rows``."""
         sizes = (2, 3, 2, 3, 2)
         if self.axis == 1:
             shape = (len(rows), *self.shape, *sizes[: self.rank - 2])
@@ -164,16 +165,16 @@ class Probe:
 
     @property
     def single(self) -> bool:
-        """Whether an input is one sample."""
+        """Whether an input is a single sample."""
         return self.axis == -1 and self.rank == len(self.shape)
 
     def scaled(self, scale: float) -> Tensor:
-        """An ordinary input."""
+        """An ordinary input of a given scale."""
         return self.input(torch.full((1 if self.single or self.large else 3,), scale, dtype=F64))
 
     @property
     def large(self) -> bool:
-        """Whether a few samples take long."""
+        """Whether even a few samples take long."""
         return math.prod(self.shape) > 2**14
 
     def run(
@@ -184,14 +185,14 @@ class Probe:
         device: torch.device = CPU,
         **options: Any,
     ) -> Run:
-        """The module's run, in the dtypes of a setting."""
+        """Runs the module in the dtypes of a setting."""
         setting = setting or self.setting
         values = {name: value.to(device, setting.weight) for name, value in values.items()}
         with torch.autocast(device.type, BF16, enabled=setting.autocast, cache_enabled=False):
-            # No cache: it would keep what the probe's own weights were cast to.
+            # No cache: it would hold on to casts of the probe's weights.
             result = run(self.module, values, x.to(device, setting.input), **options)
         if result.value.shape != x.shape:
-            raise Refused("its result has another shape than its input")
+            raise Refused("its result does not have the shape of its input")
         return result
 
     def fit(self, values: Tensor) -> Tensor:
@@ -212,13 +213,13 @@ class Probe:
 
 
 def close(a: Tensor, b: Tensor, relative: float) -> bool:
-    """Whether a result is finite and near to another one, relative to the norm of that."""
+    """Whether a result is finite and close to an expected one, relative to the norm of the latter."""
     return bool(torch.isfinite(a).all()) and (a.double() - b).norm().item() <= relative * b.norm().item()
 
 
 def rows_of_all_sizes(probe: Probe, form: NormForm, dtype: torch.dtype, offset: int) -> Tensor:
-    """Samples over all that a dtype holds: scales, constants, zeros, infinities and NaN."""
-    # Of large norms, some of them each time.
+    """Samples over the whole range of a dtype: scales, constants, zeros, infinities and NaN."""
+    # For large norms, only some of them at a time.
     room = max(6, 2**15 // math.prod(probe.shape))
     scales = [10.0**exponent for exponent in _SCALES[dtype]]
     if probe.single:
@@ -228,9 +229,9 @@ def rows_of_all_sizes(probe: Probe, form: NormForm, dtype: torch.dtype, offset: 
     x = probe.input(torch.tensor(scales, dtype=F64))
     x[1::4] = -x[1::4]
     special = torch.zeros((7, *x.shape[1:]), dtype=F64)
-    # Powers of 2: their mean is exact in every order of summation, so what is left of them is exactly 0.
+    # Powers of 2: their mean is exact in every order of summation, so the centred values are exactly 0.
     for i, value in enumerate((1.0, -0.25)):
-        # Without eps, 0 is divided by 0.
+        # Without eps, this would be 0 / 0.
         special[i] = value if form.eps != 0.0 else x[0]
     special[2] = 0.0 if form.eps != 0.0 else x[0]
     for i, value in enumerate((math.inf, -math.inf, math.nan)):
@@ -244,9 +245,9 @@ def rows_of_all_sizes(probe: Probe, form: NormForm, dtype: torch.dtype, offset: 
 def wrong_elements(
     probe: Probe, form: NormForm, setting: Setting, values: Mapping[str, Tensor], x: Tensor, result: Tensor
 ) -> Tensor:
-    """Which elements are something else than the form's.
+    """Which elements of a result differ from the form's.
 
-    Not those that are infinite or NaN where the form's are finite: there the form is better.
+    Elements that are infinite or NaN but finite in the form do not count: there the form is better.
     """
     eps, relative = setting.eps(form), setting.relative(result.dtype)
     expected = probe.expected(form, values, x, eps)
@@ -254,10 +255,11 @@ def wrong_elements(
     rstd = (square + eps).rsqrt()
     gamma, beta = probe.affine(form, values)
     parts = (gamma - 1).abs() + 1 if form.one_plus else gamma.abs()  # `y + y * weight` cancels
-    # What is subtracted from itself is rounded first.
+    # The input is rounded before its mean is subtracted.
     normalized = (centred.abs() + (x.abs().amax(probe.dims, keepdim=True) if form.centred else 0)) * rstd
     if form.centred:
-        # So is the square of the mean, where it is subtracted from the mean of squares: of little, or nothing, is left.
+        # If the variance is the mean of squares minus the square of the mean, both are rounded, and little or nothing
+        # may remain.
         ratio = torch.where(square > 0, (x.mean(probe.dims, keepdim=True) * rstd).square(), 0.0)
         normalized = normalized * (1 + torch.where(relative * ratio < 0.25, ratio, math.inf))
     smallest = setting.smallest(result.dtype)
@@ -272,7 +274,7 @@ def wrong_elements(
 
 
 def lost_samples(results: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Samples of which the module itself loses digits, or all, on its way: its squares are too large or too small."""
+    """Samples for which the module's own intermediate results, such as squares, overflow or underflow."""
     if x.dim() == 0:
         return torch.zeros((), dtype=torch.bool)
     flat = x.flatten(1) if x.dim() > 1 else x[None]

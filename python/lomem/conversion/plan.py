@@ -1,4 +1,4 @@
-"""What of a model is converted, and how: recognition, candidates, and the choice among them."""
+"""Plans a conversion: recognizes modules, makes candidates, and chooses among them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ __all__ = ["Wishes", "plan"]
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user of a conversion wants.
+    """The options of a conversion.
 
     Attributes:
-        bits: Bits per element that activations save; None leaves all of them.
+        bits: Bits per element that activations save; None converts none.
         criterion: What their step functions are fitted to.
         norms: Whether norms are converted.
-        exclude: Patterns of names of modules that are left.
+        exclude: Name patterns of modules that are not converted.
     """
 
     bits: int | None
@@ -46,17 +46,17 @@ class Wishes:
     exclude: tuple[str, ...]
 
     def keeps(self, kind: Kind) -> bool:
-        """Whether everything of a kind is left."""
+        """Whether conversion of a kind is turned off."""
         return self.norms is Norms.KEEP if kind is Kind.NORM else self.bits is None
 
     def excludes(self, name: str) -> bool:
-        """Whether a module is left by its name."""
+        """Whether a module is excluded by name."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
 
 
-#: Parts of class names of modules that are meant to be norms: those that are none of ours get a verdict too.
+#: Parts of class names that suggest a norm. Such modules are reported even if they are not recognized.
 _NORM_NAMES = ("norm", "layer_norm", "ln_")
-#: Those that are called so and are something else.
+#: Classes with such names that are other norms.
 _OTHER_NORMS = (nn.modules.batchnorm._NormBase, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
 
@@ -67,11 +67,11 @@ def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _recognize(leaves: dict[str, nn.Module], flows: list[Flow]) -> dict[str, ActivationForm | NormForm | NotRecognized]:
-    """What is an activation, a norm, or near enough to deserve a verdict."""
+    """Recognizes activations and norms, and modules close enough to one to be reported."""
     shapes: dict[str, set[tuple[int, ...]]] = {}
     for call in (call for flow in flows for call in flow.calls if call.shapes):
         shapes.setdefault(call.name, set()).add(call.shapes[0])
-    # Models have many modules of a kind.
+    # Models have many equal modules.
     known: dict[Hashable, Any] = {}
 
     def once(recognize: Callable[..., Any], module: nn.Module, *arguments: Any) -> Any:
@@ -88,7 +88,7 @@ def _recognize(leaves: dict[str, nn.Module], flows: list[Flow]) -> dict[str, Act
             continue
         named = _is_named_norm(module)
         if not named and next(module.parameters(), next(module.buffers(), None)) is None:
-            continue  # a dropout and the like
+            continue  # a dropout, for example
         norm = once(recognize_norm, module, tuple(sorted(shapes.get(name, ()))))
         if isinstance(norm, NormForm) or norm.near or named:
             result[name] = norm
@@ -96,19 +96,19 @@ def _recognize(leaves: dict[str, nn.Module], flows: list[Flow]) -> dict[str, Act
 
 
 def _is_named_norm(module: nn.Module) -> bool:
-    """Whether its name promises a norm over the last dimensions or channels."""
+    """Whether the class name suggests a norm over the last dimensions or channels."""
     if isinstance(module, _OTHER_NORMS) or type(module).__module__.startswith("torch.nn.utils."):
         return False
     return any(part in type(module).__name__.lower() for part in _NORM_NAMES)
 
 
 def plan(model: nn.Module, inputs: Batch | None, wishes: Wishes) -> tuple[list[Candidate], Flow | None]:
-    """Decides what becomes of each norm, activation and functional call.
+    """Decides how each norm, activation and functional call is converted.
 
     Args:
-        model: Left as it was.
-        inputs: What it is run on; None for no run, without which norms are left.
-        wishes: What its user wants.
+        model: The model, left unchanged.
+        inputs: Inputs to run it on. None skips the run, and no norm is converted.
+        wishes: The user's options.
 
     Returns:
         All candidates, in the order of the model's modules, and the run in training mode.
@@ -126,7 +126,7 @@ def plan(model: nn.Module, inputs: Batch | None, wishes: Wishes) -> tuple[list[C
         elif isinstance(what, NormForm):
             found.append(_norm_candidate(name, leaves[name], what, finder))
         else:
-            c = Candidate(name, what.kind, f"another {what.kind}")
+            c = Candidate(name, what.kind, f"unrecognized {what.kind}")
             c.leave(what.reason)
             found.append(c)
     if finder is not None:
@@ -134,10 +134,10 @@ def plan(model: nn.Module, inputs: Batch | None, wishes: Wishes) -> tuple[list[C
         found += plan_calls(finder, activation_modules.__contains__, bits, criterion)
     if flows and flows[0].differentiates:
         for c in found:
-            c.leave("the model takes gradients in its forward pass, and they are part of its result")
+            c.leave("the model computes gradients in its forward pass, and its result depends on them")
     for c in found:
         if not c.left and (wishes.keeps(c.kind) or wishes.excludes(c.name)):
-            c.leave(f"{c.kind}s are kept" if wishes.keeps(c.kind) else "it is excluded")
+            c.leave(f"conversion of {c.kind}s is off" if wishes.keeps(c.kind) else "it is excluded")
     if finder is not None:
         settle(found, finder, wishes.excludes)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -158,7 +158,7 @@ def _activation_candidate(
 def _norm_candidate(name: str, module: nn.Module, form: NormForm, finder: Finder | None) -> Candidate:
     problem = ways_of_its_own(module)
     if problem is None and finder is None:
-        problem = "without example_inputs its consumers are not known"
+        problem = "its consumers are unknown without example_inputs"
     if problem is not None or finder is None:
         c = Candidate(name, Kind.NORM, form)
         c.leave(problem or "")

@@ -1,4 +1,4 @@
-"""What would become of activations and of calls of their functions."""
+"""Plans the conversion of activations and of calls of activation functions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["plan_activation", "plan_calls"]
 def plan_activation(
     finder: Finder | None, name: str, module: nn.Module, form: ActivationForm, bits: int, criterion: Criterion
 ) -> Candidate:
-    """What would become of an activation; without a run, that it is converted."""
+    """The candidate for an activation. Without a run, it is converted."""
     reason = f"its backward pass saves {bits} bit{'s' * (bits > 1)} per element"
     c = Candidate(name, Kind.ACTIVATION, form, Action.of_bits(bits), reason)
     c.changes[name] = (StepActivation, StepActivation.attributes(module, form, bits, criterion))
@@ -27,7 +27,7 @@ def plan_activation(
     unused = finder.unused(name)
     calls = [call for call in finder.flows[0].calls_of(name) if call.requires_grad and call.single]
     if unused is not None or not calls:
-        c.leave(unused or "it is called with more than a tensor")
+        c.leave(unused or "it is called with more than a single tensor")
         return c
     c.own = finder.ledger.within(call.saved for call in calls)
     c.added = sum(_packed_bytes(call.numel, bits) for call in calls)
@@ -39,7 +39,7 @@ def _packed_bytes(numel: int, bits: int) -> int:
 
 
 def plan_calls(finder: Finder, skip: Callable[[str], bool], bits: int, criterion: Criterion) -> list[Candidate]:
-    """What would become of functional calls outside activation modules."""
+    """The candidates for functional calls outside activation modules."""
     flow = finder.flows[0]
     functions: dict[str, dict[Function, None]] = {}
     for op in flow.recorder.ops:
@@ -71,5 +71,5 @@ def _why_no_calls(finder: Finder, name: str) -> str:
     ops = {i for call in seen for i in call.ops}
     mine = {i for i, op in enumerate(flow.recorder.ops) if op.module == name and op.func._overloadpacket in CALLS}
     if mine - ops or any(call.saved for call in seen):
-        return "its calls are made in a way in which they cannot be replaced"
-    return "it needs no gradient: it keeps nothing"
+        return "its calls cannot be intercepted"
+    return "it needs no gradient, so it saves nothing"

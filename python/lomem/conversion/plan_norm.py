@@ -1,4 +1,4 @@
-"""What would become of norms."""
+"""Plans the conversion of norms."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .modules import MSNorm, NormPlan, SharedInput
 
 __all__ = ["CONDITIONING", "plan_norm"]
 
-#: A channel's normalized input is recovered from the output where abs(beta) is at most this many times abs(gamma): of
-#: the output's digits at most log2(1 + 8) = 3.2 bits are beta's.
+#: A channel's normalized input is recovered from the output if abs(beta) is at most this many times abs(gamma). Beta
+#: then takes up at most log2(1 + 8) = 3.2 bits of the output's precision.
 CONDITIONING = 8.0
 
 
 def _real(tensor: Tensor) -> Tensor | None:
-    # The values of fake and meta tensors are not known.
+    # Fake and meta tensors have no values.
     return tensor.detach() if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" else None
 
 
 def badly_conditioned(module: nn.Module, form: NormForm, dtype: torch.dtype) -> str | None:
-    """Why the normalized input cannot be recovered from the output, or None where it can.
+    """Why the normalized input cannot be recovered from the output, or None if it can.
 
     Args:
         module: The norm.
@@ -42,7 +42,7 @@ def badly_conditioned(module: nn.Module, form: NormForm, dtype: torch.dtype) -> 
     if gamma is None:
         return None
     gamma = (gamma.double() + form.one_plus).abs()
-    # Six bits above the smallest normal number: outputs of normalized inputs of 1/64 and more have all their digits.
+    # Six bits above the smallest normal number: outputs have full precision for normalized inputs of at least 1/64.
     small = int((gamma < 64 * torch.finfo(dtype).tiny).sum())
     if small:
         return f"{small} of {gamma.numel()} weights are too small to divide by"
@@ -59,16 +59,16 @@ def _takes_low_precision(op: Op, alias: Storage) -> bool:
 
 
 def _refusal(finder: Finder, name: str, form: NormForm) -> str | None:
-    """Why a norm is left whatever would be gained, or None."""
+    """Why a norm is not converted, whatever that would save, or None."""
     if form.beta is not None and not form.centred:
-        return "no op is an RMS norm with a bias"
+        return "lomem has no RMS norm with a bias"
     unused = finder.unused(name)
     if unused is not None:
         return unused
     for flow in finder.flows:
         for call in flow.calls_of(name):
             if not call.single or call.result is None:
-                return "it is called with more than a tensor"
+                return "it is called with more than a single tensor"
             changed = next((op for op in flow.recorder.ops[call.end :] if call.result in op.written), None)
             if changed is not None:
                 return f"its output is changed in place by {changed.func._overloadpacket.__name__} in {_at(changed)}"
@@ -76,15 +76,15 @@ def _refusal(finder: Finder, name: str, form: NormForm) -> str | None:
 
 
 class _Output:
-    """Where a norm's output goes, and as what.
+    """Where a norm's output goes, and in which dtype.
 
     Attributes:
         calls: The norm's calls in the first run.
         uses: Ops of the first run that take the output, or a copy of it.
         dtype: Dtype of the output.
-        kept_dtype: Dtype in which it is saved once it is converted: autocast's, where that is narrower.
-        low_precision: Whether all ops that take it cast it to autocast's dtype, or would.
-        casts: Copies in autocast's dtype that are saved.
+        kept_dtype: Dtype in which it is saved once the norm is converted: the autocast dtype if that is narrower.
+        low_precision: Whether all ops that take it cast it to the autocast dtype, or would.
+        casts: Copies in the autocast dtype that are saved.
         results: Storages of the norm's results in the first run.
     """
 
@@ -100,11 +100,11 @@ class _Output:
             for call in flow.calls_of(name):
                 uses = list(flow.uses(_result(call), call.end))
                 self.uses += uses if flow is first else []
-                # A product that takes it uncast, though autocast is on, has it turned off around it.
+                # A product that takes it uncast although autocast is on runs in a block that turns autocast off.
                 low = all(
                     _takes_low_precision(op, alias) and (not narrower or alias.dtype == autocast) for op, alias in uses
                 )
-                # A module that asks for the dtype may cast a narrower one back, and save that cast.
+                # A module that reads the dtype may cast a narrower tensor back, and save that cast.
                 asked = narrower and any(s is call.result and n != name for s, n in flow.asked)
                 self.low_precision &= low and bool(uses) and call.result not in flow.escaped and not asked
         casts = {s for call in self.calls for s in first.casts(_result(call), call.end) if s.dtype == autocast}
@@ -113,11 +113,11 @@ class _Output:
 
     @property
     def numel(self) -> int:
-        """Number of elements of the outputs that have a gradient."""
+        """Number of elements of the outputs that require a gradient."""
         return sum(call.numel for call in self.calls if call.requires_grad)
 
     def added(self, form: NormForm, weight: Tensor | None) -> int:
-        """Bytes that the norm saves once it is converted: its output or a substitute, rstd, and 1 + weight."""
+        """Bytes that the norm saves once converted: its output or a substitute, rstd, and 1 + weight."""
         calls = sum(call.requires_grad for call in self.calls)
         rstd = 8 if self.dtype == torch.float64 else 4
         size = self.numel * self.kept_dtype.itemsize + self.numel // torch.Size(form.shape).numel() * rstd
@@ -127,7 +127,7 @@ class _Output:
 
 
 def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
-    """What would become of a norm."""
+    """The candidate for a norm."""
     c = Candidate(name, Kind.NORM, form)
     refusal = _refusal(finder, name, form)
     if refusal is not None:
@@ -138,16 +138,16 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
     linears = _linears_behind(finder, name, output)
     problem = badly_conditioned(finder.modules[name], form, output.kept_dtype)
     if problem is not None and (len(form.shape) != 1 or not (linears or narrower)):
-        c.leave(f"{problem}, and no linear layer takes its output as it is")
+        c.leave(f"{problem}, and no linear layer takes its output directly")
         return c
     shared = problem is not None or (narrower and not output.low_precision)
     if problem is not None:
-        c.action, c.reason = Action.NORMALIZED, f"{problem}: linear layers keep the normalized input"
+        c.action, c.reason = Action.NORMALIZED, f"{problem}: linear layers save the normalized input"
     elif shared:
         c.action = Action.TWO_OUTPUTS
-        c.reason = f"linear layers keep a {str(output.kept_dtype)[6:]} copy, others take the full precision"
+        c.reason = f"linear layers save a {str(output.kept_dtype)[6:]} copy, other consumers need full precision"
     else:
-        c.action, c.reason = Action.INVERTED, "its consumers keep its output"
+        c.action, c.reason = Action.INVERTED, "its consumers save its output"
     _account(c, finder, output, linears if shared else None)
     takers = _takers(finder, name, linears) if shared else 0
     plan = NormPlan(form, problem is None, output.low_precision, shared, takers)
@@ -160,18 +160,18 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
 
 
 def _account(c: Candidate, finder: Finder, output: _Output, linears: dict[str, set[int]] | None) -> None:
-    """Fills in what a norm saves before and after, and what others no longer save.
+    """Fills in what a norm saves before and after conversion, and what others no longer save.
 
     Args:
         c: The norm's candidate.
         finder: The runs.
         output: Where its output goes.
-        linears: Linear layers that have to be told what it saves, with what they save; None where none has to.
+        linears: Linear layers to convert together with the norm, with what they save; None if there is no need to.
     """
     assert isinstance(c.form, NormForm)
     ledger, module = finder.ledger, finder.modules[c.name]
     c.own = ledger.within(call.saved for call in output.calls)
-    # One float a row less, the mean, is no reason.
+    # Saving one float less per row, the mean, is not worth a conversion.
     c.least = sum(s.nbytes for s in ledger.storages(c.own)) // 4
     c.added = output.added(c.form, None if c.form.gamma is None else getattr(module, c.form.gamma))
     kept = ledger.of(output.results | output.casts) - c.own
@@ -180,8 +180,8 @@ def _account(c: Candidate, finder: Finder, output: _Output, linears: dict[str, s
         c.others = c.sharing = kept
     else:
         c.others = c.sharing = {i for positions in linears.values() for i in positions}
-        # A module that is no linear layer, or that takes something made of the output, saves what it saved: casts of
-        # its own, or of parts, where the output is not cast as a whole.
+        # A module that is not a linear layer, or takes something derived from the output, saves what it saved before:
+        # its own casts, or casts of parts if the output is not cast as a whole.
         rest, whole = kept - c.others, output.numel * output.kept_dtype.itemsize
         if rest:
             others = "linear layer"
@@ -189,7 +189,7 @@ def _account(c: Candidate, finder: Finder, output: _Output, linears: dict[str, s
         if rest and output.low_precision:
             c.others = kept
             c.added += whole
-    c.takers = f"no {others} keeps its output{_who(finder, output.uses)}"
+    c.takers = f"no {others} saves its output{_who(finder, output.uses)}"
 
 
 def _autocast_dtype() -> torch.dtype | None:
@@ -207,10 +207,10 @@ def _at(op: Op) -> str:
 
 
 def _who(finder: Finder, uses: list[tuple[Op, Storage]]) -> str:
-    """What takes the output instead, as a clause."""
+    """A clause that says what takes the output instead."""
     for op, _ in uses:
         module = finder.modules.get(op.module or "")
-        # Not by getattr: a parametrized weight may be another each time that it is asked for.
+        # Not by getattr: a parametrized weight may differ at each access.
         weight = None if module is None else module._parameters.get("weight")
         if saves_operands(op.func) and isinstance(weight, Tensor) and not weight.requires_grad:
             return f": the weight of {type(module).__name__} is frozen"
@@ -220,10 +220,10 @@ def _who(finder: Finder, uses: list[tuple[Op, Storage]]) -> str:
 
 
 def _linears_behind(finder: Finder, name: str, output: _Output) -> dict[str, set[int]]:
-    """Linear layers that are called with the very tensor that a norm returned, in the first run, and what they save.
+    """Linear layers called in the first run with the very tensor that a norm returned, and what they save of it.
 
-    What they save is the result or a copy in another dtype. They are listed only where the norm saves all the digits
-    that they compute with.
+    That is the result or a copy in another dtype. Layers are listed only if they compute in no higher precision than
+    the norm saves.
     """
     ids = {call.result_id for call in output.calls}
     kept, eps = output.results | output.casts, torch.finfo(output.kept_dtype).eps
@@ -239,7 +239,7 @@ def _linears_behind(finder: Finder, name: str, output: _Output) -> dict[str, set
 
 
 def _takers(finder: Finder, name: str, linears: Collection[str]) -> int:
-    """How many calls of linear layers one result of a norm goes to, at most."""
+    """Maximum number of calls of linear layers that take one result of a norm."""
     flow = finder.flows[0]
     ids = [call.result_id for call in flow.calls_of(name)]
     return max(sum(call.input_id == i and call.name in linears for call in flow.calls) for i in ids)

@@ -1,4 +1,4 @@
-"""What a module computes, found out by running it on made-up inputs: its name and its source do not matter."""
+"""Finds out what a module computes by running it on synthetic inputs, whatever its name and source code."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ __all__ = [
 
 
 def signature(module: nn.Module) -> Hashable:
-    """What modules without submodules have in common that compute the same of the same tensors; unique where unknown.
+    """A key that is equal for modules that compute the same function, given equal tensors; unique if that is unknown.
 
-    The class, and all attributes. Valid while the modules live.
+    It is made of the class and all attributes, for modules without submodules. Valid while the modules live.
     """
     if uninitialized(module):
         return id(module)
@@ -51,7 +51,7 @@ def signature(module: nn.Module) -> Hashable:
 
 
 def _key(value: object) -> Hashable:
-    """Plain values are alike where they are equal; others, as functions are, where they are the same object."""
+    """Compares plain values by equality; others, such as functions, by identity."""
     plain = (int, float, str, torch.dtype, torch.device, type(None))
     if isinstance(value, plain):
         return type(value), value
@@ -63,14 +63,14 @@ def _key(value: object) -> Hashable:
 
 
 def recognize_linear(module: nn.Module) -> LinearForm | None:
-    """What linear layer a module is, or None. Nothing is raised, whatever the module does.
+    """Recognizes a linear layer; None if the module is not one. Never raises, whatever the module does.
 
     Args:
         module: The module.
     """
     try:
         return _recognize_linear(module)
-    except Exception:  # of a module that is like no other
+    except Exception:  # an unusual module may raise anything
         return None
 
 
@@ -85,7 +85,7 @@ def _recognize_linear(module: nn.Module) -> LinearForm | None:
     weight, bias = matrices[0], vectors[0] if vectors else None
     shape = parameters[weight].shape
     if module._buffers or any(isinstance(value, float) for value in vars(module).values()):
-        return None  # a mask, a scale: what they are now need not last
+        return None  # a mask or a scale, whose value may change later
     if type(module).forward is nn.Linear.forward:
         own = (weight, bias) == ("weight", "bias" if bias is not None else None)
         return LinearForm(weight, bias, transposed=True) if own else None
@@ -97,18 +97,18 @@ def _recognize_linear(module: nn.Module) -> LinearForm | None:
             if bias is not None and len(parameters[bias]) != outer:
                 continue
             form = LinearForm(weight, bias, transposed)
-            # A small stand-in first: most modules need not know their sizes.
+            # A small weight first: most modules do not depend on their sizes.
             if any(_is_linear(module, form, size, generator) for size in ((5, 3), (inner, outer))):
                 return form
     return None
 
 
-#: Of a product computed in float32, against float64: of sums of some thousand elements.
+#: Relative error of a product in each dtype, against float64, for sums of a few thousand elements.
 _RELATIVE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def _is_linear(module: nn.Module, form: LinearForm, size: tuple[int, int], generator: torch.Generator) -> bool:
-    """Whether it is one in a dtype that it takes, in every mode, of inputs and weights of all sizes."""
+    """Whether a module is a linear layer in every mode, in the first dtype that it accepts, for inputs of all sizes."""
     inner, outer = size
     x = torch.randn(6, inner, generator=generator, dtype=torch.float64)
     x *= torch.tensor([[1.0], [1e-8], [1e8], [-1.0], [0.0], [math.nan]], dtype=torch.float64)

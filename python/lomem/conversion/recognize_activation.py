@@ -1,4 +1,4 @@
-"""Whether a module is GELU or SiLU, of all numbers."""
+"""Recognizes modules that compute GELU or SiLU for all numbers."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ __all__ = ["recognize_activation"]
 _F64, _F32 = torch.float64, torch.float32
 _DTYPES = (_F64, _F32, torch.bfloat16, torch.float16)
 
-#: Of ``x``, what a result may be off: the error of a factor between 0 and 1, in single precision, with constants that
-#: are written with seven digits.
+#: Allowed error of a result relative to ``x``: that of a factor between 0 and 1 in single precision, with constants
+#: written with seven digits.
 _FLOAT32 = 2e-6
-#: The same in 16 bits: the roundings of that factor and of what it is made of, of half an eps each.
+#: The same in 16 bits, in eps: roundings of that factor and of its intermediate results, half an eps each.
 _ROUNDINGS = 4
 
 
@@ -52,7 +52,7 @@ def _ordinary(dtype: torch.dtype) -> Tensor:
 
 
 def _everything(dtype: torch.dtype) -> Tensor:
-    """All numbers of 16 bits, or numbers of all sizes."""
+    """All 16-bit numbers, or numbers of all magnitudes."""
     if dtype.itemsize == 2:
         return torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(-1, 8)
     info = torch.finfo(dtype)
@@ -66,12 +66,12 @@ def _everything(dtype: torch.dtype) -> Tensor:
 def _run(module: nn.Module, x: Tensor, **options: Any) -> Run:
     result = run(module, {}, x, **options)
     if result.value.shape != x.shape:
-        raise Refused("its result has another shape than its input")
+        raise Refused("its result does not have the shape of its input")
     return result
 
 
 def _ordinarily(module: nn.Module) -> tuple[ActivationForm, torch.dtype]:
-    """The form that a module has on ordinary inputs, and the dtype in which that was seen."""
+    """The form that a module has on ordinary inputs, and the dtype in which it was found."""
     problem: Refused | None = None
     for dtype in (_F64, _F32):
         for training in (False, True):
@@ -84,10 +84,10 @@ def _ordinarily(module: nn.Module) -> tuple[ActivationForm, torch.dtype]:
                 continue
             for form in _forms(at_one):
                 expected = _function(form)(x.double())
-                # Of single precision inside, and of constants that are written with ten digits.
+                # Tolerates single precision inside, and constants written with ten digits.
                 if torch.allclose(result, expected, rtol=1e-6, atol=1e-6):
                     return form, dtype
-            problem = Refused("its result is no GELU or SiLU of its input")
+            problem = Refused("its result is not the GELU or SiLU of its input")
     raise problem or Refused("")
 
 
@@ -95,9 +95,9 @@ def _forms(at_one: float) -> Iterator[ActivationForm]:
     yield ActivationForm(Function.GELU)
     yield ActivationForm(Function.GELU, "tanh")
     if 0 < at_one < 1:
-        # Of x * sigmoid(s * x), s by its value at 1.
+        # The scale s of x * sigmoid(s * x), from its value at 1.
         scale = round(math.log(at_one / (1 - at_one)), 6)
-        if abs(scale) > 1e-3:  # else it is half of x
+        if abs(scale) > 1e-3:  # otherwise it is x / 2
             yield ActivationForm(Function.SILU, scale=scale)
 
 
@@ -106,13 +106,13 @@ def _check_runs(module: nn.Module, form: ActivationForm, runs: dict[torch.dtype,
     for r in every:
         op = unexplained(r.ops, ACTIVATION_OPS)
         if op is not None:
-            raise Refused(f"it also computes {op}, which is no part of {form.what}")
+            raise Refused(f"it also computes {op}, which is not part of {form.what}")
         if r.foreign:
-            raise Refused("it computes with a tensor that requires grad and is none of its own")
+            raise Refused("it uses a tensor that requires grad and is not one of its own")
     if len({r.written for r in every}) != 1:
-        raise Refused("it writes to its input, but not each time")
+        raise Refused("it writes to its input on some calls only")
     if any(r.value.dtype != in_dtype[0].value.dtype for in_dtype in runs.values() for r in in_dtype):
-        raise Refused("the dtype of its result is not the same in training and evaluation mode")
+        raise Refused("the dtype of its result differs between training and evaluation mode")
     return replace(form, inplace=every[0].written)
 
 
@@ -125,11 +125,11 @@ def _check_values(module: nn.Module, form: ActivationForm, runs: dict[torch.dtyp
             if wrong.any():
                 again = _run(module, x, training=training, grad=grad, keep=True)
                 for part in again.results:
-                    # Where it is not finite on its way, the form is better.
+                    # If an intermediate result is not finite, the form is better.
                     if part.shape == x.shape:
                         wrong &= part.isfinite() | ~x.isfinite()
             if wrong.any():
-                raise Refused(f"of {_spoken(x[wrong])} it computes something else than {form.what}")
+                raise Refused(f"for {_spoken(x[wrong])} its result is not that of {form.what}")
 
 
 def _spoken(values: Tensor) -> str:
@@ -140,18 +140,18 @@ def _spoken(values: Tensor) -> str:
 def _wrong(x: Tensor, result: Tensor, expected: Tensor, dtype: torch.dtype) -> Tensor:
     info = torch.finfo(max(dtype, result.dtype, key=lambda d: torch.finfo(d).eps))
     relative = max(_FLOAT32, _ROUNDINGS * info.eps if info.bits == 16 else 0)
-    # What single precision rounds to 0 is forgiven in double too.
+    # What single precision rounds to 0 may be 0 in double precision too.
     allowed = relative * x.abs() + 8 * max(info.tiny * info.eps, torch.finfo(_F32).tiny)
     wide = result.double()
     wrong = wide.isfinite() & ((wide - expected).abs() > allowed)
-    # Nothing finite may come out where the form is infinite or NaN.
+    # The result must not be finite where the form is infinite or NaN.
     return torch.where(expected.isfinite() & (expected.abs() <= info.max), wrong, wide.isfinite())
 
 
 def _check_gradient(module: nn.Module, form: ActivationForm, base: torch.dtype) -> None:
     for dtype in dict.fromkeys((base, _F32)):
         x = _everything(dtype)
-        # The gradient is linear in what it is multiplied by.
+        # The gradient is linear in the upstream gradient.
         weights = torch.tensor([1.0, -1e6, 1e-6, 3.0], dtype=_F64).repeat(x.numel() // 4).view_as(x)
         for training in (False, True):
             (gradient,) = gradients(module, {}, x, weights, training)
@@ -182,7 +182,7 @@ def _is_torch_op(form: ActivationForm, runs: dict[torch.dtype, list[Run]]) -> bo
 
 
 def _follows(module: nn.Module, name: str, value: object, form: ActivationForm, dtype: torch.dtype) -> bool:
-    """Whether a module with another value of an attribute has another form."""
+    """Whether changing an attribute to a value gives the module a form."""
     x = _ordinary(dtype)
     try:
         result = run(module, {}, x, changed={name: value})
@@ -194,16 +194,16 @@ def _follows(module: nn.Module, name: str, value: object, form: ActivationForm, 
 
 
 def _is_near(value: object, scale: float) -> bool:
-    """Whether an attribute may be what a scale was read from."""
+    """Whether an attribute's value may be the scale."""
     return isinstance(value, int | float) and math.isclose(value, scale, rel_tol=1e-4)
 
 
 def _with_names(module: nn.Module, form: ActivationForm, dtype: torch.dtype) -> ActivationForm:
-    """The form with the attributes that it is read from at each call."""
+    """The form, with the names of attributes that the module reads at each call."""
     for name, value in attributes(module).items():
         if isinstance(value, bool):
             other = replace(form, inplace=not form.inplace)
-            # Written only where gradients allow: as torch's own op does it.
+            # Written only if gradients allow, as torch's own op does.
             if _follows(module, name, not value, other, dtype):
                 form = replace(form, inplace_name=name)
         elif form.kind is Function.GELU and value == form.approximate:
@@ -218,10 +218,10 @@ def _with_names(module: nn.Module, form: ActivationForm, dtype: torch.dtype) -> 
 
 
 def recognize_activation(module: nn.Module) -> ActivationForm | NotRecognized:
-    """What activation a module is, or why it is none.
+    """Recognizes an activation, or says why the module is not one.
 
-    It is one where two witnesses agree, as for norms: values and gradients of all numbers, and the ops that it is made
-    of. Nothing is raised, whatever the module does.
+    As for norms, two kinds of evidence must agree: values and gradients over all numbers, and the ops that the module
+    runs. Never raises, whatever the module does.
 
     Args:
         module: The module.
@@ -232,8 +232,8 @@ def recognize_activation(module: nn.Module) -> ActivationForm | NotRecognized:
             return NotRecognized(reason, near=False, kind=Kind.ACTIVATION)
         with quietly():
             return _recognize(module)
-    except Exception as error:  # of a module that is like no other
-        return NotRecognized(f"it cannot be run by itself ({type(error).__name__})", near=False, kind=Kind.ACTIVATION)
+    except Exception as error:  # an unusual module may raise anything
+        return NotRecognized(f"it cannot be run on its own ({type(error).__name__})", near=False, kind=Kind.ACTIVATION)
 
 
 def _refusal(module: nn.Module) -> str | None:
@@ -262,10 +262,10 @@ def _recognized(module: nn.Module, form: ActivationForm, base: torch.dtype) -> A
         raise Refused("it is a TorchScript module")
     own = next(iter(own_tensors(module)), None)
     if own is not None:
-        raise Refused(f"its tensor {own} is no part of {form.what}")
+        raise Refused(f"its tensor {own} is not part of {form.what}")
     name = tensor_attribute(module)
     if name is not None:
-        raise Refused(f"its attribute {name} is a tensor, and neither parameter nor buffer")
+        raise Refused(f"its attribute {name} is a tensor but neither a parameter nor a buffer")
     runs: dict[torch.dtype, list[Run]] = {}
     for dtype in _DTYPES:
         try:

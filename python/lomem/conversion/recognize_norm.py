@@ -1,4 +1,4 @@
-"""Whether a module is a layer or RMS norm, on all of its domain."""
+"""Recognizes modules that compute a layer or RMS norm, on their whole domain."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ __all__ = ["recognize_norm"]
 
 
 class _Far(Refused):
-    """A module that is no norm on ordinary inputs either."""
+    """The module is not a norm on ordinary inputs either."""
 
 
 def _forms(probe: Probe) -> Iterator[NormForm]:
@@ -61,7 +61,7 @@ def _forms(probe: Probe) -> Iterator[NormForm]:
 
 
 def _ordinarily(probe: Probe) -> NormForm:
-    """The form that a module has on ordinary inputs, whatever it does with others; its eps is not felt there."""
+    """The form that a module has on ordinary inputs, where eps has no effect, whatever it does with others."""
     own = next((t.dtype for t in own_tensors(probe.module).values() if t.is_floating_point()), F32)
     settings = [SETTINGS[0], SETTINGS[1], Setting(own, own)]
     problem: Refused | None = None
@@ -79,25 +79,25 @@ def _ordinarily(probe: Probe) -> NormForm:
                 for form in _forms(probe):
                     if close(result, probe.expected(form, values, x, 0.0), relative):
                         return form
-                problem = _Far("its result is no layer norm or RMS norm of its input")
+                problem = _Far("its result is not a layer norm or RMS norm of its input")
         if isinstance(problem, _Far):
             break
     raise _Far(problem.reason if problem is not None else "")
 
 
 def _check_attributes(probe: Probe, form: NormForm) -> None:
-    # What has no effect now may have one later.
+    # Tensors without an effect now may have one later.
     for name in own_tensors(probe.module):
         if name not in (form.gamma, form.beta):
-            raise Refused(f"its tensor {name} is no weight or bias of a norm")
+            raise Refused(f"its tensor {name} is not a weight or bias of a norm")
     attribute = tensor_attribute(probe.module)
     if attribute is not None:
-        raise Refused(f"its attribute {attribute} is a tensor, and neither parameter nor buffer")
+        raise Refused(f"its attribute {attribute} is a tensor but neither a parameter nor a buffer")
 
 
 def _first_runs(probe: Probe, form: NormForm) -> dict[Setting, torch.dtype]:
-    """The dtypes of results, where every run in every setting and mode is made of what norms are made of."""
-    # On the module's own device: autocast's rules are others on each.
+    """The dtype of the result in each setting. Refuses modules that, in any setting or mode, run ops norms do not."""
+    # On the module's own device, since autocast's rules depend on it.
     tensors = own_tensors(probe.module).values()
     device = next((t.device for t in tensors if t.is_cuda and torch.cuda.is_available()), CPU)
     dtypes: dict[Setting, torch.dtype] = {}
@@ -109,21 +109,21 @@ def _first_runs(probe: Probe, form: NormForm) -> dict[Setting, torch.dtype]:
             except Refused:
                 if setting in dtypes:
                     raise
-                break  # torch's own norms refuse some mixes
+                break  # torch's own norms reject some mixes of dtypes
             if result.written:
                 raise Refused("it writes to its input")
             op = unexplained(result.ops, NORM_OPS)
             if op is not None:
-                raise Refused(f"it also computes {op}, which is no part of {form.what}")
+                raise Refused(f"it also computes {op}, which is not part of {form.what}")
             if result.foreign:
-                raise Refused("it computes with a tensor that requires grad and is none of its own")
+                raise Refused("it uses a tensor that requires grad and is not one of its own")
             if dtypes.setdefault(setting, result.value.dtype) != result.value.dtype:
-                raise Refused("the dtype of its result is not the same in training and evaluation mode")
+                raise Refused("the dtype of its result differs between training and evaluation mode")
     return dtypes
 
 
 def _estimated_eps(probe: Probe, form: NormForm) -> float:
-    # out = n * sqrt(v / (v + eps)) of inputs so small that eps is felt.
+    # out = n * sqrt(v / (v + eps)), for inputs so small that eps has an effect.
     values = probe.ordinary()
     gamma, beta = probe.affine(form, values)
     low = torch.finfo(probe.setting.input).tiny
@@ -139,7 +139,7 @@ def _estimated_eps(probe: Probe, form: NormForm) -> float:
             break
     else:
         return 0.0
-    # Each row has a square mean of its own; solve for the eps with which all are met best, from a good start.
+    # The mean square differs from row to row: solve for the eps that fits all best, from a good start.
     eps = square.mean().item() * (1 / felt.item() ** 2 - 1)
     for _ in range(60):
         ratio = (square / (square + eps)).sqrt()
@@ -150,7 +150,7 @@ def _estimated_eps(probe: Probe, form: NormForm) -> float:
 
 
 def _numbers(module: nn.Module) -> dict[str, float]:
-    """Attributes of a module and of its classes that are numbers."""
+    """Numeric attributes of a module and its classes."""
     found: dict[str, Any] = {}
     for cls in reversed(type(module).__mro__):
         if cls not in nn.Module.__mro__:
@@ -177,7 +177,7 @@ def _candidates_of_eps(probe: Probe, form: NormForm) -> Iterator[NormForm]:
 
 
 def _is_eps(probe: Probe, form: NormForm, name: str) -> bool:
-    """Whether another value of an attribute is another eps."""
+    """Whether changing an attribute changes eps accordingly."""
     values, x, eps = probe.ordinary(), probe.scaled(0.5), 0.375
     try:
         result = probe.run(values, x, changed={name: eps}).value
@@ -197,7 +197,7 @@ def _with_eps(probe: Probe, form: NormForm, seen: Mapping[Setting, torch.dtype])
             expected = probe.expected(candidate, values, x, probe.setting.eps(candidate))
             if not close(result, expected, 3 * probe.setting.relative(result.dtype)):
                 size = "small" if scale < 1 else "large"
-                problem = problem or Refused(f"it treats {size} inputs as no layer norm or RMS norm does")
+                problem = problem or Refused(f"its result for {size} inputs is not that of a layer norm or RMS norm")
                 break
         else:
             refused = _sweep(probe, candidate, seen)
@@ -208,10 +208,10 @@ def _with_eps(probe: Probe, form: NormForm, seen: Mapping[Setting, torch.dtype])
 
 
 def _sweep(probe: Probe, form: NormForm, seen: Mapping[Setting, torch.dtype]) -> Refused | None:
-    """Compares with the form over all inputs and over all weights, in every setting."""
+    """Compares the module with the form over all inputs and all weights, in every setting."""
     for index, setting in enumerate(seen):
         for turn, (training, grad) in enumerate(MODES[:2] if probe.large else MODES):
-            # So that each is tried in each mode, in some of the settings.
+            # Alternates, so that inputs and weights are each tried in every mode, in some of the settings.
             wide = (turn + index) % 2 == 1
             values = probe.signed() if wide else probe.extreme(setting)
             x = rows_of_all_sizes(probe, form, setting.input, index + turn) if wide else probe.scaled(1.0)
@@ -223,7 +223,7 @@ def _sweep(probe: Probe, form: NormForm, seen: Mapping[Setting, torch.dtype]) ->
             except Refused:
                 if setting == probe.setting:
                     raise
-                break  # a mix of dtypes that the module's own device takes, and the CPU does not
+                break  # a mix of dtypes that the module's own device supports and the CPU does not
             wrong = wrong_elements(probe, form, setting, values, x, result.value)
             if not wrong.any():
                 continue
@@ -237,18 +237,18 @@ def _sweep(probe: Probe, form: NormForm, seen: Mapping[Setting, torch.dtype]) ->
 
 
 def _where(form: NormForm, x: Tensor, wrong: Tensor, wide: bool) -> str:
-    """Of what it is something else, in words."""
+    """Says for which inputs or weights the result is wrong."""
     if not wide:
-        return f"of weights that are negative, 0, tiny or huge it computes something else than {form.what}"
+        return f"for weights that are negative, 0, tiny or huge its result is not that of {form.what}"
     rows = x.flatten(1)[wrong.flatten(1).any(1)] if x.dim() > 1 else x[None]
     finite = rows[rows.isfinite().all(1)]
     if not len(finite):
-        return f"it treats infinities or NaN as {form.what} does not"
-    return f"of inputs of the size {finite[0].abs().amax().item():.0e} it computes something else than {form.what}"
+        return f"for infinities or NaN its result is not that of {form.what}"
+    return f"for inputs of magnitude {finite[0].abs().amax().item():.0e} its result is not that of {form.what}"
 
 
 def _check_numbers(probe: Probe, form: NormForm) -> None:
-    """A number that is not eps may be a factor of 1 today: it must be of no effect."""
+    """Refuses modules with a number, other than eps, that has an effect: it may be a factor that is 1 for now."""
     for name, value in attributes(probe.module).items():
         if not isinstance(value, float) or value in (form.eps, 0.0):
             continue
@@ -259,11 +259,11 @@ def _check_numbers(probe: Probe, form: NormForm) -> None:
         except Refused:
             result = torch.full_like(expected, math.nan)
         if not torch.equal(expected, result):
-            raise Refused(f"its attribute {name} is not known to be of a norm")
+            raise Refused(f"its attribute {name} has an effect that norms do not have")
 
 
 def _check_gradient(probe: Probe, form: NormForm) -> None:
-    """Compares gradients of inputs and weights, of upstream gradients of several sizes, and of NaN."""
+    """Compares gradients of inputs and weights, for upstream gradients of several sizes, and for NaN."""
     scale = math.sqrt(form.eps) if form.eps else 1e-2
     for training in (False, True):
         x = probe.input(torch.tensor([scale] if probe.single else [1.0, scale, 1e3, 1.0, 1.0], dtype=F64))
@@ -289,7 +289,7 @@ def _is_gradient(
         values = {name: value.clone().requires_grad_() for name, value in values.items()}
         loss = (probe.expected(form, values, leaf, eps) * weights).sum()
         expected = torch.autograd.grad(loss, [leaf, *values.values()])
-    # What is subtracted from an input's gradient may leave nearly nothing of it: all, of two elements.
+    # The subtractions in the input's gradient may leave almost nothing of it, and exactly 0 for two elements.
     size = weights * probe.affine(form, values)[0].detach() * (statistics(x, probe.dims, form.centred)[1] + eps).rsqrt()
     samples = zip(*((t[None] if probe.single else t) for t in (grads[0], expected[0], size)), strict=True)
     for got, wanted, before in samples:
@@ -308,8 +308,8 @@ _RULES: dict[ResultDtype, Callable[[Setting], torch.dtype]] = {
 
 
 def _dtype_rule(seen: Mapping[Setting, torch.dtype], autocast: bool) -> ResultDtype:
-    """How the result's dtype follows from those of input and weight."""
-    # Of float64 too, if nothing is cast.
+    """How the result's dtype follows from the dtypes of input and weight."""
+    # float64 is left out: the rule holds there too, if nothing is cast.
     relevant = {s: d for s, d in seen.items() if s.autocast == autocast and s.input != F64}
     for where, rule in _RULES.items():
         possible = relevant and (autocast or where is not ResultDtype.AUTOCAST)
@@ -319,13 +319,13 @@ def _dtype_rule(seen: Mapping[Setting, torch.dtype], autocast: bool) -> ResultDt
 
 
 def _recognized(probe: Probe, form: NormForm) -> NormForm:
-    """The form with all that belongs to it, of a module that has it on ordinary inputs."""
+    """The complete form of a module that has it on ordinary inputs; raises ``Refused`` if a check fails."""
     if probe.scripted:
         raise Refused("it is a TorchScript module")
     _check_attributes(probe, form)
     seen = _first_runs(probe, form)
     if probe.axis == 1 and probe.run(probe.ordinary(), probe.scaled(1.0)).value.is_contiguous():
-        raise Refused("its result lies in memory channels first, that of lomem's norm would lie channels last")
+        raise Refused("its result is laid out channels first, while that of lomem's norm would be channels last")
     form = _with_eps(probe, form, seen)
     _check_numbers(probe, form)
     _check_gradient(probe, form)
@@ -344,7 +344,7 @@ def _try(probe: Probe) -> NormForm | NotRecognized:
 
 
 def _normalizes_samples(probe: Probe) -> bool:
-    """Whether it is a norm over all but the first dimension, with a weight a channel, as ``GroupNorm(1, channels)``."""
+    """Whether it normalizes all but the first dimension, with a weight per channel, as ``GroupNorm(1, channels)``."""
     values, x = probe.ordinary(), probe.scaled(1e3)
     normalized = torch.nn.functional.layer_norm(x, x.shape[1:], eps=0.0)
     try:
@@ -353,7 +353,7 @@ def _normalizes_samples(probe: Probe) -> bool:
         return False
     if not probe.names:
         return close(result, normalized, FLOAT32)
-    # Linear in each sample's normalized values, with the same factor and offset for all samples of a channel.
+    # The result must be linear in the normalized values, with one factor and offset per channel for all samples.
     dims = (0, *range(2, x.dim()))
     centre = normalized.mean(dims, keepdim=True)
     slope = ((result - result.mean(dims, keepdim=True)) * (normalized - centre)).sum(dims, keepdim=True)
@@ -368,7 +368,7 @@ def _fits(shape: tuple[int, ...], axis: int, input_shape: Sequence[int]) -> bool
 
 
 def _shape(module: nn.Module, input_shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The dimensions over which a module may normalize."""
+    """The shape of the dimensions that a module may normalize over."""
     tensors = own_tensors(module).values()
     shapes = list(dict.fromkeys(tuple(t.shape) for t in tensors if t.is_floating_point() and t.dim() > 0))
     named = getattr(module, "normalized_shape", None)
@@ -377,57 +377,57 @@ def _shape(module: nn.Module, input_shapes: Sequence[Sequence[int]]) -> tuple[in
             return tuple(named)
         if input_shapes and len(input_shapes[0]) > 0 and input_shapes[0][-1] > 1:
             return (input_shapes[0][-1],)
-        raise Refused("nothing says over how many elements it normalizes")
+        raise Refused("the number of elements that it normalizes over is unknown")
     shape = max(shapes, key=math.prod)
-    # Gains, gates and masks may be there beside weight and bias. Matrices may not, of which running would take long.
+    # Gains, gates and masks are allowed beside weight and bias. Matrices are not: running them would take long.
     small = sum(math.prod(s) == math.prod(shape) for s in shapes) == 1 and len(tensors) <= 8
     if not small or any(not t.is_floating_point() and t.numel() > 1 for t in tensors):
         raise Refused("its parameters are not those of a norm")
     if math.prod(shape) < 2:
         raise Refused("it normalizes single elements")
     if not input_shapes and len(shape) > 1 and tuple(named or ()) != shape:
-        raise Refused("nothing says over how many elements it normalizes")
+        raise Refused("the number of elements that it normalizes over is unknown")
     return shape
 
 
 def _check_kind(module: nn.Module) -> None:
-    """Refuses what need not be run."""
+    """Refuses modules that need not be run."""
     if uninitialized(module):
         raise Refused("its parameters are not initialized yet")
     if next(module.children(), None) is not None:
         raise Refused("it has submodules")
     if isinstance(module, nn.Linear | nn.Embedding | _ConvNd):
-        raise Refused("its parameters are not those of a norm")  # and may be large
+        raise Refused("its parameters are not those of a norm")  # and may be large to run
     if isinstance(module, _NormBase):
         raise Refused(f"it is {'a batch' if isinstance(module, _BatchNorm) else 'an instance'} norm")
 
 
 def recognize_norm(module: nn.Module, input_shapes: Sequence[Sequence[int]] = ()) -> NormForm | NotRecognized:
-    """What norm a module is, or why it is none.
+    """Recognizes a norm, or says why the module is not one.
 
-    It is one where two witnesses agree: its values and gradients over the whole range of inputs and weights, in every
-    dtype and mode, and the ops that it is made of. Nothing is raised, whatever the module does.
+    Two kinds of evidence must agree: values and gradients over the whole range of inputs and weights, in every dtype
+    and mode, and the ops that the module runs. Never raises, whatever the module does.
 
     Args:
         module: The module.
-        input_shapes: Of inputs that it was seen with.
+        input_shapes: Shapes of inputs that it was called with.
     """
     try:
         _check_kind(module)
         shape = _shape(module, input_shapes)
     except Refused as error:
         return NotRecognized(error.reason, near=False, kind=Kind.NORM)
-    except Exception as error:  # a module that is like no other
+    except Exception as error:  # an unusual module may raise anything
         return _not_run(error)
     try:
         with quietly() as generator:
             return _recognize(module, shape, input_shapes, generator)
-    except Exception as error:  # a module that is like no other
+    except Exception as error:  # an unusual module may raise anything
         return _not_run(error)
 
 
 def _not_run(error: Exception) -> NotRecognized:
-    return NotRecognized(f"it cannot be run by itself ({type(error).__name__})", near=False, kind=Kind.NORM)
+    return NotRecognized(f"it cannot be run on its own ({type(error).__name__})", near=False, kind=Kind.NORM)
 
 
 def _recognize(
@@ -435,7 +435,7 @@ def _recognize(
 ) -> NormForm | NotRecognized:
     ranks = sorted({len(s) for s in input_shapes}) or [len(shape) + 1]
     axes = [axis for axis in (-1, 1) if all(_fits(shape, axis, s) for s in input_shapes)]
-    reason = "its parameters have another shape than those of a norm of its input"
+    reason = "its parameters do not have the shape of a norm over its input"
     refused = NotRecognized(reason, near=False, kind=Kind.NORM)
     for axis in axes if len(shape) == 1 else axes[:1]:
         probes = [Probe(module, shape, axis, rank, generator) for rank in ranks if axis == -1 or rank > 2]
@@ -450,7 +450,7 @@ def _recognize(
                 return refused
             continue
         if any(replace(form, ranks=()) != replace(forms[0], ranks=()) for form in forms):
-            reason = "it computes other things of inputs with other numbers of dimensions"
+            reason = "what it computes depends on its input's number of dimensions"
             return NotRecognized(reason, near=True, kind=Kind.NORM)
         return replace(forms[0], ranks=tuple(form.ranks[0] for form in forms))
     rank = max(ranks)

@@ -1,4 +1,4 @@
-"""What a conversion did, and why."""
+"""Reports what a conversion did, and why."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Decision:
 
     Attributes:
         name: Qualified name of the module.
-        kind: What it is about: ``"norm"``, ``"activation"`` or ``"call"`` (of ``F.gelu`` or ``F.silu`` in the module's
-            forward).
+        kind: ``"norm"``, ``"activation"`` or ``"call"`` (of ``F.gelu`` or ``F.silu`` in the module's forward).
         module: Name of the module's class.
         computes: What it was recognized as.
-        action: What was done: ``"2bit"`` or so, ``"inverted"``, ``"two outputs"``, ``"normalized"`` or ``"left"``.
+        action: What was done: ``"1bit"`` to ``"8bit"``, ``"inverted"``, ``"two outputs"``, ``"normalized"``, or
+            ``"left"`` (not converted).
         reason: Why, as a clause.
-        saved_bytes: How many bytes less are saved for backward in the example run; 0 where the module is left or
-            nothing was run.
+        saved_bytes: Reduction of the bytes saved for backward in the example run; 0 if the module is not converted or
+            there was no run.
     """
 
     name: str
@@ -52,12 +52,11 @@ class Report:
 
     Attributes:
         decisions: One for each norm, activation and functional call, in the order of the model's modules.
-        saved_before: Bytes saved for the backward pass of the example inputs, in training mode; None where nothing was
-            run.
+        saved_before: Bytes saved for backward on the example inputs, in training mode; None if there was no run.
         saved_after: The same after the conversion.
-        difference: Largest difference of an output from the original model's, relative to that output's norm; None
-            where it was not checked. 0 where only activations were converted.
-        notes: What else to know.
+        difference: Largest difference of an output from the original model's, relative to that output's norm; None if
+            not checked, 0 if only activations were converted.
+        notes: Further remarks.
     """
 
     decisions: tuple[Decision, ...]
@@ -68,24 +67,24 @@ class Report:
 
     @property
     def converted(self) -> tuple[Decision, ...]:
-        """What was changed."""
+        """Decisions to convert."""
         return tuple(d for d in self.decisions if d.action is not Action.LEFT)
 
     @property
     def left(self) -> tuple[Decision, ...]:
-        """What was not."""
+        """Decisions not to convert."""
         return tuple(d for d in self.decisions if d.action is Action.LEFT)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """The report as plain values."""
         return asdict(self, dict_factory=lambda items: {k: str(v) if isinstance(v, Text) else v for k, v in items})
 
     def to_json(self) -> str:
-        """As JSON."""
+        """The report as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
     def groups(self) -> list[tuple[Decision, int, int]]:
-        """Decisions that are alike but for the name: the first one, how many there are, and their bytes."""
+        """Groups of decisions that differ only in name: the first one, their number, and their total bytes."""
         alike: Counter[tuple[str, ...]] = Counter()
         nbytes: Counter[tuple[str, ...]] = Counter()
         first: dict[tuple[str, ...], Decision] = {}
@@ -100,7 +99,7 @@ class Report:
         """A table for rich's console.
 
         Args:
-            every: A row for each decision; else one for each kind.
+            every: Whether each decision gets a row, rather than each group of equal ones.
         """
         try:
             from rich.table import Table

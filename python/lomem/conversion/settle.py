@@ -1,4 +1,4 @@
-"""Which candidates are converted together, and why not the others."""
+"""Decides which candidates are converted together, and says why the others are not."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from .ledger import Candidate
 
 __all__ = ["settle"]
 
-#: Among conversions that free the same bytes the exact ones are preferred, and among those the simplest.
+#: Among conversions that free the same bytes, exact ones are preferred, and among those the simplest.
 _RANKS = {Action.INVERTED: 0, Action.TWO_OUTPUTS: 1, Action.NORMALIZED: 2}
 
 
 def settle(found: list[Candidate], finder: Finder, excluded: Callable[[str], bool]) -> None:
-    """Chooses the conversions with which the fewest bytes are saved, and leaves the others.
+    """Chooses the set of conversions that minimizes the bytes saved for backward, and rejects the others.
 
-    What a conversion frees depends on the others: with two norms of one input, either alone frees nothing, and neither
-    does an activation behind a norm that saves its output.
+    What a conversion frees depends on the others: of two norms with the same input, converting only one frees nothing.
+    Nor does converting an activation after a norm that saves its output.
 
     Args:
         found: All candidates.
         finder: The runs.
-        excluded: Whether the user wants a module left.
+        excluded: Whether the user excludes a module.
     """
     order = {name: i for i, name in enumerate(finder.modules)}
     found = sorted(found, key=lambda c: (order[c.name], c.kind))
     for c in found:
         inside = _left_inside(c, found, finder, excluded) if c.kind is Kind.CALL and not c.left else None
         if inside is not None:
-            c.leave(f"{inside} inside it is left")
+            c.leave(f"{inside} inside it is not converted")
     candidates = [c for c in found if not c.left]
     options = [_option(c, candidates, finder) for c in candidates]
     items = [(storage.nbytes, positions) for storage, positions in finder.ledger.positions.items()]
@@ -42,15 +42,15 @@ def settle(found: list[Candidate], finder: Finder, excluded: Callable[[str], boo
         c.gain = gain
         if c not in chosen:
             inside = next((candidates[j].name for j in sorted(options[i].needs) if j not in picked), None)
-            c.leave(_no_gain(c, chosen, finder) if inside is None else f"{inside} inside it is left")
+            c.leave(_no_gain(c, chosen, finder) if inside is None else f"{inside} inside it is not converted")
         elif (alone := _alone(c, chosen)) is not None:
-            c.reason = f"it keeps less than before, though {alone}"
+            c.reason = f"it saves less than before, though {alone}"
         elif gain <= 0 and (around := [d.name for d, o in zip(candidates, options, strict=True) if i in o.needs]):
-            c.reason = f"calls in {_some(around)} are not replaced without those in it"
+            c.reason = f"calls in {_some(around)} can only be replaced together with those in it"
 
 
 def _left_inside(c: Candidate, found: list[Candidate], finder: Finder, excluded: Callable[[str], bool]) -> str | None:
-    """A module that is left, but whose calls would be replaced together with those of the module around it."""
+    """A module that is not converted, but whose calls would be replaced along with those of the module around it."""
     for d in found:
         if d.kind is not Kind.NORM and d.left and c.contains(d.name):
             unknown = d.name in finder.callers or d.name not in finder.ran
@@ -72,21 +72,21 @@ def _option(c: Candidate, candidates: list[Candidate], finder: Finder) -> Option
 
 
 def _alone(c: Candidate, chosen: list[Candidate]) -> str | None:
-    """Why no other module saves what a norm saves, the others being converted; None where one does."""
+    """Why no other module saves what a norm saves, given the other conversions; None if one does."""
     if c.kind is not Kind.NORM:
         return None
     who = {i: [d.name for d in chosen if d is not c and d.drops(i)] for i in c.sharing}
     if not all(who.values()):
         return None
     names = {name for converted in who.values() for name in converted}
-    return f"{_some(names)} {'keep' if len(names) > 1 else 'keeps'} its output no more" if names else c.takers
+    return f"{_some(names)} no longer {'save' if len(names) > 1 else 'saves'} its output" if names else c.takers
 
 
 def _no_gain(c: Candidate, chosen: list[Candidate], finder: Finder) -> str:
-    """Why a candidate frees too little, the others being converted."""
+    """Why a candidate frees too little, given the other conversions."""
     ledger = finder.ledger
     if not c.own:
-        return "it keeps nothing"
+        return "it saves nothing"
     alone = _alone(c, chosen)
     if alone is not None:
         return alone
@@ -96,13 +96,13 @@ def _no_gain(c: Candidate, chosen: list[Candidate], finder: Finder) -> str:
             kept.add(ledger.saved[i].storage)
             others.add(ledger.saved[i].module or "")
     for d in chosen:
-        # Such a norm saves the same tensor.
+        # A converted norm that saves the same tensor.
         if d.kind is Kind.NORM and (mine := c.own & d.sharing):
             kept |= ledger.storages(mine)
             others.add(d.name)
     if not others:
-        return "it would keep hardly less"
-    return f"{_what(c, kept, finder)} is kept by {_some(others)} too"
+        return "converting it would free hardly anything"
+    return f"{_what(c, kept, finder)} is also saved by {_some(others)}"
 
 
 def _what(c: Candidate, storages: set[Storage], finder: Finder) -> str:
@@ -112,7 +112,7 @@ def _what(c: Candidate, storages: set[Storage], finder: Finder) -> str:
     if storages <= {call.result for call in calls}:
         return "its output"
     inside = any(call.start <= storage.born < call.end for call in calls for storage in storages)
-    return "part of what it keeps" if inside else "its input"
+    return "part of what it saves" if inside else "its input"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Runs of one module on made-up inputs: what comes out, what is written to, and which ops it is made of."""
+"""Runs a single module on synthetic inputs, and records its result, its writes and its ops."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class Refused(Exception):  # noqa: N818
-    """A module is not what it was tried as.
+    """A module is not what it was tested as.
 
     Args:
         reason: A clause about the module.
@@ -65,8 +65,8 @@ _MOVES = _names(
     """
 )
 _ARITHMETIC = _names("add sub rsub mul div neg reciprocal addcmul addcdiv pow square sqrt rsqrt")
-#: Ops that a layer or RMS norm may be made of. None of them is flat or has a kink anywhere, but for roots of squares,
-#: which negative weights show: so values of few inputs tell of all.
+#: Ops that a layer or RMS norm may consist of. None is flat or has a kink anywhere, except for roots of squares, which
+#: negative weights reveal. So a few inputs are representative of all.
 NORM_OPS = (
     _MOVES
     | _ARITHMETIC
@@ -74,30 +74,30 @@ NORM_OPS = (
     | _names("native_layer_norm native_group_norm rms_norm _fused_rms_norm")
     | _names("lomem::ms_layer_norm lomem::ms_layer_norm_forward lomem::ms_rms_norm lomem::ms_rms_norm_forward")
 )
-#: Of GELU and SiLU.
+#: Ops that GELU and SiLU may consist of.
 ACTIVATION_OPS = _MOVES | _ARITHMETIC | _names("erf erfc special_ndtr tanh sigmoid exp expm1 gelu silu")
-#: Of a linear layer. Products with a number are no part of it: what the number is now need not last.
+#: Ops that a linear layer may consist of. Products with a number are excluded, since the number may change later.
 LINEAR_OPS = _MOVES | _names("mm addmm bmm baddbmm mv addmv linear matmul add _addmm_activation")
 
-#: As those call it who write the module.
+#: Names of ops as users know them.
 _SPOKEN = {"_local_scalar_dense": "item", "native_dropout": "dropout", "native_batch_norm": "batch_norm"}
 
 
 def _name(func: torch._ops.OpOverload, args: tuple[Any, ...], result: Any) -> str:
     namespace, _, name = func._schema.name.partition("::")
-    # Written in place or not, an op computes the same; rounding is another matter.
+    # In place or not, an op computes the same. But a rounding mode makes it a different one.
     name = name.rstrip("_") if not name.endswith("__") else name
     if func._overloadname.endswith("_mode"):
         name = f"{name} with a rounding mode"
     if name in _MOVES and args and isinstance(args[0], Tensor) and isinstance(result, Tensor):
         integers = args[0].is_floating_point() and not result.is_floating_point()
-        # A cast to integers is flat.
+        # A cast to integers has zero gradient.
         name = f"a cast to {str(result.dtype)[6:]}" if integers else name
     return name if namespace == "aten" else f"{namespace}::{name}"
 
 
 def unexplained(ops: Iterable[str], explained: frozenset[str]) -> str | None:
-    """The first op that is none of those which explain the module, or None."""
+    """The first op that is not among the allowed ones, or None."""
     for name in ops:
         if name not in explained and not name.startswith("prim::"):
             return _SPOKEN.get(name, name)
@@ -108,8 +108,8 @@ class _Ops(TorchDispatchMode):
     """Records the ops of one run.
 
     Args:
-        keep: Whether to keep the ops' results too.
-        grad: Whether what the module is given requires grad.
+        keep: Whether to keep the results of the ops.
+        grad: Whether the module's arguments and tensors require grad.
     """
 
     def __init__(self, keep: bool, grad: bool) -> None:
@@ -128,7 +128,7 @@ class _Ops(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not self._grad:
-            # Whatever requires grad comes from elsewhere.
+            # A tensor that requires grad comes from elsewhere.
             self.foreign |= any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *kwargs.values()))
         result = func(*args, **kwargs)
         self.ops.append(_name(func, args, result))
@@ -143,10 +143,10 @@ class Run:
 
     Attributes:
         value: The result.
-        ops: Names of those that it was made of.
+        ops: Names of its ops.
         written: Whether the module wrote to its input.
-        foreign: Whether it computed with a tensor that requires grad and is none of its own.
-        results: Of its ops, where they were to be kept.
+        foreign: Whether it used a tensor that requires grad and is not one of its own.
+        results: Results of its ops, if requested.
     """
 
     value: Tensor
@@ -157,7 +157,7 @@ class Run:
 
 
 def _eagerly() -> contextlib.AbstractContextManager[Any]:
-    # Compiled functions take seconds, and say nothing of their ops. Whoever has some has imported this.
+    # Compiled functions take seconds and hide their ops. If there are any, torch._dynamo has been imported.
     if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
@@ -165,7 +165,7 @@ def _eagerly() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[torch.Generator]:
-    """Real tensors also where the model is fake, no graph, no autocast, and the global generators left alone."""
+    """Isolates the block: real tensors even under fake mode, no graph, no autocast, no change to global generators."""
     with (
         warnings.catch_warnings(),
         _disable_current_modes(),
@@ -174,16 +174,16 @@ def quietly() -> Iterator[torch.Generator]:
         torch.random.fork_rng(devices=[]),
         torch.autocast("cpu", enabled=False),
         torch.device("cpu"),
-        torch.autograd.set_detect_anomaly(False),  # gradients are NaN on purpose
-        torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),  # in place of those around
+        torch.autograd.set_detect_anomaly(False),  # some gradients are NaN on purpose
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),  # override any outer hooks
         _eagerly(),
     ):
-        warnings.simplefilter("ignore")  # of mixes of dtypes, which are tried on purpose
+        warnings.simplefilter("ignore")  # about mixes of dtypes, which are tried on purpose
         yield torch.Generator().manual_seed(0)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a module itself."""
+    """A module's own parameters and buffers, without submodules."""
     tensors = {**dict(module._parameters.items()), **dict(module._buffers.items())}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -192,12 +192,12 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module has beside what every module has."""
+    """A module's attributes, without those that every module has."""
     return {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
 
 
 def tensor_attribute(module: nn.Module) -> str | None:
-    """Name of an attribute that is or holds a tensor, and is no parameter or buffer."""
+    """Name of an attribute that is or holds a tensor but is not a parameter or buffer; None if there is none."""
     for name, value in attributes(module).items():
         leaves = tree_leaves(value) if isinstance(value, list | tuple | dict) else [value]
         if any(isinstance(leaf, Tensor) for leaf in leaves):
@@ -207,13 +207,13 @@ def tensor_attribute(module: nn.Module) -> str | None:
 
 @contextlib.contextmanager
 def with_values(module: nn.Module, values: Mapping[str, Tensor], changed: Mapping[str, Any]) -> Iterator[None]:
-    """A module with other parameters and attributes, under its own names.
+    """Gives a module other parameters and attributes inside the block.
 
-    Without a copy of the module: its parameters may be anything (fake, sharded, subclasses), and it may refer to the
-    whole model. What it changes of itself is set back.
+    The module is not copied: its parameters may be anything (fake, sharded, subclasses), and it may refer to the whole
+    model. Its changes to itself are undone.
     """
     if isinstance(module, torch.jit.ScriptModule):
-        yield  # is as it is
+        yield  # its parameters cannot be replaced
         return
     before = module_state(module)
     drawn = [(generator, generator.get_state()) for generator in generators_of(module)]
@@ -231,17 +231,17 @@ def with_values(module: nn.Module, values: Mapping[str, Tensor], changed: Mappin
 
 
 def uninitialized(module: nn.Module) -> bool:
-    """Whether a module is lazy, and has not run yet."""
+    """Whether a module is lazy and has not run yet."""
     return any(is_lazy(t) for t in own_tensors(module).values())
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    # NaN is not equal to itself; its bytes are.
+    # NaN is not equal to itself, but its bytes are.
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    """Its attributes, and what is in those that hold others."""
+    """A module's attributes, and the contents of containers among them."""
 
     def contents(value: Any) -> Any:
         if isinstance(value, dict):
@@ -252,7 +252,7 @@ def _state(module: nn.Module) -> dict[str, Any]:
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
-    """The first attribute that was set, deleted or, holding others, changed."""
+    """The first attribute that was set or deleted, or whose contents changed; None if there is none."""
     for name in {**before, **after}:
         (a, x), (b, y) = before.get(name, (Refused, None)), after.get(name, (Refused, None))
         if a is not b or x != y:
@@ -270,19 +270,19 @@ def run(
     keep: bool = False,
     changed: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Runs a module on one tensor, its hooks left out: those are the user's.
+    """Runs a module on one tensor, without its hooks, which are the user's.
 
     Args:
-        module: With the parameters that it has now, but for ``values``.
-        values: Tensors in place of its own.
-        x: What it is called with, a copy.
+        module: The module.
+        values: Tensors that replace its own; the others stay.
+        x: Its argument, which is copied.
         training: The mode.
         grad: Whether input and values require grad.
         keep: Whether to keep the results of its ops.
-        changed: Attributes in place of its own.
+        changed: Attributes that replace its own.
     """
     with torch.set_grad_enabled(grad):
-        # Not a leaf: those may not be written to.
+        # Not a leaf: leaves that require grad cannot be written to.
         argument = x.detach().clone().requires_grad_(grad).clone()
         version = argument._version
         values = {name: value.detach().clone().requires_grad_(grad) for name, value in values.items()}
@@ -296,11 +296,11 @@ def run(
                     result = module.forward(argument)
                 touched = _changed(state, _state(module))
         except Exception as error:
-            raise Refused("it does not run on a made-up tensor alone") from error
+            raise Refused("it does not run on a single synthetic tensor") from error
     if touched is not None:
         raise Refused(f"its forward changes its attribute {touched}")
     if not isinstance(result, Tensor) or not result.is_floating_point():
-        raise Refused("its result is no tensor")
+        raise Refused("its result is not a floating-point tensor")
     written = argument._version != version or not torch.equal(_bits(argument), _bits(x))
     return Run(result.detach(), ops.ops, written, ops.foreign, ops.results)
 
@@ -308,7 +308,7 @@ def run(
 def gradients(
     module: nn.Module, values: Mapping[str, Tensor], x: Tensor, weights: Tensor, training: bool
 ) -> list[Tensor]:
-    """Of input and values, of a weighted sum of the result."""
+    """Gradients of a weighted sum of the result, with respect to input and values."""
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         values = {name: value.detach().clone().requires_grad_() for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""Where the memory of training goes: what autograd keeps, and the peak of a step."""
+"""Measures training memory: what autograd saves for backward, and the peak of a training step."""
 
 from ._fake import estimate, fake
 from ._measured import measured_peak

@@ -1,4 +1,4 @@
-"""What ops of real devices keep, made true of fake CPU tensors."""
+"""Makes ops on fake CPU tensors save what they would save on a real device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["CudaLike", "FakeDevice", "is_looked_at"]
 
-#: Ops whose second and third results are statistics.
+#: Ops whose second and third results are statistics, such as the mean and rstd.
 _NORMS = (
     "aten::native_layer_norm",
     "aten::native_group_norm",
@@ -27,7 +27,7 @@ _NORMS = (
 )
 
 # fmt: off
-#: Under autocast on CUDA these compute in float32; on the CPU they take what they are given. (ATen/autocast_mode.h)
+#: Under autocast, CUDA computes these in float32, and the CPU in the dtype of their inputs. See ATen/autocast_mode.h.
 _FLOAT32 = frozenset((
     "layer_norm", "native_layer_norm", "rms_norm", "group_norm", "acos", "asin", "cosh", "exp", "expm1", "log",
     "log10", "log1p", "log2", "pow", "__pow__", "__rpow__", "reciprocal", "rsqrt", "sinh", "softplus", "tan",
@@ -37,7 +37,7 @@ _FLOAT32 = frozenset((
     "triplet_margin_loss", "cdist", "dist", "logsumexp", "renorm", "interpolate",
 ))
 # fmt: on
-#: These read 16 bits and compute in float32, without a copy of their input.
+#: These read 16-bit inputs without a copy, and compute in float32.
 _FLOAT32_RESULT = frozenset(["softmax", "log_softmax", "sum", "prod", "cumsum", "cumprod"])
 
 
@@ -46,22 +46,23 @@ _ITEM = torch.ops.aten._local_scalar_dense.default
 
 
 def is_looked_at(value: Any) -> bool:
-    """Whether a value is of the kind that models look at: small integers and bools, such as token ids and masks."""
+    """Whether models may read the value: small integer and bool tensors, such as token ids and masks."""
     if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
         return False
-    return value.numel() <= 2**20  # not the mask of a long sequence: rows times columns would take time and memory
+    return value.numel() <= 2**20  # larger ones, such as the mask of a long sequence, take time and memory
 
 
 class FakeDevice(TorchDispatchMode):
-    """Mode that corrects what a fake mode makes of CPU tensors, for the CPU or for CUDA.
+    """Mode that corrects the results of a fake mode on CPU tensors, to match the CPU or CUDA.
 
-    Small integers and bools that depend on no fake tensor are computed: whether transformers makes an attention mask,
-    for example, depends on the values of the padding mask. The statistics of norms of 16-bit tensors have the dtype
-    that real ones have: float32 on CUDA, and on the CPU where the weight is float32; fake ones have the input's. And
-    the gradient of the input of a norm has the input's dtype; a fake one has the weight's.
+    - Small integers and bools that depend on no fake tensor are computed. For example, whether transformers makes an
+      attention mask depends on the values of the padding mask.
+    - The statistics of norms of 16-bit tensors get their real dtype: float32 on CUDA, and on the CPU if the weight is
+      float32. The fake mode gives them the input's dtype.
+    - The gradient of a norm's input gets the input's dtype. The fake mode gives it the weight's.
 
     Args:
-        mode: The fake mode, which is on.
+        mode: The active fake mode.
         device: ``"cpu"`` or ``"cuda"``.
     """
 
@@ -91,17 +92,17 @@ class FakeDevice(TorchDispatchMode):
         return results
 
     def _makes_integers(self, func: torch._ops.OpOverload, args: Any, kwargs: Any) -> bool:
-        # With fake tensors in place of the real ones, which the op may write to.
+        # On fake tensors, since the op may write to its arguments.
         args, kwargs = tree_map_only(Tensor, self._mode.from_tensor, (args, kwargs))
         results = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
         return bool(results) and all(t.device.type == "cpu" and is_looked_at(t) for t in results)
 
 
 class CudaLike(TorchFunctionMode):
-    """Mode in which functions of fake CPU tensors run as the ops that CUDA tensors take.
+    """Mode in which functions of fake CPU tensors run the ops that CUDA tensors would.
 
-    Dropout keeps a bool mask; scaled dot product attention is the flash kernel (16 bits, no mask) or the efficient one;
-    RMS norm is one op; under autocast the functions that CUDA's autocast runs in float32 do so.
+    Dropout saves a bool mask; scaled dot product attention uses the flash kernel (16 bits, no mask) or the efficient
+    one; RMS norm is one op; under autocast, functions that CUDA's autocast runs in float32 run in float32.
     """
 
     def __torch_function__(
@@ -120,7 +121,7 @@ class CudaLike(TorchFunctionMode):
             return _dropout(*args, **kwargs)
         if name == "rms_norm":
             return _rms_norm(*args, **kwargs)
-        # Of tensors that have functions of their own, types names the classes.
+        # types lists the classes of arguments that override __torch_function__.
         body = None if types else _body(func)
         if body is None:
             return func(*args, **kwargs)
@@ -128,15 +129,15 @@ class CudaLike(TorchFunctionMode):
             return body(*args, **kwargs)
 
 
-#: What functions written in Python ask before they do anything; they hand themselves to the mode if the answer is yes.
+#: Functions written in Python call these first, and hand themselves to the mode if the result is True.
 _QUESTIONS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
 @functools.cache
 def _body(func: Callable[..., Any]) -> Callable[..., Any] | None:
-    """A function written in Python as it is without modes, so that the mode can be on for what it calls in turn.
+    """A copy of a function written in Python that ignores modes, so that the mode can be on for the functions it calls.
 
-    So the attention in ``multi_head_attention_forward`` is seen, and what a backward pass recomputes.
+    This makes visible the attention in ``multi_head_attention_forward``, and what a backward pass recomputes.
     """
     known = getattr(func, "__module__", None) == F.__name__ or func in (Tensor.backward, torch.autograd.backward)
     if not known or not isinstance(func, FunctionType):
@@ -156,14 +157,14 @@ def _float(value: Any) -> Any:
 
 
 def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
-    # As at::native::dropout decides for CUDA tensors.
+    # The condition in at::native::dropout for CUDA tensors.
     if train and 0 < p < 1 and input.numel() > 0:
         return torch.native_dropout(input, p, True)[0]
     return torch.dropout(input, p, train)
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """What aten::_fused_rms_norm keeps; on the CPU that op is a chain of others. Of fake tensors: results are empty."""
+    """Saves what aten::_fused_rms_norm saves, which the CPU runs as a chain of other ops. Results are empty (fake)."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, normalized_shape: list[int], weight: Tensor | None) -> Tensor:
@@ -219,7 +220,7 @@ def _attention(
 
 
 def _bias(mask: Tensor, query: Tensor, columns: int) -> Tensor:
-    """A mask as the efficient kernel takes it: of the query's dtype, its rows aligned, expanded without memory."""
+    """The mask for the efficient kernel: in the query's dtype, with aligned rows, expanded without using memory."""
     if mask.dtype == torch.bool:
         zero = torch.zeros((), dtype=query.dtype, device=query.device)
         mask = torch.where(mask, zero, float("-inf"))

@@ -1,4 +1,4 @@
-"""Models of any size without their memory, and what a training step of theirs would hold."""
+"""Builds models of any size without allocating them, and estimates the memory of a training step."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ __all__ = ["estimate", "fake"]
 
 @contextlib.contextmanager
 def fake(build_fn: Callable[[], nn.Module]) -> Iterator[nn.Module]:
-    """Builds a model that has shapes and no data, for the block: whatever its size, it takes no memory.
+    """Builds a model that has shapes but no data for the block, so that it takes no memory, whatever its size.
 
     ``build_fn`` runs under ``torch.device("meta")``; then parameters and buffers become fake tensors on the CPU. Tied
-    parameters stay tied. Inside the block all tensors that are made are fake, so that the model can be run; but
-    integers and bools, up to a million, are real: models look at token ids and masks.
+    parameters stay tied. All tensors created inside the block are fake, so that the model can be run, except for
+    integer and bool tensors of up to a million elements: models read token ids and masks.
 
     Example:
         >>> with lomem.memory.fake(lambda: transformers.LlamaForCausalLM(config)) as model:
         ...     model(input_ids=torch.zeros(1, 8, dtype=torch.long)).logits.shape
 
     Args:
-        build_fn: Builds the model. Loading weights is needless.
+        build_fn: Function that builds the model. It need not load weights.
     """
     with _fake("lomem.memory.fake", build_fn, "cpu") as (model, _):
         yield model
@@ -47,7 +47,7 @@ def _fake(function: str, build_fn: Callable[[], nn.Module], device: str) -> Iter
         raise TypeError(
             f"{function}: build_fn is of type {type(build_fn).__name__}, expected a function that builds a model"
         )
-    # Tensors of the caller's, such as the targets in his loss function, may be real.
+    # The user's tensors, such as targets in a loss function, may be real.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.random.fork_rng(devices=[]):
         model = _built(function, build_fn)
@@ -60,7 +60,7 @@ def _built(function: str, build_fn: Callable[[], nn.Module]) -> nn.Module:
     try:
         with torch.device("meta"):
             return build_fn()
-    except RuntimeError as error:  # of an op that has no meta kernel, or takes no tensors of two devices
+    except RuntimeError as error:  # an op has no meta kernel, or cannot mix devices
         raise RuntimeError(
             f'{function}: build_fn does not run under torch.device("meta") ({first_sentence(error)}): measure a small '
             "real model with lomem.memory.step_peak"
@@ -69,7 +69,7 @@ def _built(function: str, build_fn: Callable[[], nn.Module]) -> nn.Module:
 
 @contextlib.contextmanager
 def _faked(function: str, model: nn.Module) -> Iterator[_Faker]:
-    """Puts fake tensors in place of a model's, for the block: build_fn may have returned a model that is there."""
+    """Replaces a model's tensors by fake ones for the block. build_fn may have returned an existing model."""
     faker = _Faker(function)
     with contextlib.ExitStack() as stack:
         for module in model.modules():
@@ -79,7 +79,7 @@ def _faked(function: str, model: nn.Module) -> Iterator[_Faker]:
                         stack.callback(module._c.setattr, name, value)
                         module._c.setattr(name, faker(value))
                 continue
-            # Not only parameters and buffers: some keep a tensor as a plain attribute.
+            # Some modules hold tensors as plain attributes too.
             tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
             for tensors in tables:
                 for name, value in tensors.items():
@@ -90,11 +90,11 @@ def _faked(function: str, model: nn.Module) -> Iterator[_Faker]:
 
 
 class _Faker:
-    """Makes fake tensors on the CPU of others, under a fake mode: one of one, and one storage of one storage."""
+    """Maps tensors to fake ones on the CPU, under a fake mode: one per tensor, with one storage per storage."""
 
     def __init__(self, function: str) -> None:
         self._function = function
-        # The keys are kept: an address is another tensor's soon after.
+        # The keys stay alive, since an address may be reused.
         self._tensors: dict[Tensor, Tensor] = {}
         self._storages: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
 
@@ -116,8 +116,8 @@ class _Faker:
         if tensor.layout != torch.strided or tensor.is_nested or inner_tensors(tensor):
             kind = "nested" if tensor.is_nested else str(tensor.layout)
             raise ValueError(
-                f"{self._function}: a {type(tensor).__name__} of layout {kind} cannot be made fake, expected torch's "
-                "own strided tensors: measure a small real model with lomem.memory.step_peak"
+                f"{self._function}: a {type(tensor).__name__} of layout {kind} cannot be made fake, expected plain "
+                "strided tensors: measure a small real model with lomem.memory.step_peak"
             )
         (storage,) = storages_of(tensor)
         if storage._cdata not in self._storages:
@@ -127,7 +127,7 @@ class _Faker:
 
     def _bytes(self, tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
         if tensor.device.type == "meta" or not is_looked_at(tensor):
-            # Of integers made on the meta device (positions) nothing is known; 0 is a valid index, whatever of.
+            # Integers made on the meta device (positions) have no known values; 0 is a valid index into anything.
             return torch.zeros(storage.nbytes(), dtype=torch.uint8, device="cpu")
         with _disable_current_modes():
             whole = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
@@ -144,30 +144,30 @@ def estimate(
     autocast: torch.dtype | None = None,
     transform: Callable[[nn.Module], Any] | None = None,
 ) -> StepPeak:
-    """Says what a training step of a model of any size would hold, without its memory and without a GPU.
+    """Estimates the memory of a training step for a model of any size, without allocating the model and without a GPU.
 
-    The model is built as by :func:`fake`, and measured as by :func:`step_peak`. With ``device="cpu"`` the result is, to
-    the byte, that of the real model on the CPU. With ``device="cuda"`` ops keep what they keep on a GPU, where it
-    differs: dropout a mask of one byte an element; scaled dot product attention, fused, its inputs, its output and one
-    float a row; under autocast, norms, softmax and losses their float32 inputs; optimizers run over all parameters at
-    once (``foreach``). Not in it: workspaces inside ops and the allocator's rounding, 0 to 8 % of the peak.
+    The model is built as by :func:`fake`, and measured as by :func:`step_peak`. With ``device="cpu"`` the result is
+    exact to the byte for the real model on the CPU. With ``device="cuda"`` ops save what they save on a GPU: dropout a
+    mask of one byte per element; fused scaled dot product attention its inputs, its output and one float per row;
+    norms, softmax and losses under autocast their float32 inputs. Optimizers run over all parameters at once
+    (``foreach``). The estimate leaves out workspaces inside ops and the allocator's rounding, 0 to 8 % of the peak.
 
-    A fake tensor has no values, and a model that looks at them cannot be estimated. It may look at integers and bools
-    (token ids, masks) that come from a real batch: whether transformers makes an attention mask depends on whether the
-    padding mask has zeros. What a real op would refuse (dtypes that differ) a fake one may let pass.
+    Fake tensors have no values, so a model that reads them cannot be estimated. It may read integers and bools (token
+    ids, masks) from a real batch: whether transformers makes an attention mask depends on whether the padding mask has
+    zeros. Fake ops may accept what real ones reject, such as mixed dtypes.
 
     Example:
         >>> print(lomem.memory.estimate(build, {"input_ids": torch.zeros(4, 512, dtype=torch.long)}, torch.optim.AdamW))
 
     Args:
-        build_fn: Builds the model; runs under ``torch.device("meta")``.
-        batch: As of :func:`step_peak`, of real or meta tensors; or a function that makes it, which runs with fake
+        build_fn: Function that builds the model; runs under ``torch.device("meta")``.
+        batch: Batch of real or meta tensors, as for :func:`step_peak`; or a function that returns one, run with fake
             tensors.
-        optimizer: A function of the list of trainable parameters, such as a class of torch.optim.
-        loss: As of :func:`lomem.memory.profile`.
+        optimizer: Function of the list of trainable parameters, such as a class from torch.optim.
+        loss: Loss function, as for :func:`lomem.memory.profile`.
         device: ``"cuda"`` or ``"cpu"``.
-        autocast: Dtype under which the forward pass runs; by default that of the autocast block around.
-        transform: Changes the model before it is measured; may return another.
+        autocast: Autocast dtype of the forward pass; by default that of the surrounding autocast block.
+        transform: Function that changes the model before it is measured; may return another model.
     """
     function = "lomem.memory.estimate"
     if device not in ("cuda", "cpu"):

@@ -1,4 +1,4 @@
-"""The peak that the CUDA allocator sees."""
+"""Measures the peak of the CUDA allocator."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def measured_peak(
     loss: Loss | None = None,
     autocast: torch.dtype | None = None,
 ) -> int:
-    """Trains a step on a GPU, in a process of its own, and returns the allocator's peak in bytes.
+    """Trains on a GPU in a separate process, and returns the allocator's peak in bytes.
 
-    That is ``torch.cuda.max_memory_allocated()`` of the second step: with workspaces and rounding, which
-    :func:`step_peak` and :func:`estimate` do not see. Functions are sent by name, so they must be importable: not
-    lambdas, nor functions in functions.
+    This is ``torch.cuda.max_memory_allocated()`` for the second step. It includes workspaces and rounding, which
+    :func:`step_peak` and :func:`estimate` do not see. Functions are sent by name, so they must be importable: no
+    lambdas or nested functions.
 
     Args:
-        build_fn: Builds the model; runs with CUDA as default device.
-        batch_fn: Makes the batch, as of :func:`step_peak`; likewise.
-        optimizer: A function of the list of trainable parameters, such as a class of torch.optim.
-        loss: As of :func:`lomem.memory.profile`.
-        autocast: Dtype under which the forward pass runs.
+        build_fn: Function that builds the model; runs with CUDA as default device.
+        batch_fn: Function that makes the batch, as for :func:`step_peak`; runs with CUDA as default device.
+        optimizer: Function of the list of trainable parameters, such as a class from torch.optim.
+        loss: Loss function, as for :func:`lomem.memory.profile`.
+        autocast: Autocast dtype of the forward pass.
     """
     function = "lomem.memory.measured_peak"
     if not torch.cuda.is_available():
@@ -49,7 +49,7 @@ def measured_peak(
             pickle.dumps(value)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(f"{function}: {name} is {value!r}, expected an importable function") from error
-    # Spawned: a forked process cannot use CUDA, and the caller's may hold memory.
+    # Spawned, since a forked process cannot use CUDA; separate, since this process may hold memory.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(train_and_read, build_fn, batch_fn, optimizer, loss, autocast, "cuda").result()
 
@@ -62,7 +62,7 @@ def train_and_read(
     autocast: torch.dtype | None,
     device: str,
 ) -> int:
-    """What runs in the process."""
+    """Runs in the separate process."""
     function = "lomem.memory.measured_peak"
     memory = torch.get_device_module(device)
     with torch.device(device):
@@ -70,7 +70,7 @@ def train_and_read(
         batch = as_batch(function, "batch", batch_fn())
     made = optimizer([p for p in model.parameters() if p.requires_grad]) if optimizer is not None else None
     run = Run(function, model, batch, loss, autocast)
-    for _ in range(2):  # the optimizer's state is made in the first step
+    for _ in range(2):  # the first step creates the optimizer's state
         model.zero_grad(set_to_none=True)
         memory.reset_peak_memory_stats()
         run.backward(run.forward())

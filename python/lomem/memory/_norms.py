@@ -1,4 +1,4 @@
-"""Whether the outputs of norms are saved by another module too, and if not, why."""
+"""Finds out whether the outputs of norms are also saved by other modules, and if not, why."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ._report import dtype_name
 from ._run import tensors_in
 
 _NORMS = (MSLayerNorm, MSRMSNorm, nn.LayerNorm, nn.RMSNorm)
-#: Ops that draw the mask of a dropout which is written out.
+#: Ops that draw the mask of a hand-written dropout.
 _RANDOM = frozenset({torch.ops.aten.bernoulli, torch.ops.aten.bernoulli_})
 
 
@@ -30,12 +30,12 @@ class NormOutput:
 
     Attributes:
         module: Qualified name of the norm.
-        kind: Its class.
+        kind: Class of the norm.
         nbytes: Bytes of the output's storage.
         dtype: Dtype of the output.
-        kept_by_norm: Whether the norm itself saved the output for the backward pass, as memory-sharing norms do.
-        shared_with: The other modules that saved the very same storage.
-        reasons: Why those that take the output and do not share it do not.
+        kept_by_norm: Whether the norm itself saved the output for backward, as memory-sharing norms do.
+        shared_with: Other modules that saved the same storage.
+        reasons: Why other consumers of the output do not save it.
     """
 
     module: str
@@ -53,12 +53,12 @@ class NormOutput:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the outputs of a module are looked at: torch's norms, lomem's, and those that a conversion marked."""
+    """Whether a module's outputs are followed: torch's norms, lomem's norms, and converted ones."""
     return isinstance(module, _NORMS) or getattr(module, "lomem_norm", None) is not None
 
 
 class NormCalls:
-    """Context manager that notes the outputs of norms, inside the block of a recorder."""
+    """Context manager that records the outputs of norms, inside a recorder's block."""
 
     def __init__(self, model: nn.Module, recorder: Recorder) -> None:
         self._model, self._recorder = model, recorder
@@ -86,7 +86,7 @@ class NormCalls:
         self._handles.clear()
 
     def outputs(self) -> list[NormOutput]:
-        """What became of the outputs, once the forward pass is over."""
+        """The recorded outputs. Call after the forward pass."""
         explain = _Explain(self._model, self._recorder)
         result = []
         for name, module, storage, op in self._calls:
@@ -137,7 +137,7 @@ class _Explain:
         return list(self._savers.get(storage, ()))
 
     def reasons(self, storage: Storage, start: int, norm: str) -> Iterator[str]:
-        """Why the ops that take a storage, from one op on and outside of the norm, do not share it."""
+        """Why ops outside the norm, from index ``start`` on, that take a storage do not save it."""
         savers = self.savers(storage)
         explained = any(not _inside(saver, norm) for saver in savers)
         others: dict[str, None] = {}
@@ -148,9 +148,9 @@ class _Explain:
             module = self._modules.get(op.module) if op.module is not None else None
             why: list[str] = []
             if isinstance(module, _DropoutNd):
-                why = [f"the dropout `{where}` is between"]
+                why = [f"the dropout `{where}` is in between"]
             elif op.func._overloadpacket in DROPOUTS or any(s in self._random for s in op.inputs):
-                why = [f"a dropout in `{where}` is between"]
+                why = [f"a dropout in `{where}` is in between"]
             elif op.func._overloadpacket in COPIES:
                 why = list(self._copy(storage, op.outputs[0], index, norm))
             elif where in savers:
@@ -169,7 +169,7 @@ class _Explain:
         kind = f"a {dtype_name(copy.dtype)} copy" if copy.dtype != storage.dtype else "a copy"
         savers = self.savers(copy)
         for saver in savers:
-            yield f"`{saver}` keeps {kind} of it"
+            yield f"`{saver}` saves {kind} of it"
         if not savers:
             yield from self.reasons(copy, index + 1, norm)
 
@@ -178,17 +178,17 @@ class _Explain:
             origin = origin_of(storage)
             if origin in self._frozen:
                 owner = self._frozen[origin].rpartition(".")[0]
-                return f"the weight of `{owner}` is frozen: it keeps no input"
-        return f"`{where}` keeps no input: its weight needs no gradient there, or it is checkpointed"
+                return f"the weight of `{owner}` is frozen: it saves no input"
+        return f"`{where}` saves no input: its weight needs no gradient there, or it is checkpointed"
 
 
 def origin_of(storage: Storage) -> Storage:
-    """Where the chain of dtype conversions that made a storage began."""
+    """The start of the chain of dtype conversions that made a storage."""
     while storage.copy_of is not None:
         storage = storage.copy_of
     return storage
 
 
 def module_name(module: str | None) -> str:
-    """The name under which a module is reported; what ran outside of the model is its loss."""
+    """The name under which a module is reported. Ops outside the model belong to the loss."""
     return "(loss)" if module is None else module or "(model)"

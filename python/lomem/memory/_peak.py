@@ -1,4 +1,4 @@
-"""The peak of a training step, and what it is made of."""
+"""Measures the peak memory of a training step, and breaks it down into categories."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["CATEGORIES", "Peak", "StepPeak", "measure_step", "step_peak"]
 
 GRADIENT, STATE = "gradient", "optimizer state"
 
-#: What a byte can be, in the order in which it is asked.
+#: Categories of memory, roughly in order of precedence.
 CATEGORIES = (
     "parameters",
     "optimizer state",
@@ -46,13 +46,13 @@ class Peak:
     """The moment at which the most memory is held.
 
     Attributes:
-        nbytes: Held while the op runs, its results included.
-        categories: The bytes of each of :data:`CATEGORIES`.
+        nbytes: Bytes held while the op runs, including its results.
+        categories: Bytes in each of :data:`CATEGORIES`.
         phase: ``"forward"`` (with the loss), ``"backward"`` or ``"optimizer"``.
-        op: The op.
-        module: Where it ran; during backward, outside of recomputed modules, ``""``.
+        op: The op that runs.
+        module: Module in which it runs; ``""`` during backward, except in recomputed modules.
         node: Name of the autograd node, during backward.
-        index: Of the op in the timeline.
+        index: Index of the op in the timeline.
     """
 
     nbytes: int
@@ -75,12 +75,12 @@ class StepPeak(Report):
 
     Attributes:
         source: ``"measured"`` or ``"estimated"``.
-        device: Where it ran, or for which it was estimated.
-        autocast: Of the forward pass; None without.
-        peak: Of the whole step.
-        forward_backward: Of the step without the optimizer's (whose state is there all the time).
-        saved_bytes: What the forward pass left for the backward pass, as of :func:`lomem.memory.profile`.
-        weight_copy_bytes: Of them, copies of weights in another dtype.
+        device: Device on which it ran, or for which it was estimated.
+        autocast: Autocast dtype of the forward pass, None without autocast.
+        peak: Peak of the whole step.
+        forward_backward: Peak before the optimizer's step. It includes the optimizer's state.
+        saved_bytes: Bytes that the forward pass saved for backward, as in :func:`lomem.memory.profile`.
+        weight_copy_bytes: The part of them that is copies of weights in another dtype.
         timeline: Bytes held while each op ran.
         phases: Index in the timeline at which each phase begins.
     """
@@ -96,7 +96,7 @@ class StepPeak(Report):
     phases: dict[str, int]
 
     def categories(self) -> dict[str, int]:
-        """What a picture stacks, in bytes: the peak of the step."""
+        """Bytes in each category at the peak of the step, for plots."""
         return self.peak.categories
 
     def sections(self) -> list[Section]:
@@ -112,8 +112,8 @@ class StepPeak(Report):
         columns = ("", "step", "forward and backward")
         facts = [
             ("peak of the step", str(self.peak)),
-            ("of forward and backward", str(self.forward_backward)),
-            ("saved for backward", f"{size(self.saved_bytes)}, {size(self.weight_copy_bytes)} of it weight copies"),
+            ("peak of forward and backward", str(self.forward_backward)),
+            ("saved for backward", f"{size(self.saved_bytes)}, {size(self.weight_copy_bytes)} of them weight copies"),
         ]
         title = f"A training step, {self.source} for {self.device}{under}"
         return [Section(title, columns, rows), Section("Where", ("", ""), facts)]
@@ -128,27 +128,27 @@ def step_peak(
     steps: int = 2,
     autocast: torch.dtype | None = None,
 ) -> StepPeak:
-    """Runs training steps and says what the last one held at its peak, and why.
+    """Runs training steps, and reports the memory at the peak of the last one by category.
 
-    A step is: gradients to None, forward, loss, backward, ``optimizer.step()``. The storages that the ops make are
-    followed to their end, and each is named after what it ever was. Memory inside an op (workspaces), the allocator's
-    rounding and what was there before and is not touched are not seen.
+    A step sets gradients to None and runs forward, loss, backward and ``optimizer.step()``. Every storage that an op
+    creates is followed until it is freed, and belongs to one category. Workspaces inside ops, the allocator's rounding,
+    and earlier allocations that the step does not touch are not counted.
 
-    The model and the optimizer are left as they were, bit for bit: the optimizer's parameters and state and the
-    model's buffers are copied to CPU memory meanwhile. Random numbers, gradients, attributes of modules, and inputs
-    that were written to, are put back too. Of fake models nothing is copied.
+    The model and the optimizer are restored bit for bit: the optimizer's parameters and state and the model's buffers
+    are copied to CPU memory in the meantime. Random state, gradients, attributes of modules, and inputs that were
+    written to are restored too. Nothing is copied for fake models.
 
     Example:
         >>> print(lomem.memory.step_peak(model, batch, torch.optim.AdamW(model.parameters())))
 
     Args:
-        model: What is trained.
+        model: The model to train.
         batch: Its arguments: a dict of keyword arguments, a tuple or list of positional ones, or a tensor.
-        optimizer: Of parameters of the model; without one the step ends with the backward pass.
-        loss: As of :func:`lomem.memory.profile`.
-        steps: How many are run. The state of an optimizer is made in the first.
-        autocast: Dtype under which the forward pass runs; by default that of the autocast block around. The backward
-            pass and the optimizer run without.
+        optimizer: Optimizer of the model's parameters; without one the step ends with the backward pass.
+        loss: Loss function, as for :func:`lomem.memory.profile`.
+        steps: Number of steps to run. The first one creates the optimizer's state.
+        autocast: Autocast dtype of the forward pass; by default that of the surrounding autocast block. The backward
+            pass and the optimizer run without autocast.
     """
     return measure_step("lomem.memory.step_peak", model, batch, optimizer, loss, steps, autocast)
 
@@ -162,7 +162,7 @@ def measure_step(
     steps: int,
     autocast: torch.dtype | None,
 ) -> StepPeak:
-    """:func:`step_peak` in the name of another function."""
+    """Implements :func:`step_peak`; ``function`` is the name in error messages."""
     run = Run(function, model, as_batch(function, "batch", batch), loss, autocast)
     if optimizer is not None:
         _check_optimizer(function, model, optimizer)
@@ -176,7 +176,7 @@ def measure_step(
         stack.enter_context(_no_garbage_collection())
         counts = _StepCounts()
         if fake is not None and optimizer is not None:
-            # Below the recorder, which sees the same ops as of a real model.
+            # Below the recorder, which sees the same ops as for a real model.
             stack.enter_context(counts)
         for _ in range(steps - 1):
             _Step(run, optimizer, counts).run(None)
@@ -192,15 +192,15 @@ def _check_optimizer(function: str, model: nn.Module, optimizer: Any) -> None:
     strange = sum(p not in own for group in optimizer.param_groups for p in group["params"])
     if strange:
         raise ValueError(
-            f"{function}: optimizer holds {strange} tensors that are not of model, expected parameters of model alone"
+            f"{function}: optimizer holds {strange} tensors that are not in model, expected only parameters of model"
         )
 
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    # Outputs in cycles of references would end at a moment that depends on all else that the program does.
+    # Otherwise outputs in reference cycles would be freed at a moment that depends on the rest of the program.
     with Recorder():
-        torch.empty(0)  # the first op under a dispatch mode imports modules, whose garbage holds the frames around
+        torch.empty(0)  # the first op under a dispatch mode imports modules, whose garbage holds the current frames
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -280,7 +280,7 @@ class _Step:
             return "weight copies"
         if storage in self._saved:
             return "activations"
-        # Modules run during backward where checkpointing runs them again.
+        # Modules run during backward only if checkpointing recomputes them.
         if storage.born >= self._phases["backward"] and recorder.ops[storage.born].module is not None:
             return "recomputed"
         return "temporaries"
@@ -298,7 +298,7 @@ class _Step:
 
 
 class _StepCounts(TorchDispatchMode):
-    """Mode that answers an optimizer that reads the number of its steps out of a fake tensor: any number does."""
+    """Mode that lets an optimizer read its step count from a fake tensor. Any number will do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,7 +306,7 @@ class _StepCounts(TorchDispatchMode):
 
     @contextlib.contextmanager
     def answered(self) -> Iterator[None]:
-        """Only inside this block: to a model the answer would be wrong."""
+        """Answers inside this block only: for a model the answer would be wrong."""
         self._on = True
         try:
             yield
@@ -323,7 +323,7 @@ def _held(recorder: Recorder, classes: Iterable[str]) -> Iterator[Counter[str]]:
     """The bytes of each category that are held while each op runs."""
     changes: list[Counter[str]] = [Counter() for _ in range(len(recorder.ops) + 1)]
     for storage, name in zip(recorder.storages, classes, strict=True):
-        # A storage that was there before counts from the start, also where it is first seen late.
+        # A storage that existed before the step counts from the start, even if it is first seen later.
         changes[max(storage.born, 0)][name] += storage.nbytes
         if storage.died is not None:
             changes[storage.died][name] -= storage.nbytes

@@ -1,4 +1,4 @@
-"""What one forward pass keeps for the backward pass, and who keeps it."""
+"""Profiles what one forward pass saves for backward, and which modules save it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["ModuleBytes", "Profile", "Shared", "Unaccounted", "profile"]
 
 @dataclass
 class ModuleBytes:
-    """What a module keeps: storages that it was the first to save, weight copies left out.
+    """Bytes that a module saves: storages that it was the first to save, excluding weight copies.
 
     Attributes:
-        kind: Its class; empty for the loss.
+        kind: Class of the module; empty for the loss.
         own: Bytes that it saved itself.
-        subtree: With those of the modules in it.
+        subtree: Bytes including those of its submodules.
     """
 
     kind: str
@@ -39,13 +39,13 @@ class ModuleBytes:
 
 @dataclass
 class Shared:
-    """A storage that several modules saved, which counts once.
+    """A storage that several modules saved. It counts once.
 
     Attributes:
-        nbytes: Its size.
-        dtype: Of the tensor by which it was first saved.
-        shape: Of that tensor.
-        modules: Those that saved it, in their order.
+        nbytes: Size of the storage.
+        dtype: Dtype of the tensor by which it was first saved.
+        shape: Shape of that tensor.
+        modules: Modules that saved it, in order.
     """
 
     nbytes: int
@@ -56,14 +56,14 @@ class Shared:
 
 @dataclass
 class Unaccounted:
-    """A storage that lives after the forward pass without having been saved.
+    """A storage that is alive after the forward pass although autograd did not save it.
 
     Attributes:
-        nbytes: Its size.
-        dtype: Of the tensor by which it was first seen.
-        shape: Of that tensor.
-        op: What made it.
-        module: Where.
+        nbytes: Size of the storage.
+        dtype: Dtype of the tensor by which it was first seen.
+        shape: Shape of that tensor.
+        op: Op that made it.
+        module: Module in which that op ran.
     """
 
     nbytes: int
@@ -75,23 +75,23 @@ class Unaccounted:
 
 @dataclass
 class Profile(Report):
-    """What one forward pass keeps, each storage counted once.
+    """What one forward pass saves for backward. Each storage counts once.
 
     Attributes:
-        saved_bytes: Saved for the backward pass: ``activation_bytes`` and ``weight_copy_bytes``. Parameters, buffers
-            and inputs are there anyway and not in it.
-        activation_bytes: Of them, all that is no copy of a weight.
-        weight_copy_bytes: Of them, parameters and buffers in another dtype, as autocast makes them.
-        input_bytes: Saved inputs, and other tensors that were there before, as the targets in a loss function.
-        unaccounted_bytes: What lives after the forward pass and was not saved.
-        modules: By qualified name: ``"(model)"`` is the model itself, ``"(loss)"`` what ran after it.
+        saved_bytes: Bytes saved for backward: ``activation_bytes + weight_copy_bytes``. Parameters, buffers and inputs
+            do not count, since they are in memory anyway.
+        activation_bytes: The part of ``saved_bytes`` that is not copies of weights.
+        weight_copy_bytes: Parameters and buffers copied to another dtype, as autocast does.
+        input_bytes: Saved inputs and other tensors from before the forward pass, such as targets of a loss function.
+        unaccounted_bytes: Bytes alive after the forward pass that autograd did not save.
+        modules: Bytes by qualified name: ``"(model)"`` is the model itself, ``"(loss)"`` what ran after it.
         classes: Bytes of activations by class of module.
         dtypes: Bytes of activations by dtype.
         shared: Storages that several modules saved.
-        norms: The outputs of norms.
+        norms: Outputs of norms.
         unaccounted: The storages of ``unaccounted_bytes``.
-        device: Where it ran.
-        autocast: The dtype, None without.
+        device: Device on which it ran.
+        autocast: Autocast dtype, None without autocast.
     """
 
     saved_bytes: int
@@ -109,7 +109,7 @@ class Profile(Report):
     autocast: torch.dtype | None
 
     def categories(self) -> dict[str, int]:
-        """What a picture stacks, in bytes."""
+        """Bytes in each category, for plots."""
         return {
             "activations": self.activation_bytes,
             "weight copies": self.weight_copy_bytes,
@@ -123,8 +123,8 @@ class Profile(Report):
             ("activations", size(self.activation_bytes)),
             ("weight copies", size(self.weight_copy_bytes)),
             ("saved", size(self.saved_bytes)),
-            ("inputs, there anyway", size(self.input_bytes)),
-            ("alive and not saved (unaccounted)", size(self.unaccounted_bytes)),
+            ("inputs (already in memory)", size(self.input_bytes)),
+            ("alive but not saved (unaccounted)", size(self.unaccounted_bytes)),
         ]
         modules = [(m.own, (name, m.kind, size(m.own), size(m.subtree))) for name, m in self.modules.items() if m.own]
         sections = [
@@ -138,11 +138,11 @@ class Profile(Report):
             sections.append(Section("Shared: counted once", ("modules", "tensor", "size"), rows))
         if self.norms:
             sections.append(
-                Section("Norms", ("norm", "class", "output", "output kept by, and if not why"), _norm_rows(self.norms))
+                Section("Norms", ("norm", "class", "output", "output saved by, or why not"), _norm_rows(self.norms))
             )
         if self.unaccounted:
             rows = top((u.nbytes, (f"{u.op} in {u.module}", *_what(u))) for u in self.unaccounted)
-            sections.append(Section("Alive and not saved", ("made by", "tensor", "size"), rows))
+            sections.append(Section("Alive but not saved", ("made by", "tensor", "size"), rows))
         return sections
 
 
@@ -160,22 +160,22 @@ def _norm_rows(norms: Iterable[NormOutput]) -> list[Sequence[str]]:
 
 
 def profile(model: nn.Module, *args: Any, loss: Loss | None = None, **kwargs: Any) -> Profile:
-    """Runs one forward pass and its loss, and says what they keep for the backward pass.
+    """Runs one forward pass and its loss, and reports what they save for backward.
 
-    It runs as it is called: in the model's mode, under the autocast around. A storage counts once, for the module that
-    saved it first. The model is left as it was: buffers, attributes of its modules, gradients and random numbers too.
+    The model runs in its current mode, under the surrounding autocast. A storage counts once, for the module that saved
+    it first. The model is left unchanged, including buffers, attributes of its modules, gradients and random state.
 
-    Saved tensors are seen by hooks; what lives on without having been saved (a tensor on the ``ctx`` of a custom
-    function, or on a module) is ``unaccounted``. Inside a checkpointed region nothing is kept but its inputs.
+    Saved tensors are found by hooks. What stays alive without being saved (a tensor on the ``ctx`` of a custom
+    function, or on a module) is ``unaccounted``. A checkpointed region saves only its inputs.
 
     Example:
         >>> print(lomem.memory.profile(model, x))
 
     Args:
-        model: What runs.
-        *args: Its arguments.
-        loss: Makes a tensor of one element of the output. By default the output's ``loss`` if it has one, else the sum
-            of its floating-point tensors that need gradients.
+        model: The model to run.
+        *args: Its positional arguments.
+        loss: Function of the output that returns a tensor of one element. By default the output's ``loss`` if it has
+            one, otherwise the sum of its floating-point tensors that require gradients.
         **kwargs: Its keyword arguments.
     """
     run = Run("lomem.memory.profile", model, Batch(args, kwargs), loss)
@@ -187,7 +187,7 @@ def profile(model: nn.Module, *args: Any, loss: Loss | None = None, **kwargs: An
         norms = stack.enter_context(NormCalls(model, recorder))
         run.label(recorder)
         value = run.forward()
-        gc.collect()  # an output in a cycle of references is not kept by anybody
+        gc.collect()  # an output that is only in a reference cycle does not count
         recorder.label([value], "loss")
         living = set(recorder.living())
     return _profile(run, recorder, living, norms.outputs())
@@ -247,12 +247,12 @@ def _profile(run: Run, recorder: Recorder, living: set[Storage], norms: list[Nor
 
 
 def was_there(storage: Storage) -> bool:
-    """Whether a storage is no result of the forward pass: also a constant, or targets in a loss function."""
+    """Whether a storage existed before the forward pass, such as a constant or the targets of a loss function."""
     return storage.label in (PARAMETER, BUFFER, INPUT) or storage.born < 0
 
 
 def is_weight_copy(storage: Storage) -> bool:
-    """Whether conversions of dtype made a storage of a parameter or buffer."""
+    """Whether a storage is a copy of a parameter or buffer in another dtype."""
     return storage.copy_of is not None and origin_of(storage).label in (PARAMETER, BUFFER)
 
 

@@ -1,6 +1,6 @@
-"""What reports have in common: units, tables, pictures. Nothing here measures.
+"""Common parts of the reports: tables, plots and JSON.
 
-Tables need rich and pictures matplotlib, both optional: ``pip install 'lomem[bench]'``.
+Tables need rich and plots need matplotlib, both optional: ``pip install 'lomem[bench]'``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Report", "Section", "dtype_name", "plot", "top"]
 
 
-#: Columns that hold sizes, which are aligned to the right.
+#: Columns with sizes, which are right-aligned.
 _SIZES = ("size", "own", "with submodules", "output", "step", "forward and backward")
 
 
@@ -36,7 +36,7 @@ class Section(NamedTuple):
 
 
 def top(rows: Iterable[tuple[int, Sequence[str]]], count: int = 15) -> list[Sequence[str]]:
-    """The rows of the largest numbers, the largest first, and how many there are besides."""
+    """The rows with the largest numbers, largest first, and a last row with the number of the others."""
     ordered = sorted(rows, key=lambda row: -row[0])
     shown = [cells for _, cells in ordered[:count]]
     if len(ordered) > count:
@@ -49,22 +49,22 @@ def _right(column: str) -> bool:
 
 
 class Report:
-    """A dataclass that is shown as tables, a picture or JSON."""
+    """A dataclass that can be shown as tables, a plot or JSON."""
 
     def sections(self) -> list[Section]:
         """The tables."""
         raise NotImplementedError
 
     def categories(self) -> dict[str, int]:
-        """What a picture stacks, in bytes."""
+        """Bytes in each category, for plots."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        """All attributes, nested reports included, as what JSON holds."""
+        """All attributes, including nested reports, as JSON-compatible values."""
         return _plain(self)
 
     def to_json(self, indent: int | None = 1) -> str:
-        """:meth:`to_dict` as text."""
+        """:meth:`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=indent)
 
     def table(self) -> RenderableType:
@@ -82,7 +82,7 @@ class Report:
             for column in section.columns:
                 table.add_column(column, justify="right" if _right(column) else "left", no_wrap=_right(column))
             for row in section.rows:
-                # Text, not markup: names of modules may hold brackets.
+                # Text, not markup: names of modules may contain brackets.
                 table.add_row(*map(Text, row))
             parts += [Text(section.title, style="bold"), table]
         return Group(*parts)
@@ -110,14 +110,14 @@ class Report:
         return "\n".join(lines).rstrip()
 
     def plot(self, path: str | Path) -> None:
-        """Draws the categories as a stacked bar, see :func:`lomem.memory.plot`."""
+        """Draws the categories as a stacked bar; see :func:`lomem.memory.plot`."""
         plot({getattr(self, "source", "saved"): self}, path)
 
 
 class _Page(io.StringIO):
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        # Of where the text will be printed, probably: rich draws lines of ASCII where there are no others.
+        # The encoding of the likely output: if it cannot encode box-drawing characters, rich uses ASCII.
         return "utf-8" if encodes("─") else "ascii"
 
 
@@ -136,7 +136,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-#: Okabe and Ito's colours, which colour-blind readers tell apart, and greys for what no method here reduces.
+#: Okabe and Ito's colours, which colour-blind readers can tell apart, and greys for what lomem does not reduce.
 _COLORS = {
     "parameters": "0.55",
     "optimizer state": "0.7",
@@ -151,14 +151,14 @@ _COLORS = {
 
 
 def plot(reports: Mapping[str, Report], path: str | Path) -> None:
-    """Draws reports beside each other: a stacked bar each, a colour a category.
+    """Draws reports side by side: a stacked bar per report, a colour per category.
 
     Example:
         >>> lomem.memory.plot({"plain": before, "converted": after}, "memory.png")
 
     Args:
-        reports: Of one kind, by the names that stand under the bars.
-        path: Of the picture; its ending says in which format.
+        reports: Reports of one type, by their labels below the bars.
+        path: File to write; its extension determines the format.
     """
     if not isinstance(reports, Mapping) or not reports or not all(isinstance(r, Report) for r in reports.values()):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""A forward pass and its loss, as all measurements run them."""
+"""Runs a forward pass and its loss, for all measurements."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.batch import Batch
 from .._trace.recorder import Recorder
 
-#: What makes a scalar of a model's output.
+#: Function that computes a scalar from a model's output.
 Loss: TypeAlias = Callable[[Any], Tensor]
 
-#: Labels of the storages that are there before a step.
+#: Labels of the storages that exist before a step.
 PARAMETER, BUFFER, INPUT = "parameter", "buffer", "input"
 
 
 def check_model(function: str, model: Any) -> None:
-    """Raises where there is no model to run."""
+    """Raises if ``model`` is not a module that can be run."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model is of type {type(model).__name__}, expected a torch.nn.Module")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
-            raise ValueError(f"{function}: {name} of model has no shape yet, expected a model that ran once")
+            raise ValueError(f"{function}: {name} of model has no shape yet, expected a model that has run once")
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -47,16 +47,16 @@ class Run:
     """A model with its arguments and its loss.
 
     Args:
-        function: The public function, for errors.
-        model: What runs.
+        function: Name of the public function, for errors.
+        model: The model to run.
         batch: Its arguments.
-        loss: Makes a scalar of its output.
-        autocast: Dtype under which the forward pass runs; by default that of the block around.
+        loss: Function that computes a scalar from its output.
+        autocast: Autocast dtype of the forward pass; by default that of the surrounding block.
 
     Attributes:
-        inputs: The tensors of the arguments, cut from whatever graph they came from.
-        device: Of the model's first parameter, else of its first input.
-        autocast: The dtype, None without autocast.
+        inputs: The tensors among the arguments, detached from any graph.
+        device: Device of the model's first parameter, otherwise of its first input.
+        autocast: Autocast dtype, None without autocast.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Run:
         if autocast is not None and not isinstance(autocast, torch.dtype):
             raise TypeError(f"{function}: autocast is {autocast!r}, expected a torch.dtype such as torch.bfloat16")
         self.function, self.model, self._loss = function, model, loss
-        # Leaves of their own: a backward pass must not enter the caller's graph, nor leave gradients in his tensors.
+        # New leaves: a backward pass must not enter the user's graph, nor leave gradients in the user's tensors.
         self._batch = batch.map(_leaf)
         self.inputs = self._batch.tensors()
         first = next(iter([*model.parameters(), *self.inputs]), None)
@@ -86,8 +86,8 @@ class Run:
 
     def forward(self) -> Tensor:
         """Returns the loss. The output is dropped, as by ``loss = model(**batch).loss``."""
-        # The cache of weight copies ends with the outermost block, which may be the caller's, long after the forward
-        # pass; and a copy made before would not be seen here.
+        # autocast frees its cache of weight copies at the end of the outermost block, which may be the user's, long
+        # after the forward pass. And a copy made earlier would not be seen here.
         torch.clear_autocast_cache()
         fake = self.fake_mode() is not None
         try:
@@ -110,18 +110,18 @@ class Run:
         return loss
 
     def backward(self, loss: Tensor) -> None:
-        """The backward pass, without autocast also where there is one around."""
+        """Runs the backward pass, always without autocast."""
         with self._autocast(None), translated(self.function, self.fake_mode() is not None):
             loss.backward()
 
     def label(self, recorder: Recorder) -> None:
-        """Says which storages are there before the forward pass."""
+        """Labels the storages that exist before the forward pass."""
         recorder.label(self.model.parameters(), PARAMETER)
         recorder.label(self.model.buffers(), BUFFER)
         recorder.label(self.inputs, INPUT)
 
     def fake_mode(self) -> FakeTensorMode | None:
-        """The mode of a fake model."""
+        """The fake mode of a fake model, otherwise None."""
         tensors = [*self.model.parameters(), *self.model.buffers(), *self.inputs]
         return next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
 
@@ -144,7 +144,7 @@ class Run:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    # torch has no sum of strided nested tensors, nor of opaque ones.
+    # torch cannot sum strided nested tensors or opaque ones.
     if tensor.is_nested and tensor.layout == torch.strided:
         return torch.stack([t.sum() for t in tensor.unbind()]).sum()
     return (tensor.to_dense() if tensor.is_mkldnn else tensor).sum()
@@ -159,18 +159,18 @@ _INSTEAD = "measure a small real model with lomem.memory.step_peak"
 
 @contextlib.contextmanager
 def translated(function: str, fake: bool = True) -> Iterator[None]:
-    """Says in one sentence what torch cannot run under a measurement.
+    """Replaces errors of torch under a measurement by one-sentence messages.
 
     Args:
-        function: The public function.
-        fake: Whether the model may be a fake one.
+        function: Name of the public function.
+        fake: Whether the model may be fake.
     """
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise RuntimeError(
             f"{function}: the model calls {error.func}, which depends on the values of a tensor, and a fake one has "
-            f"a shape alone: {_INSTEAD}"
+            f"only a shape: {_INSTEAD}"
         ) from error
     except UnsupportedOperatorException as error:
         raise RuntimeError(
@@ -185,28 +185,28 @@ def translated(function: str, fake: bool = True) -> Iterator[None]:
             ) from error
         raise
     except AssertionError as error:
-        # Of a jagged tensor that is made of fake ones.
+        # Raised for a jagged tensor made of fake ones.
         if fake and "shape_env" in str(error):
             raise RuntimeError(
-                f"{function}: the model makes tensors of sizes that a fake one does not know: {_INSTEAD}"
+                f"{function}: the model makes tensors whose sizes are unknown with fake tensors: {_INSTEAD}"
             ) from error
         raise
 
 
 def refuses_hooks(error: BaseException | None) -> bool:
-    """Whether an error is torch's of a function transform that meets the hooks that see what is saved."""
+    """Whether torch raised the error because a function transform does not support saved-tensor hooks."""
     return isinstance(error, RuntimeError) and "don't yet support saved tensor hooks" in str(error)
 
 
 def no_hooks(function: str) -> str:
-    """The sentence of a model in which torch refuses to say what is saved."""
+    """The error message for a model in which torch does not support saved-tensor hooks."""
     return (
-        f"{function}: the model calls torch.func.grad, vjp, jacrev or hessian, inside which torch does not tell what "
-        "is saved, expected a model without them"
+        f"{function}: the model calls torch.func.grad, vjp, jacrev or hessian, inside which torch does not report "
+        "what is saved, expected a model without them"
     )
 
 
 def first_sentence(error: BaseException) -> str:
-    """Of the message of torch, which may have many lines."""
+    """The first sentence of an error message of torch, which may have many lines."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].split(". ")[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""What autograd keeps for the backward pass, counted once a storage."""
+"""Records what autograd saves for backward, counting each storage once."""
 
 from __future__ import annotations
 
@@ -20,22 +20,20 @@ __all__ = ["SavedForBackward", "saved_for_backward"]
 class SavedForBackward:
     """Context manager that records the storages that autograd saves inside it.
 
-    Two tensors that share a storage count once: that is what the memory-sharing norms are about.
-    While it lives it keeps the storages alive. Blocks may be nested; each counts what is saved inside
-    it. Other saved-tensor hooks around the block are not called inside it (torch calls the innermost
-    alone). Of a tensor subclass that wraps tensors those are counted; tensors of opaque layouts (mkldnn)
-    are not.
+    Tensors that share a storage count once; memory-sharing norms rely on this. The object keeps the storages alive.
+    Blocks may be nested; each counts what is saved inside it. Other saved-tensor hooks around the block are not called
+    inside it, since torch calls only the innermost hooks. For tensor subclasses that wrap tensors, the wrapped tensors
+    are counted. Tensors of opaque layouts (mkldnn) are not counted.
 
     Args:
-        exclude: Tensors that are there anyway (parameters, buffers, inputs); storages of theirs are
-            not counted.
+        exclude: Tensors that are in memory anyway (parameters, buffers, inputs). Their storages are not counted.
 
     Attributes:
-        tensors: Number of saved tensors, those of excluded storages left out.
+        tensors: Number of saved tensors, without those of excluded storages.
     """
 
     def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
-        # The address of the storage object, not of its data: that is 0 for fake and meta tensors.
+        # By the address of the storage object, since that of its data is 0 for fake and meta tensors.
         self._excluded: dict[int, torch.UntypedStorage] = {}
         self._lazy = self._checked(exclude)
         self._exclude()
@@ -48,12 +46,12 @@ class SavedForBackward:
         for tensor in tensors:
             if not isinstance(tensor, Tensor):
                 raise TypeError(
-                    f"lomem.memory.saved_for_backward: exclude has a {type(tensor).__name__}, expected tensors alone"
+                    f"lomem.memory.saved_for_backward: exclude has a {type(tensor).__name__}, expected only tensors"
                 )
         return tensors
 
     def _exclude(self) -> None:
-        # A parameter without a shape gets its storage when the model first runs.
+        # Lazy parameters get their storage when the model first runs.
         self._excluded |= {s._cdata: s for t in self._lazy for s in storages_of(t)}
         self._lazy = [t for t in self._lazy if is_lazy(t)]
 
@@ -66,12 +64,12 @@ class SavedForBackward:
 
     @property
     def storages(self) -> list[torch.UntypedStorage]:
-        """The distinct storages, in the order in which they were first saved."""
+        """Distinct storages, in the order in which they were first saved."""
         return list(self._storages.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the distinct storages."""
+        """Total bytes of the distinct storages."""
         return sum(storage.nbytes() for storage in self._storages.values())
 
     def __enter__(self) -> SavedForBackward:
