@@ -9,17 +9,16 @@ cudaError_t step_forward(
     DType dtype, const void* input, std::int64_t n, void* output, std::uint8_t* codes, cudaStream_t stream) {
   return visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
-    const StepForward<Function, typename Function::PublishedSteps, T> body(static_cast<const T*>(input), n, static_cast<T*>(output), codes);
+    const StepForward<Function, typename Function::PublishedSteps, T> body(
+        static_cast<const T*>(input), n, static_cast<T*>(output), codes);
     return launch(body, stream);
   });
 }
 
-template LOMEM_API cudaError_t
-step_forward<GELU>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+template LOMEM_API cudaError_t step_forward<GELU>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
 template LOMEM_API cudaError_t
 step_forward<GELUTanh>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
-template LOMEM_API cudaError_t
-step_forward<SiLU>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+template LOMEM_API cudaError_t step_forward<SiLU>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
 
 cudaError_t step_encode(
     DType dtype, const void* input, std::int64_t n, const double* boundaries, int bits, std::uint8_t* codes,

@@ -137,9 +137,8 @@ PyObject* hard_activation(PyObject* /*module*/, PyObject* const* args, Py_ssize_
       !read_numbers(args[2], parameters)) {
     return not_implemented();
   }
-  return call_without_gil(args[0], [&](const at::Tensor& input) {
-    return lomem::detail::exact_activation(input, function, parameters);
-  });
+  return call_without_gil(
+      args[0], [&](const at::Tensor& input) { return lomem::detail::exact_activation(input, function, parameters); });
   END_HANDLE_TH_ERRORS
 }
 

@@ -86,7 +86,7 @@ def step_activation_backward(grad_output: Tensor, codes: Tensor, levels: Sequenc
     return product.to(grad_output.dtype)
 
 
-class _StepActivation(torch.autograd.Function):
+class _WithSteps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, output, step):
         ctx.step = step
@@ -101,17 +101,17 @@ class _StepActivation(torch.autograd.Function):
 
 def step_activation(input: Tensor, fn: Callable[[Tensor], Tensor], step: StepFunction) -> Tensor:
     """``fn(input)`` with the derivative of ``step``."""
-    return _StepActivation.apply(input, fn(input.detach()), step)
+    return _WithSteps.apply(input, fn(input.detach()), step)
 
 
 def regelu2(input: Tensor, approximate: str = "none") -> Tensor:
     """See :func:`lomem.functional.regelu2`."""
-    return _StepActivation.apply(input, F.gelu(input.detach(), approximate=approximate), REGELU2)
+    return _WithSteps.apply(input, F.gelu(input.detach(), approximate=approximate), REGELU2)
 
 
 def resilu2(input: Tensor) -> Tensor:
     """See :func:`lomem.functional.resilu2`."""
-    return _StepActivation.apply(input, F.silu(input.detach()), RESILU2)
+    return _WithSteps.apply(input, F.silu(input.detach()), RESILU2)
 
 
 class _MSNorm(torch.autograd.Function):

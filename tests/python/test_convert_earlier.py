@@ -9,7 +9,7 @@ import pickled_model
 import pytest
 import torch
 from helpers import PUBLISHED
-from lomem.conversion.modules import MSNorm, SharedInput, StepActivation, StepCalls
+from lomem.conversion.modules import ConvertedActivation, MSNorm, SharedInput, StepCalls
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +41,7 @@ def test_it_loads_and_computes_what_it_did(contents):
         "inverted": MSNorm,
         "two outputs": MSNorm,
         "normalized": MSNorm,
-        "2bit": (StepActivation, StepCalls),
+        "2bit": (ConvertedActivation, StepCalls),
     }
     assert all(isinstance(modules[name], kinds[action]) for name, action in pickled_model.ACTIONS.items())
     plans = [modules[f"{name}.norm"].lomem_norm for name in ("pre", "post", "ill")]

@@ -87,8 +87,7 @@ at::Tensor band_codes_cpu(const at::Tensor& input, double low, double high) {
     const SubnormalsScope as_they_are(Subnormals::kept());
     cpu::band_encode(dtype, x, n, low, high, packed + first / group_size);
   };
-  encode_all(
-      encode, source.scalar_type(), source.const_data_ptr(), source.numel(), codes.mutable_data_ptr<uint8_t>());
+  encode_all(encode, source.scalar_type(), source.const_data_ptr(), source.numel(), codes.mutable_data_ptr<uint8_t>());
   return codes;
 }
 
@@ -264,8 +263,7 @@ bool may_be_fast(const at::Tensor& input) {
 }
 
 template <class Function>
-std::tuple<at::Tensor, at::Tensor> fused_forward(
-    const at::Tensor& input, Doubles boundaries, int64_t bits, bool fast) {
+std::tuple<at::Tensor, at::Tensor> fused_forward(const at::Tensor& input, Doubles boundaries, int64_t bits, bool fast) {
   const bool published = are_published_boundaries<Function>(boundaries, bits);
   const Encoder encode(boundaries, bits, published ? &cpu::step_encode<Function> : nullptr);
   const int64_t n = input.numel();
@@ -297,9 +295,8 @@ std::tuple<at::Tensor, at::Tensor> fused_forward(
 std::tuple<at::Tensor, at::Tensor> fused_activation_forward_cpu(
     const at::Tensor& input, std::string_view function, Doubles boundaries, int64_t bits, bool fast) {
   check_fused_forward(input, boundaries, bits);
-  return visit_fused(function, [&](auto type) {
-    return fused_forward<typename decltype(type)::type>(input, boundaries, bits, fast);
-  });
+  return visit_fused(
+      function, [&](auto type) { return fused_forward<typename decltype(type)::type>(input, boundaries, bits, fast); });
 }
 
 /// Used if no gradient is needed. The values are the same as with a gradient.

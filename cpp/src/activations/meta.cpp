@@ -28,8 +28,7 @@ std::tuple<at::Tensor, at::Tensor> hard_activation_forward_meta(
     const at::Tensor& input, std::string_view function, Doubles parameters) {
   constexpr const char* op = ops::hard_activation_forward.name;
   check_float_tensor(op, "input", input);
-  return {
-      activation_value(find_exact(op, function, parameters), input, parameters), empty_codes(input, 1)};
+  return {activation_value(find_exact(op, function, parameters), input, parameters), empty_codes(input, 1)};
 }
 
 std::tuple<at::Tensor, at::Tensor> fused_activation_forward_meta(

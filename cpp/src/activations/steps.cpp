@@ -83,18 +83,14 @@ c10::List<double> as_list(const std::vector<double>& values) {
 
 std::string_view name_of(Criterion criterion) {
   switch (criterion) {
-    case Criterion::derivative:
-      return "derivative";
-    case Criterion::primitive:
-      return "primitive";
-    case Criterion::paper:
-      return "paper";
+    case Criterion::derivative: return "derivative";
+    case Criterion::primitive: return "primitive";
+    case Criterion::paper: return "paper";
   }
   return {};
 }
 
-ResolvedSteps::ResolvedSteps(StepFunction resolved)
-    : steps(std::move(resolved)), saved_levels(as_list(steps.levels)) {}
+ResolvedSteps::ResolvedSteps(StepFunction resolved) : steps(std::move(resolved)), saved_levels(as_list(steps.levels)) {}
 
 void check_steps(const char* op, Doubles boundaries, Doubles levels, int64_t bits) {
   check_boundaries(op, boundaries, bits);

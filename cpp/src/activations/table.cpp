@@ -202,7 +202,8 @@ std::vector<Activation> make_table() {
              TORCH_CHECK_VALUE(p[1] > -infinity, op, ": threshold is ", p[1], ", expected a number");
            },
        // log(1 + exp(beta x)) / beta; x where beta x > threshold
-       .steps = [](Criterion c, int64_t bits, Doubles p) { return scaled(softplus_steps(p[1], c, bits), 1 / p[0], 1); }},
+       .steps = [](Criterion c, int64_t bits,
+                   Doubles p) { return scaled(softplus_steps(p[1], c, bits), 1 / p[0], 1); }},
       {.name = "softsign",
        .value = [](const Tensor& x, Doubles) { return x / (at::abs(x) + 1); },
        .steps = [](Criterion c, int64_t bits, Doubles) { return shipped_steps("softsign", c, bits); }},
@@ -265,8 +266,8 @@ std::vector<Activation> make_table() {
 
 const Activation& find(const char* op, std::string_view name, Doubles parameters, bool exact) {
   const std::vector<Activation>& table = activations();
-  const auto row =
-      std::find_if(table.begin(), table.end(), [&](const Activation& a) { return a.name == name && a.is_exact() == exact; });
+  const auto row = std::find_if(
+      table.begin(), table.end(), [&](const Activation& a) { return a.name == name && a.is_exact() == exact; });
   if (row == table.end()) {
     std::vector<std::string_view> names;
     for (const Activation& a : table) {

@@ -1,8 +1,8 @@
 // The table of activations: what each one computes, and which step function approximates its derivative.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
 #include <lomem/ops/step_function.h>
 
 #include <limits>

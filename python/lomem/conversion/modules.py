@@ -22,7 +22,7 @@ from .kinds import Criterion, Function, ResultDtype
 from .live import Fixed, fixed, holds
 from .recognize import ActivationForm, LinearForm, NormForm
 
-__all__ = ["MSNorm", "NormPlan", "SharedInput", "StepActivation", "StepCalls", "as_activation"]
+__all__ = ["ConvertedActivation", "MSNorm", "NormPlan", "SharedInput", "StepCalls", "as_activation"]
 
 _lomem = torch.ops.lomem
 
@@ -97,7 +97,7 @@ class _FewBit(Converted):
             self.__dict__["lomem_criterion"] = Criterion.PAPER if two else Criterion.DERIVATIVE
 
 
-class StepActivation(_FewBit):
+class ConvertedActivation(_FewBit):
     """An activation that saves a few bits per element for backward; its result is the original one, bit for bit."""
 
     lomem_prefix = "Step"

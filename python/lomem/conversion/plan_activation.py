@@ -10,7 +10,7 @@ from .finder import CALLS, Finder, ways_of_its_own
 from .forms import ActivationForm
 from .kinds import Action, Criterion, Function, Kind
 from .ledger import Candidate
-from .modules import StepActivation, StepCalls
+from .modules import ConvertedActivation, StepCalls
 
 __all__ = ["plan_activation", "plan_calls"]
 
@@ -21,7 +21,7 @@ def plan_activation(
     """The candidate for an activation. Without a run, it is converted."""
     reason = f"its backward pass saves {bits} bit{'s' * (bits > 1)} per element"
     c = Candidate(name, Kind.ACTIVATION, form, Action.of_bits(bits), reason)
-    c.changes[name] = (StepActivation, StepActivation.attributes(module, form, bits, criterion))
+    c.changes[name] = (ConvertedActivation, ConvertedActivation.attributes(module, form, bits, criterion))
     if finder is None:
         return c
     unused = finder.unused(name)

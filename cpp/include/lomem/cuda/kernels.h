@@ -22,12 +22,10 @@ template <class Function>
 LOMEM_API cudaError_t
 step_forward(DType dtype, const void* input, std::int64_t n, void* output, std::uint8_t* codes, cudaStream_t stream);
 
-extern template cudaError_t step_forward<GELU>(
-    DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+extern template cudaError_t step_forward<GELU>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
 extern template cudaError_t step_forward<GELUTanh>(
     DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
-extern template cudaError_t step_forward<SiLU>(
-    DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+extern template cudaError_t step_forward<SiLU>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
 
 /// Codes of n elements among 2^bits - 1 ascending boundaries in host memory, each rounded once to the arithmetic type
 /// of `dtype`. bits = 1..8.

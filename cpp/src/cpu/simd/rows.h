@@ -9,8 +9,8 @@
 namespace lomem::cpu {
 namespace {
 
-/// An element type known only at run time: costs a predictable branch per vector. Without AVX a vector is short and there
-/// are many of them: a call each, since inlining them all took the compiler a minute.
+/// An element type known only at run time: costs a predictable branch per vector. Without AVX a vector is short and
+/// there are many of them: a call each, since inlining them all took the compiler a minute.
 struct Any {};
 #if defined(__AVX__)
 #define LOMEM_ANY_ELEMENT inline

@@ -236,8 +236,8 @@ inline Halves to_halves(const Words& x) {
 #endif
 }
 
-// (Where an element takes dozens of instructions, a call costs next to nothing, and the compiler is spared inlining them
-// at hundreds of places.)
+// (Where an element takes dozens of instructions, a call costs next to nothing, and the compiler is spared inlining
+// them at hundreds of places.)
 #if defined(__F16C__)
 #define LOMEM_FLOAT16_CONVERSION inline
 #else
