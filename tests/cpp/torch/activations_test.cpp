@@ -296,7 +296,7 @@ TEST(Activations, HaveStepsOfThePaperOnlyWhereItPublishesThem) {
   const std::string no_steps =
       ": criterion is 'paper', expected 'derivative' or 'primitive' for mish, which has no published step function";
   const std::string no_bits =
-      ": bits is 3, expected 2 for criterion 'paper', whose step functions are published for it alone";
+      ": bits is 3, expected 2 for criterion 'paper', whose published step functions all have that many bits";
   for (const auto& input : {x, x.clone().requires_grad_()}) {
     EXPECT_EQ(
         error_of([&] { lomem::mish(input, {.bits = 2, .criterion = "paper"}); }), "lomem::step_activation" + no_steps);
