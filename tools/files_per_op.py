@@ -52,7 +52,7 @@ CEILINGS: dict[str, int] = {
     "pack_bits": 32,
     "randomized_linear": 24,
     "softplus": 13,
-    "step_activation": 33,
+    "step_activation": 32,
     "step_codes": 17,
     "unpack_bits": 28,
 }

@@ -252,7 +252,8 @@ def test_words_in_backticks(block, word):
     assert names, f"CONTRIBUTING.md has a word of an unknown kind in backticks: `{word}`"
     directs = re.match(r"\d+\. |\| ", PROSE[block].text) is not None
     named = [f for other in words(PROSE[block]) if directs and PATH.fullmatch(other) for f in files_of(other)]
-    sources = [path for path in FILES if Path(path).suffix in (".h", ".cpp", ".cu", ".cuh", ".py", ".def", ".cmake")]
+    suffixes = (".h", ".cpp", ".cu", ".cuh", ".py", ".def", ".cmake")
+    sources = [path for path in FILES if Path(path).suffix in suffixes or Path(path).name == "CMakeLists.txt"]
     for name in names:
         where = named or [path for path in sources if Path(path).name != Path(__file__).name]
         assert any(stands_in(name, path) for path in where), f"`{name}` of `{word}` is in none of {where[:20]}"
