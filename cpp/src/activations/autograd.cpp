@@ -79,14 +79,18 @@ struct StepActivation : FewBitFunction<StepActivation> {
   static constexpr const char* name = "StepActivationBackward";
 
   static at::Tensor forward(
-      AutogradContext* ctx, const at::Tensor& input, std::string_view function, Doubles parameters, int64_t bits,
+      AutogradContext* ctx, const at::Tensor& input, const Activation& activation, Doubles parameters, int64_t bits,
       std::string_view criterion, const ResolvedSteps& steps, bool fast) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     // The step function is passed explicitly: compilers save what they trace, and a later version of the library, whose
     // tables may differ, must not combine the levels of this version with its own boundaries.
-    auto [output, codes] = ops::step_activation_forward(
-        input, function, parameters, bits, criterion, Doubles(steps.steps.boundaries), Doubles(steps.steps.levels),
-        fast);
+    const Doubles boundaries = steps.steps.boundaries;
+    // (A fused activation skips a call of the dispatcher, which costs as much as a small activation.)
+    auto [output, codes] =
+        activation.fused
+            ? ops::fused_activation_forward(input, activation.name, boundaries, bits, fast)
+            : ops::step_activation_forward(
+                  input, activation.name, parameters, bits, criterion, boundaries, Doubles(steps.steps.levels), fast);
     save(ctx, codes, output, steps.saved_levels);
     return output;
   }
@@ -101,7 +105,7 @@ at::Tensor step_activation_autograd(
   if (needs_grad(input)) {
     const Activation& activation = find_activation(op, function, parameters);
     const auto steps = resolve_steps(op, activation, parameters, {bits, criterion, boundaries, levels});
-    return apply_function<StepActivation>(input, function, parameters, bits, criterion, *steps, fast);
+    return apply_function<StepActivation>(input, activation, parameters, bits, criterion, *steps, fast);
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return ops::step_activation(input, function, parameters, bits, criterion, boundaries, levels, fast);

@@ -113,12 +113,13 @@ void check_step_arguments(const char* op, const Activation& activation, const St
 
 std::shared_ptr<const ResolvedSteps> resolve_steps(
     const char* op, const Activation& activation, Doubles parameters, const StepArguments& arguments) {
-  check_step_arguments(op, activation, arguments);
   const auto& [bits, criterion, boundaries, levels] = arguments;
-  if (!boundaries) {
+  if (!boundaries && !levels) {
+    check_bits(op, bits);
     static Registry registry;
     return registry.get(activation, parse_criterion(op, activation, criterion, bits), bits, parameters);
   }
+  check_step_arguments(op, activation, arguments);
   StepFunction steps{filled_boundaries(*boundaries, bits), levels->vec()};
   steps.levels.resize(size_t{1} << bits, steps.levels.back());
   return std::make_shared<const ResolvedSteps>(std::move(steps));
