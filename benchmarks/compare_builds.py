@@ -5,7 +5,7 @@ consecutive runs. The script prints the geometric mean of the ratios and its 95 
 the logarithms). A figure whose whole interval is above --limit is a regression, and the exit status is then 1. The
 machine must be idle otherwise.
 
-    python benchmarks/compare_builds.py OTHER [--runs 8] [--limit 1.03] [--json FILE] -- <arguments of lomem bench>
+    python benchmarks/compare_builds.py [--runs 8] [--limit 1.03] [--json FILE] OTHER <arguments of lomem bench>
 
 OTHER is the folder that contains the other build's lomem/.
 """
@@ -53,7 +53,7 @@ def main():
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--limit", type=float, default=1.03)
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("options", nargs="*", help="arguments of lomem bench")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="arguments of lomem bench")
     arguments = parser.parse_args()
     pairs = []
     for run in range(arguments.runs):

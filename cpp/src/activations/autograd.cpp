@@ -2,9 +2,11 @@
 #include "../autograd.h"
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 #include <vector>
 
+#include "fused.h"
 #include "ops.h"
 
 namespace lomem::detail {
@@ -40,38 +42,81 @@ int64_t bits_of(size_t levels) {
   return bits;
 }
 
-/// An activation whose derivative is levels[code]. Saves the codes, the levels and, of the output, only its memory
-/// order.
+/// Saves codes, and of the output only how it lies in memory.
+void save_codes(AutogradContext* ctx, const at::Tensor& codes, const at::Tensor& output) {
+  ctx->save_for_backward({codes});
+  // (A row-major order is not saved: an entry costs more than a small activation.)
+  const std::vector<int64_t> order = memory_order(output);
+  if (!order.empty()) {
+    ctx->saved_data["order"] = order;
+  }
+}
+
+/// grad_output * levels[codes], by differentiable operations, for gradients of gradients.
+variable_list gradient_from_codes(AutogradContext* ctx, const at::Tensor& grad_output, Doubles levels) {
+  const at::Tensor codes = ctx->get_saved_variables()[0];
+  const int64_t bits = bits_of(levels.size());
+  const auto saved_order = ctx->saved_data.find("order");
+  if (saved_order == ctx->saved_data.end()) {
+    return {ops::step_activation_backward(grad_output, codes, levels, bits)};
+  }
+  const std::vector<int64_t> order = saved_order->second.toIntVector();
+  return {ops::step_activation_backward(grad_output.permute(order), codes, levels, bits).permute(inverse(order))};
+}
+
+/// An activation whose derivative is levels[code], with the levels saved beside the codes.
 template <class Function>
 struct FewBitFunction : torch::autograd::Function<Function> {
   static constexpr bool is_traceable = true;
 
   static void save(
       AutogradContext* ctx, const at::Tensor& codes, const at::Tensor& output, const c10::List<double>& levels) {
-    ctx->save_for_backward({codes});
+    save_codes(ctx, codes, output);
     ctx->saved_data["levels"] = levels;
-    // (Not stored for row-major outputs: an entry costs more than a small activation.)
-    const std::vector<int64_t> order = memory_order(output);
-    if (!order.empty()) {
-      ctx->saved_data["order"] = order;
-    }
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    const at::Tensor& grad_output = grad_outputs[0];
-    if (!grad_output.defined()) {
+    if (!grad_outputs[0].defined()) {
       return {at::Tensor()};
     }
-    // Uses differentiable operations, for gradients of gradients.
-    const at::Tensor codes = ctx->get_saved_variables()[0];
-    const std::vector<double> levels = ctx->saved_data["levels"].toDoubleVector();
-    const int64_t bits = bits_of(levels.size());
-    const auto saved_order = ctx->saved_data.find("order");
-    if (saved_order == ctx->saved_data.end()) {
-      return {ops::step_activation_backward(grad_output, codes, levels, bits)};
+    return gradient_from_codes(ctx, grad_outputs[0], ctx->saved_data["levels"].toDoubleVector());
+  }
+};
+
+/// GELU or SiLU with its published step function, which is known at compile time: nothing is looked up, and no levels
+/// are saved. That makes a small activation faster.
+template <class Activated>
+struct PublishedActivation : torch::autograd::Function<PublishedActivation<Activated>> {
+  using Steps = typename Activated::PublishedSteps;
+  static constexpr bool is_traceable = true;
+  static constexpr const char* name = "StepActivationBackward";
+
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, std::string_view function, bool fast) {
+    static constexpr auto boundaries = [] {
+      std::array<double, Steps::levels - 1> result{};
+      for (int i = 0; i + 1 < Steps::levels; ++i) {
+        result[i] = Steps::boundary(i);
+      }
+      return result;
+    }();
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [output, codes] = ops::fused_activation_forward(input, function, boundaries, Steps::bits, fast);
+    save_codes(ctx, codes, output);
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    static constexpr auto levels = [] {
+      std::array<double, Steps::levels> result{};
+      for (int code = 0; code < Steps::levels; ++code) {
+        result[code] = Steps::level(code);
+      }
+      return result;
+    }();
+    if (!grad_outputs[0].defined()) {
+      return {at::Tensor()};
     }
-    const std::vector<int64_t> order = saved_order->second.toIntVector();
-    return {ops::step_activation_backward(grad_output.permute(order), codes, levels, bits).permute(inverse(order))};
+    return gradient_from_codes(ctx, grad_outputs[0], levels);
   }
 };
 
@@ -104,6 +149,11 @@ at::Tensor step_activation_autograd(
   check_no_tangent(op, "input", input);
   if (needs_grad(input)) {
     const Activation& activation = find_activation(op, function, parameters);
+    if (activation.fused && bits == 2 && !boundaries && !levels && criterion == name_of(Criterion::paper)) {
+      return visit_fused(function, [&](auto type) {
+        return apply_function<PublishedActivation<typename decltype(type)::type>>(input, function, fast);
+      });
+    }
     const auto steps = resolve_steps(op, activation, parameters, {bits, criterion, boundaries, levels});
     return apply_function<StepActivation>(input, activation, parameters, bits, criterion, *steps, fast);
   }
