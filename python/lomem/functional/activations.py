@@ -377,7 +377,9 @@ def regelu2(input: Tensor, approximate: str = "none", *, fast: bool = False) -> 
         return _regelu2(input, approximate=approximate, fast=fast)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"lomem.functional.regelu2: approximate is {approximate!r}, expected 'none' or 'tanh'")
-    return _few_bit("gelu" if approximate == "none" else "gelu_tanh", input, (), 2, "paper", None, fast=fast)
+    function = "gelu" if approximate == "none" else "gelu_tanh"
+    output = _C.step_activation(input, function, (), 2, "paper", fast)
+    return _regelu2(input, approximate=approximate, fast=fast) if output is NotImplemented else output
 
 
 def resilu2(input: Tensor, *, fast: bool = False) -> Tensor:
@@ -399,7 +401,8 @@ def resilu2(input: Tensor, *, fast: bool = False) -> Tensor:
         if is_jagged(input):
             return F.silu(input)
         return _resilu2(input, fast=fast)
-    return _few_bit("silu", input, (), 2, "paper", None, fast=fast)
+    output = _C.step_activation(input, "silu", (), 2, "paper", fast)
+    return _resilu2(input, fast=fast) if output is NotImplemented else output
 
 
 # Activations whose derivative takes only two values, so that one bit per element is exact.
