@@ -189,11 +189,11 @@ LOMEM_HOST_DEVICE C sum_of(const C* values) {
   return sum;
 }
 
-/// The biases of `count` columns, or sums for their gradients: initially 0. A norm without bias keeps nothing, so that
-/// it takes no registers; its biases read as 0.
+/// The biases of `count` columns, or sums for their gradients. A norm without bias keeps nothing, so that it takes no
+/// registers; its biases read as 0.
 template <Norm norm, class C, int count>
 struct Biases {
-  C values[count] = {};
+  C values[count];
 
   LOMEM_HOST_DEVICE C operator[](int j) const {
     return values[j];
@@ -219,7 +219,7 @@ struct Biases<Norm::rms, C, count> {
 template <Norm norm, class C, int width>
 struct Affine {
   C gamma[width];
-  Biases<norm, C, width> beta;
+  Biases<norm, C, width> beta = {};
 
   LOMEM_HOST_DEVICE Affine(const Array& weight, const Array& bias, std::int64_t column) {
     for (int j = 0; j < width; ++j) {
@@ -405,7 +405,7 @@ struct NormBackwardState {
   detail::Biases<norm, C, columns> beta;
   C inverse[columns];
   C grad_weight[columns] = {};
-  detail::Biases<norm, C, columns> grad_bias;
+  detail::Biases<norm, C, columns> grad_bias = {};
 };
 
 /// Processes one row in the backward pass. With `parameters`, which requires rows in registers, adds the row's
@@ -621,7 +621,7 @@ struct StripSumsBody {
     }
     const detail::Recovery<norm, C, width> recovery(args, column);
     C grad_weight[width] = {};
-    detail::Biases<norm, C, width> grad_bias;
+    detail::Biases<norm, C, width> grad_bias = {};
     const std::int64_t end = strip_begin(strip + 1, sums.strips, rows);
     for (std::int64_t row = strip_begin(strip, sums.strips, rows); row < end; ++row) {
       C grad[width];
