@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..memory._report import Report, Section
+from ..nn.activations import WithSteps
 from ..steps import StepFunction
 from ._fit import fit
-from ._layers import Layer, Loss, activation_layers, derivative, watch
+from ._layers import Loss, activation_layers, derivative, watch
 
 __all__ = ["Calibration", "Histogram", "LayerCalibration", "calibrate"]
 
@@ -123,13 +124,13 @@ class Calibration(Report):
             _set(layers[name], calibrated.steps)
 
 
-def _set(layer: Layer, steps: StepFunction) -> None:
+def _set(layer: WithSteps, steps: StepFunction) -> None:
     layer.steps = steps
     if hasattr(layer, "bits"):
         layer.bits = steps.bits
 
 
-def _relative_error(layer: Layer, steps: StepFunction, values: Tensor, weights: Tensor) -> float:
+def _relative_error(layer: WithSteps, steps: StepFunction, values: Tensor, weights: Tensor) -> float:
     exact = derivative(layer, values)
     wrong = ((steps.derivative(values) - exact).square() * weights).sum()
     energy = (exact.square() * weights).sum()
