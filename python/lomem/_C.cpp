@@ -122,7 +122,8 @@ struct FastCall<function> {
     const bool readable = std::apply(
         [&](auto&... value) {
           const auto* next = args + 1;
-          return count == 1 + Py_ssize_t{sizeof...(value)} && THPVariable_Check(args[0]) && (read(*next++, value) && ...);
+          return count == 1 + Py_ssize_t{sizeof...(value)} && THPVariable_Check(args[0]) &&
+                 (read(*next++, value) && ...);
         },
         values);
     if (!readable) {
@@ -142,14 +143,14 @@ struct FastCall<function> {
 
 template <auto function>
 PyMethodDef fast_method(const char* name, const char* doc) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&FastCall<function>::call)), METH_FASTCALL,
-          doc};
+  return {
+      name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&FastCall<function>::call)), METH_FASTCALL, doc};
 }
 
 /// The overload without a step function.
-constexpr at::Tensor (*few_bit_activation)(
-    const at::Tensor&, std::string_view, at::ArrayRef<double>, int64_t, std::string_view, bool) =
-    &lomem::detail::few_bit_activation;
+using FewBitActivation =
+    at::Tensor(const at::Tensor&, std::string_view, at::ArrayRef<double>, int64_t, std::string_view, bool);
+constexpr FewBitActivation* few_bit_activation = &lomem::detail::few_bit_activation;
 
 PyMethodDef fast_methods[] = {
     fast_method<few_bit_activation>(
@@ -160,8 +161,8 @@ PyMethodDef fast_methods[] = {
     fast_method<&lomem::detail::exact_activation>(
         "exact_activation",
         "exact_activation($module, input, function, parameters, /)\n--\n\n"
-        "Calls an activation with an exact gradient, bypassing __torch_function__; returns NotImplemented for arguments "
-        "of other types."),
+        "Calls an activation with an exact gradient, bypassing __torch_function__; returns NotImplemented for "
+        "arguments of other types."),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -50,12 +50,7 @@ struct NormFunction : torch::autograd::Function<NormFunction<Op>> {
     const OptionalTensor bias = Op::has_bias ? optional_tensor(saved[3]) : std::nullopt;
     const auto normalized_shape = ctx->saved_data["normalized_shape"].toSymIntVector();
     auto [grad_input, grad_weight, grad_bias] = Op::call_backward(
-        {grad_outputs[0],
-         saved[0],
-         saved[1],
-         normalized_shape,
-         weight,
-         bias,
+        {grad_outputs[0], saved[0], saved[1], normalized_shape, weight, bias,
          ctx->saved_data["input_dtype"].toScalarType(),
          gradient_mask(ctx, {true, weight.has_value(), bias.has_value()})});
     return {grad_input, at::Tensor(), grad_weight, grad_bias, at::Tensor(), at::Tensor()};

@@ -77,14 +77,13 @@ struct NormKernels {
     if (args.output_mask[2] && has_tensor(beta)) {
       grad_bias = at::empty_like(*beta);
     }
-    const NormBackward arrays{
-        array(grad),
-        array(z),
-        array(rstd),
-        array(gamma),
-        array(beta),
-        mutable_array(grad_input),
-        sizes.cols.expect_int()};
+    const NormBackward arrays{array(grad),
+                              array(z),
+                              array(rstd),
+                              array(gamma),
+                              array(beta),
+                              mutable_array(grad_input),
+                              sizes.cols.expect_int()};
     Backend::template backward<Op::norm>(
         op, arrays, sizes.rows.expect_int(), mutable_array(grad_weight), mutable_array(grad_bias), z);
     return {grad_input, grad_weight, grad_bias};

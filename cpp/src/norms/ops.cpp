@@ -34,8 +34,7 @@ struct MetaNorms {
   template <class Op>
   static NormGradients backward(const NormBackwardArguments& args) {
     const auto& [grad_output, output, rstd, normalized_shape, weight, bias, input_dtype, output_mask] = args;
-    check_norm_backward(
-        Op::backward_op.name, grad_output, output, rstd, normalized_shape, weight, bias, input_dtype);
+    check_norm_backward(Op::backward_op.name, grad_output, output, rstd, normalized_shape, weight, bias, input_dtype);
     at::Tensor grad_input;
     if (output_mask[0]) {
       grad_input = at::empty_symint(output.sym_sizes(), output.options().dtype(input_dtype));
