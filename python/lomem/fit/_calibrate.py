@@ -121,13 +121,7 @@ class Calibration(Report):
                     f"lomem.fit.Calibration.apply: {name!r} of model is a {kind}, expected a {calibrated.function}"
                 )
         for name, calibrated in self.layers.items():
-            _set(layers[name], calibrated.steps)
-
-
-def _set(layer: WithSteps, steps: StepFunction) -> None:
-    layer.steps = steps
-    if hasattr(layer, "bits"):
-        layer.bits = steps.bits
+            layers[name].steps = calibrated.steps
 
 
 def _relative_error(layer: WithSteps, steps: StepFunction, values: Tensor, weights: Tensor) -> float:
@@ -201,7 +195,7 @@ def calibrate(
         name, reason = next(iter(skipped.items()))
         raise ValueError(f"{function}: no layer can be calibrated; {name!r} {reason}")
     for name, result in results.items():
-        _set(layers[name], result.steps)
+        layers[name].steps = result.steps
     return Calibration(results, skipped, count)
 
 

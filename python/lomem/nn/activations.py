@@ -45,6 +45,8 @@ __all__ = [
 class WithSteps(nn.Module):
     """Base class of the activations with a step function as their derivative."""
 
+    steps: StepFunction | None
+
     def exact(self, input: Tensor) -> Tensor:
         """Applies the activation with its exact gradient."""
         raise NotImplementedError
@@ -419,6 +421,8 @@ class StepActivation(WithSteps):
         boundaries: ``2**bits - 1`` ascending numbers, with ``bits`` from 1 to 8.
         levels: ``2**bits`` numbers.
     """
+
+    steps: StepFunction
 
     def __init__(self, fn: Callable[[Tensor], Tensor], boundaries: Sequence[float], levels: Sequence[float]) -> None:
         super().__init__()
