@@ -27,8 +27,6 @@ at::Tensor randomized_linear_exact(
   return at::linear(input, weight, bias);
 }
 
-// The shapes of the results are computed with symbolic sizes (`_meta`). (randomized_linear itself uses at::linear's.)
-
 std::tuple<at::Tensor, at::Tensor> compress(
     RandomMatmul matmul, const at::Tensor& rows, int64_t proj_dim, const at::Tensor& seed) {
   const at::TensorOptions index = rows.options().dtype(at::kLong);
@@ -65,6 +63,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
   return {at::linear(input, weight, bias), compressed, indices, used};
 }
 
+/// Shapes with symbolic sizes. (randomized_linear itself has at::linear's.)
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_meta(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seed,
     c10::SymInt proj_dim, std::string_view matmul) {

@@ -21,6 +21,7 @@ LOMEM_API const char* capability();
 /// as `stream` to the kernels that take it; results do not depend on it.
 LOMEM_API bool should_stream(std::size_t output_bytes);
 
+// Kernels that are plain functions; each has its comment in the list.
 #define LOMEM_DEFAULT(value) = value
 #define LOMEM_KERNEL(name, Result, parameters, arguments) LOMEM_API Result name parameters;
 #include "kernels.def"
