@@ -1,28 +1,20 @@
-"""Counts the source files that mention each op or activation, that is, the files touched by adding or removing one.
+"""Counts the files that mention each op or activation, that is, the files touched by adding or removing one.
 
     python tools/files_per_op.py                      # print the table and the files that are too long
     python tools/files_per_op.py --files NAME         # list the files that mention NAME
     python tools/files_per_op.py --check              # exit 1 if a count or a file is over its limit
-    python tools/files_per_op.py --write-ceilings     # write the counts that are over their limit into this file
 
 An op is an op of the dispatcher; `_forward`, `_backward` and similar variants count as the op itself. An activation is
 a function in `lomem.functional.activations`. A file counts if it contains the name in any spelling as words of an
 identifier: `some_op`, `SomeOp2D` and `some_op_forward` all match some_op; `AwesomeOp` and `some_ops` do not. Only
 tracked source files count, without generated ones and this one.
 
-The limits are LIMIT_OF_OPS, LIMIT_OF_ACTIVATIONS and LIMIT_OF_LINES. A count that was already over its limit when the
-limit was set has a ceiling in CEILINGS. A ceiling must be lowered with the count, so it can only fall. The reasons:
+The limits are LIMIT_OF_OPS and LIMIT_OF_ACTIVATIONS, for sources outside of tests/, and LIMIT_OF_LINES, for all. Tests
+that mention a name are counted too, but have no limit: a well-tested op is mentioned in many.
 
-- pack_bits, unpack_bits and step_codes are names of kernels too, for the CPU and CUDA, and of their reference; each
-  layer has its own test.
-- step_activation, ms_layer_norm, ms_rms_norm and randomized_linear have shape, autograd and autocast kernels, modules
-  in both languages and a test per subject: numbers, training, errors, transforms, memory.
-- softplus alone has both parameters, for which its steps are fitted on first use, and a rule under autocast.
-
-The names in EVERYDAY have no limit: torch has them too, and tests, examples and benchmarks use them for any GELU or
-ReLU, of torch or lomem. So their counts say little about the structure of the library; the other activations are
-registered in the same places. `threshold` has no limit either, since it is a common word and a parameter of another
-activation.
+The names in EVERYDAY have no limit: torch has them too, and examples and benchmarks use them for any GELU, of torch or
+lomem. So their counts say little about the structure of the library; the other activations are registered in the same
+places.
 """
 
 from __future__ import annotations
@@ -35,6 +27,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,19 +36,7 @@ LIMIT_OF_ACTIVATIONS = 10
 LIMIT_OF_LINES = 800
 
 #: Names used everywhere as examples.
-EVERYDAY = frozenset({"elu", "gelu", "relu", "sigmoid", "silu", "tanh", "threshold"})
-
-#: Allowed counts of names that are over their limit.
-CEILINGS: dict[str, int] = {
-    "ms_layer_norm": 32,
-    "ms_rms_norm": 27,
-    "pack_bits": 32,
-    "randomized_linear": 24,
-    "softplus": 13,
-    "step_activation": 32,
-    "step_codes": 17,
-    "unpack_bits": 28,
-}
+EVERYDAY = frozenset({"gelu", "sigmoid", "silu", "tanh"})
 
 FOLDERS = ("benchmarks", "cmake", "cpp", "examples", "python", "tests", "tools")
 SUFFIXES = (".cmake", ".cpp", ".cu", ".cuh", ".def", ".h", ".py", ".pyi", ".toml")
@@ -66,7 +47,7 @@ GENERATED = (
     "cpp/src/activations/data.cpp",
 )
 
-#: This file names what is over its limit.
+#: This file names activations.
 ITSELF = "tools/files_per_op.py"
 
 #: Names in lomem.functional.activations that are not activations.
@@ -154,7 +135,7 @@ def files(name: str, texts: Mapping[str, str]) -> list[str]:
 
 
 def limits(texts: Mapping[str, str]) -> dict[str, int | None]:
-    """The limit on the number of files for every op and activation; None for everyday names."""
+    """The limit on the number of source files for every op and activation; None for everyday names."""
     of_ops = dict.fromkeys(ops(texts), LIMIT_OF_OPS)
     of_family = dict.fromkeys(activations(texts), LIMIT_OF_ACTIVATIONS)
     return {name: None if name in EVERYDAY else limit for name, limit in {**of_family, **of_ops}.items()}
@@ -166,49 +147,44 @@ def too_long(texts: Mapping[str, str]) -> dict[str, int]:
     return {p: n for p, n in sorted(counts.items(), key=lambda item: -item[1]) if n > LIMIT_OF_LINES}
 
 
-def problems(
-    counts: Mapping[str, int], limit: Mapping[str, int | None], ceilings: Mapping[str, int], long: Mapping[str, int]
-) -> list[str]:
+class Count(NamedTuple):
+    """The number of files that mention a name."""
+
+    sources: int
+    tests: int
+
+
+def count(name: str, texts: Mapping[str, str]) -> Count:
+    """In how many files a name is mentioned."""
+    found = files(name, texts)
+    tests = sum(path.startswith("tests/") for path in found)
+    return Count(len(found) - tests, tests)
+
+
+def problems(counts: Mapping[str, Count], limit: Mapping[str, int | None], long: Mapping[str, int]) -> list[str]:
     """The problems that the check finds, one sentence each."""
     found = []
-    for name, count in counts.items():
-        allowed, ceiling = limit[name], ceilings.get(name)
-        if allowed is None:
-            continue
-        if count > max(allowed, ceiling or 0):
-            found.append(f"{name} is in {count} files, expected at most {max(allowed, ceiling or 0)}")
-        elif ceiling is not None and count < ceiling:
-            new = f"must be lowered to {count}" if count > allowed else "must be removed"
-            found.append(f"{name} is in {count} files: its ceiling of {ceiling} {new}")
-        elif ceiling is not None and ceiling <= allowed:
-            found.append(f"{name} has a ceiling of {ceiling}, expected none: the limit is {allowed}")
-    found += [f"{name} has a ceiling, expected the name of an op or an activation" for name in ceilings.keys() - counts]
+    for name, (in_sources, _) in counts.items():
+        allowed = limit[name]
+        if allowed is not None and in_sources > allowed:
+            found.append(f"{name} is in {in_sources} source files, expected at most {allowed}")
     found += [f"{path} has {lines} lines, expected at most {LIMIT_OF_LINES}" for path, lines in long.items()]
     return found
 
 
-def with_ceilings(script: str, ceilings: Mapping[str, int]) -> str:
-    """The text of this script with new ceilings."""
-    lines = "".join(f'    "{name}": {count},\n' for name, count in sorted(ceilings.items()))
-    written = "CEILINGS: dict[str, int] = " + (f"{{\n{lines}}}\n" if ceilings else "{}\n")
-    return re.sub(r"^CEILINGS: .*?\}\n", written, script, count=1, flags=re.DOTALL | re.MULTILINE)
-
-
-def _print_table(counts: Mapping[str, int], limit: Mapping[str, int | None], of_ops: Iterable[str]) -> None:
+def _print_table(counts: Mapping[str, Count], limit: Mapping[str, int | None], of_ops: Iterable[str]) -> None:
     kinds = dict.fromkeys(counts, "activation") | dict.fromkeys(of_ops, "op")
     width = max(map(len, counts))
-    print(f"{'':{width}}  {'':10}  files  limit")
-    for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        allowed = "none" if limit[name] is None else str(max(limit[name] or 0, CEILINGS.get(name, 0)))
-        print(f"{name:{width}}  {kinds[name]:10}  {count:5}  {allowed:>5}")
+    print(f"{'':{width}}  {'':10}  sources  limit  tests")
+    for name, (in_sources, tests) in sorted(counts.items(), key=lambda item: (-item[1].sources, item[0])):
+        print(f"{name:{width}}  {kinds[name]:10}  {in_sources:7}  {limit[name] or 'none':>5}  {tests:5}")
 
 
 def main() -> int:
-    """Prints the table, runs the check or writes the ceilings."""
+    """Prints the table or the files of a name, or runs the check."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--files", metavar="NAME", help="list the files of one op or activation")
     parser.add_argument("--check", action="store_true", help="exit 1 if something is over its limit")
-    parser.add_argument("--write-ceilings", action="store_true", help="make current counts over the limits ceilings")
     arguments = parser.parse_args()
     texts = sources(ROOT)
     limit = limits(texts)
@@ -217,15 +193,10 @@ def main() -> int:
             parser.error(f"--files is {arguments.files}, expected one of {', '.join(sorted(limit))}")
         print("\n".join(files(arguments.files, texts)))
         return 0
-    counts = {name: len(files(name, texts)) for name in limit}
-    if arguments.write_ceilings:
-        over = {name: n for name, n in counts.items() if (allowed := limit[name]) is not None and n > allowed}
-        script = Path(__file__)
-        script.write_text(with_ceilings(script.read_text(encoding="utf-8"), over), encoding="utf-8")
-        return 0
+    counts = {name: count(name, texts) for name in limit}
     long = too_long(texts)
     if arguments.check:
-        found = problems(counts, limit, CEILINGS, long)
+        found = problems(counts, limit, long)
         print("\n".join(found), file=sys.stderr, end="\n" if found else "")
         return int(bool(found))
     _print_table(counts, limit, ops(texts))

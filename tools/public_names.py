@@ -152,12 +152,42 @@ def cpp_names(headers: list[Path]) -> dict[str, str]:
     """Names declared in headers, with their declarations joined by semicolons, and members that classes inherit."""
     found: dict[str, set[str]] = {}
     for header in headers:
-        for name, declaration in declared(header.read_text(encoding="utf-8")):
+        for name, declaration in declared(_with_lists(header)):
             found.setdefault(name, set()).add(declaration)
     while _inherit(found):
         pass
     public = {name: declarations for name, declarations in found.items() if "detail" not in name.split("::")}
     return {name: "; ".join(sorted(declarations)) for name, declarations in public.items()}
+
+
+#: A list of declarations in a file of their own, between the definitions of the macros that it consists of.
+_LIST = re.compile(r"((?:^#define \w+\(.*\n)+)#include \"(\w+\.def)\"\n(?:#undef .*\n)+", re.MULTILINE)
+
+
+def _with_lists(header: Path) -> str:
+    """The text of a header, with the declarations that its lists stand for."""
+
+    def expanded(match: re.Match[str]) -> str:
+        text = _without_comments((header.parent / match[2]).read_text(encoding="utf-8"))
+        for name, parameters, body in re.findall(r"^#define (\w+)\((.*?)\) (.*)", match[1], re.MULTILINE):
+            text = _expanded(text, name, parameters.split(", "), body)
+        return text
+
+    return _LIST.sub(expanded, header.read_text(encoding="utf-8"))
+
+
+def _expanded(text: str, name: str, parameters: list[str], body: str) -> str:
+    """A text in which every use of a macro is replaced."""
+    while use := re.search(rf"\b{name}(?=\()", text):
+        tokens = _Parser(_TOKEN.findall(text[use.end() :])).balanced()
+        arguments = [" ".join(argument) for argument in _arguments(tokens[1:-1])]
+        values = dict(zip(parameters, arguments, strict=True))
+        replaced = re.sub(r"\w+", lambda word, values=values: values.get(word[0], word[0]), body)
+        rest = text[use.end() :]
+        for token in tokens:
+            rest = rest[rest.index(token) + len(token) :]
+        text = text[: use.start()] + replaced + rest
+    return text
 
 
 _ALIAS = re.compile(r"(?:template<.*> )?using \w+ = (?:typename )?([\w:]+)")
@@ -189,9 +219,13 @@ def _inherit(found: dict[str, set[str]]) -> bool:
     return bool(new)
 
 
+def _without_comments(text: str) -> str:
+    return _COMMENT_OR_STRING.sub(lambda m: m[0] if m[0][0] in "\"'" else " ", text)
+
+
 def declared(text: str) -> Iterator[tuple[str, str]]:
     """Names declared in the text of a header, each with its declaration."""
-    text = _COMMENT_OR_STRING.sub(lambda m: m[0] if m[0][0] in "\"'" else " ", text)
+    text = _without_comments(text)
     for macro in re.findall(r"^[ \t]*#[ \t]*define[ \t]+(\w+(?:\([^)]*\))?)", text, re.MULTILINE):
         name = macro.partition("(")[0]
         if "_DETAIL_" not in name:
@@ -223,7 +257,7 @@ class _Parser:
     def _declaration(self, names: tuple[str, ...], access: str) -> Iterator[tuple[str, str]]:
         head: list[str] = []
         while self.at < len(self.tokens) and self.tokens[self.at] not in (";", "{", "}"):
-            head += self._balanced()
+            head += self.balanced()
         if self.at < len(self.tokens) and self.tokens[self.at] == "{":
             yield from self._braces(head, names, access)
         else:
@@ -231,7 +265,7 @@ class _Parser:
                 self.at += 1
             yield from _named(head, names, access)
 
-    def _balanced(self) -> list[str]:
+    def balanced(self) -> list[str]:
         """The next token; if it is an opening bracket, all tokens up to the closing one."""
         start, ends = self.at, []
         while True:
@@ -262,7 +296,7 @@ class _Parser:
             if access != "private":
                 yield "::".join((*names, name)), _text(head)
             if kind == "enum":
-                for enumerator in _arguments(self._balanced()[1:-1]):
+                for enumerator in _arguments(self.balanced()[1:-1]):
                     if enumerator and access != "private":
                         yield "::".join((*names, name, enumerator[0])), "enumerator"
             else:
@@ -270,19 +304,19 @@ class _Parser:
                 members = list(self.scope((*names, name), "private" if kind == "class" else "public"))
                 yield from members if access != "private" else ()
             while self.at < len(self.tokens) and self.tokens[self.at] != ";":
-                self._balanced()
+                self.balanced()
             self.at += 1
             return
         yield from _named(head, names, access)
-        self._balanced()
+        self.balanced()
         if _parameters(bare) is None:  # a variable initialized with braces
             while self.at < len(self.tokens) and self.tokens[self.at] != ";":
-                self._balanced()
+                self.balanced()
         else:  # a function, possibly a constructor that initializes members with braces
             while self.at < len(self.tokens) and self.tokens[self.at] in (",", "{"):
                 while self.tokens[self.at] != "{":
-                    self._balanced()
-                self._balanced()
+                    self.balanced()
+                self.balanced()
 
 
 def _without_attributes(head: list[str]) -> list[str]:

@@ -88,7 +88,7 @@ at::Tensor band_codes_cuda(const at::Tensor& input, double low, double high) {
 
 at::Tensor step_activation_backward_cuda(
     const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits) {
-  check_step_backward(grad_output, codes, levels, bits);
+  check_step_backward(ops::step_activation_backward.name, grad_output, codes, levels, bits);
   const CudaScope scope(grad_output);
   const at::Tensor grad = grad_output.contiguous();
   const at::Tensor packed = codes.contiguous();

@@ -34,7 +34,7 @@ struct CudaNorms {
 };
 
 TORCH_LIBRARY_IMPL(lomem, CUDA, m) {
-  NormOps<CudaNorms>::implement(m);
+  implement_norms<NormKernels<CudaNorms>>(m);
 }
 
 }  // namespace

@@ -5,8 +5,6 @@
 #include <cmath>
 #include <limits>
 
-#include "randomized_linear/projection_size.h"
-
 namespace lomem::detail {
 namespace {
 
@@ -155,8 +153,7 @@ void check_band(const char* op, const at::Tensor& input, double low, double high
 }
 
 void check_step_backward(
-    const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits) {
-  constexpr const char* op = "lomem::step_activation_backward";
+    const char* op, const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits) {
   check_bits(op, bits);
   TORCH_CHECK_VALUE(
       levels.size() == size_t{1} << bits, op, ": levels has ", levels.size(), " entries, expected ", size_t{1} << bits,

@@ -37,8 +37,9 @@ void check_encoding(const char* op, const at::Tensor& input, at::ArrayRef<double
 /// Checks the arguments of an op that finds the inputs from `low` to `high`.
 void check_band(const char* op, const at::Tensor& input, double low, double high);
 
+/// Checks the arguments of an op that multiplies gradients by the levels of codes.
 void check_step_backward(
-    const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits);
+    const char* op, const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits);
 
 void check_unpack(const char* op, const at::Tensor& packed, int64_t bits, const c10::SymInt& numel);
 
@@ -62,7 +63,14 @@ NormSizes check_norm_backward(
     c10::SymIntArrayRef normalized_shape, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, at::ScalarType input_dtype);
 
-struct ProjectionSize;
+/// Number of rows from which the weight gradient of a linear layer is estimated: `dim` rows, or the fraction `ratio` of
+/// all rows; then at least `min` and at most `max`.
+struct ProjectionSize {
+  std::optional<int64_t> dim;
+  std::optional<double> ratio;
+  std::optional<int64_t> min;
+  std::optional<int64_t> max;
+};
 
 /// Raises if `size` does not determine how many rows are saved, or is invalid.
 void check_projection_size(const char* op, const ProjectionSize& size);

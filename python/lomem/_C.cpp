@@ -11,6 +11,8 @@
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -47,16 +49,29 @@ pybind11::list activations() {
   return rows;
 }
 
-// Calls of the activations. They do the same as torch.ops.lomem, where resolving argument types at run time costs as
-// much as a small activation. These take positional arguments in a fixed order, and return NotImplemented if one has
-// another type: torch.ops gives the best error message for that.
+// Calls of the activations' C++ functions. They do the same as torch.ops.lomem, where resolving argument types at run
+// time costs as much as a small activation. These take positional arguments in a fixed order, and return NotImplemented
+// if one has another type: torch.ops gives the best error message for that.
 
-PyObject* not_implemented() {
-  return Py_NewRef(Py_NotImplemented);
+// Each `read` reads an argument and returns false if the object has another type.
+
+/// The result is valid as long as the object.
+bool read(PyObject* object, std::string_view& text) {
+  if (!PyUnicode_Check(object)) {
+    return false;
+  }
+  Py_ssize_t size = 0;
+  const char* const data = PyUnicode_AsUTF8AndSize(object, &size);
+  if (data == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  text = std::string_view(data, static_cast<size_t>(size));
+  return true;
 }
 
-/// Reads a tuple of numbers. Returns false if an item is not a number.
-bool read_numbers(PyObject* tuple, std::vector<double>& values) {
+/// A tuple of numbers.
+bool read(PyObject* tuple, std::vector<double>& values) {
   if (!PyTuple_Check(tuple)) {
     return false;
   }
@@ -78,86 +93,76 @@ bool read_numbers(PyObject* tuple, std::vector<double>& values) {
   return true;
 }
 
-/// Reads a str. The result is valid as long as the object.
-bool read_text(PyObject* object, std::string_view& text) {
-  if (!PyUnicode_Check(object)) {
+bool read(PyObject* object, int64_t& number) {
+  if (!PyLong_CheckExact(object)) {
     return false;
-  }
-  Py_ssize_t size = 0;
-  const char* const data = PyUnicode_AsUTF8AndSize(object, &size);
-  if (data == nullptr) {
-    PyErr_Clear();
-    return false;
-  }
-  text = std::string_view(data, static_cast<size_t>(size));
-  return true;
-}
-
-template <class Call>
-PyObject* call_without_gil(PyObject* input, const Call& call) {
-  // A copy, because another thread may replace the tensor in the object while the GIL is released.
-  const at::Tensor tensor = THPVariable_Unpack(input);
-  at::Tensor result;
-  {
-    const pybind11::gil_scoped_release others_run;
-    result = call(tensor);
-  }
-  return THPVariable_Wrap(std::move(result));
-}
-
-/// (input, function, parameters, bits, criterion, fast)
-PyObject* step_activation(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  std::string_view function;
-  std::string_view criterion;
-  std::vector<double> parameters;
-  if (count != 6 || !THPVariable_Check(args[0]) || !read_text(args[1], function) ||
-      !read_numbers(args[2], parameters) || !PyLong_CheckExact(args[3]) || !read_text(args[4], criterion) ||
-      !PyBool_Check(args[5])) {
-    return not_implemented();
   }
   int overflows = 0;
-  const long long bits = PyLong_AsLongLongAndOverflow(args[3], &overflows);
-  if (overflows != 0) {
-    return not_implemented();
-  }
-  const bool fast = args[5] == Py_True;
-  return call_without_gil(args[0], [&](const at::Tensor& input) {
-    return lomem::detail::few_bit_activation(input, function, parameters, bits, criterion, fast);
-  });
-  END_HANDLE_TH_ERRORS
+  number = PyLong_AsLongLongAndOverflow(object, &overflows);
+  return overflows == 0;
 }
 
-/// (input, function, parameters)
-PyObject* hard_activation(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  std::string_view function;
-  std::vector<double> parameters;
-  if (count != 3 || !THPVariable_Check(args[0]) || !read_text(args[1], function) ||
-      !read_numbers(args[2], parameters)) {
-    return not_implemented();
-  }
-  return call_without_gil(
-      args[0], [&](const at::Tensor& input) { return lomem::detail::exact_activation(input, function, parameters); });
-  END_HANDLE_TH_ERRORS
+bool read(PyObject* object, bool& flag) {
+  flag = object == Py_True;
+  return PyBool_Check(object);
 }
+
+/// What an argument is read into.
+template <class Argument>
+using Held = std::conditional_t<std::is_same_v<Argument, at::ArrayRef<double>>, std::vector<double>, Argument>;
+
+template <auto function>
+struct FastCall;
+
+template <class... Arguments, at::Tensor (*function)(const at::Tensor&, Arguments...)>
+struct FastCall<function> {
+  static PyObject* call(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    std::tuple<Held<Arguments>...> values;
+    const bool readable = std::apply(
+        [&](auto&... value) {
+          const auto* next = args + 1;
+          return count == 1 + Py_ssize_t{sizeof...(value)} && THPVariable_Check(args[0]) &&
+                 (read(*next++, value) && ...);
+        },
+        values);
+    if (!readable) {
+      return Py_NewRef(Py_NotImplemented);
+    }
+    // A copy, because another thread may replace the tensor in the object while the GIL is released.
+    const at::Tensor input = THPVariable_Unpack(args[0]);
+    at::Tensor result;
+    {
+      const pybind11::gil_scoped_release others_run;
+      result = std::apply([&](const auto&... value) { return function(input, value...); }, values);
+    }
+    return THPVariable_Wrap(std::move(result));
+    END_HANDLE_TH_ERRORS
+  }
+};
 
 template <auto function>
 PyMethodDef fast_method(const char* name, const char* doc) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
+  return {
+      name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&FastCall<function>::call)), METH_FASTCALL, doc};
 }
 
+/// The overload without a step function.
+using FewBitActivation =
+    at::Tensor(const at::Tensor&, std::string_view, at::ArrayRef<double>, int64_t, std::string_view, bool);
+constexpr FewBitActivation* few_bit_activation = &lomem::detail::few_bit_activation;
+
 PyMethodDef fast_methods[] = {
-    fast_method<&step_activation>(
-        "step_activation",
-        "step_activation($module, input, function, parameters, bits, criterion, fast, /)\n--\n\n"
-        "Calls torch.ops.lomem.step_activation, bypassing __torch_function__; returns NotImplemented for arguments of "
-        "other types."),
-    fast_method<&hard_activation>(
-        "hard_activation",
-        "hard_activation($module, input, function, parameters, /)\n--\n\n"
-        "Calls torch.ops.lomem.hard_activation, bypassing __torch_function__; returns NotImplemented for arguments of "
-        "other types."),
+    fast_method<few_bit_activation>(
+        "few_bit_activation",
+        "few_bit_activation($module, input, function, parameters, bits, criterion, fast, /)\n--\n\n"
+        "Calls an activation of the table, bypassing __torch_function__; returns NotImplemented for arguments of other "
+        "types."),
+    fast_method<&lomem::detail::exact_activation>(
+        "exact_activation",
+        "exact_activation($module, input, function, parameters, /)\n--\n\n"
+        "Calls an activation with an exact gradient, bypassing __torch_function__; returns NotImplemented for "
+        "arguments of other types."),
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -175,7 +180,7 @@ PYBIND11_MODULE(_C, m) {
       "without CUDA.");
   m.def(
       "step_function", &step_function,
-      "Boundaries and levels of the library's step function for a function of lomem::step_activation.");
+      "Boundaries and levels of the library's step function for an activation of the table.");
   m.def(
       "activations", &activations,
       "The table of activations: (name, ((parameter, default or None), ...), is_exact, is_published).");

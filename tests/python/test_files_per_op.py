@@ -120,42 +120,37 @@ def test_a_count_by_another_way(texts):
         assert files_per_op.files(name, texts) == expected != []
 
 
+def test_tests_are_counted_apart():
+    texts = {"cpp/a.cpp": "zelu", "tests/cpp/b.cpp": "ZELU", "tests/python/c.py": "F.zelu", "tools/d.py": "relu"}
+    assert files_per_op.count("zelu", texts) == (1, 2)
+
+
 LIMIT = {"op": 12, "activation": 10, "everyday": None}
 
 
 @pytest.mark.parametrize(
-    ("counts", "ceilings", "sentence"),
+    ("counts", "sentence"),
     [
-        ({"op": 12, "activation": 10, "everyday": 99}, {}, None),
-        ({"op": 13}, {}, "op is in 13 files, expected at most 12"),
-        ({"activation": 11}, {}, "activation is in 11 files, expected at most 10"),
-        ({"op": 20}, {"op": 20}, None),
-        ({"op": 21}, {"op": 20}, "op is in 21 files, expected at most 20"),
-        ({"op": 19}, {"op": 20}, "op is in 19 files: its ceiling of 20 must be lowered to 19"),
-        ({"op": 12}, {"op": 20}, "op is in 12 files: its ceiling of 20 must be removed"),
-        ({"op": 11}, {"op": 11}, "op has a ceiling of 11, expected none: the limit is 12"),
-        ({"op": 1}, {"gone": 20}, "gone has a ceiling, expected the name of an op or an activation"),
+        ({"op": (12, 99), "activation": (10, 99), "everyday": (99, 99)}, None),
+        ({"op": (13, 0)}, "op is in 13 source files, expected at most 12"),
+        ({"activation": (11, 0)}, "activation is in 11 source files, expected at most 10"),
     ],
 )
-def test_ceilings_only_fall(counts, ceilings, sentence):
-    found = files_per_op.problems(counts, LIMIT, ceilings, {})
-    assert found == ([] if sentence is None else [sentence])
+def test_what_is_over_its_limit(counts, sentence):
+    counts = {name: files_per_op.Count(*count) for name, count in counts.items()}
+    assert files_per_op.problems(counts, LIMIT, {}) == ([] if sentence is None else [sentence])
+
+
+def test_everyday_names_are_over_the_limit(texts):
+    counts = {name: files_per_op.count(name, texts).sources for name in files_per_op.EVERYDAY}
+    assert min(counts.values()) > files_per_op.LIMIT_OF_ACTIVATIONS
 
 
 def test_long_files():
     lines = {"a.py": "x\n" * 800, "b.py": "x\n" * 801, "c.py": "x\n" * 900}
     long = files_per_op.too_long(lines)
     assert list(long.items()) == [("c.py", 900), ("b.py", 801)]
-    assert files_per_op.problems({}, {}, {}, long)[1] == "b.py has 801 lines, expected at most 800"
-
-
-def test_ceilings_are_written_into_the_script():
-    script = TOOL.read_text(encoding="utf-8")
-    before = files_per_op.CEILINGS
-    assert files_per_op.with_ceilings(script, before) == script
-    written = files_per_op.with_ceilings(script, {"two": 22, "one": 13})
-    assert 'CEILINGS: dict[str, int] = {\n    "one": 13,\n    "two": 22,\n}\n' in written
-    assert files_per_op.with_ceilings(written, before) == script
+    assert files_per_op.problems({}, {}, long)[1] == "b.py has 801 lines, expected at most 800"
 
 
 def run(*arguments):
@@ -166,12 +161,13 @@ def run(*arguments):
 
 def test_the_command(texts):
     rows = [line.split() for line in run().stdout.splitlines()[1:]]
-    counts = [int(row[2]) for row in rows if len(row) == 4]
+    counts = [int(row[2]) for row in rows if len(row) == 5]
     assert counts == sorted(counts, reverse=True)
     assert len(counts) == len(files_per_op.limits(texts))
     name = min(set(files_per_op.activations(texts)) - files_per_op.EVERYDAY)
     listed = run("--files", name).stdout.split()
-    assert [name, "activation", str(len(listed))] in [row[:3] for row in rows]
+    in_sources, in_tests = (str(sum(path.startswith("tests/") == tests for path in listed)) for tests in (False, True))
+    assert [name, "activation", in_sources, "10", in_tests] in rows
     assert "python/lomem/functional/activations.py" in listed
     unknown = run("--files", "geglu")
     assert unknown.returncode == 2
@@ -181,8 +177,8 @@ def test_the_command(texts):
 def test_the_check_says_what_the_table_says(texts):
     result = run("--check")
     limit = files_per_op.limits(texts)
-    counts = {name: len(files_per_op.files(name, texts)) for name in limit}
-    found = files_per_op.problems(counts, limit, files_per_op.CEILINGS, files_per_op.too_long(texts))
+    counts = {name: files_per_op.count(name, texts) for name in limit}
+    found = files_per_op.problems(counts, limit, files_per_op.too_long(texts))
     assert result.stderr.splitlines() == found
     assert result.returncode == int(bool(found))
 

@@ -159,6 +159,29 @@ def test_declarations():
     assert found["lomem::Kind"] == "enum class Kind : int"
 
 
+def test_declarations_in_a_list(tmp_path):
+    (tmp_path / "a.def").write_text(
+        "// LIB_ENTRY(name, result, parameters)\n"
+        "LIB_ENTRY(one, int, (long a, // the first\n  bool b LIB_DEFAULT(f(1, 2))))\n"
+        'LIB_ENTRY(\n    two, std::array<int, 2>, (const char* text LIB_DEFAULT(",)")))\n'
+    )
+    (tmp_path / "a.h").write_text(
+        "namespace lib {\n"
+        "#define LIB_DEFAULT(value) = value\n"
+        "#define LIB_ENTRY(name, Result, parameters) Result name parameters;\n"
+        '#include "a.def"\n'
+        "#undef LIB_ENTRY\n"
+        "#undef LIB_DEFAULT\n"
+        "int three();\n"
+        "}\n"
+    )
+    assert public_names.cpp_names([tmp_path / "a.h"]) == {
+        "lib::one": "int one(long a, bool b = f(1, 2))",
+        "lib::two": 'std::array<int, 2> two(const char* text = ",)")',
+        "lib::three": "int three()",
+    }
+
+
 def test_members_are_inherited(tmp_path):
     header = tmp_path / "a.h"
     header.write_text(

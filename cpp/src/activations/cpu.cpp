@@ -326,7 +326,7 @@ at::Tensor step_activation_cpu(
 
 at::Tensor step_activation_backward_cpu(
     const at::Tensor& grad_output, const at::Tensor& codes, Doubles levels, int64_t bits) {
-  check_step_backward(grad_output, codes, levels, bits);
+  check_step_backward(ops::step_activation_backward.name, grad_output, codes, levels, bits);
   const at::Tensor grad = grad_output.contiguous();
   const at::Tensor packed_codes = codes.contiguous();
   at::Tensor grad_input(at::detail::empty_cpu(grad.sizes(), grad.scalar_type()));

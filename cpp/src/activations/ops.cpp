@@ -1,14 +1,18 @@
-// The activations on every backend, composed of other ops, and the ops named as in LowMemoryBP.
+// What the activations are apart from their backends: ops composed of other ops, and the shapes of results with
+// symbolic sizes.
 #include "ops.h"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <lomem/core/packing.h>
 #include <lomem/ops/activations.h>
 #include <torch/library.h>
 
 #include <memory>
 
 #include "../checks.h"
+#include "fused.h"
 
 namespace lomem::detail {
 
@@ -18,6 +22,9 @@ at::Tensor activation_value(const Activation& activation, const at::Tensor& inpu
   return activation.value(input, parameters);
 }
 
+namespace {
+
+/// Without a gradient: the torch op itself, whether `fast` is set or not.
 at::Tensor step_activation_value(
     const at::Tensor& input, std::string_view function, Doubles parameters, int64_t bits, std::string_view criterion,
     OptionalDoubles boundaries, OptionalDoubles levels, bool /*fast*/) {
@@ -27,8 +34,6 @@ at::Tensor step_activation_value(
   check_step_arguments(op, activation, {bits, criterion, boundaries, levels});
   return activation_value(activation, input, parameters);
 }
-
-namespace {
 
 /// The elements of `input` in the memory order of `output`, which is dense, as a 1-D tensor.
 at::Tensor in_memory_order(const at::Tensor& input, const at::Tensor& output) {
@@ -73,6 +78,55 @@ std::tuple<at::Tensor, at::Tensor> hard_activation_forward_value(
   return {output, ops::band_codes(in_memory_order(input, output), band.low, band.high)};
 }
 
+// Shapes --------------------------------------------------------------------------------------------------------------
+
+at::Tensor empty_codes(const at::Tensor& input, int64_t bits) {
+  return at::empty_symint({packed_bytes(input.sym_numel(), static_cast<int>(bits))}, input.options().dtype(at::kByte));
+}
+
+std::tuple<at::Tensor, at::Tensor> step_activation_forward_meta(
+    const at::Tensor& input, std::string_view function, Doubles parameters, int64_t bits, std::string_view criterion,
+    OptionalDoubles boundaries, OptionalDoubles levels, bool /*fast*/) {
+  constexpr const char* op = ops::step_activation_forward.name;
+  check_float_tensor(op, "input", input);
+  const Activation& activation = find_activation(op, function, parameters);
+  check_step_arguments(op, activation, {bits, criterion, boundaries, levels});
+  return {activation_value(activation, input, parameters), empty_codes(input, bits)};
+}
+
+std::tuple<at::Tensor, at::Tensor> hard_activation_forward_meta(
+    const at::Tensor& input, std::string_view function, Doubles parameters) {
+  constexpr const char* op = ops::hard_activation_forward.name;
+  check_float_tensor(op, "input", input);
+  return {activation_value(find_exact(op, function, parameters), input, parameters), empty_codes(input, 1)};
+}
+
+std::tuple<at::Tensor, at::Tensor> fused_activation_forward_meta(
+    const at::Tensor& input, std::string_view function, Doubles boundaries, int64_t bits, bool /*fast*/) {
+  check_fused_forward(input, boundaries, bits);
+  visit_fused(function, [](auto /*known*/) {});
+  const Activation& activation = find_activation(ops::fused_activation_forward.name, function, {});
+  return {activation_value(activation, input, {}), empty_codes(input, bits)};
+}
+
+at::Tensor step_codes_meta(const at::Tensor& input, Doubles boundaries, int64_t bits) {
+  check_encoding(ops::step_codes.name, input, boundaries, bits);
+  return empty_codes(input, bits);
+}
+
+at::Tensor band_codes_meta(const at::Tensor& input, double low, double high) {
+  check_band(ops::band_codes.name, input, low, high);
+  return empty_codes(input, 1);
+}
+
+at::Tensor step_activation_backward_meta(
+    const at::Tensor& grad_output, const at::Tensor& codes, Doubles levels, int64_t bits) {
+  check_step_backward(ops::step_activation_backward.name, grad_output, codes, levels, bits);
+  return at::empty_symint(grad_output.sym_sizes(), grad_output.options());
+}
+
+// Ops named as in LowMemoryBP -----------------------------------------------------------------------------------------
+
 at::Tensor regelu2_op(const at::Tensor& input, std::string_view approximate, bool fast) {
   return regelu2(input, approximate, fast);
 }
@@ -86,6 +140,15 @@ TORCH_LIBRARY_IMPL(lomem, CompositeExplicitAutograd, m) {
   m.impl("step_activation_forward", &step_activation_forward_value);
   m.impl("hard_activation", &hard_activation_value);
   m.impl("hard_activation_forward", &hard_activation_forward_value);
+}
+
+TORCH_LIBRARY_IMPL(lomem, Meta, m) {
+  m.impl("step_activation_forward", &step_activation_forward_meta);
+  m.impl("hard_activation_forward", &hard_activation_forward_meta);
+  m.impl("fused_activation_forward", &fused_activation_forward_meta);
+  m.impl("step_codes", &step_codes_meta);
+  m.impl("band_codes", &band_codes_meta);
+  m.impl("step_activation_backward", &step_activation_backward_meta);
 }
 
 TORCH_LIBRARY_IMPL(lomem, CompositeImplicitAutograd, m) {

@@ -9,7 +9,7 @@
 
 namespace lomem::cpu {
 
-/// Pointers to the kernels declared in kernels.h. With `stream`, stores bypass the caches.
+/// Pointers to the kernels that kernels.h declares. With `stream`, stores bypass the caches.
 struct KernelTable {
   using Encode = void (*)(DType, const void* x, std::int64_t n, std::uint8_t* packed);
   /// Null if the instruction set has no fused multiply-add. `packed` may be null. Not for float64.
@@ -28,14 +28,11 @@ struct KernelTable {
   Fused gelu;
   Fused gelu_tanh;
   Fused silu;
-  void (*step_search_encode)(
-      DType, const void* x, std::int64_t n, const double* boundaries, int bits, std::uint8_t* packed);
-  void (*band_encode)(DType, const void* x, std::int64_t n, double low, double high, std::uint8_t* packed);
-  void (*step_decode_multiply)(
-      DType, const void* grad_output, const std::uint8_t* packed, const double* levels, int bits, std::int64_t n,
-      void* grad_input, bool stream);
-  std::uint8_t (*pack_bits)(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed);
-  void (*unpack_bits)(const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes);
+#define LOMEM_DEFAULT(value)
+#define LOMEM_KERNEL(name, Result, parameters, arguments) Result(*name) parameters;
+#include <lomem/cpu/kernels.def>
+#undef LOMEM_KERNEL
+#undef LOMEM_DEFAULT
   NormForwardRows layer_norm_forward;
   NormForwardRows rms_norm_forward;
   NormBackwardRows layer_norm_backward;

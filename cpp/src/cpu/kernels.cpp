@@ -143,6 +143,15 @@ bool should_stream(std::size_t output_bytes) {
   return output_bytes > cache;
 }
 
+#define LOMEM_DEFAULT(value)
+#define LOMEM_KERNEL(name, Result, parameters, arguments) \
+  Result name parameters {                                \
+    return kernels().name arguments;                      \
+  }
+#include <lomem/cpu/kernels.def>
+#undef LOMEM_KERNEL
+#undef LOMEM_DEFAULT
+
 template <>
 LOMEM_API void step_encode<GELU>(DType dtype, const void* x, std::int64_t n, std::uint8_t* packed) {
   kernels().gelu.encode(dtype, x, n, packed);
@@ -156,21 +165,6 @@ LOMEM_API void step_encode<GELUTanh>(DType dtype, const void* x, std::int64_t n,
 template <>
 LOMEM_API void step_encode<SiLU>(DType dtype, const void* x, std::int64_t n, std::uint8_t* packed) {
   kernels().silu.encode(dtype, x, n, packed);
-}
-
-void step_search_encode(
-    DType dtype, const void* x, std::int64_t n, const double* boundaries, int bits, std::uint8_t* packed) {
-  kernels().step_search_encode(dtype, x, n, boundaries, bits, packed);
-}
-
-void band_encode(DType dtype, const void* x, std::int64_t n, double low, double high, std::uint8_t* packed) {
-  kernels().band_encode(dtype, x, n, low, high, packed);
-}
-
-void step_decode_multiply(
-    DType dtype, const void* grad_output, const std::uint8_t* packed, const double* levels, int bits, std::int64_t n,
-    void* grad_input, bool stream) {
-  kernels().step_decode_multiply(dtype, grad_output, packed, levels, bits, n, grad_input, stream);
 }
 
 template <>
@@ -189,14 +183,6 @@ template <>
 LOMEM_API bool fast_forward<SiLU>(
     DType dtype, const void* x, std::int64_t n, void* y, std::uint8_t* packed, bool stream) {
   return run(kernels().silu.fast_forward, dtype, x, n, y, packed, stream);
-}
-
-std::uint8_t pack_bits(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed) {
-  return kernels().pack_bits(codes, n, bits, packed);
-}
-
-void unpack_bits(const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes) {
-  kernels().unpack_bits(packed, n, bits, codes);
 }
 
 template <>

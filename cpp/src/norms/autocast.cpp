@@ -2,9 +2,8 @@
 // for norms returns float32; every following linear layer would then save its own cast copy, and nothing would be
 // shared.
 #include <ATen/autocast_mode.h>
-#include <torch/library.h>
 
-#include "../op.h"
+#include "ops.h"
 
 namespace lomem::detail {
 namespace {
@@ -17,26 +16,20 @@ OptionalDtype output_dtype(const at::Tensor& input, OptionalDtype dtype, at::Dev
   return at::autocast::get_autocast_dtype(device);
 }
 
-template <c10::DispatchKey key, at::DeviceType device>
-at::Tensor ms_layer_norm_autocast(
-    const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-    const OptionalTensor& bias, double eps, OptionalDtype dtype) {
+template <class Op, c10::DispatchKey key, at::DeviceType device>
+at::Tensor norm_autocast(const NormArguments& args) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-  return ops::ms_layer_norm(input, normalized_shape, weight, bias, eps, output_dtype(input, dtype, device));
-}
-
-template <c10::DispatchKey key, at::DeviceType device>
-at::Tensor ms_rms_norm_autocast(
-    const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-    std::optional<double> eps, OptionalDtype dtype) {
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-  return ops::ms_rms_norm(input, normalized_shape, weight, eps, output_dtype(input, dtype, device));
+  NormArguments cast = args;
+  cast.dtype = output_dtype(args.input, args.dtype, device);
+  return Op::call(Op::op, cast);
 }
 
 template <c10::DispatchKey key, at::DeviceType device>
 void emit_autocast_dtype(torch::Library& m) {
-  m.impl("ms_layer_norm", &ms_layer_norm_autocast<key, device>);
-  m.impl("ms_rms_norm", &ms_rms_norm_autocast<key, device>);
+  for_each_norm([&](auto type) {
+    using Op = typename decltype(type)::type;
+    m.impl(Op::op.name, &Op::template kernel<&norm_autocast<Op, key, device>>);
+  });
 }
 
 TORCH_LIBRARY_IMPL(lomem, AutocastCPU, m) {

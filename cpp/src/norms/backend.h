@@ -16,10 +16,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <lomem/core/norm.h>
-#include <torch/library.h>
 
 #include "../checks.h"
-#include "../op.h"
+#include "ops.h"
 
 namespace lomem::detail {
 
@@ -39,127 +38,79 @@ inline OptionalTensor contiguous(const OptionalTensor& tensor) {
   return has_tensor(tensor) ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }
 
+/// The kernels of the norms on a backend, for implement_norms.
 template <class Backend>
-struct NormOps {
-  template <Norm norm>
-  static std::tuple<at::Tensor, at::Tensor> forward(
-      const char* op, const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
-      const OptionalTensor& bias, std::optional<double> eps, OptionalDtype dtype) {
-    const auto shape = c10::fromIntArrayRefSlow(normalized_shape);
-    const NormSizes sizes = check_norm_forward(op, input, shape, weight, bias, eps, dtype);
+struct NormKernels {
+  template <class Op>
+  static at::Tensor value(const NormArguments& args) {
+    return std::get<0>(compute<Op::norm>(Op::op.name, args));
+  }
 
-    const typename Backend::Scope scope(input);
-    const at::Tensor x = input.contiguous();
-    const OptionalTensor gamma = contiguous(weight);
-    const OptionalTensor beta = contiguous(bias);
-    at::Tensor output = at::empty(x.sizes(), x.options().dtype(dtype.value_or(x.scalar_type())));
+  template <class Op>
+  static NormResults forward(const NormArguments& args) {
+    NormResults results = compute<Op::norm>(Op::forward_op.name, args);
+    Backend::check_recoverable(Op::op.name, args.weight, std::get<0>(results));
+    return results;
+  }
+
+  template <class Op>
+  static NormGradients backward(const NormBackwardArguments& args) {
+    constexpr const char* op = Op::backward_op.name;
+    const NormSizes sizes = check_norm_backward(
+        op, args.grad_output, args.output, args.rstd, args.normalized_shape, args.weight, args.bias, args.input_dtype);
+
+    const typename Backend::Scope scope(args.output);
+    const at::Tensor grad = args.grad_output.contiguous();
+    const at::Tensor z = args.output.contiguous();
+    const at::Tensor rstd = args.rstd.contiguous();
+    const OptionalTensor gamma = contiguous(args.weight);
+    const OptionalTensor beta = contiguous(args.bias);
+    at::Tensor grad_input;
+    at::Tensor grad_weight;
+    at::Tensor grad_bias;
+    if (args.output_mask[0]) {
+      grad_input = at::empty(z.sizes(), z.options().dtype(args.input_dtype));
+    }
+    if (args.output_mask[1] && has_tensor(gamma)) {
+      grad_weight = at::empty_like(*gamma);
+    }
+    if (args.output_mask[2] && has_tensor(beta)) {
+      grad_bias = at::empty_like(*beta);
+    }
+    const NormBackward arrays{array(grad),
+                              array(z),
+                              array(rstd),
+                              array(gamma),
+                              array(beta),
+                              mutable_array(grad_input),
+                              sizes.cols.expect_int()};
+    Backend::template backward<Op::norm>(
+        op, arrays, sizes.rows.expect_int(), mutable_array(grad_weight), mutable_array(grad_bias), z);
+    return {grad_input, grad_weight, grad_bias};
+  }
+
+ private:
+  template <Norm norm>
+  static NormResults compute(const char* op, const NormArguments& args) {
+    const NormSizes sizes =
+        check_norm_forward(op, args.input, args.normalized_shape, args.weight, args.bias, args.eps, args.dtype);
+
+    const typename Backend::Scope scope(args.input);
+    const at::Tensor x = args.input.contiguous();
+    const OptionalTensor gamma = contiguous(args.weight);
+    const OptionalTensor beta = contiguous(args.bias);
+    at::Tensor output = at::empty(x.sizes(), x.options().dtype(args.dtype.value_or(x.scalar_type())));
     at::Tensor rstd = at::empty(C10_AS_INTARRAYREF_SLOW(sizes.rstd), x.options().dtype(rstd_dtype(x.scalar_type())));
-    const NormForward args{
+    const NormForward arrays{
         array(x),
         array(gamma),
         array(beta),
         mutable_array(output),
         mutable_array(rstd),
         sizes.cols.expect_int(),
-        eps.value_or(default_rms_norm_eps(x.scalar_type()))};
-    Backend::template forward<norm>(op, args, sizes.rows.expect_int(), x);
+        args.eps.value_or(default_rms_norm_eps(x.scalar_type()))};
+    Backend::template forward<norm>(op, arrays, sizes.rows.expect_int(), x);
     return {output, rstd};
-  }
-
-  template <Norm norm>
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
-      const char* op, const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& rstd,
-      at::IntArrayRef normalized_shape, const OptionalTensor& weight, const OptionalTensor& bias,
-      at::ScalarType input_dtype, std::array<bool, 3> output_mask) {
-    const auto shape = c10::fromIntArrayRefSlow(normalized_shape);
-    const NormSizes sizes = check_norm_backward(op, grad_output, output, rstd, shape, weight, bias, input_dtype);
-
-    const typename Backend::Scope scope(output);
-    const at::Tensor grad = grad_output.contiguous();
-    const at::Tensor z = output.contiguous();
-    const at::Tensor row_rstd = rstd.contiguous();
-    const OptionalTensor gamma = contiguous(weight);
-    const OptionalTensor beta = contiguous(bias);
-    at::Tensor grad_input;
-    at::Tensor grad_weight;
-    at::Tensor grad_bias;
-    if (output_mask[0]) {
-      grad_input = at::empty(z.sizes(), z.options().dtype(input_dtype));
-    }
-    if (output_mask[1] && has_tensor(gamma)) {
-      grad_weight = at::empty_like(*gamma);
-    }
-    if (output_mask[2] && has_tensor(beta)) {
-      grad_bias = at::empty_like(*beta);
-    }
-    const NormBackward args{array(grad),
-                            array(z),
-                            array(row_rstd),
-                            array(gamma),
-                            array(beta),
-                            mutable_array(grad_input),
-                            sizes.cols.expect_int()};
-    Backend::template backward<norm>(
-        op, args, sizes.rows.expect_int(), mutable_array(grad_weight), mutable_array(grad_bias), z);
-    return {grad_input, grad_weight, grad_bias};
-  }
-
-  static at::Tensor ms_layer_norm(
-      const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
-      const OptionalTensor& bias, double eps, OptionalDtype dtype) {
-    return std::get<0>(forward<Norm::layer>("lomem::ms_layer_norm", input, normalized_shape, weight, bias, eps, dtype));
-  }
-
-  static std::tuple<at::Tensor, at::Tensor> ms_layer_norm_forward(
-      const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
-      const OptionalTensor& bias, double eps, OptionalDtype dtype) {
-    auto result =
-        forward<Norm::layer>("lomem::ms_layer_norm_forward", input, normalized_shape, weight, bias, eps, dtype);
-    Backend::check_recoverable("lomem::ms_layer_norm", weight, std::get<0>(result));
-    return result;
-  }
-
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_layer_norm_backward(
-      const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& rstd, at::IntArrayRef normalized_shape,
-      const OptionalTensor& weight, const OptionalTensor& bias, at::ScalarType input_dtype,
-      std::array<bool, 3> output_mask) {
-    return backward<Norm::layer>(
-        "lomem::ms_layer_norm_backward", grad_output, output, rstd, normalized_shape, weight, bias, input_dtype,
-        output_mask);
-  }
-
-  static at::Tensor ms_rms_norm(
-      const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
-      std::optional<double> eps, OptionalDtype dtype) {
-    return std::get<0>(
-        forward<Norm::rms>("lomem::ms_rms_norm", input, normalized_shape, weight, std::nullopt, eps, dtype));
-  }
-
-  static std::tuple<at::Tensor, at::Tensor> ms_rms_norm_forward(
-      const at::Tensor& input, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
-      std::optional<double> eps, OptionalDtype dtype) {
-    auto result =
-        forward<Norm::rms>("lomem::ms_rms_norm_forward", input, normalized_shape, weight, std::nullopt, eps, dtype);
-    Backend::check_recoverable("lomem::ms_rms_norm", weight, std::get<0>(result));
-    return result;
-  }
-
-  static std::tuple<at::Tensor, at::Tensor> ms_rms_norm_backward(
-      const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& rstd, at::IntArrayRef normalized_shape,
-      const OptionalTensor& weight, at::ScalarType input_dtype, std::array<bool, 2> output_mask) {
-    auto [grad_input, grad_weight, grad_bias] = backward<Norm::rms>(
-        "lomem::ms_rms_norm_backward", grad_output, output, rstd, normalized_shape, weight, std::nullopt, input_dtype,
-        {output_mask[0], output_mask[1], false});
-    return {grad_input, grad_weight};
-  }
-
-  static void implement(torch::Library& m) {
-    m.impl("ms_layer_norm", &NormOps::ms_layer_norm);
-    m.impl("ms_layer_norm_forward", &NormOps::ms_layer_norm_forward);
-    m.impl("ms_layer_norm_backward", &NormOps::ms_layer_norm_backward);
-    m.impl("ms_rms_norm", &NormOps::ms_rms_norm);
-    m.impl("ms_rms_norm_forward", &NormOps::ms_rms_norm_forward);
-    m.impl("ms_rms_norm_backward", &NormOps::ms_rms_norm_backward);
   }
 };
 

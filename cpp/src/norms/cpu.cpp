@@ -105,7 +105,7 @@ struct CpuNorms {
 };
 
 TORCH_LIBRARY_IMPL(lomem, CPU, m) {
-  NormOps<CpuNorms>::implement(m);
+  implement_norms<NormKernels<CpuNorms>>(m);
 }
 
 }  // namespace

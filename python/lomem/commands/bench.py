@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C, __version__, functional
+from ..functional.norms import LAYER_NORM, RMS_NORM
 from . import _reused_memory, bench_report
 from .bench_report import ACTIVATIONS, FEW_BIT, NORMS, Record, Results
 from .plotting import check_folder, check_plot
@@ -217,11 +218,11 @@ def norm_case(name: str, shape: tuple[int, int], dtype: str, plan: Plan) -> Case
     def over_rows(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, *parameters: op(x, (columns,), *parameters, eps=1e-5)
 
-    ours = functional.ms_layer_norm if layer else functional.ms_rms_norm
+    ours = (LAYER_NORM if layer else RMS_NORM).function
     theirs = F.layer_norm if layer else F.rms_norm
     functions = {"lomem": over_rows(ours), "torch": over_rows(theirs)}
     if not layer and plan.device.type == "cpu":
-        functions[bench_report.LAYER_NORM] = over_rows(functional.ms_layer_norm)
+        functions[bench_report.LAYER_NORM] = over_rows(LAYER_NORM.function)
     if plan.compiled:
         functions["torch.compile"] = torch.compile(over_rows(theirs), dynamic=False)
     if plan.device.type == "cuda" and affine:

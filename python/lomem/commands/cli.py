@@ -240,7 +240,7 @@ def _add_fit(commands: Any) -> None:
         description="Fits optimal step functions to the derivative of an activation and reports the accuracy of the "
         "gradients. Lists are comma-separated: --bits 2,3,4.",
     )
-    command.add_argument("function", metavar="FUNCTION", help="gelu, silu, sigmoid, tanh, elu, ...")
+    command.add_argument("function", metavar="FUNCTION", help="gelu, silu, sigmoid, tanh, ...")
     command.add_argument(
         "--bits",
         type=_list_of(_positive),

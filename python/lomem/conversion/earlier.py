@@ -10,5 +10,3 @@ __all__: list[str] = []
 
 for _module in (exchange, forms, live, modules, report):
     sys.modules[_module.__name__.replace(".conversion.", ".conversion._")] = _module
-
-modules.StepActivation = modules.ConvertedActivation  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from .. import functional as LF
 from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.handover import current_hooks, itself, linear_of_offered, offer, take
+from ..functional.norms import LAYER_NORM, RMS_NORM, NormOps
 from ..steps import StepFunction
 from .exchange import Converted
 from .kinds import Criterion, Function, ResultDtype
@@ -23,8 +24,6 @@ from .live import Fixed, fixed, holds
 from .recognize import ActivationForm, LinearForm, NormForm
 
 __all__ = ["ConvertedActivation", "MSNorm", "NormPlan", "SharedInput", "StepCalls", "as_activation"]
-
-_lomem = torch.ops.lomem
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -154,6 +153,10 @@ class ConvertedActivation(_FewBit):
         elif steps.scale != scale:
             steps = self.lomem_steps = Steps.scaled(steps.function, scale)
         return steps
+
+
+#: Its name in pickles of earlier versions.
+StepActivation = ConvertedActivation
 
 
 _aten = torch.ops.aten
@@ -287,17 +290,13 @@ class NormPlan:
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, dtype: torch.dtype | None
     ) -> Tensor:
         """The norm, by lomem's public function."""
-        if self.form.centred:
-            return LF.ms_layer_norm(x, self.form.shape, weight, bias, eps or 0.0, dtype=dtype)
-        return LF.ms_rms_norm(x, self.form.shape, weight, eps, dtype=dtype)
+        return self._ops.function(x, self.form.shape, *self._parameters(weight, bias, eps), dtype=dtype)
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
         """The norm and its rstd, without a graph. The weights must be invertible."""
-        if self.form.centred:
-            return _lomem.ms_layer_norm_forward(x, self.form.shape, weight, bias, eps or 0.0, dtype=dtype)
-        return _lomem.ms_rms_norm_forward(x, self.form.shape, weight, eps, dtype=dtype)
+        return self._ops.forward(x, self.form.shape, *self._parameters(weight, bias, eps), dtype=dtype)
 
     def backward(
         self,
@@ -310,9 +309,19 @@ class NormPlan:
         needs: list[bool],
     ) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias."""
+        backward, shape = self._ops.backward, self.form.shape
         if self.form.centred:
-            return _lomem.ms_layer_norm_backward(grad, output, rstd, self.form.shape, weight, bias, dtype, needs)
-        return (*_lomem.ms_rms_norm_backward(grad, output, rstd, self.form.shape, weight, dtype, needs[:2]), None)
+            return backward(grad, output, rstd, shape, weight, bias, dtype, needs)
+        return (*backward(grad, output, rstd, shape, weight, dtype, needs[:2]), None)
+
+    @property
+    def _ops(self) -> NormOps:
+        return LAYER_NORM if self.form.centred else RMS_NORM
+
+    def _parameters(
+        self, weight: Tensor | None, bias: Tensor | None, eps: float | None
+    ) -> tuple[Tensor | float | None, ...]:
+        return (weight, bias, eps or 0.0) if self.form.centred else (weight, eps)
 
 
 def _sum(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from .._trace.state import generators_of, module_state, restore_module
+from ..functional.norms import LAYER_NORM, RMS_NORM
 
 __all__ = [
     "ACTIVATION_OPS",
@@ -72,7 +73,7 @@ NORM_OPS = (
     | _ARITHMETIC
     | _names("mean sum var var_mean std std_mean linalg_vector_norm norm")
     | _names("native_layer_norm native_group_norm rms_norm _fused_rms_norm")
-    | _names("lomem::ms_layer_norm lomem::ms_layer_norm_forward lomem::ms_rms_norm lomem::ms_rms_norm_forward")
+    | {op._schema.name for norm in (LAYER_NORM, RMS_NORM) for op in (norm.op, norm.forward)}
 )
 #: Ops that GELU and SiLU may consist of.
 ACTIVATION_OPS = _MOVES | _ARITHMETIC | _names("erf erfc special_ndtr tanh sigmoid exp expm1 gelu silu")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..memory._report import Report, Section
+from ..nn.activations import WithSteps
 from ..steps import StepFunction
 from ._fit import fit
-from ._layers import Layer, Loss, activation_layers, derivative, watch
+from ._layers import Loss, activation_layers, derivative, watch
 
 __all__ = ["Calibration", "Histogram", "LayerCalibration", "calibrate"]
 
@@ -120,16 +121,10 @@ class Calibration(Report):
                     f"lomem.fit.Calibration.apply: {name!r} of model is a {kind}, expected a {calibrated.function}"
                 )
         for name, calibrated in self.layers.items():
-            _set(layers[name], calibrated.steps)
+            layers[name].steps = calibrated.steps
 
 
-def _set(layer: Layer, steps: StepFunction) -> None:
-    layer.steps = steps
-    if hasattr(layer, "bits"):
-        layer.bits = steps.bits
-
-
-def _relative_error(layer: Layer, steps: StepFunction, values: Tensor, weights: Tensor) -> float:
+def _relative_error(layer: WithSteps, steps: StepFunction, values: Tensor, weights: Tensor) -> float:
     exact = derivative(layer, values)
     wrong = ((steps.derivative(values) - exact).square() * weights).sum()
     energy = (exact.square() * weights).sum()
@@ -200,7 +195,7 @@ def calibrate(
         name, reason = next(iter(skipped.items()))
         raise ValueError(f"{function}: no layer can be calibrated; {name!r} {reason}")
     for name, result in results.items():
-        _set(layers[name], result.steps)
+        layers[name].steps = result.steps
     return Calibration(results, skipped, count)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..functional import gelu
-from ..nn import FewBitActivation, StepActivation
+from ..nn.activations import WithSteps
 from ..steps import StepFunction
 from ._callables import from_callable
 from ._densities import array, below, fail, measure_of
@@ -117,7 +117,7 @@ class Fit:
 
 
 def _function(fn: Any, domain: tuple[float, float] | None) -> Function:
-    if isinstance(fn, (FewBitActivation, StepActivation)):
+    if isinstance(fn, WithSteps):
         fn = fn.exact  # autograd would return the step function as the derivative of fn itself
     elif getattr(fn, "__module__", None) == gelu.__module__ and fn.__name__ in FUNCTIONS:
         fn = fn.__name__

@@ -12,20 +12,17 @@ from torch import Tensor, nn
 from .._trace.batch import as_batch
 from .._trace.state import preserved
 from ..memory._run import check_model, tensors_in
-from ..nn import FewBitActivation, StepActivation
+from ..nn.activations import WithSteps
 
-Layer: TypeAlias = FewBitActivation | StepActivation
 Loss: TypeAlias = Callable[[Any], Tensor]
 #: Called for each call of a layer with its name, its input and, if there is a loss, the gradient of its output.
 Seen: TypeAlias = Callable[[str, Tensor, Tensor | None], None]
 
 
-def activation_layers(function: str, model: Any) -> dict[str, Layer]:
+def activation_layers(function: str, model: Any) -> dict[str, WithSteps]:
     """The activation layers with step functions, by their names in the model."""
     check_model(function, model)
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, (FewBitActivation, StepActivation))
-    }
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, WithSteps)}
     if not layers:
         raise ValueError(
             f"{function}: model, a {type(model).__name__}, has no activation of lomem.nn with a step function, "
@@ -35,7 +32,7 @@ def activation_layers(function: str, model: Any) -> dict[str, Layer]:
 
 
 def watch(
-    function: str, model: nn.Module, layers: dict[str, Layer], batches: Iterable[Any], loss: Loss | None, seen: Seen
+    function: str, model: nn.Module, layers: dict[str, WithSteps], batches: Iterable[Any], loss: Loss | None, seen: Seen
 ) -> int:
     """Runs the model on each batch and calls `seen` for each call of a layer. Returns the number of batches.
 
@@ -67,7 +64,7 @@ def scalar(function: str, value: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _hooked(layers: dict[str, Layer], with_gradient: bool, seen: Seen) -> Iterator[None]:
+def _hooked(layers: dict[str, WithSteps], with_gradient: bool, seen: Seen) -> Iterator[None]:
     def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         inputs: list[Tensor] = []
 
@@ -98,7 +95,7 @@ def _hooked(layers: dict[str, Layer], with_gradient: bool, seen: Seen) -> Iterat
             handle.remove()
 
 
-def derivative(layer: Layer, x: Tensor) -> Tensor:
+def derivative(layer: WithSteps, x: Tensor) -> Tensor:
     """Exact derivative h'(x) of the layer's activation, in float64."""
     leaf = x.detach().to(torch.float64).requires_grad_()
     with torch.enable_grad():

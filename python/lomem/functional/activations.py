@@ -108,7 +108,7 @@ def _few_bit(
     # User-supplied steps change only the gradient.
     steps_matter = steps is not None and input.requires_grad and torch.is_grad_enabled()
     if not (steps_matter or has_torch_function_unary(input) or is_compiling()):
-        output = _C.step_activation(input, function, parameters, bits, criterion, fast)
+        output = _C.few_bit_activation(input, function, parameters, bits, criterion, fast)
         if output is not NotImplemented:
             return input.copy_(output) if inplace else output
     return _few_bit_op(function, input, parameters, bits, criterion, steps, inplace, fast)
@@ -137,7 +137,7 @@ def _few_bit_op(
 
 def _exact(function: str, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False) -> Tensor:
     if not (has_torch_function_unary(input) or is_compiling()):
-        output = _C.hard_activation(input, function, parameters)
+        output = _C.exact_activation(input, function, parameters)
         if output is not NotImplemented:
             return input.copy_(output) if inplace else output
     _check_numbers(function, parameters)
@@ -378,7 +378,7 @@ def regelu2(input: Tensor, approximate: str = "none", *, fast: bool = False) -> 
     if approximate not in ("none", "tanh"):
         raise ValueError(f"lomem.functional.regelu2: approximate is {approximate!r}, expected 'none' or 'tanh'")
     function = "gelu" if approximate == "none" else "gelu_tanh"
-    output = _C.step_activation(input, function, (), 2, "paper", fast)
+    output = _C.few_bit_activation(input, function, (), 2, "paper", fast)
     return _regelu2(input, approximate=approximate, fast=fast) if output is NotImplemented else output
 
 
@@ -401,7 +401,7 @@ def resilu2(input: Tensor, *, fast: bool = False) -> Tensor:
         if is_jagged(input):
             return F.silu(input)
         return _resilu2(input, fast=fast)
-    output = _C.step_activation(input, "silu", (), 2, "paper", fast)
+    output = _C.few_bit_activation(input, "silu", (), 2, "paper", fast)
     return _resilu2(input, fast=fast) if output is NotImplemented else output
 
 

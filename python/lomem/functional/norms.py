@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,36 @@ def ms_rms_norm(
     if is_jagged(input):
         return F.rms_norm(input, list(normalized_shape), weight, eps).to(dtype or input.dtype)
     return _ms_rms_norm(input, normalized_shape, weight, eps, dtype=dtype)
+
+
+class NormOps(NamedTuple):
+    """A norm in its three forms.
+
+    Attributes:
+        function: The function above.
+        op: The op that it calls.
+        forward: The op that also returns what to save besides the output.
+        backward: The op that computes the gradients.
+    """
+
+    function: Callable[..., Tensor]
+    op: torch._ops.OpOverload
+    forward: torch._ops.OpOverload
+    backward: torch._ops.OpOverload
+
+
+LAYER_NORM = NormOps(
+    ms_layer_norm,
+    _ms_layer_norm,
+    torch.ops.lomem.ms_layer_norm_forward.default,
+    torch.ops.lomem.ms_layer_norm_backward.default,
+)
+RMS_NORM = NormOps(
+    ms_rms_norm,
+    _ms_rms_norm,
+    torch.ops.lomem.ms_rms_norm_forward.default,
+    torch.ops.lomem.ms_rms_norm_backward.default,
+)
 
 
 # LowMemoryBP's names, so that code written for it runs unchanged.

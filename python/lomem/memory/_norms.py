@@ -15,11 +15,11 @@ from .._trace.handover import offered
 from .._trace.hooks import hook_after
 from .._trace.keeps import COPIES, DROPOUTS, saves_operands
 from .._trace.recorder import Op, Recorder, Storage
-from ..nn import MSLayerNorm, MSRMSNorm
+from ..nn.norms import MemorySharingNorm
 from ._report import dtype_name
 from ._run import tensors_in
 
-_NORMS = (MSLayerNorm, MSRMSNorm, nn.LayerNorm, nn.RMSNorm)
+_NORMS = (MemorySharingNorm, nn.LayerNorm, nn.RMSNorm)
 #: Ops that draw the mask of a hand-written dropout.
 _RANDOM = frozenset({torch.ops.aten.bernoulli, torch.ops.aten.bernoulli_})
 

@@ -42,7 +42,21 @@ __all__ = [
 ]
 
 
-class FewBitActivation(nn.Module):
+class WithSteps(nn.Module):
+    """Base class of the activations with a step function as their derivative."""
+
+    steps: StepFunction | None
+
+    def exact(self, input: Tensor) -> Tensor:
+        """Applies the activation with its exact gradient."""
+        raise NotImplementedError
+
+    def step_function(self) -> StepFunction:
+        """The step function in use."""
+        raise NotImplementedError
+
+
+class FewBitActivation(WithSteps):
     """Base class of the activations that save a few bits per element, with a step function as their derivative.
 
     Each is a subclass of torch's module of the same name, takes its arguments, returns bit-identical results and has
@@ -397,7 +411,7 @@ class ReSiLU2(nn.Module):
         return ", ".join(f"{name}=True" for name in ("inplace", "fast") if getattr(self, name))
 
 
-class StepActivation(nn.Module):
+class StepActivation(WithSteps):
     """A user-supplied function with a step function as its derivative.
 
     See :func:`lomem.functional.step_activation`.
@@ -407,6 +421,8 @@ class StepActivation(nn.Module):
         boundaries: ``2**bits - 1`` ascending numbers, with ``bits`` from 1 to 8.
         levels: ``2**bits`` numbers.
     """
+
+    steps: StepFunction
 
     def __init__(self, fn: Callable[[Tensor], Tensor], boundaries: Sequence[float], levels: Sequence[float]) -> None:
         super().__init__()

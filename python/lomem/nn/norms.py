@@ -13,17 +13,37 @@ from .. import functional as F
 __all__ = ["MSLayerNorm", "MSRMSNorm"]
 
 
-def _shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    # operator.index accepts any integer type, including NumPy's, but no float.
-    return tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (operator.index(normalized_shape),)
+class MemorySharingNorm(nn.Module):
+    """Base class of the norms. Subclasses register ``weight`` and ``bias``."""
+
+    weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None,
+        elementwise_affine: bool,
+        output_dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        # operator.index accepts any integer type, including NumPy's, but no float.
+        sizes = normalized_shape if isinstance(normalized_shape, Sequence) else (operator.index(normalized_shape),)
+        self.normalized_shape = tuple(sizes)
+        self.eps = eps
+        self.elementwise_affine = elementwise_affine
+        self.output_dtype = output_dtype
+
+    def _register(self, name: str, present: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        parameter = torch.empty(self.normalized_shape, device=device, dtype=dtype) if present else None
+        self.register_parameter(name, None if parameter is None else nn.Parameter(parameter))
+
+    def extra_repr(self) -> str:
+        """Formats the arguments for ``repr``."""
+        text = f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+        return text if self.output_dtype is None else text + f", output_dtype={self.output_dtype}"
 
 
-def _repr(norm: MSLayerNorm | MSRMSNorm) -> str:
-    text = f"{norm.normalized_shape}, eps={norm.eps}, elementwise_affine={norm.elementwise_affine}"
-    return text if norm.output_dtype is None else text + f", output_dtype={norm.output_dtype}"
-
-
-class MSLayerNorm(nn.Module):
+class MSLayerNorm(MemorySharingNorm):
     """Layer normalization that saves its output for the backward pass.
 
     Takes the arguments of :class:`torch.nn.LayerNorm`, but ``elementwise_affine`` is off by default, as in LowMemoryBP.
@@ -42,7 +62,7 @@ class MSLayerNorm(nn.Module):
             the input.
     """
 
-    weight: nn.Parameter | None
+    eps: float
     bias: nn.Parameter | None
 
     def __init__(
@@ -56,14 +76,9 @@ class MSLayerNorm(nn.Module):
         *,
         output_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.normalized_shape = _shape(normalized_shape)
-        self.eps = eps
-        self.elementwise_affine = elementwise_affine
-        self.output_dtype = output_dtype
-        for name, present in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
-            parameter = torch.empty(self.normalized_shape, device=device, dtype=dtype) if present else None
-            self.register_parameter(name, None if parameter is None else nn.Parameter(parameter))
+        super().__init__(normalized_shape, eps, elementwise_affine, output_dtype)
+        self._register("weight", elementwise_affine, device, dtype)
+        self._register("bias", elementwise_affine and bias, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -79,10 +94,10 @@ class MSLayerNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Formats the arguments for ``repr``."""
-        return _repr(self) + f", bias={self.bias is not None}"
+        return super().extra_repr() + f", bias={self.bias is not None}"
 
 
-class MSRMSNorm(nn.Module):
+class MSRMSNorm(MemorySharingNorm):
     """RMS normalization that saves its output for the backward pass.
 
     Takes the arguments of :class:`torch.nn.RMSNorm`, but ``elementwise_affine`` is off by default, as in LowMemoryBP.
@@ -100,8 +115,6 @@ class MSRMSNorm(nn.Module):
             the input.
     """
 
-    weight: nn.Parameter | None
-
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -112,13 +125,8 @@ class MSRMSNorm(nn.Module):
         *,
         output_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.normalized_shape = _shape(normalized_shape)
-        self.eps = eps
-        self.elementwise_affine = elementwise_affine
-        self.output_dtype = output_dtype
-        parameter = torch.empty(self.normalized_shape, device=device, dtype=dtype) if elementwise_affine else None
-        self.register_parameter("weight", None if parameter is None else nn.Parameter(parameter))
+        super().__init__(normalized_shape, eps, elementwise_affine, output_dtype)
+        self._register("weight", elementwise_affine, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -129,7 +137,3 @@ class MSRMSNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Returns ``input`` normalized over its last dimensions."""
         return F.ms_rms_norm(input, self.normalized_shape, self.weight, self.eps, dtype=self.output_dtype)
-
-    def extra_repr(self) -> str:
-        """Formats the arguments for ``repr``."""
-        return _repr(self)

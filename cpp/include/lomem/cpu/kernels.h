@@ -21,6 +21,13 @@ LOMEM_API const char* capability();
 /// as `stream` to the kernels that take it; results do not depend on it.
 LOMEM_API bool should_stream(std::size_t output_bytes);
 
+// Kernels that are plain functions; each has its comment in the list.
+#define LOMEM_DEFAULT(value) = value
+#define LOMEM_KERNEL(name, Result, parameters, arguments) LOMEM_API Result name parameters;
+#include "kernels.def"
+#undef LOMEM_KERNEL
+#undef LOMEM_DEFAULT
+
 /// packed[0, packed_bytes(n, 2)) = codes of x[0, n) for the published step function of an activation. Function is GELU,
 /// GELUTanh or SiLU.
 template <class Function>
@@ -32,21 +39,6 @@ template <>
 LOMEM_API void step_encode<GELUTanh>(DType, const void*, std::int64_t, std::uint8_t*);
 template <>
 LOMEM_API void step_encode<SiLU>(DType, const void*, std::int64_t, std::uint8_t*);
-
-/// The same for boundaries known at run time: 2^bits - 1 ascending numbers, none of them NaN, each rounded once to the
-/// arithmetic type of `dtype`. bits = 1..8.
-LOMEM_API void step_search_encode(
-    DType dtype, const void* x, std::int64_t n, const double* boundaries, int bits, std::uint8_t* packed);
-
-/// packed[0, packed_bytes(n, 1)) = codes of x[0, n), 1 where low <= x <= high. `low` and `high` are rounded once to the
-/// arithmetic type of `dtype`.
-LOMEM_API void band_encode(DType dtype, const void* x, std::int64_t n, double low, double high, std::uint8_t* packed);
-
-/// grad_input[i] = grad_output[i] * levels[code i] for i in [0, n). `levels` has 2^bits entries, each rounded once to
-/// the arithmetic type of `dtype`. bits = 1..8; with one bit, a level of 0 gives 0 for every gradient.
-LOMEM_API void step_decode_multiply(
-    DType dtype, const void* grad_output, const std::uint8_t* packed, const double* levels, int bits, std::int64_t n,
-    void* grad_input, bool stream = false);
 
 /// y[i] = Function(x[i]) by fast_forward.h and, if `packed` is not null, the codes of step_encode<Function> in the same
 /// pass. Results of 16-bit types are the float32 result rounded once. Returns false and does nothing for float64 and on
@@ -61,13 +53,6 @@ template <>
 LOMEM_API bool fast_forward<GELUTanh>(DType, const void*, std::int64_t, void*, std::uint8_t*, bool);
 template <>
 LOMEM_API bool fast_forward<SiLU>(DType, const void*, std::int64_t, void*, std::uint8_t*, bool);
-
-/// Packs n codes of `bits` = 1..8 bits. Returns the bitwise OR of all codes, so that the caller can reject codes that
-/// do not fit.
-LOMEM_API std::uint8_t pack_bits(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed);
-
-/// Unpacks n codes of `bits` = 1..8 bits.
-LOMEM_API void unpack_bits(const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes);
 
 /// Computes output and rstd of rows [begin, end).
 template <Norm norm>

@@ -23,8 +23,8 @@ struct LOMEM_API StepFunction {
 /// `criterion` is "derivative" for the step function closest to the derivative (arXiv:2202.00441), "primitive" for the
 /// one whose integral is closest to the activation (arXiv:2406.16282), both in the mean square over the line, or
 /// "paper" for the one published in arXiv:2406.16282, which exists for GELU (either form), SiLU and
-/// x sigmoid(1.702 x) at 2 bits. bits = 1..8. If parameters do more than stretch a function (as alpha of ELU does), it
-/// is fitted on first use.
+/// x sigmoid(1.702 x) at 2 bits. bits = 1..8. If parameters do more than stretch a function, its step
+/// function is fitted on first use.
 LOMEM_API StepFunction step_function(
     std::string_view function, int64_t bits, std::string_view criterion = "derivative",
     const std::vector<double>& parameters = {});

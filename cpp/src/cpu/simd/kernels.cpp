@@ -28,11 +28,9 @@ const KernelTable LOMEM_JOIN(LOMEM_CPU_CAPABILITY, _kernels) = {
     .gelu = fused_kernels<GELU, fast::GELU>,
     .gelu_tanh = fused_kernels<GELUTanh, fast::GELUTanh>,
     .silu = fused_kernels<SiLU, fast::SiLU>,
-    .step_search_encode = &step_search_encode,
-    .band_encode = &band_encode,
-    .step_decode_multiply = &step_decode_multiply,
-    .pack_bits = &pack_bits,
-    .unpack_bits = &unpack_bits,
+#define LOMEM_KERNEL(name, ...) .name = &name,
+#include <lomem/cpu/kernels.def>
+#undef LOMEM_KERNEL
     .layer_norm_forward = &norm_forward<Norm::layer>,
     .rms_norm_forward = &norm_forward<Norm::rms>,
     .layer_norm_backward = &norm_backward<Norm::layer>,

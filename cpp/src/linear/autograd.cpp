@@ -5,14 +5,13 @@
 #include <utility>
 
 #include "../autograd.h"
-#include "projection_size.h"
 #include "random_projection.h"
 #include "random_seed.h"
 
 namespace lomem::detail {
 namespace {
 
-constexpr const char* op_name = "lomem::randomized_linear";
+constexpr const char* op_name = ops::randomized_linear.name;
 
 /// The fraction nearest to `ratio`, in (0, 1], with a denominator of at most 2^20: best approximation by continued
 /// fractions, like Python's Fraction.limit_denominator. (0.2 becomes 1/5: integer arithmetic allows symbolic sizes.)

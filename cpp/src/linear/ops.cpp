@@ -1,10 +1,9 @@
-// The randomized linear layer on every backend, in ATen ops without custom kernels.
+// The randomized linear layer on every backend, in ATen ops without custom kernels, and the shapes of its results.
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
 #include "../checks.h"
 #include "../op.h"
-#include "projection_size.h"
 #include "random_projection.h"
 #include "random_seed.h"
 
@@ -20,7 +19,7 @@ at::Tensor randomized_linear_exact(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, std::string_view matmul,
     std::optional<int64_t> proj_dim, std::optional<double> proj_dim_ratio, std::optional<int64_t> proj_dim_min,
     std::optional<int64_t> proj_dim_max, const OptionalTensor& seed) {
-  constexpr const char* op = "lomem::randomized_linear";
+  constexpr const char* op = ops::randomized_linear.name;
   parse_matmul(op, matmul);
   check_projection_size(op, {proj_dim, proj_dim_ratio, proj_dim_min, proj_dim_max});
   check_linear(op, input, weight, bias);
@@ -55,7 +54,7 @@ at::Tensor used_seed(const char* op, const at::Tensor& input, const OptionalTens
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seed,
     int64_t proj_dim, std::string_view matmul) {
-  constexpr const char* op = "lomem::randomized_linear_forward";
+  constexpr const char* op = ops::randomized_linear_forward.name;
   const RandomMatmul kind = parse_matmul(op, matmul);
   check_linear(op, input, weight, bias);
   check_compression(op, input, seed, proj_dim);
@@ -64,10 +63,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
   return {at::linear(input, weight, bias), compressed, indices, used};
 }
 
+/// Shapes with symbolic sizes. (randomized_linear itself has at::linear's.)
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_meta(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seed,
+    c10::SymInt proj_dim, std::string_view matmul) {
+  constexpr const char* op = ops::randomized_linear_forward.name;
+  const RandomMatmul kind = parse_matmul(op, matmul);
+  check_linear(op, input, weight, bias);
+  check_compression(op, input, seed, proj_dim);
+  c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  sizes.back() = weight.sym_size(0);
+  const c10::SymInt count = leading_rows(input).min(proj_dim);
+  const c10::SymInt picked = picks_rows(kind) ? count : c10::SymInt(0);
+  return {
+      at::empty_symint(sizes, input.options()), at::empty_symint({count, input.sym_size(-1)}, input.options()),
+      at::empty_symint({picked}, input.options().dtype(at::kLong)), at::empty({}, input.options().dtype(at::kLong))};
+}
+
 at::Tensor weight_grad(
     const at::Tensor& grad_output, const at::Tensor& compressed, const OptionalTensor& indices, const at::Tensor& seed,
     std::string_view matmul) {
-  constexpr const char* op = "lomem::randomized_linear_weight_grad";
+  constexpr const char* op = ops::randomized_linear_weight_grad.name;
   const RandomMatmul kind = parse_matmul(op, matmul);
   const int64_t rows = check_weight_grad(op, grad_output, compressed, indices, seed, picks_rows(kind)).expect_int();
   const at::Tensor grad = as_rows(grad_output);
@@ -80,10 +96,24 @@ at::Tensor weight_grad(
   return picked.t().mm(compressed);
 }
 
+at::Tensor weight_grad_meta(
+    const at::Tensor& grad_output, const at::Tensor& compressed, const OptionalTensor& indices, const at::Tensor& seed,
+    std::string_view matmul) {
+  constexpr const char* op = ops::randomized_linear_weight_grad.name;
+  const RandomMatmul kind = parse_matmul(op, matmul);
+  check_weight_grad(op, grad_output, compressed, indices, seed, picks_rows(kind));
+  return at::empty_symint({grad_output.sym_size(-1), compressed.sym_size(1)}, compressed.options());
+}
+
 TORCH_LIBRARY_IMPL(lomem, CompositeExplicitAutograd, m) {
   m.impl("randomized_linear", &randomized_linear_exact);
   m.impl("randomized_linear_forward", &forward);
   m.impl("randomized_linear_weight_grad", &weight_grad);
+}
+
+TORCH_LIBRARY_IMPL(lomem, Meta, m) {
+  m.impl("randomized_linear_forward", &forward_meta);
+  m.impl("randomized_linear_weight_grad", &weight_grad_meta);
 }
 
 }  // namespace
