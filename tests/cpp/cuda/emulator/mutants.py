@@ -70,7 +70,7 @@ MUTANTS = [
            "if (thread < max_code(bits) - 1) {", "activations", ACTIVATIONS),
     Mutant("a boundary too many is prepared", "cuda/step.cuh", "if (thread < max_code(bits)) {",
            "if (thread <= max_code(bits)) {", "activations", ACTIVATIONS),
-    Mutant("a band without its upper end", "core/step.h", "x <= high", "x < high", "activations", ACTIVATIONS),
+    Mutant("a band without its upper end", "core/step.h", "static_cast<int>(x <= high)", "static_cast<int>(x < high)", "activations", ACTIVATIONS),
     Mutant("the largest code does not fit", "cuda/packing.cuh", "any > max_code(bits)", "any >= max_code(bits)",
            "packing", ACTIVATIONS),
     Mutant("a byte of the last codes is lost", "cuda/packing.cuh", "b < packed_bytes(count, bits)",
