@@ -146,14 +146,13 @@ def compare(old: Results, new: Results) -> Comparison:
             elif name not in new[kind]:
                 result.worse.append(f"{name}: the {what} is gone")
             else:
+                was, now = old[kind][name], new[kind][name]
                 for key, figure in figures.items():
                     if same_compiler or not figure.compiled:
-                        compare_figure(
-                            result, f"{name}: {key}", figure, old[kind][name].get(key), new[kind][name].get(key)
-                        )
-                if old[kind][name].get("kernels") != new[kind][name].get("kernels"):
-                    lists = (" + ".join(results[kind][name]["kernels"]) for results in (old, new))
-                    result.worse.append(f"{name}: kernels were {' and are '.join(lists)}")
+                        compare_figure(result, f"{name}: {key}", figure, was.get(key), now.get(key))
+                if was.get("kernels") != now.get("kernels"):
+                    before, after = (" + ".join(one["kernels"]) for one in (was, now))
+                    result.worse.append(f"{name}: kernels were {before}, are {after}")
     return result
 
 
@@ -235,7 +234,7 @@ Counted without a GPU, for tensors of 64M elements on {results["multiprocessors"
 A call that launches several kernels has their sum.
 """
     families = defaultdict(list)
-    for name in results["cases"]:
+    for name in sorted(results["cases"], key=natural):
         families[family(name)].append(name)
     for title, names in families.items():
         order = sorted(names, key=lambda name: (-results["cases"][name]["ratio"], natural(name)))
