@@ -73,7 +73,9 @@ void Block::access(Warp& warp, const Instruction& i, Mask mask) {
       for_lanes(mask, [&](int l) { std::memcpy(buffers[l] + k * element, &values[l], element); });
     }
   }
-  for (Mask rest = mask; rest != 0; rest &= rest - 1) {
+  // Parameters are at the same address for all lanes: one reads, the others copy.
+  const Mask accessing = i.space == Space::param && i.operand[0].constant ? mask & (~mask + 1) : mask;
+  for (Mask rest = accessing; rest != 0; rest &= rest - 1) {
     const int l = std::countr_zero(rest);
     Access one{i, l, static_cast<std::uint32_t>(warp.first_thread + l), addresses[l], bytes, element, load, buffers[l]};
     if (!load) {
@@ -103,6 +105,9 @@ void Block::access(Warp& warp, const Instruction& i, Mask mask) {
   }
   if (!load) {
     return;
+  }
+  for (Mask rest = mask & ~accessing; rest != 0; rest &= rest - 1) {
+    std::memcpy(buffers[std::countr_zero(rest)], buffers[std::countr_zero(accessing)], bytes);
   }
   for (int k = 0; k < i.vector; ++k) {
     if (i.result[k].index < 0) {
@@ -299,26 +304,22 @@ void Block::count_global(Mask mask, const std::uint64_t* addresses, int bytes, b
 /// served by half warps, 16 bytes by quarters.
 void Block::count_shared(Mask mask, const std::uint64_t* addresses, int bytes) {
   ++counts_.shared_accesses;
+  constexpr int banks = 32;
   const int group = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
   for (int first = 0; first < lanes; first += group) {
-    std::array<std::vector<std::uint64_t>, 32> banks;
+    std::array<std::array<std::uint64_t, lanes>, banks> words;  // the different ones of each bank
+    std::array<int, banks> count{};
     for (int l = first; l < first + group; ++l) {
-      if ((mask >> l & 1U) == 0) {
-        continue;
-      }
-      for (int byte = 0; byte < bytes; byte += 4) {
+      for (int byte = 0; byte < bytes && (mask >> l & 1U) != 0; byte += 4) {
         const std::uint64_t word = (addresses[l] + byte) / 4;
-        auto& bank = banks[word % 32];
-        if (std::find(bank.begin(), bank.end(), word) == bank.end()) {
-          bank.push_back(word);
+        auto& of_bank = words[word % banks];
+        int& n = count[word % banks];
+        if (std::find(of_bank.begin(), of_bank.begin() + n, word) == of_bank.begin() + n) {
+          of_bank[n++] = word;
         }
       }
     }
-    std::size_t most = 0;
-    for (const auto& bank : banks) {
-      most = std::max(most, bank.size());
-    }
-    counts_.shared_wavefronts += most;
+    counts_.shared_wavefronts += static_cast<std::uint64_t>(*std::max_element(count.begin(), count.end()));
   }
 }
 

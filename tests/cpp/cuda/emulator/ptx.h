@@ -32,9 +32,34 @@ enum class Type : std::uint8_t {
   bf16x2
 };
 
-int size_of(Type type);
-bool is_signed(Type type);
-bool is_float(Type type);
+constexpr int size_of(Type type) {
+  switch (type) {
+    case Type::u16:
+    case Type::s16:
+    case Type::b16:
+    case Type::f16:
+    case Type::bf16: return 2;
+    case Type::u32:
+    case Type::s32:
+    case Type::b32:
+    case Type::f32:
+    case Type::f16x2:
+    case Type::bf16x2: return 4;
+    case Type::u64:
+    case Type::s64:
+    case Type::b64:
+    case Type::f64: return 8;
+    default: return 1;
+  }
+}
+
+constexpr bool is_signed(Type type) {
+  return type == Type::s8 || type == Type::s16 || type == Type::s32 || type == Type::s64;
+}
+
+constexpr bool is_float(Type type) {
+  return type == Type::f16 || type == Type::bf16 || type == Type::f32 || type == Type::f64;
+}
 
 /// Instructions, `mul.wide` and the like by names of their own. `pack` and `unpack` are `mov` of a vector of registers
 /// into one, and back; `special` is `mov` of a special register; `argument` is `st.param`, an argument of a call.

@@ -313,6 +313,11 @@ using emulator::device;
 
 extern "C" {
 
+/// For programs that load the emulator at run time, such as tests in Python.
+unsigned long long lomem_emulator_fault_count() {
+  return emulator::fault_count();
+}
+
 // Called by code that nvcc generates
 // -----------------------------------------------------------------------------------
 
