@@ -161,7 +161,7 @@ def instructions_per_element(code: Code, name: str) -> float | None:
     if re.search(r"PackBits|UnpackBits", name):
         path = hot_path(code, re.compile(r"(LDG|STG)\S*\.64"))
         return len(path) / 16  # two groups of eight codes: cuda/packing.cuh
-    tiling = re.search(r"(?:Rows|Strips)<.*Tiling<float, ([48]), ([1-9]\d*)>", name)
+    tiling = re.search(r"(?:Rows|Strips)<.*Tiling<float, ([48]), ([1-9]\d*)\b", name)
     if tiling is None:
         return None
     path = hot_path(code, SOUGHT[int(tiling[1])])

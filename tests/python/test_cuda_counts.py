@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import cuda_counts  # noqa: E402
 import machine_code  # noqa: E402
 
-KERNEL = "body_kernel<StepForward<GELU, ReGELU2, bfloat16>>"
+KERNEL = "body_kernel<StepForward<GELU, Steps, bfloat16>>"
 OLD = {
     "nvcc": "13.0.88",
     "arch": "sm_90",
@@ -160,6 +160,21 @@ def test_the_committed_figures():
     assert launched <= results["machine code"].keys()
 
 
+def test_figures_in_the_document():
+    """The table of docs/cuda.md has rounded figures of the file."""
+    cases = json.loads(cuda_counts.RESULTS.read_text(encoding="utf-8"))["cases"]
+    text = (ROOT / "docs/cuda.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1:-1] for row in text.splitlines() if row.startswith("| `") and row.count("|") == 6]
+    rows = [[cell.strip(" `") for cell in row] for row in rows]
+    assert len(rows) > 5
+    for name, *figures in rows:
+        case = cases[name]
+        keys = ("ideal", "ratio", "instructions", "wavefronts")
+        decimals = (2, 2, 0, 1)
+        expected = [f"{case[k]:.{n}f}" if k in case else "" for k, n in zip(keys, decimals, strict=True)]
+        assert figures == expected, name
+
+
 # Machine code
 
 LISTING = """\
@@ -210,14 +225,30 @@ def test_the_hot_path(code):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("body_kernel<StepForward<GELU, ReGELU2, bfloat16>>", 7 / 16),
+        ("body_kernel<StepForward<GELU, Steps, bfloat16>>", 7 / 16),
         ("body_kernel<StepEncode<SearchCoder<float, 3>, float>>", 7 / 16),
         ("body_kernel<StepEncode<BandCoder<double>, double>>", 7 / 16),
         ("body_kernel<StepBackward<double, 2>>", 7 / 8),
-        ("warps_kernel<NormBackwardStrips<layer, Tiling<float, 4, 2>> >", 4 / 8),
-        ("blocks_kernel<NormForwardRows<rms, Tiling<float, 8, 0>> >", None),
+        ("warps_kernel<NormBackwardStrips<layer, Tiling<float, 4, 2, 32>>>", 4 / 8),
+        ("blocks_kernel<NormForwardRows<rms, Tiling<float, 8, 0, 512>>>", None),
         ("body_kernel<AddStripsBody<float>>", None),
     ],
 )
 def test_instructions_per_element(code, name, expected):
     assert machine_code.instructions_per_element(code, name) == expected
+
+
+OURS = "_ZN5lomem4cuda11body_kernelINS0_11StepForwardINS_4GELUENS_5StepsEfEEEEvT_"
+THEIRS = "vectorized_elementwise_kernelILi4E18GeluCUDAKernelImplGeluTypeEENKUlvE0_EUlfE"
+
+
+@pytest.mark.parametrize(("constant", "different"), [("0.5", 0), ("0.25", 1)])
+def test_the_comparison_with_torch(constant, different, monkeypatch, capsys):
+    arithmetic = ["FMUL R1, R2, 0.5", "FSETP.GT.AND P0, PT, R1, -3.18, PT", "FFMA R1, R1, R2, R3", "EXIT"]
+    codes = {
+        "ours": machine_code.Code(OURS, arithmetic, {}, 8),
+        "theirs": machine_code.Code(THEIRS, [f"FMUL R1, R2, {constant}", "FFMA R5, R1, R2, R3"] * 2, {}, 8),
+    }
+    monkeypatch.setattr(machine_code, "kernels", lambda program, arch, contains: [codes[program.name]])
+    assert machine_code.compare_with_torch(Path("ours"), Path("theirs"), "90") == different
+    assert f"vectors of 4: {'different' if different else 'the same'}" in capsys.readouterr().out

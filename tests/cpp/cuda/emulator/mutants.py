@@ -114,8 +114,8 @@ def compile_command(build: Path, kernels: str) -> list[str]:
     words = shlex.split(command)
     words = words[next(k for k, word in enumerate(words) if Path(word).name == "nvcc") :]
     targets = [word for word in words if word.startswith("--generate-code")]
-    # (A mutant's machine code is not executed.)
-    return [re.sub(r",sm_\d+|sm_\d+,", "", word) if word in targets else word for word in words if word not in targets[:-1]]
+    words = [word for word in words if word not in targets[:-1]]
+    return [re.sub(r",sm_\d+|sm_\d+,", "", word) for word in words]  # without machine code
 
 
 def link_command(build: Path, program: str) -> list[str]:
