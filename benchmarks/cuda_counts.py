@@ -108,12 +108,21 @@ def nvcc_version(program: Path) -> str:
 def count(build: Path, arch: str) -> Results:
     """All figures of a build."""
     program = program_in(build)
-    return {
+    results = {
         "nvcc": nvcc_version(program),
         "arch": f"sm_{arch}",
         **emulated(program),
         "machine code": machine_code.summary(program, arch),
     }
+    if missing := not_launched(results):
+        raise SystemExit(f"counts.cpp has no case that launches {', '.join(missing)}")
+    return results
+
+
+def not_launched(results: Results) -> list[str]:
+    """Compiled kernels of which there are no figures."""
+    launched = {kernel for case in results["cases"].values() for kernel in case["kernels"]}
+    return sorted(results["machine code"].keys() - launched, key=natural)
 
 
 def program_in(build: Path) -> Path:

@@ -114,6 +114,13 @@ def test_new_and_vanished_cases_and_kernels():
     assert other.worse == [f"{CASE}: kernels were {KERNEL}, are a + b"]
 
 
+def test_every_kernel_has_a_case():
+    assert cuda_counts.not_launched(OLD) == []
+    new = copy.deepcopy(OLD)
+    new["machine code"] |= {"kernel<16>": {"registers": 1}, "kernel<8>": {"registers": 1}}
+    assert cuda_counts.not_launched(new) == ["kernel<8>", "kernel<16>"]
+
+
 def test_a_shared_access_where_there_was_none():
     old = copy.deepcopy(OLD)
     del old["cases"][CASE]["wavefronts"]
@@ -156,8 +163,7 @@ def test_the_committed_figures():
     assert cuda_counts.as_json(results) == text
     table = cuda_counts.RESULTS.with_suffix(".md").read_text(encoding="utf-8")
     assert cuda_counts.as_markdown(results) == table
-    launched = {kernel for case in results["cases"].values() for kernel in case["kernels"]}
-    assert launched <= results["machine code"].keys()
+    assert cuda_counts.not_launched(results) == []
 
 
 def test_figures_in_the_document():

@@ -426,7 +426,10 @@ int main() {
     count_norms(dtype, {1024}, true);
   }
   count_norms(DType::float16, {1024, 8192});
-  count_norms(DType::float64, {1024, 8192});
+  count_norms(DType::float64, {512, 1024, 8192});
+  // Rows for which there are kernels of their own.
+  count_norms(DType::bfloat16, {255, 16385});
+  count_norms(DType::float64, {255, 1023});
   for (const std::int64_t cols : {1024, 4096, 8192}) {
     count_norms({DType::bfloat16, cols, true, DType::float32, false});
   }
