@@ -536,14 +536,21 @@ void check_norms() {
   check_norm<lomem::Norm::layer, T, Weight>(5003, 136, true, false);
 }
 
-TEST_F(EveryDevice, Norms) {
-  on_every_device([] {
-    check_norms<double, double>();
-    check_norms<float, float>();
-    check_norms<lomem::bfloat16, lomem::bfloat16>();
-    check_norms<lomem::bfloat16, float>();
-    check_norms<lomem::float16, lomem::float16>();
-  });
+// Tests of their own, so that they can run side by side.
+TEST_F(EveryDevice, NormsOfFloat64) {
+  on_every_device(check_norms<double, double>);
+}
+TEST_F(EveryDevice, NormsOfFloat32) {
+  on_every_device(check_norms<float, float>);
+}
+TEST_F(EveryDevice, NormsOfBFloat16) {
+  on_every_device(check_norms<lomem::bfloat16, lomem::bfloat16>);
+}
+TEST_F(EveryDevice, NormsOfBFloat16WithWeightsOfFloat32) {
+  on_every_device(check_norms<lomem::bfloat16, float>);
+}
+TEST_F(EveryDevice, NormsOfFloat16) {
+  on_every_device(check_norms<lomem::float16, lomem::float16>);
 }
 
 TEST(CompiledArchs, NameArchitectures) {
