@@ -226,8 +226,7 @@ def as_markdown(results: Results) -> str:
     """A table for each family of kernels, the worst ratios first."""
     text = f"""# What the CUDA kernels cost per element
 
-Counted without a GPU, for tensors of 64M elements on {results["multiprocessors"]} multiprocessors, compiled by nvcc
-{results["nvcc"]}.
+Counted without a GPU: tensors of 64M elements, {results["multiprocessors"]} multiprocessors, nvcc {results["nvcc"]}.
 
 | column | per element |
 |---|---|
