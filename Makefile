@@ -29,7 +29,8 @@ ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host cuda-emulat
 OLDEST_CMAKE := 3.22
 
 .PHONY: help demo test test-all install ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host soak types \
-  asan asan-install asan-pytest arm-check cuda-check emulate-build cuda-emulate cuda-emulate-all cuda-mutants bench paper fewbit-table gpu-build gpu-test gpu-bench gpu-sanitize dev lint format gtest clean FORCE
+  asan asan-install asan-pytest arm-check cuda-check emulate-build cuda-emulate cuda-emulate-all cuda-mutants cuda-counts cuda-counts-check \
+  bench paper fewbit-table gpu-build gpu-test gpu-bench gpu-sanitize dev lint format gtest clean FORCE
 
 help:
 	@sed -n '1,9p' Makefile
@@ -181,6 +182,14 @@ cuda-check: $(VENV)/.tools gtest
 	cmake --build --preset cuda
 	$(BIN)/python cmake/cuda_resources.py build/cuda
 	ctest --preset cuda -j $(JOBS)
+
+# What every CUDA kernel costs per element, counted where there is an nvcc, without a GPU: cuda-counts writes the figures
+# to benchmarks/results, cuda-counts-check fails if any got worse than they are there.
+cuda-counts cuda-counts-check: $(VENV)/.tools gtest
+	$(PIP) install --quiet --group cuda
+	$(CONFIGURE) emulate
+	cmake --build --preset emulate --target lomem_cuda_counts
+	$(BIN)/python benchmarks/cuda_counts.py build/emulate $(if $(filter %-check,$@),--check)
 
 # On a machine with a GPU. Everything comes from PYTHON's environment: a CUDA build of torch, the dependency groups
 # `build` and `test` of pyproject.toml, rich. CMAKE_ARGS go to CMake; without network, GoogleTest's sources can be given as

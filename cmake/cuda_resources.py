@@ -62,7 +62,7 @@ def readable(names: list[str]) -> list[str]:
         name = re.sub(r"^void |\((?!lomem::Norm\)).*$", "", line)
         name = name.replace("(lomem::Norm)0", "layer").replace("(lomem::Norm)1", "rms")
         name = name.replace("lomem::cuda::", "").replace("lomem::", "")
-        result.append(re.sub(r"TwoBitStep<(\w+)Constants>", r"\1", name).replace("> >", ">>"))
+        result.append(re.sub(r"> (?=>)", ">", re.sub(r"TwoBitStep<(\w+)Constants>", r"\1", name)))
     return result
 
 

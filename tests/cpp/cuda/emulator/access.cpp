@@ -289,6 +289,12 @@ void Block::count_global(Mask mask, const std::uint64_t* addresses, int bytes, b
   std::sort(sectors, end);
   const auto distinct = static_cast<std::uint64_t>(std::unique(sectors, end) - sectors);
   const auto requested = static_cast<std::uint64_t>(std::popcount(mask) * bytes);
+  const Range& small = options().small;
+  if (mask != 0 && sectors[0] * 32 >= small.begin && sectors[0] * 32 < small.end) {
+    counts_.small_bytes += requested;
+    counts_.small_sectors += distinct;
+    return;
+  }
   ++(load ? counts_.loads : counts_.stores);
   (load ? counts_.load_bytes : counts_.store_bytes) += requested;
   (load ? counts_.load_sectors : counts_.store_sectors) += distinct;

@@ -458,8 +458,8 @@ Status run(Kernel& kernel, std::uint64_t blocks, unsigned threads, const std::ui
       options().some_blocks != 0 ? std::min<std::uint64_t>(options().some_blocks, blocks) : blocks;
   std::vector<std::uint64_t> order;
   for (std::uint64_t k = 0; k < some; ++k) {
-    // All of them, or evenly spread with the first and the last.
-    order.push_back(some == blocks ? k : k * (blocks - 1) / std::max<std::uint64_t>(some - 1, 1));
+    const bool one_by_one = some == blocks || options().first_blocks;
+    order.push_back(one_by_one ? k : k * (blocks - 1) / std::max<std::uint64_t>(some - 1, 1));
   }
   std::mt19937 random(options().seed);
   std::mt19937* source = options().seed != 0 ? &random : nullptr;
@@ -468,6 +468,7 @@ Status run(Kernel& kernel, std::uint64_t blocks, unsigned threads, const std::ui
   }
   Block executor(kernel, launch, blocks, threads, parameters, counts);
   for (const std::uint64_t block : order) {
+    ++counts.executed_blocks;
     const Status status = executor.execute(block, source);
     if (status != Status::ok) {
       return status;

@@ -14,9 +14,8 @@
 // instruction that is not known, with its line.
 //
 // Environment variables:
-//   LOMEM_EMULATOR_ARCH              compute capability of the device: 80 for 8.0. Default: 90. Of several versions of
-//   a
-//                                    kernel, the newest that the device can run is executed.
+//   LOMEM_EMULATOR_ARCH              compute capability of the device: 80 for 8.0. Default: 90. Of several versions
+//                                    of a kernel, the newest that the device can run is executed.
 //   LOMEM_EMULATOR_MULTIPROCESSORS   of the device. Default: 2
 //   LOMEM_EMULATOR_SEED              of the order of blocks and warps. Default: 1; 0: ascending
 //   LOMEM_EMULATOR_HOST_MEMORY=1     kernels may access memory that cudaMalloc did not return, without checks
@@ -42,6 +41,9 @@ void reset_counts();
 
 /// cudaMemset with this byte makes memory unwritten, as it is after cudaMalloc. Default: none.
 void set_unwritten_byte(int byte);
+
+/// Of the device, instead of what the environment says.
+void set_multiprocessors(int count);
 
 /// Forgets faults, and the error that a fault leaves behind, after which a device would have to be reset.
 void recover();

@@ -7,11 +7,12 @@
 
 namespace emulator {
 
-/// What the warps of launches did.
+/// What the warps of launches did. Of launches of which only some blocks are executed, what these did.
 struct Counts {
   std::uint64_t launches = 0;
   std::uint64_t blocks = 0;
   std::uint64_t threads = 0;
+  std::uint64_t executed_blocks = 0;
   std::uint64_t warp_instructions = 0;
   std::uint64_t thread_instructions = 0;
   std::uint64_t divergent = 0;  // warp instructions in which not all living lanes take part
@@ -22,6 +23,8 @@ struct Counts {
   std::uint64_t stores = 0;
   std::uint64_t store_bytes = 0;
   std::uint64_t store_sectors = 0;
+  std::uint64_t small_bytes = 0;  // of loads and stores in Options::small, which are not among those above
+  std::uint64_t small_sectors = 0;
   std::uint64_t shared_accesses = 0;
   std::uint64_t shared_wavefronts = 0;  // as many as accesses if no two lanes conflict
   std::uint64_t local_accesses = 0;
@@ -34,12 +37,20 @@ struct Counts {
 };
 Counts& operator+=(Counts& sum, const Counts& other);
 
+/// Addresses in [begin, end).
+struct Range {
+  std::uint64_t begin = 0;
+  std::uint64_t end = 0;
+};
+
 struct Options {
-  bool execute = true;       // false: launches are counted and checked, not executed
-  bool host_memory = false;  // memory outside of all allocations may be accessed, without checks
-  bool races = true;         // search for races in global memory
-  unsigned seed = 1;         // of the order of blocks and warps; 0: ascending
-  unsigned some_blocks = 0;  // of larger grids, so many blocks are executed, with the first and the last; 0: all
+  bool execute = true;        // false: launches are counted and checked, not executed
+  bool host_memory = false;   // memory outside of all allocations may be accessed, without checks
+  bool races = true;          // search for races in global memory
+  unsigned seed = 1;          // of the order of blocks and warps; 0: ascending
+  unsigned some_blocks = 0;   // of larger grids, so many blocks are executed; 0: all
+  bool first_blocks = false;  // some_blocks are the first ones, not evenly spread from the first to the last
+  Range small;                // small arrays, which are accessed again and again and come from caches: counted apart
   unsigned reports_per_instruction = 3;
 };
 Options& options();

@@ -344,6 +344,30 @@ TEST_F(EmulatorFaults, LaunchesAreCounted) {
   EXPECT_EQ(launched, 1);
 }
 
+TEST_F(EmulatorFaults, SomeBlocksAreCountedWithSmallArraysApart) {
+  const emulator::Options before = emulator::options();
+  const auto small = reinterpret_cast<std::uint64_t>(unwritten_);
+  emulator::options().small = {small, small + length * sizeof(float)};
+  for (const bool first : {true, false}) {
+    emulator::options().some_blocks = 2;
+    emulator::options().first_blocks = first;
+    emulator::reset_counts();
+    copy<<<100, 32>>>(written_, unwritten_);
+    emulator::recover();  // (the blocks write the same)
+    for (const emulator::KernelCounts& kernel : emulator::kernels()) {
+      if (kernel.counts.launches != 0) {
+        EXPECT_EQ(kernel.counts.blocks, 100U);
+        EXPECT_EQ(kernel.counts.executed_blocks, 2U);
+        EXPECT_EQ(kernel.counts.load_sectors, 8U);
+        EXPECT_EQ(kernel.counts.store_sectors, 0U);
+        EXPECT_EQ(kernel.counts.small_sectors, 8U);
+        EXPECT_EQ(kernel.counts.small_bytes, 256U);
+      }
+    }
+  }
+  emulator::options() = before;
+}
+
 TEST_F(EmulatorFaults, LaunchesInAGraphRunWhenItDoes) {
   cudaStream_t stream = nullptr;
   cudaStreamCreate(&stream);

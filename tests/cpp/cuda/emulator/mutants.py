@@ -108,13 +108,14 @@ def mutated(mutant: Mutant, text: str) -> str:
 
 
 def compile_command(build: Path, kernels: str) -> list[str]:
-    """How the build compiles cpp/cuda/<kernels>.cu, without a launcher, for the newest architecture alone."""
+    """How the build compiles cpp/cuda/<kernels>.cu, without a launcher, to PTX of the newest architecture alone."""
     commands = json.loads((build / "compile_commands.json").read_text(encoding="utf-8"))
     [command] = [c["command"] for c in commands if Path(c["file"]) == ROOT / f"cpp/cuda/{kernels}.cu"]
     words = shlex.split(command)
     words = words[next(k for k, word in enumerate(words) if Path(word).name == "nvcc") :]
     targets = [word for word in words if word.startswith("--generate-code")]
-    return [word for word in words if word not in targets[:-1]]
+    words = [word for word in words if word not in targets[:-1]]
+    return [re.sub(r",sm_\d+|sm_\d+,", "", word) for word in words]  # without machine code
 
 
 def link_command(build: Path, program: str) -> list[str]:

@@ -98,7 +98,7 @@ class Device {
 
   std::recursive_mutex mutex;
   const int arch = environment("LOMEM_EMULATOR_ARCH", 90);
-  const int multiprocessors = environment("LOMEM_EMULATOR_MULTIPROCESSORS", 2);
+  int multiprocessors = environment("LOMEM_EMULATOR_MULTIPROCESSORS", 2);
   int unwritten_byte = -1;
   cudaError_t last_error = cudaSuccess;
   cudaError_t lasting_error = cudaSuccess;  // After a fault, every call fails.
@@ -296,6 +296,10 @@ void reset_counts() {
 
 void set_unwritten_byte(int byte) {
   device().unwritten_byte = byte;
+}
+
+void set_multiprocessors(int count) {
+  device().multiprocessors = count;
 }
 
 void recover() {
