@@ -158,7 +158,7 @@ def instructions_per_element(code: Code, name: str) -> float | None:
         while elements * width % 8:
             elements *= 2
         return len(whole_blocks(code.instructions)) / (2 * elements)  # two units per thread: cuda/step.cuh
-    if re.search(r"PackBits|UnpackBits", name):
+    if re.search(r"body_kernel<\w+Bits<\d>", name):
         path = hot_path(code, re.compile(r"(LDG|STG)\S*\.64"))
         return len(path) / 16  # two groups of eight codes: cuda/packing.cuh
     tiling = re.search(r"(?:Rows|Strips)<.*Tiling<float, ([48]), ([1-9]\d*)\b", name)

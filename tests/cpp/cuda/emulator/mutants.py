@@ -1,4 +1,4 @@
-"""Checks that the tests on the emulator notice wrong kernels: edits one, builds the tests with it, and expects a failure.
+"""Checks that the tests on the emulator notice wrong kernels: edits one, runs the tests with it, and expects a failure.
 
     python tests/cpp/cuda/emulator/mutants.py build/emulate            # all of MUTANTS
     python tests/cpp/cuda/emulator/mutants.py build/emulate NAME ...   # some
@@ -49,61 +49,185 @@ FULL = "if (aligned && Grid::is_full(block, n)) {"
 UNALIGNED = "if (Grid::is_full(block, n)) {"
 
 MUTANTS = [
-    Mutant("no barrier after the preparation of a block", "cuda/launch.cuh", "    __syncthreads();\n", "    ;\n",
-           "activations", ACTIVATIONS),
-    Mutant("a block too few", "cuda/launch.cuh", "static_cast<unsigned>(blocks), threads", "static_cast<unsigned>((blocks + 1) / 2), threads",
-           "activations", ACTIVATIONS),
+    Mutant(
+        "no barrier after the preparation of a block",
+        "cuda/launch.cuh",
+        "    __syncthreads();\n",
+        "    ;\n",
+        "activations",
+        ACTIVATIONS,
+    ),
+    Mutant(
+        "a block too few",
+        "cuda/launch.cuh",
+        "static_cast<unsigned>(blocks), threads",
+        "static_cast<unsigned>((blocks + 1) / 2), threads",
+        "activations",
+        ACTIVATIONS,
+    ),
     Mutant("vectors at any address, forward", "cuda/step.cuh", FULL, UNALIGNED, "activations", ACTIVATIONS, nth=0),
     Mutant("vectors at any address, codes", "cuda/step.cuh", FULL, UNALIGNED, "activations", ACTIVATIONS, nth=1),
     Mutant("vectors at any address, backward", "cuda/step.cuh", FULL, UNALIGNED, "activations", ACTIVATIONS, nth=2),
     Mutant("vectors at any address, packing", "cuda/packing.cuh", FULL, UNALIGNED, "packing", ACTIVATIONS, nth=0),
     Mutant("vectors at any address, unpacking", "cuda/packing.cuh", FULL, UNALIGNED, "packing", ACTIVATIONS, nth=1),
-    Mutant("a block is full that is not", "cuda/step.cuh", "block_elements <= n;", "block_elements <= n + 1;",
-           "activations", "*StepForward*", DEVICE),
-    Mutant("a block of codes is full that is not", "cuda/packing.cuh", "block_codes <= n;", "block_codes <= n + 8;",
-           "packing", "*Packing", DEVICE),
-    Mutant("NaN is above every boundary, bfloat16", "cuda/step.cuh", "__hgt2_mask(a, b)", "__hgtu2_mask(a, b)",
-           "activations", "*SixteenBitPatterns", DEVICE, nth=0),
-    Mutant("NaN is above every boundary, float16", "cuda/step.cuh", "__hgt2_mask(a, b)", "__hgtu2_mask(a, b)",
-           "activations", "*SixteenBitPatterns", DEVICE, nth=1),
-    Mutant("the last boundary is not prepared", "cuda/step.cuh", "if (thread < max_code(bits)) {",
-           "if (thread < max_code(bits) - 1) {", "activations", ACTIVATIONS),
-    Mutant("a boundary too many is prepared", "cuda/step.cuh", "if (thread < max_code(bits)) {",
-           "if (thread <= max_code(bits)) {", "activations", ACTIVATIONS),
-    Mutant("a band without its upper end", "core/step.h", "static_cast<int>(x <= high)", "static_cast<int>(x < high)", "activations", ACTIVATIONS),
-    Mutant("the largest code does not fit", "cuda/packing.cuh", "any > max_code(bits)", "any >= max_code(bits)",
-           "packing", ACTIVATIONS),
-    Mutant("a byte of the last codes is lost", "cuda/packing.cuh", "b < packed_bytes(count, bits)",
-           "b < packed_bytes(count, bits) - 1", "packing", ACTIVATIONS),
+    Mutant(
+        "a block is full that is not",
+        "cuda/step.cuh",
+        "block_elements <= n;",
+        "block_elements <= n + 1;",
+        "activations",
+        "*StepForward*",
+        DEVICE,
+    ),
+    Mutant(
+        "a block of codes is full that is not",
+        "cuda/packing.cuh",
+        "block_codes <= n;",
+        "block_codes <= n + 8;",
+        "packing",
+        "*Packing",
+        DEVICE,
+    ),
+    Mutant(
+        "NaN is above every boundary, bfloat16",
+        "cuda/step.cuh",
+        "__hgt2_mask(a, b)",
+        "__hgtu2_mask(a, b)",
+        "activations",
+        "*SixteenBitPatterns",
+        DEVICE,
+        nth=0,
+    ),
+    Mutant(
+        "NaN is above every boundary, float16",
+        "cuda/step.cuh",
+        "__hgt2_mask(a, b)",
+        "__hgtu2_mask(a, b)",
+        "activations",
+        "*SixteenBitPatterns",
+        DEVICE,
+        nth=1,
+    ),
+    Mutant(
+        "the last boundary is not prepared",
+        "cuda/step.cuh",
+        "if (thread < max_code(bits)) {",
+        "if (thread < max_code(bits) - 1) {",
+        "activations",
+        ACTIVATIONS,
+    ),
+    Mutant(
+        "a boundary too many is prepared",
+        "cuda/step.cuh",
+        "if (thread < max_code(bits)) {",
+        "if (thread <= max_code(bits)) {",
+        "activations",
+        ACTIVATIONS,
+    ),
+    Mutant(
+        "a band without its upper end",
+        "core/step.h",
+        "static_cast<int>(x <= high)",
+        "static_cast<int>(x < high)",
+        "activations",
+        ACTIVATIONS,
+    ),
+    Mutant(
+        "the largest code does not fit",
+        "cuda/packing.cuh",
+        "any > max_code(bits)",
+        "any >= max_code(bits)",
+        "packing",
+        ACTIVATIONS,
+    ),
+    Mutant(
+        "a byte of the last codes is lost",
+        "cuda/packing.cuh",
+        "b < packed_bytes(count, bits)",
+        "b < packed_bytes(count, bits) - 1",
+        "packing",
+        ACTIVATIONS,
+    ),
     Mutant("one buffer for two sums", "cuda/group.cuh", "    turn ^= 1;\n", "", "layer_norm", NORMS),
     Mutant("no barrier in a sum", "cuda/group.cuh", "    __syncthreads();\n", "", "rms_norm", NORMS),
-    Mutant("a wrong partner in a sum", "cuda/group.cuh", "sums[i], distance)", "sums[i], distance ^ 1)", "rms_norm", NORMS),
+    Mutant(
+        "a wrong partner in a sum", "cuda/group.cuh", "sums[i], distance)", "sums[i], distance ^ 1)", "rms_norm", NORMS
+    ),
     Mutant("half of the lanes in the mask", "cuda/group.cuh", "0xffffffffu", "0x0000ffffu", "rms_norm", NORMS),
     Mutant("a warp beyond the last row", "cuda/group.cuh", "if (i < count) {", "if (i <= count) {", "rms_norm", NORMS),
-    Mutant("sums of warps that are not there", "cuda/group.cuh", "lane < threads / warp_size ?",
-           "lane <= threads / warp_size ?", "rms_norm", NORMS),
-    Mutant("columns beyond the row are not zero", "cuda/norm.cuh", "vectors[Tiling::vectors] = {};",
-           "vectors[Tiling::vectors];", "layer_norm", NORMS),
-    Mutant("a vector beyond the row", "cuda/norm.cuh", "place.column(k, width) < place.cols; ++k",
-           "place.column(k, width) <= place.cols; ++k", "layer_norm", NORMS),
-    Mutant("every address is aligned", "cuda/vector.cuh",
-           "return reinterpret_cast<std::uintptr_t>(pointer) % static_cast<unsigned>(alignment) == 0;",
-           "return alignment > 0 || pointer == nullptr;", "rms_norm", NORMS),
-    Mutant("the mean is not subtracted", "core/norm.h", "rstd * (g - mean_g - y * mean_gy)", "rstd * (g - y * mean_gy)",
-           "layer_norm", NORMS),
-    Mutant("eps outside of the root", "core/norm.h", "std::sqrt(moment + eps)", "(std::sqrt(moment) + eps)", "rms_norm", NORMS),
-    Mutant("the last strip of rows is not added", "cuda/norm.cuh", "s < strips; ++s", "s < strips - 1; ++s", "rms_norm", NORMS),
-]  # fmt: skip
+    Mutant(
+        "sums of warps that are not there",
+        "cuda/group.cuh",
+        "lane < threads / warp_size ?",
+        "lane <= threads / warp_size ?",
+        "rms_norm",
+        NORMS,
+    ),
+    Mutant(
+        "columns beyond the row are not zero",
+        "cuda/norm.cuh",
+        "vectors[Tiling::vectors] = {};",
+        "vectors[Tiling::vectors];",
+        "layer_norm",
+        NORMS,
+    ),
+    Mutant(
+        "a vector beyond the row",
+        "cuda/norm.cuh",
+        "place.column(k, width) < place.cols; ++k",
+        "place.column(k, width) <= place.cols; ++k",
+        "layer_norm",
+        NORMS,
+    ),
+    Mutant(
+        "every address is aligned",
+        "cuda/vector.cuh",
+        "return reinterpret_cast<std::uintptr_t>(pointer) % static_cast<unsigned>(alignment) == 0;",
+        "return alignment > 0 || pointer == nullptr;",
+        "rms_norm",
+        NORMS,
+    ),
+    Mutant(
+        "the mean is not subtracted",
+        "core/norm.h",
+        "rstd * (g - mean_g - y * mean_gy)",
+        "rstd * (g - y * mean_gy)",
+        "layer_norm",
+        NORMS,
+    ),
+    Mutant(
+        "eps outside of the root",
+        "core/norm.h",
+        "std::sqrt(moment + eps)",
+        "(std::sqrt(moment) + eps)",
+        "rms_norm",
+        NORMS,
+    ),
+    Mutant(
+        "the last strip of rows is not added",
+        "cuda/norm.cuh",
+        "strip < strips; strip += parts",
+        "strip < strips - 1; strip += parts",
+        "rms_norm",
+        NORMS,
+    ),
+]
 
 
-def mutated(mutant: Mutant, text: str) -> str:
-    """The text of a header after the edit."""
+def place(mutant: Mutant, text: str) -> int:
+    """Where the edit begins in the text of its header."""
     places = text.count(mutant.old)
     if places <= mutant.nth:
         raise ValueError(f"{mutant.header} has {places} times {mutant.old!r}, expected more than {mutant.nth}")
     at = -1
     for _ in range(mutant.nth + 1):
         at = text.index(mutant.old, at + 1)
+    return at
+
+
+def mutated(mutant: Mutant, text: str) -> str:
+    """The text of a header after the edit."""
+    at = place(mutant, text)
     return text[:at] + mutant.new + text[at + len(mutant.old) :]
 
 
@@ -161,7 +285,9 @@ def run_mutant(mutant: Mutant, build: Path) -> str:
         if tests.returncode == 0:
             return ""
         wrong = re.search("Expected equality|exceeds|difference between", tests.stdout) is not None
-        faults = sorted({line.split(":")[1].strip() for line in tests.stderr.splitlines() if line.startswith("emulator: ")})
+        faults = sorted(
+            {line.split(":")[1].strip() for line in tests.stderr.splitlines() if line.startswith("emulator: ")}
+        )
         return ", ".join([*(["wrong values"] if wrong else []), *faults]) or f"exit {tests.returncode}"
 
 
