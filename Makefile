@@ -181,9 +181,8 @@ gpu-quick:
 	PYTHONPATH=tools $(PYTHON) -m gpu_quick $(GPU_QUICK_ARGS)
 
 # The same program without a GPU: it must not be the first thing that fails on a machine that is paid by the minute.
-gpu-rehearse: install gtest
-	PYTHONPATH=tools $(BIN)/python -m gpu_quick --rehearse --jobs $(JOBS) \
-	  --define LOMEM_OBJECTS="$(CURDIR)/$(WHEEL_BUILD)/lomem-objects.cmake" $(GPU_QUICK_ARGS)
+gpu-rehearse: $(VENV)/.tools gtest
+	PYTHONPATH=tools $(BIN)/python -m gpu_quick --rehearse --jobs $(JOBS) $(GPU_QUICK_ARGS)
 
 gpu-test: gpu-build
 	ctest --test-dir build/gpu --output-on-failure --no-tests=error -L '^cuda$$'

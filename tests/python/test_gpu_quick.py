@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from gpu_quick import driver, events, pytest_events, stages, summary  # noqa: E402
+from gpu_quick import driver, events, models, pytest_events, stages, summary  # noqa: E402
 from gpu_quick.driver import FAILED, INTERRUPTED, PASSED, SKIPPED, TIMEOUT, Driver, Stage  # noqa: E402
 from gpu_quick.options import Options  # noqa: E402
 
@@ -416,10 +417,47 @@ def test_device_tests_are_read_as_they_run(tmp_path, said):
     executable.chmod(0o755)
     assert stages.device_tests(Options(device_tests=str(executable))) == signal.SIGABRT
     assert [event["name"] for event in said("begin")] == ["Suite/0.Good", "Suite/0.Bad", "Suite/0.Crash"]
-    good, bad = said("test")
+    good, bad, crash = said("test")
     assert (good["name"], good["outcome"]) == ("Suite/0.Good", "passed")
     assert (bad["name"], bad["outcome"]) == ("Suite/0.Bad", "failed")
     assert bad["message"].startswith("a.cpp:3: Failure\n  expected 1")
+    assert (crash["name"], crash["outcome"]) == ("Suite/0.Crash", "failed")
+    assert crash["message"].startswith("killed by SIGABRT\n")
+
+
+SANITIZED = """\
+import sys
+from pathlib import Path
+if "--gtest_list_tests" in sys.argv:
+    print("Suite.\\n  Packing\\n  Norms\\nTyped/0.  # TypeParam = int\\n  Copy\\nTyped/1.\\n  Copy")
+    sys.exit()
+name = sys.argv[-1].partition("=")[2]
+print(f"[ RUN      ] {name}\\n[       OK ] {name} (1 ms)")
+bad = "racecheck" in sys.argv
+print("========= Error: a race" if bad else "========= ERROR SUMMARY: 0 errors")
+sys.exit(9 * bad)
+"""
+
+
+def test_the_sanitizer(tmp_path, said, monkeypatch):
+    for name in ("tests", "compute-sanitizer"):
+        (tmp_path / name).write_text(f"#!{sys.executable}\n{SANITIZED}", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    options = Options(device_tests=str(tmp_path / "tests"))
+    monkeypatch.setenv("PATH", "")
+    assert stages.sanitizer(options) == 0
+    assert [event["reason"] for event in said("skip")] == ["compute-sanitizer is not installed"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert stages.sanitizer(options) == 9
+    outcomes = [(event["name"], event["outcome"]) for event in said("test")]
+    assert outcomes == [
+        ("memcheck: Suite.Packing", "passed"),
+        ("memcheck: Suite.Norms", "passed"),
+        ("memcheck: Typed/0.Copy", "passed"),
+        ("racecheck: Suite.Norms", "passed"),
+        ("racecheck of Suite.Norms", "failed"),
+    ]
+    assert said("test")[-1]["message"] == "exit status 9\n========= Error: a race"
 
 
 def test_without_device_tests(said):
@@ -467,6 +505,44 @@ def test_a_sample_of_tests(tmp_path, said, monkeypatch):
     monkeypatch.setenv(pytest_events.SAMPLE, "4")
     assert stages.pytest(Options(), [str(tmp_path / "test_many.py")], "test", 1) == 0
     assert [event["name"][-3:] for event in said("test")] == ["[0]", "[4]", "[8]"]
+
+
+@pytest.mark.parametrize(
+    ("conversion", "autocast", "loss", "gradient", "good"),
+    [
+        ("activations", None, 2.0, 1.5, [True, True]),
+        ("activations", None, 2.0000002, 1.5, [False, True]),
+        ("activations", torch.bfloat16, 2.0, 2.5, [True, False]),
+        ("norms", None, 2.0000002, 1.0001, [True, True]),
+        ("norms", None, 2.0001, 1.01, [False, False]),
+        ("norms", torch.bfloat16, 2.01, 1.01, [True, True]),
+        ("both", torch.bfloat16, 2.1, 1.5, [False, True]),
+    ],
+)
+def test_limits_of_a_training_step(said, conversion, autocast, loss, gradient, good):
+    case = models.Case("vit-b", autocast, conversion, rehearse=True)
+    before, after = ((torch.tensor(a), torch.tensor([b, 1.0])) for a, b in ((2.0, 1.0), (loss, gradient)))
+    models.judge(case, before, after)
+    assert [event["outcome"] == "passed" for event in said("test")] == good
+    assert len(said("figure")) == 1
+
+
+@pytest.mark.parametrize(
+    ("rehearse", "estimate", "good"),
+    [(True, 1000, True), (True, 999, False), (False, 930, True), (False, 910, False), (False, 1010, False)],
+)
+def test_limits_of_an_estimate(said, rehearse, estimate, good):
+    models.compare_memory(models.Case("llama", None, "both", rehearse), estimate, 1000)
+    assert [event["outcome"] == "passed" for event in said("test")] == [good]
+
+
+def test_a_model_that_raises_does_not_hide_the_others(said):
+    def fails():
+        raise RuntimeError("out of memory")
+
+    models.attempt(models.Case("llama", None, "both", True), fails)
+    (event,) = said("test")
+    assert (event["name"], event["outcome"]) == ("llama, fp32, both: RuntimeError", "failed")
 
 
 def test_messages_are_short(said):

@@ -116,6 +116,7 @@ def stop(number: int, frame: object) -> None:
 def main() -> int:
     """Runs the stages."""
     given = arguments()
+    os.environ["PATH"] += f"{os.pathsep}/usr/local/cuda/bin"  # where nvcc is, if it is not on the path
     facts = gpu()
     if not facts and not given.rehearse and not given.list and given.only != ["build"]:
         sys.exit("gpu-quick: nvidia-smi shows no GPU, expected one (or --rehearse, or --only build)")
@@ -130,7 +131,8 @@ def main() -> int:
     )
     folder = given.results or ROOT / "build" / options.name
     about = machine(given.rehearse, given.jobs, facts)
-    pages = [folder] if given.rehearse and given.page is None else [folder, given.page or ROOT / "benchmarks/results"]
+    published = given.page or (ROOT / "benchmarks/results" if facts and not given.rehearse else None)
+    pages = [folder, *filter(None, [published])]
     run = driver.Driver(
         stages.stages(options),
         folder.resolve(),

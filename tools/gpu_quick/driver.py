@@ -155,6 +155,7 @@ class Driver:
             elif self.end - time.monotonic() <= 0:
                 self._skip(stage, f"the budget of {self.budget:g} s is used up")
             else:
+                print(f"{stage.name}: {stage.title}, at most {self._limit(stage):.0f} s", flush=True)
                 self._execute(stage)
             record = self.record(stage) or {}
             good = good and record.get("status") not in BAD
@@ -162,6 +163,9 @@ class Driver:
             print(f"{stage.name}: {record.get('status')}{reason}, {record.get('seconds', 0):.0f} s", flush=True)
             self.changed()
         return good
+
+    def _limit(self, stage: Stage) -> float:
+        return min(stage.limit, self.end - time.monotonic())
 
     def _path(self, stage: Stage, suffix: str) -> Path:
         return self.folder / f"{stage.name}.{suffix}"
@@ -181,7 +185,7 @@ class Driver:
 
     def _execute(self, stage: Stage) -> None:
         """Runs a stage to its end or its limit, and ends all that it started."""
-        limit = min(stage.limit, self.end - time.monotonic())
+        limit = self._limit(stage)
         record: Record = {
             "stage": stage.name,
             "title": stage.title,

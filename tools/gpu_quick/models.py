@@ -107,7 +107,7 @@ def step(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor
 
 
 def compare_training(case: Case) -> None:
-    """Loss and gradients of a model after each conversion, against those before."""
+    """Loss and gradients of a model before any conversion, and against these, after each."""
     with torch.device(case.device):
         model, batch = build(case), make_batch(case)
         loss, gradient = step(case, model, batch)
@@ -116,13 +116,19 @@ def compare_training(case: Case) -> None:
         events.check(f"{case.name}: the loss is reproducible", torch.equal(loss, again), f"{loss:.9g}, {again:.9g}")
         for conversion in ("activations", "norms", "both"):
             converted = case._replace(conversion=conversion)
-            convert(converted, case.device, model)
-            got, got_gradient = step(converted, model, batch)
-            lomem.restore(model)
-            judge(converted, loss, got, gradient, got_gradient)
+            attempt(converted, compare_conversion, converted, model, batch, loss, gradient)
 
 
-def judge(case: Case, loss: Tensor, got: Tensor, gradient: Tensor, got_gradient: Tensor) -> None:
+def compare_conversion(case: Case, model: nn.Module, batch: dict[str, Tensor], loss: Tensor, gradient: Tensor) -> None:
+    """The same step of the converted model."""
+    convert(case, case.device, model)
+    try:
+        judge(case, (loss, gradient), step(case, model, batch))
+    finally:
+        lomem.restore(model)
+
+
+def judge(case: Case, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> None:
     """Compares with the limits.
 
     Activations leave the forward pass as it is, bit for bit, and their gradient is that of a step function: how far it
@@ -131,8 +137,7 @@ def judge(case: Case, loss: Tensor, got: Tensor, gradient: Tensor, got_gradient:
     digits (as lomem.convert assumes).
     """
     eps = torch.finfo(case.autocast or torch.float32).eps
-    off = ((got - loss).abs() / loss.abs()).item()
-    gradient_off = ((got_gradient - gradient).norm() / gradient.norm()).item()
+    off, gradient_off = (((b - a).norm() / a.norm()).item() for a, b in zip(before, after, strict=True))
     loss_limit = 0.0 if case.conversion == "activations" else 2 * eps if case.autocast else 100 * eps
     gradient_limit = eps**0.5 if case.conversion == "norms" else 1.0
     events.check(f"{case.name}: loss", off <= loss_limit, f"relative difference {off:.3g}, at most {loss_limit:.3g}")
