@@ -175,7 +175,8 @@ gpu-build:
 	  -DTorch_DIR="$$($(PYTHON) cmake/lomem_torch.py)" $(CMAKE_ARGS)
 	cmake --build build/gpu
 
-# The most important of it within eight minutes on sixteen cores (tools/gpu_quick). GPU_QUICK_ARGS: see --help.
+# The most important of gpu-test and gpu-sanitize, within eight minutes on sixteen cores: tools/gpu_quick. GPU_QUICK_ARGS
+# are its options.
 GPU_QUICK_ARGS ?=
 gpu-quick:
 	PYTHONPATH=tools $(PYTHON) -m gpu_quick $(GPU_QUICK_ARGS)
