@@ -94,6 +94,12 @@ def arguments() -> argparse.Namespace:
     add("--results", type=Path, metavar="FOLDER", help="where records, logs and the page go (build/gpu-quick)")
     add("--page", type=Path, metavar="FOLDER", help="where the page goes too (benchmarks/results)")
     add("--budget", type=float, metavar="SECONDS", help="time for all stages together (480; of a rehearsal, 3600)")
+    add(
+        "--patience",
+        type=float,
+        metavar="FACTOR",
+        help="of the limits of stages, with few cores (1; of a rehearsal, 10)",
+    )
     add("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes side by side (the cores)")
     add(
         "--define",
@@ -122,6 +128,7 @@ def main() -> int:
         sys.exit("gpu-quick: nvidia-smi shows no GPU, expected one (or --rehearse, or --only build)")
     options = Options(
         rehearse=given.rehearse,
+        patience=given.patience or (10 if given.rehearse else 1),
         jobs=given.jobs,
         architecture=facts.get("compute_cap", "9.0").replace(".", ""),
         defines=given.define,

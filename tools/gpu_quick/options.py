@@ -20,6 +20,7 @@ class Options:
 
     Attributes:
         rehearse: Whether the CPU stands in for the GPU, with tiny sizes.
+        patience: Factor of the limits of stages.
         jobs: Number of processes side by side.
         architecture: Compute capability to compile for: ``90``.
         defines: Further arguments of CMake, such as ``FETCHCONTENT_SOURCE_DIR_GOOGLETEST=<folder>``.
@@ -29,6 +30,7 @@ class Options:
     """
 
     rehearse: bool = False
+    patience: float = 1
     jobs: int = 1
     architecture: str = "90"
     defines: Sequence[str] = ()

@@ -30,15 +30,13 @@ EXHAUSTIVE, BIG = "every_float32", "beyond_2_to_31"
 
 
 def stages(options: Options) -> list[Stage]:
-    """All stages. Limits are for 16 cores and one H100 or H200; a rehearsal has fewer cores and more time."""
+    """All stages. Limits are for 16 cores and one H100 or H200."""
 
     def stage(name: str, title: str, limit: float, sources: tuple[str, ...], *needs: str, on_gpu: bool = True) -> Stage:
         outputs = (*options.gtests(), options.python / "lomem") if name == "build" and not options.installed else ()
         if not has_googletest(options):
             outputs = outputs[-1:]
-        return Stage(
-            name, title, stage_command(name), limit * (10 if options.rehearse else 1), needs, sources, outputs, on_gpu
-        )
+        return Stage(name, title, stage_command(name), limit * options.patience, needs, sources, outputs, on_gpu)
 
     return [
         stage("build", "library and device tests", 240, C_TESTS, on_gpu=False),
