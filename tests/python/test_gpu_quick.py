@@ -498,6 +498,12 @@ def test_python_tests(tmp_path, monkeypatch, said, xdist):
     assert stages.pytest(Options(), files[:2], "no_such_test", 2) == 5, "no test at all is no success"
 
 
+def test_packages_that_are_missing(monkeypatch, said):
+    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None)
+    assert stages.bench(Options()) == stages.train(Options()) == 0
+    assert [event["reason"].split()[-4:-1] for event in said("skip")] == [["which", "is", "not"]] * 2
+
+
 def test_a_sample_of_tests(tmp_path, said, monkeypatch):
     (tmp_path / "test_many.py").write_text(
         "import pytest\n@pytest.mark.parametrize('i', range(10))\ndef test(i): pass\n", encoding="utf-8"

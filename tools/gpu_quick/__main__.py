@@ -144,7 +144,12 @@ def main() -> int:
         stages.stages(options),
         folder.resolve(),
         ROOT,
-        {"torch": about["torch"], "python": about["Python"], "architecture": options.architecture},
+        {
+            "torch": about["torch"],
+            "Python": about["Python"],
+            "architecture": options.architecture,
+            "given": " ".join(["installed"] * options.installed + [options.device_tests, options.on_host]).strip(),
+        },
         f"{about['device']} {about['driver']}",
         given.budget or (3600 if given.rehearse else 480),
         options.environment(),

@@ -284,10 +284,8 @@ def of_the_gpu(options: Options, keyword: str, jobs: int) -> int:
 def ops(options: Options) -> int:
     """All but what has a stage of its own."""
     keyword = f"not {COMPILER} and not {EXHAUSTIVE} and not {BIG}"
-    code = on_every_device(options, keyword, min(options.jobs, 8))
-    if options.rehearse:
-        code = code or of_the_gpu(options, keyword, 1)
-    return code
+    code = on_every_device(options, keyword, min(options.jobs, 12))
+    return max(code, of_the_gpu(options, keyword, 1)) if options.rehearse else code
 
 
 def compiled(options: Options) -> int:
