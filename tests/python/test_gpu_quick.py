@@ -70,16 +70,19 @@ def wait_for(condition):
 
 @pytest.fixture
 def patient(tmp_path, monkeypatch):
-    """The limit of a stage is over as soon as it hangs, not before."""
+    """A limit of more than 100 s is over as soon as a stage hangs, not before; then the clock is put forward."""
+    clock, ahead = time.monotonic, [0.0]
 
     class Patient(subprocess.Popen):
         def wait(self, timeout=None):
             if timeout is not None and timeout > 100:
                 wait_for((tmp_path / "hangs").exists)
+                ahead[0] += timeout
                 raise subprocess.TimeoutExpired(self.args, timeout)
             return super().wait(timeout)
 
     monkeypatch.setattr(subprocess, "Popen", Patient)
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + ahead[0])
 
 
 # One stage.
@@ -184,6 +187,7 @@ driver.Driver(stages, folder / "results", folder, {"torch": "2.11"}, "H200", 900
 def test_a_driver_that_is_killed_and_runs_again(tmp_path, number):
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], env={**os.environ, **environment()})
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(encoding="utf-8"))
+    wait_for((tmp_path / "results/two.json").exists)
     pid = int((tmp_path / "pid").read_text(encoding="utf-8"))
     process.send_signal(number)
     process.wait()
@@ -274,12 +278,12 @@ def test_choosing_stages(tmp_path):
         make_driver(tmp_path, *fakes).run(["four"])
 
 
-def test_the_budget(tmp_path):
-    fakes = stage("one", HANG), counted("two")
-    assert not make_driver(tmp_path, *fakes, budget=0.5).run()
-    assert record(tmp_path, "one")["status"] == TIMEOUT
+def test_the_budget(tmp_path, patient):
+    fakes = stage("one", HANG, limit=1000), counted("two")
+    assert not make_driver(tmp_path, *fakes, budget=150).run()
+    assert (record(tmp_path, "one")["status"], record(tmp_path, "one")["reason"]) == (TIMEOUT, "killed after 150 s")
     assert (record(tmp_path, "two")["status"], runs(tmp_path, "two")) == (SKIPPED, 0)
-    assert record(tmp_path, "two")["reason"] == "the budget of 0.5 s is used up"
+    assert record(tmp_path, "two")["reason"] == "the budget of 150 s is used up"
     make_driver(tmp_path, *fakes, budget=0).run()
     assert record(tmp_path, "one")["status"] == TIMEOUT, "what is known stays"
 
