@@ -377,7 +377,6 @@ def test_words_that_choose_tests():
 def test_the_command_of_the_build(tmp_path, monkeypatch, said):
     commands = []
     monkeypatch.setattr(stages, "run", lambda command, **variables: commands.append([*command, variables]) or 0)
-    monkeypatch.setattr(stages, "has_gpu", lambda: False)
     monkeypatch.setattr(stages.shutil, "which", lambda program: None)
     folder = tmp_path / "build"
     folder.mkdir()
