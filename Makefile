@@ -24,14 +24,14 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PRE_COMMIT_HOME ?= $(CURDIR)/build/pre-commit
 
 # Tests run side by side: a thread that spins while it waits takes the time of another test's.
-ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host asan dev asan-pytest: export OMP_WAIT_POLICY := passive
+ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host cuda-emulate cuda-emulate-all asan dev asan-pytest: export OMP_WAIT_POLICY := passive
 
 # The oldest CMake that lomem says it works with: consumer projects are tested with it.
 OLDEST_CMAKE := 3.22
 
 .PHONY: help demo test test-all install ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host soak types \
-  asan asan-install asan-pytest arm-check cuda-check bench paper fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test \
-  gpu-bench gpu-sanitize dev lint format gtest clean FORCE
+  asan asan-install asan-pytest arm-check cuda-check emulate-build cuda-emulate cuda-emulate-all cuda-mutants bench paper \
+  fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench gpu-sanitize dev lint format gtest clean FORCE
 
 help:
 	@sed -n '1,10p' Makefile
@@ -143,6 +143,29 @@ pytest-on-host: install gtest build/oldest-cmake/.done
 	cmake --build --preset release --target lomem_cuda_on_host
 	LOMEM_CUDA_ON_HOST="$$(find "$(CURDIR)/build/release" -name liblomem_cuda_on_host.so)" \
 	  $(BIN)/python -m pytest -q -n $(JOBS) -p no:cacheprovider $(WITHOUT_COMPILER) $(OP_TESTS)
+
+# The CUDA kernels, as PTX, on an emulator of a GPU (tests/cpp/cuda/emulator/emulator.h), where there is an nvcc: the tests
+# that run on a GPU, a sweep against float64, and the Python tests of the ops; as the kernels of two compute capabilities.
+# `cuda-emulate-all`: every Python test of the ops, and a longer sweep; about half an hour.
+emulate-build: install gtest
+	$(CONFIGURE) emulate
+	cmake --build --preset emulate
+
+EMULATED = LOMEM_EMULATOR_HOST_MEMORY=1 \
+  LOMEM_CUDA_ON_HOST="$$(find "$(CURDIR)/build/emulate" -name liblomem_cuda_emulated.so)" \
+  $(BIN)/python -m pytest -q -n $(JOBS) -p no:cacheprovider $(WITHOUT_COMPILER)
+
+cuda-emulate: emulate-build
+	ctest --preset emulate -j $(JOBS)
+	$(EMULATED) -m 'not slow' $(OP_TESTS)
+
+cuda-emulate-all: emulate-build
+	LOMEM_SWEEP_CASES=5000 ctest --preset emulate -j $(JOBS)
+	for arch in 80 90; do LOMEM_EMULATOR_ARCH=$$arch $(EMULATED) $(OP_TESTS) || exit 1; done
+
+# Edits of the kernels that these tests must notice: about ten minutes.
+cuda-mutants: emulate-build
+	$(BIN)/python tests/cpp/cuda/emulator/mutants.py build/emulate
 
 # The core and the CPU kernels on Arm: with Debian's cross compiler, the sources of its GoogleTest, and qemu.
 arm-check:

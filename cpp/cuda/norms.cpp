@@ -10,8 +10,8 @@ namespace {
 struct CudaNorms {
   using Scope = CudaScope;
 
-  /// Not checked here: looking at the weights would synchronize with the device. Where a weight is too small the
-  /// gradients are NaN (see norm_inverse).
+  /// Not checked here: looking at the weights would synchronize with the device. If a weight is too small, all of
+  /// grad_input and that weight's gradient are NaN (see norm_inverse).
   static void check_recoverable(const char* /*op*/, const OptionalTensor& /*weight*/, const at::Tensor& /*output*/) {}
 
   template <Norm norm>

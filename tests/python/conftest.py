@@ -75,6 +75,14 @@ def device(request):
     return torch.device(request.param)
 
 
+@pytest.fixture(autouse=bool(helpers.CUDA_ON_HOST))
+def _no_faults_of_kernels():
+    """On the emulator, a test in which a kernel has a fault fails."""
+    before = helpers.emulator_faults()
+    yield
+    assert helpers.emulator_faults() == before, "the emulator found faults of CUDA kernels: see above"
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

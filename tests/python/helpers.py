@@ -1,5 +1,6 @@
 """What the tests share: dtypes, inputs in every layout, comparisons."""
 
+import ctypes
 import os
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,15 @@ SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 
 # Path of a library that replaces the CPU kernels by the CUDA kernels, executed on the CPU.
 CUDA_ON_HOST = os.environ.get("LOMEM_CUDA_ON_HOST", "")
+
+
+def emulator_faults():
+    """Number of faults of CUDA kernels so far, if they run on the emulator (tests/cpp/cuda/emulator)."""
+    count = getattr(ctypes.CDLL(CUDA_ON_HOST), "lomem_emulator_fault_count", None) if CUDA_ON_HOST else None
+    if count is None:
+        return 0
+    count.restype = ctypes.c_ulonglong
+    return count()
 
 
 def runs_cuda_kernels(device):

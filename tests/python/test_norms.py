@@ -297,10 +297,14 @@ def test_weights_too_small_to_divide_by(norm, output_dtype, weight, smallest, de
     got = norm.op(x, (6,), w, eps=1e-5, dtype=output_dtype)
     assert_rounded_once(got, norm.torch_op(x.double(), (6,), w, eps=1e-5))
     if runs_cuda_kernels(device):
-        # Checking the weights would synchronize with the device, so gradients that cannot be recovered are NaN.
-        x.requires_grad_()
-        norm.op(x, (6,), w, eps=1e-5, dtype=output_dtype).sum().backward()
+        # Checking the weights would synchronize with the device, so what cannot be recovered is NaN: all of the input's
+        # gradient, since the sums of each row go over all columns, and the gradient of that weight alone.
+        bias = {"bias": torch.zeros_like(w).requires_grad_()} if norm.parameters == 2 else {}
+        norm.op(x.requires_grad_(), (6,), w.requires_grad_(), **bias, eps=1e-5, dtype=output_dtype).sum().backward()
         assert x.grad.isnan().all()
+        assert w.grad.isnan().nonzero().tolist() == [[3]]
+        if bias:
+            torch.testing.assert_close(bias["bias"].grad, torch.full_like(w, 4.0))
     else:
         message = rf"lomem::ms_\w+_norm: weight is {weight:g} at element 3, expected magnitudes of at least {smallest}"
         with pytest.raises(ValueError, match=message.replace("+", r"\+").replace(r"\w\+", r"\w+")):

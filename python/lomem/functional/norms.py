@@ -37,7 +37,9 @@ def ms_layer_norm(
         input: Shape ``(*, *normalized_shape)``; float64, float32, bfloat16 or float16.
         normalized_shape: Sizes of the last dimensions of ``input``, which are normalized over.
         weight: Shape ``normalized_shape``, any floating-point dtype. If a gradient is needed, no element may be smaller
-            in magnitude than the smallest normal number of the output's dtype.
+            in magnitude than the smallest normal number of the output's dtype. On the CPU that raises; on CUDA, where
+            the check would synchronize, one such element makes NaN of the whole gradient of ``input`` and of its own
+            element of the gradient of ``weight``, and of nothing else.
         bias: Shape ``normalized_shape``, any floating-point dtype.
         eps: Value added to the variance; finite and not negative.
         dtype: Dtype of the output. The default is the autocast dtype if autocast is on (so that linear layers share the
@@ -70,7 +72,7 @@ def ms_rms_norm(
         input: Shape ``(*, *normalized_shape)``; float64, float32, bfloat16 or float16.
         normalized_shape: Sizes of the last dimensions of ``input``, which are normalized over.
         weight: Shape ``normalized_shape``, any floating-point dtype. If a gradient is needed, no element may be smaller
-            in magnitude than the smallest normal number of the output's dtype.
+            in magnitude than the smallest normal number of the output's dtype; see :func:`ms_layer_norm`.
         eps: Value added to the mean square; finite and not negative. The default, as in ``F.rms_norm``, is the machine
             epsilon of float32 (of float64 for a float64 input).
         dtype: Dtype of the output; see :func:`ms_layer_norm`.

@@ -33,7 +33,8 @@ class MSLayerNorm(nn.Module):
         normalized_shape: Sizes of the last dimensions of the input, or the size of the last one as an int.
         eps: Value added to the variance.
         elementwise_affine: Whether the norm has a weight (initially 1) and a bias (initially 0) of shape
-            ``normalized_shape``.
+            ``normalized_shape``. The backward pass divides by the weight: if one becomes 0, training raises on the CPU,
+            and on CUDA the whole gradient of the input is NaN (see the function).
         bias: Whether the norm has a bias; ignored without ``elementwise_affine``.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -91,7 +92,8 @@ class MSRMSNorm(nn.Module):
         normalized_shape: Sizes of the last dimensions of the input, or the size of the last one as an int.
         eps: Value added to the mean square. The default, as in :class:`torch.nn.RMSNorm`, is the machine epsilon of the
             computation dtype (LowMemoryBP's default was 1e-5).
-        elementwise_affine: Whether the norm has a weight of shape ``normalized_shape``, initially 1.
+        elementwise_affine: Whether the norm has a weight of shape ``normalized_shape``, initially 1. See
+            :class:`MSLayerNorm` for weights that become 0.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
         output_dtype: Dtype of the output. The default is the autocast dtype if autocast is on, otherwise the dtype of

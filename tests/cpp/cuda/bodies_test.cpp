@@ -273,6 +273,9 @@ struct CheckingRunner : HostRunner {
 };
 constexpr CheckingRunner runner{{3}};
 
+/// Which kernels of a norm were executed: (backward, the plan's list of tilings, the plan's index in it).
+using Kernels = std::set<std::tuple<bool, bool, int>>;
+
 /// What a norm is computed with, apart from the dtypes.
 struct NormCase {
   std::int64_t rows;
@@ -300,7 +303,7 @@ double norm_tolerance(double value, double scale, double arithmetic) {
 }
 
 template <lomem::Norm norm, class In, class Out, class Weight>
-void check_norm(const NormCase& c, std::set<std::tuple<bool, int, int, bool, bool>>& seen) {
+void check_norm(const NormCase& c, Kernels& seen) {
   constexpr bool centred = norm == lomem::Norm::layer;
   const bool in_double = sizeof(In) == 8 || sizeof(Out) == 8 || (c.affine && sizeof(Weight) == 8);
   const double arithmetic = in_double ? spacing<double>() : spacing<float>();
@@ -345,8 +348,7 @@ void check_norm(const NormCase& c, std::set<std::tuple<bool, int, int, bool, boo
   EXPECT_TRUE(run_norm_forward<norm>(forward, c.rows, runner));
   output.expect_intact();
   rstd.expect_intact();
-  const NormPlan plan = plan_forward(forward);
-  seen.insert({plan.in_double, plan.width, plan.elements, plan.threads == warp_size, false});
+  seen.insert({false, false, plan_forward(forward).tiling});
 
   Guarded<In> grad_input(n, shift);
   Guarded<Weight> grad_weight(cols);
@@ -375,9 +377,7 @@ void check_norm(const NormCase& c, std::set<std::tuple<bool, int, int, bool, boo
   grad_input.expect_intact();
   workspace.expect_intact();
   const NormPlan backward_plan = plan_backward(backward, parameters.needed());
-  seen.insert(
-      {backward_plan.in_double, backward_plan.width, backward_plan.elements, backward_plan.threads == warp_size,
-       backward_plan.parameters});
+  seen.insert({true, backward_plan.parameters, backward_plan.tiling});
 
   std::vector<double> grads;
   for (const Out g : grad.values()) {
@@ -436,7 +436,7 @@ void check_norm(const NormCase& c, std::set<std::tuple<bool, int, int, bool, boo
 }
 
 template <class In, class Out, class Weight>
-void check_norms(const NormCase& c, std::set<std::tuple<bool, int, int, bool, bool>>& seen) {
+void check_norms(const NormCase& c, Kernels& seen) {
   check_norm<lomem::Norm::layer, In, Out, Weight>(c, seen);
   check_norm<lomem::Norm::rms, In, Out, Weight>(c, seen);
 }
@@ -444,7 +444,7 @@ void check_norms(const NormCase& c, std::set<std::tuple<bool, int, int, bool, bo
 TEST(Norms, EveryTilingAndMixOfDtypes) {
   using lomem::bfloat16;
   using lomem::float16;
-  std::set<std::tuple<bool, int, int, bool, bool>> seen;
+  Kernels seen;
   for (const std::int64_t cols :
        {1,   2,    3,    7,    8,    31,   32,   33,   64,   255,  256,  257,  264,   512,   513,   520,
         768, 1000, 1024, 1025, 1032, 2048, 2056, 4096, 4097, 4104, 8192, 8200, 16384, 16392, 20001, 20008}) {
@@ -466,22 +466,20 @@ TEST(Norms, EveryTilingAndMixOfDtypes) {
       check_norms<bfloat16, bfloat16, float>({rows, cols, affine, false, false}, seen);
     }
   }
-  // Every tiling that there is a kernel for was executed: (double, width, elements, warp, with sums).
-  const std::set<std::tuple<bool, int, int, bool, bool>> all = {
-      {false, 8, 8, true, false},   {false, 8, 16, true, false},  {false, 8, 32, true, false},
-      {false, 8, 16, false, false}, {false, 8, 32, false, false}, {false, 8, 0, false, false},
-      {false, 4, 8, true, false},   {false, 4, 16, true, false},  {false, 4, 32, true, false},
-      {false, 4, 16, false, false}, {false, 4, 32, false, false}, {false, 4, 0, false, false},
-      {false, 1, 16, true, false},  {false, 1, 16, false, false}, {false, 1, 0, false, false},
-      {false, 8, 8, true, true},    {false, 8, 16, true, true},   {false, 8, 8, false, true},
-      {false, 4, 8, true, true},    {false, 4, 16, true, true},   {false, 4, 8, false, true},
-      {true, 2, 16, true, false},   {true, 2, 0, false, false},   {true, 1, 0, true, false},
-      {true, 1, 0, false, false}};
+  // Every tiling that there is a kernel for was executed.
+  Kernels all;
+  for (int tiling = 0; tiling < RowTilings::size; ++tiling) {
+    all.insert({false, false, tiling});
+    all.insert({true, false, tiling});
+  }
+  for (int tiling = 0; tiling < StripTilings::size; ++tiling) {
+    all.insert({true, true, tiling});
+  }
   EXPECT_EQ(seen, all);
 }
 
 TEST(Norms, ManyRowsInStrips) {
-  std::set<std::tuple<bool, int, int, bool, bool>> seen;
+  Kernels seen;
   for (const std::int64_t cols : {24, 400, 900, 5000, 33}) {
     for (const std::int64_t rows : {1, 3, 4, 7, 8, 63, 300}) {
       check_norms<float, float, float>({rows, cols, true, false, true}, seen);
@@ -539,33 +537,111 @@ TEST(Norms, LargeMeans) {
   }
 }
 
-TEST(Norms, WeightsThatCannotBeDividedByGiveNaN) {
-  std::vector<lomem::float16> z(8, Element<lomem::float16>::from(0.5));
-  const std::vector<float> grad(8, 1.0F);
-  std::vector<float> gamma(8, 1.0F);
-  gamma[3] = std::ldexp(1.0F, -15);  // subnormal in float16
-  const float rstd = 1;
-  std::vector<float> grad_input(8);
-  std::vector<float> grad_weight(8);
+/// Gradients of a norm whose weights are 1 except in column 3, for inputs without NaN.
+struct NormGradients {
+  std::vector<float> input;
+  std::vector<float> weight;
+  std::vector<float> bias;
+};
+
+template <lomem::Norm norm>
+NormGradients gradients_with_weight(float weight, DType output, std::int64_t rows, std::int64_t cols, bool aligned) {
+  // (Elements of 2 and of 4 bytes: 0.5 in both.)
+  std::vector<lomem::float16> halves(rows * cols + 8, Element<lomem::float16>::from(0.5));
+  std::vector<float> floats(rows * cols + 8, 0.5F);
+  const std::vector<float> grad(rows * cols + 8, 1.0F);
+  const std::vector<float> rstd(rows, 1.0F);
+  const std::vector<float> beta(cols, 0.25F);
+  std::vector<float> gamma(cols, 1.0F);
+  gamma[3] = weight;
+  NormGradients result{std::vector<float>(rows * cols), std::vector<float>(cols), std::vector<float>(cols)};
+  const std::size_t shift = aligned ? 0 : 1;
   lomem::NormBackward args;
-  args.grad_output = {grad.data(), DType::float32};
-  args.output = {z.data(), DType::float16};
-  args.rstd = {&rstd, DType::float32};
+  args.grad_output = {grad.data() + shift, DType::float32};
+  args.output = output == DType::float16 ? lomem::Array{halves.data(), output} : lomem::Array{floats.data(), output};
+  args.rstd = {rstd.data(), DType::float32};
   args.weight = {gamma.data(), DType::float32};
-  args.grad_input = {grad_input.data(), DType::float32};
-  args.cols = 8;
+  args.grad_input = {result.input.data(), DType::float32};
+  args.cols = cols;
   NormParameterGradients parameters;
-  parameters.grad_weight = {grad_weight.data(), DType::float32};
-  std::vector<float> workspace(1024);
-  parameters.workspace = workspace.data();
-  EXPECT_TRUE(run_norm_backward<lomem::Norm::rms>(args, 1, parameters, runner));
-  for (int j = 0; j < 8; ++j) {
-    EXPECT_TRUE(std::isnan(grad_input[j])) << "every element of the row depends on that channel";
-    EXPECT_EQ(std::isnan(grad_weight[j]), j == 3);
+  parameters.grad_weight = {result.weight.data(), DType::float32};
+  if (lomem::has_bias(norm)) {
+    args.bias = {beta.data(), DType::float32};
+    parameters.grad_bias = {result.bias.data(), DType::float32};
   }
-  gamma[3] = std::ldexp(1.0F, -14);
-  EXPECT_TRUE(run_norm_backward<lomem::Norm::rms>(args, 1, parameters, runner));
-  EXPECT_TRUE(std::isfinite(grad_input[0]));
+  std::vector<double> workspace(norm_backward_bytes(args, rows, parameters, runner.multiprocessors) / 8 + 1);
+  parameters.workspace = workspace.data();
+  EXPECT_TRUE(run_norm_backward<norm>(args, rows, parameters, runner));
+  return result;
+}
+
+template <lomem::Norm norm>
+void check_weight_too_small_to_divide_by(std::int64_t cols, bool aligned) {
+  constexpr std::int64_t rows = 13;
+  const auto finite = [](float x) { return std::isfinite(x); };
+  for (const DType output : {DType::float16, DType::float32}) {
+    SCOPED_TRACE(
+        testing::Message() << cols << " columns" << (aligned ? "" : ", misaligned") << ", output of "
+                           << lomem::element_size(output) << " bytes");
+    const auto smallest = static_cast<float>(lomem::smallest_normal(output));
+    for (const float weight : {0.0F, -0.0F, smallest / 2, -std::nextafter(smallest, 0.0F)}) {
+      const auto grad = gradients_with_weight<norm>(weight, output, rows, cols, aligned);
+      // Every row's mean of g * y contains that column.
+      EXPECT_TRUE(std::none_of(grad.input.begin(), grad.input.end(), [](float x) { return !std::isnan(x); }));
+      for (std::int64_t j = 0; j < cols; ++j) {
+        ASSERT_EQ(std::isnan(grad.weight[j]), j == 3) << j;
+      }
+      EXPECT_TRUE(std::all_of(grad.bias.begin(), grad.bias.end(), finite));
+      // The sums are over rows: no other gradient changes by a bit.
+      const auto without = gradients_with_weight<norm>(1, output, rows, cols, aligned);
+      for (std::int64_t j = 0; j < cols; ++j) {
+        ASSERT_TRUE(j == 3 || grad.weight[j] == without.weight[j]) << j;
+      }
+      EXPECT_EQ(grad.bias, without.bias);
+    }
+    for (const float weight : {smallest, -smallest}) {
+      const auto grad = gradients_with_weight<norm>(weight, output, rows, cols, aligned);
+      EXPECT_TRUE(std::none_of(grad.input.begin(), grad.input.end(), [](float x) { return std::isnan(x); }));
+      EXPECT_TRUE(std::none_of(grad.weight.begin(), grad.weight.end(), [](float x) { return std::isnan(x); }));
+    }
+  }
+}
+
+TEST(Norms, WeightsTooSmallToDivideByGiveNaNInTheWholeGradInputAndTheirColumnOfGradWeight) {
+  // By a warp with sums; by a block with sums; by a block, with sums in a pass of their own; read again.
+  for (const std::int64_t cols : {8, 520, 5000, 16392}) {
+    for (const bool aligned : {true, false}) {
+      check_weight_too_small_to_divide_by<lomem::Norm::layer>(cols, aligned);
+      check_weight_too_small_to_divide_by<lomem::Norm::rms>(cols, aligned);
+    }
+  }
+}
+
+TEST(Norms, RMSNormRefusesABias) {
+  const std::vector<float> values(8, 1.0F);
+  std::vector<float> result(8);
+  const lomem::Array array{values.data(), DType::float32};
+  lomem::NormForward forward;
+  forward.input = array;
+  forward.output = {result.data(), DType::float32};
+  forward.rstd = {result.data(), DType::float32};
+  forward.cols = 8;
+  EXPECT_EQ(run_norm_forward<lomem::Norm::rms>(forward, 0, runner), HostRunner::ok);
+  forward.bias = array;
+  EXPECT_EQ(run_norm_forward<lomem::Norm::layer>(forward, 0, runner), HostRunner::ok);
+  EXPECT_EQ(run_norm_forward<lomem::Norm::rms>(forward, 0, runner), HostRunner::invalid);
+  EXPECT_EQ(run_norm_forward<lomem::Norm::rms>(forward, 1, runner), HostRunner::invalid);
+
+  lomem::NormBackward backward;
+  EXPECT_EQ(run_norm_backward<lomem::Norm::rms>(backward, 0, {}, runner), HostRunner::ok);
+  NormParameterGradients parameters;
+  parameters.grad_bias = {result.data(), DType::float32};
+  EXPECT_EQ(run_norm_backward<lomem::Norm::layer>(backward, 0, parameters, runner), HostRunner::ok);
+  EXPECT_EQ(run_norm_backward<lomem::Norm::rms>(backward, 0, parameters, runner), HostRunner::invalid);
+  backward.bias = array;
+  EXPECT_EQ(run_norm_backward<lomem::Norm::layer>(backward, 0, {}, runner), HostRunner::ok);
+  EXPECT_EQ(run_norm_backward<lomem::Norm::rms>(backward, 0, {}, runner), HostRunner::invalid);
+  EXPECT_EQ(result, std::vector<float>(8)) << "nothing is computed";
 }
 
 }  // namespace

@@ -466,15 +466,13 @@ void check_norm(std::int64_t rows, std::int64_t cols, bool affine, bool misalign
       parameters.grad_bias = {grad_bias.data(), Element<Weight>::dtype};
     }
   }
-  const std::int64_t workspace_bytes = norm_backward_workspace(backward, rows, parameters);
-  DeviceBuffer<std::uint8_t> workspace(workspace_bytes);
+  DeviceBuffer<std::uint8_t> workspace(norm_backward_workspace(backward, rows, parameters));
   parameters.workspace = workspace.data();
 
   lomem::NormBackward host_backward = backward;
   std::vector<T> host_grad_input(n);
   std::vector<Weight> host_grad_weight(cols);
   std::vector<Weight> host_grad_bias(cols);
-  std::vector<double> host_workspace(workspace_bytes / sizeof(double) + 1);
   host_backward.grad_output.data = grad_values.data();
   host_backward.output.data = host_output.data();
   host_backward.rstd.data = host_rstd.data();
@@ -482,11 +480,15 @@ void check_norm(std::int64_t rows, std::int64_t cols, bool affine, bool misalign
   host_backward.bias = host_forward.bias;
   host_backward.grad_input.data = host_grad_input.data();
   NormParameterGradients host_parameters = parameters;
-  host_parameters.workspace = host_workspace.data();
   if (affine) {
     host_parameters.grad_weight.data = host_grad_weight.data();
     host_parameters.grad_bias.data = centred ? host_grad_bias.data() : nullptr;
   }
+  // Sized for the host's own plan: its arrays are aligned even if the device's are not, so that it may take other
+  // strips.
+  const std::int64_t host_bytes = norm_backward_bytes(host_backward, rows, host_parameters, host.multiprocessors);
+  std::vector<double> host_workspace(host_bytes / sizeof(double) + 1);
+  host_parameters.workspace = host_workspace.data();
   run_norm_backward<norm>(host_backward, rows, host_parameters, host);
   std::vector<std::uint8_t> first;
   on_all_streams(

@@ -20,6 +20,12 @@ namespace lomem {
 /// Layer normalization centers the row, RMS normalization does not.
 enum class Norm { layer, rms };
 
+/// Whether a norm can have a bias. RMS normalization cannot: neither do its kernels load one, nor do they keep sums for
+/// its gradient.
+LOMEM_HOST_DEVICE constexpr bool has_bias(Norm norm) {
+  return norm == Norm::layer;
+}
+
 /// `moment` is the variance (LayerNorm) or the mean square (RMSNorm) of the row.
 template <class C>
 LOMEM_HOST_DEVICE inline C norm_rstd(C moment, C eps) {
@@ -53,8 +59,10 @@ LOMEM_HOST_DEVICE constexpr C norm_recover(C z, C inverse_gamma, C beta) {
   return (z - beta) * inverse_gamma;
 }
 
-/// 1 / gamma for `norm_recover`, or NaN if gamma is so small that z has no digits of y left: the gradients of such a
-/// channel are then NaN instead of silently wrong. `smallest` is the smallest normal number of z's dtype.
+/// 1 / gamma for `norm_recover`, or NaN if gamma is so small that z has no digits of y left: y of that column is then
+/// NaN instead of silently wrong. So are the gradient of its weight and, because mean(g * y) is a sum over the whole
+/// row, all elements of grad_x; the gradients of the other weights and of all biases do not depend on it. `smallest` is
+/// the smallest normal number of z's dtype.
 template <class C>
 LOMEM_HOST_DEVICE inline C norm_inverse(C gamma, C smallest) {
   return std::fabs(gamma) < smallest ? static_cast<C>(NAN) : C(1) / gamma;

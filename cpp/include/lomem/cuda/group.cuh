@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(max_block_threads, 1) blocks_kernel(const __gr
 }
 
 /// Launches `count` > 0 items of work for groups of `threads`: a warp, or a block of up to max_block_threads. If the
-/// work does not support warps, or blocks, no kernel is compiled for them.
+/// work does not support warps, or blocks, no kernel is compiled for them, and launching them is an error.
 template <class Work>
 cudaError_t launch_groups(const Work& work, std::int64_t count, int threads, cudaStream_t stream) {
   if constexpr (Work::by_warps) {
@@ -205,8 +205,9 @@ cudaError_t launch_groups(const Work& work, std::int64_t count, int threads, cud
   }
   if constexpr (Work::by_blocks) {
     blocks_kernel<<<static_cast<unsigned>(count), static_cast<unsigned>(threads), 0, stream>>>(work);
+    return cudaGetLastError();
   }
-  return cudaGetLastError();
+  return cudaErrorInvalidConfiguration;
 }
 
 #endif

@@ -51,7 +51,8 @@ pack_bits(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* pac
 LOMEM_API cudaError_t
 unpack_bits(const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes, cudaStream_t stream);
 
-/// Computes output and rstd of `rows` rows.
+/// Computes output and rstd of `rows` rows. RMSNorm has no bias: with one, nothing is computed and the result is
+/// cudaErrorInvalidValue, here and in norm_backward.
 template <Norm norm>
 LOMEM_API cudaError_t norm_forward(const NormForward& args, std::int64_t rows, cudaStream_t stream);
 
@@ -64,7 +65,8 @@ struct NormParameterGradients;  // norm_plan.h
 LOMEM_API std::int64_t norm_backward_workspace(
     const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters);
 
-/// Computes grad_input of `rows` rows and the gradients of weight and bias.
+/// Computes grad_input of `rows` rows and the gradients of weight and bias. A weight too small to divide by makes all
+/// of grad_input NaN: see norm_inverse.
 template <Norm norm>
 LOMEM_API cudaError_t norm_backward(
     const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters, cudaStream_t stream);

@@ -18,16 +18,18 @@
 
 namespace lomem::cuda {
 
-/// How the elements of a row are distributed: in vectors of `width` elements, where vector k of thread t is vector
-/// k * threads + t of the row. The number of columns is a multiple of `width`. A thread keeps `vectors` vectors in
-/// registers or, if vectors = 0, none: it then reads the row again in each phase.
-template <class C_, int width_, int vectors_>
+/// How the elements of a row are distributed over a group of up to `max_threads`: in vectors of `width` elements, where
+/// vector k of thread t is vector k * threads + t of the row. The number of columns is a multiple of `width`. A thread
+/// keeps `vectors` vectors in registers or, if vectors = 0, none: it then reads the row again in each phase.
+template <class C_, int width_, int vectors_, int max_threads_ = max_block_threads>
 struct Tiling {
   using C = C_;
   static constexpr int width = width_;
   static constexpr int vectors = vectors_;
   static constexpr bool in_registers = vectors > 0;
   static constexpr int elements = in_registers ? width * vectors : width;
+  static constexpr int max_threads = max_threads_;
+  static constexpr bool by_warps = max_threads == warp_size;
 };
 
 /// Which elements of a row belong to which thread.
@@ -187,25 +189,58 @@ LOMEM_HOST_DEVICE C sum_of(const C* values) {
   return sum;
 }
 
+/// The biases of `count` columns, or sums for their gradients. A norm without bias keeps nothing, so that it takes no
+/// registers; its biases read as 0.
+template <Norm norm, class C, int count>
+struct Biases {
+  C values[count];
+
+  LOMEM_HOST_DEVICE C operator[](int j) const {
+    return values[j];
+  }
+  LOMEM_HOST_DEVICE void set(int j, C x) {
+    values[j] = x;
+  }
+  LOMEM_HOST_DEVICE void add(int j, C x) {
+    values[j] += x;
+  }
+};
+
+template <class C, int count>
+struct Biases<Norm::rms, C, count> {
+  LOMEM_HOST_DEVICE C operator[](int /*j*/) const {
+    return 0;
+  }
+  LOMEM_HOST_DEVICE void set(int /*j*/, C /*x*/) {}
+  LOMEM_HOST_DEVICE void add(int /*j*/, C /*x*/) {}
+};
+
 /// Weight and bias of a few columns; 1 and 0 if absent.
-template <class C, int width>
+template <Norm norm, class C, int width>
 struct Affine {
   C gamma[width];
-  C beta[width];
+  Biases<norm, C, width> beta = {};
 
   LOMEM_HOST_DEVICE Affine(const Array& weight, const Array& bias, std::int64_t column) {
     for (int j = 0; j < width; ++j) {
       gamma[j] = 1;
-      beta[j] = 0;
     }
     if (weight.data != nullptr) {
       load<C, width>(weight, column, gamma);
     }
-    if (bias.data != nullptr) {
-      load<C, width>(bias, column, beta);
+    if constexpr (has_bias(norm)) {
+      if (bias.data != nullptr) {
+        load<C, width>(bias, column, beta.values);
+      }
     }
   }
 };
+
+/// Whether there is anything to load for Affine.
+template <Norm norm, class Args>
+LOMEM_HOST_DEVICE bool is_affine(const Args& args) {
+  return args.weight.data != nullptr || (has_bias(norm) && args.bias.data != nullptr);
+}
 
 template <class C>
 LOMEM_HOST_DEVICE C load_scalar(const Array& array, std::int64_t index) {
@@ -294,10 +329,14 @@ LOMEM_HOST_DEVICE void norm_forward_row(const NormForward& args, std::int64_t ro
       return Sums<C, 1>{{squares.sum}};
     }
   });
-  const C sum_of_distances = norm == Norm::layer ? spread[moments - 1] : C(0);
-  const C rstd = norm_rstd(norm_variance(spread[0], sum_of_distances, n), static_cast<C>(args.eps));
+  C moment = spread[0] / n;
   // The rounding error of the mean. It is subtracted from small numbers, so none of its digits are lost.
-  const C rest = sum_of_distances / n;
+  C rest = 0;
+  if constexpr (norm == Norm::layer) {
+    moment = norm_variance(spread[0], spread[1], n);
+    rest = spread[1] / n;
+  }
+  const C rstd = norm_rstd(moment, static_cast<C>(args.eps));
 
   group.each([&](int thread, State& state) {
     const Place p = place(thread);
@@ -307,8 +346,8 @@ LOMEM_HOST_DEVICE void norm_forward_row(const NormForward& args, std::int64_t ro
       for (int j = 0; j < width; ++j) {
         y[j] = norm_value(Tiling::in_registers ? y[j] : y[j] - mean, rest, rstd);
       }
-      if (args.weight.data != nullptr || args.bias.data != nullptr) {
-        const detail::Affine<C, width> affine(args.weight, args.bias, p.column(k, width));
+      if (detail::is_affine<norm>(args)) {
+        const detail::Affine<norm, C, width> affine(args.weight, args.bias, p.column(k, width));
         for (int j = 0; j < width; ++j) {
           y[j] = norm_affine(y[j], affine.gamma[j], affine.beta[j]);
         }
@@ -321,13 +360,13 @@ LOMEM_HOST_DEVICE void norm_forward_row(const NormForward& args, std::int64_t ro
   });
 }
 
-/// Forward pass over rows. In float, a row is read again only if it is too long for a warp.
+/// Forward pass over rows.
 template <Norm norm, class Tiling>
 struct NormForwardRows {
   using C = typename Tiling::C;
   using State = NormForwardState<Tiling>;
-  static constexpr bool by_warps = Tiling::in_registers || sizeof(C) == sizeof(double);
-  static constexpr bool by_blocks = true;
+  static constexpr bool by_warps = Tiling::by_warps;
+  static constexpr bool by_blocks = !by_warps;
 
   NormForward args;
 
@@ -340,9 +379,9 @@ struct NormForwardRows {
 namespace detail {
 
 /// What is needed to recover y from z in a few columns.
-template <class C, int width>
+template <Norm norm, class C, int width>
 struct Recovery {
-  Affine<C, width> affine;
+  Affine<norm, C, width> affine;
   C inverse[width];
 
   LOMEM_HOST_DEVICE Recovery(const NormBackward& args, std::int64_t column) : affine(args.weight, args.bias, column) {
@@ -356,17 +395,17 @@ struct Recovery {
 }  // namespace detail
 
 /// What a thread keeps for a row in the backward pass and, with `parameters`, for its columns over all rows.
-template <class Tiling, bool parameters>
+template <Norm norm, class Tiling, bool parameters>
 struct NormBackwardState {
   using C = typename Tiling::C;
   static constexpr int columns = parameters ? Tiling::elements : 1;
   C g[Tiling::elements];
   C y[Tiling::elements];
   C gamma[columns];
-  C beta[columns];
+  detail::Biases<norm, C, columns> beta;
   C inverse[columns];
   C grad_weight[columns] = {};
-  C grad_bias[columns] = {};
+  detail::Biases<norm, C, columns> grad_bias = {};
 };
 
 /// Processes one row in the backward pass. With `parameters`, which requires rows in registers, adds the row's
@@ -375,11 +414,11 @@ template <Norm norm, class Tiling, bool parameters, class Group>
 LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t row, Group& group) {
   static_assert(!parameters || Tiling::in_registers);
   using C = typename Tiling::C;
-  using State = NormBackwardState<Tiling, parameters>;
+  using State = NormBackwardState<norm, Tiling, parameters>;
   constexpr int width = Tiling::width;
   const C n = static_cast<C>(args.cols);
   const auto place = [&](int thread) { return Place{row, args.cols, thread, group.threads}; };
-  const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
+  const bool affine = detail::is_affine<norm>(args);
   // Loaded early, so that it has arrived when it is needed.
   const C rstd = detail::load_scalar<C>(args.rstd, row);
   // Turns grad_z and z of a vector into g = gamma * grad_z and y.
@@ -390,10 +429,10 @@ LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t 
         state.y[j] = norm_recover(state.y[j], state.inverse[j], state.beta[j]);
         state.g[j] = grad * state.gamma[j];
         state.grad_weight[j] += grad * state.y[j];
-        state.grad_bias[j] += grad;
+        state.grad_bias.add(j, grad);
       }
     } else if (affine) {
-      const detail::Recovery<C, width> recovery(args, p.column(k, width));
+      const detail::Recovery<norm, C, width> recovery(args, p.column(k, width));
       for (int j = 0; j < width; ++j) {
         state.y[at + j] = norm_recover(state.y[at + j], recovery.inverse[j], recovery.affine.beta[j]);
         state.g[at + j] *= recovery.affine.gamma[j];
@@ -465,9 +504,9 @@ LOMEM_HOST_DEVICE void norm_backward_row(const NormBackward& args, std::int64_t 
 template <Norm norm, class Tiling>
 struct NormBackwardRows {
   using C = typename Tiling::C;
-  using State = NormBackwardState<Tiling, false>;
-  static constexpr bool by_warps = NormForwardRows<norm, Tiling>::by_warps;
-  static constexpr bool by_blocks = true;
+  using State = NormBackwardState<norm, Tiling, false>;
+  static constexpr bool by_warps = Tiling::by_warps;
+  static constexpr bool by_blocks = !by_warps;
 
   NormBackward args;
 
@@ -495,19 +534,20 @@ LOMEM_HOST_DEVICE constexpr std::int64_t strip_begin(std::int64_t strip, std::in
 namespace detail {
 
 /// Stores a few columns of a strip's sums. The workspace is aligned, and cols is a multiple of `width`.
-template <int width, class C>
+template <int width, Norm norm, class C, int count>
 LOMEM_HOST_DEVICE void store_sums(
-    const StripSums<C>& sums, std::int64_t offset, const C* grad_weight, const C* grad_bias) {
+    const StripSums<C>& sums, std::int64_t offset, const C* grad_weight, const Biases<norm, C, count>& grad_bias,
+    int at) {
   Vector<C, width> vector;
   if (sums.grad_weight != nullptr) {
     for (int j = 0; j < width; ++j) {
-      vector[j] = grad_weight[j];
+      vector[j] = grad_weight[at + j];
     }
     store_vector(sums.grad_weight + offset, vector);
   }
-  if (sums.grad_bias != nullptr) {
+  if (has_bias(norm) && sums.grad_bias != nullptr) {
     for (int j = 0; j < width; ++j) {
-      vector[j] = grad_bias[j];
+      vector[j] = grad_bias[at + j];
     }
     store_vector(sums.grad_bias + offset, vector);
   }
@@ -519,10 +559,9 @@ LOMEM_HOST_DEVICE void store_sums(
 template <Norm norm, class Tiling>
 struct NormBackwardStrips {
   using C = typename Tiling::C;
-  using State = NormBackwardState<Tiling, true>;
-  // A thread keeps gradient, output and two sums for each element: with more elements it would run out of registers.
-  static constexpr bool by_warps = Tiling::in_registers && Tiling::elements <= 16 && sizeof(C) == sizeof(float);
-  static constexpr bool by_blocks = by_warps && Tiling::elements <= 8;
+  using State = NormBackwardState<norm, Tiling, true>;
+  static constexpr bool by_warps = Tiling::by_warps;
+  static constexpr bool by_blocks = !by_warps;
 
   NormBackward args;
   std::int64_t rows;
@@ -535,10 +574,10 @@ struct NormBackwardStrips {
     group.each([&](int thread, State& state) {
       const Place p{strip, args.cols, thread, group.threads};
       detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int at) {
-        const detail::Recovery<C, width> recovery(args, p.column(k, width));
+        const detail::Recovery<norm, C, width> recovery(args, p.column(k, width));
         for (int j = 0; j < width; ++j) {
           state.gamma[at + j] = recovery.affine.gamma[j];
-          state.beta[at + j] = recovery.affine.beta[j];
+          state.beta.set(at + j, recovery.affine.beta[j]);
           state.inverse[at + j] = recovery.inverse[j];
         }
       });
@@ -550,7 +589,7 @@ struct NormBackwardStrips {
     group.each([&](int thread, State& state) {
       const Place p{strip, args.cols, thread, group.threads};
       detail::for_each_vector<Tiling>(p, [&](std::int64_t k, int at) {
-        detail::store_sums<width>(sums, p.offset(k, width), state.grad_weight + at, state.grad_bias + at);
+        detail::store_sums<width>(sums, p.offset(k, width), state.grad_weight, state.grad_bias, at);
       });
     });
   }
@@ -558,7 +597,7 @@ struct NormBackwardStrips {
 
 /// Stage 1 for rows that do not fit in registers: a body (see launch.cuh) that reads the rows once more. A thread sums
 /// `width` columns of one strip.
-template <class C, int width>
+template <Norm norm, class C, int width>
 struct StripSumsBody {
   using Shared = Nothing;
 
@@ -580,9 +619,9 @@ struct StripSumsBody {
     if (column >= args.cols) {
       return;
     }
-    const detail::Recovery<C, width> recovery(args, column);
+    const detail::Recovery<norm, C, width> recovery(args, column);
     C grad_weight[width] = {};
-    C grad_bias[width] = {};
+    detail::Biases<norm, C, width> grad_bias = {};
     const std::int64_t end = strip_begin(strip + 1, sums.strips, rows);
     for (std::int64_t row = strip_begin(strip, sums.strips, rows); row < end; ++row) {
       C grad[width];
@@ -591,10 +630,10 @@ struct StripSumsBody {
       detail::load<C, width>(args.output, row * args.cols + column, z);
       for (int j = 0; j < width; ++j) {
         grad_weight[j] += grad[j] * norm_recover(z[j], recovery.inverse[j], recovery.affine.beta[j]);
-        grad_bias[j] += grad[j];
+        grad_bias.add(j, grad[j]);
       }
     }
-    detail::store_sums<width>(sums, strip * args.cols + column, grad_weight, grad_bias);
+    detail::store_sums<width>(sums, strip * args.cols + column, grad_weight, grad_bias, 0);
   }
 };
 

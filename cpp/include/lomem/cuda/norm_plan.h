@@ -15,6 +15,45 @@
 
 namespace lomem::cuda {
 
+template <class... Tilings>
+struct TilingList {
+  static constexpr int size = sizeof...(Tilings);
+};
+
+/// The tilings of NormForwardRows and NormBackwardRows, with the longest row that each has room for: the first of the
+/// right arithmetic type and width that has room is chosen. There are kernels for these and no others. A warp, which
+/// needs no barrier, works on the short ones.
+using RowTilings = TilingList<
+    Tiling<float, 8, 1, warp_size>,              // 256 columns
+    Tiling<float, 8, 2, warp_size>,              // 512
+    Tiling<float, 8, 4, warp_size>,              // 1024
+    Tiling<float, 8, 2, max_block_threads / 2>,  // 4096
+    Tiling<float, 8, 4>,                         // 16384
+    Tiling<float, 8, 0>,                         // any number
+    Tiling<float, 4, 2, warp_size>,              // 256
+    Tiling<float, 4, 4, warp_size>,              // 512
+    Tiling<float, 4, 8, warp_size>,              // 1024
+    Tiling<float, 4, 4, max_block_threads / 2>,  // 4096
+    Tiling<float, 4, 8>,                         // 16384
+    Tiling<float, 4, 0>,                         // any number
+    Tiling<float, 1, 16, warp_size>,             // 512
+    Tiling<float, 1, 16>,                        // 8192
+    Tiling<float, 1, 0>,                         // any number
+    Tiling<double, 2, 8, warp_size>,             // 512
+    Tiling<double, 2, 0>,                        // any number
+    Tiling<double, 1, 0, warp_size>,             // 256
+    Tiling<double, 1, 0>>;                       // any number
+
+/// The tilings of NormBackwardStrips. They have few elements, because a thread keeps gradient, output and two sums for
+/// each. Rows for which there is no room are read once more for the sums.
+using StripTilings = TilingList<
+    Tiling<float, 8, 1, warp_size>,  // 256 columns
+    Tiling<float, 8, 2, warp_size>,  // 512
+    Tiling<float, 8, 1>,             // 4096
+    Tiling<float, 4, 2, warp_size>,  // 256
+    Tiling<float, 4, 4, warp_size>,  // 512
+    Tiling<float, 4, 2>>;            // 4096
+
 struct NormPlan {
   bool in_double = false;
   int width = 1;
@@ -23,14 +62,11 @@ struct NormPlan {
   int threads = warp_size;
   /// Whether the sums for weight and bias are computed in the same pass over the rows.
   bool parameters = false;
+  /// Index of the tiling in StripTilings (with `parameters`) or RowTilings.
+  int tiling = 0;
 };
 
 namespace detail {
-
-constexpr int threads_for(std::int64_t cols, int elements) {
-  const std::int64_t warps = (cols + std::int64_t{elements} * warp_size - 1) / (elements * warp_size);
-  return static_cast<int>(std::clamp<std::int64_t>(warps * warp_size, warp_size, max_block_threads));
-}
 
 /// Arrays of the size of the input determine the width; weight and bias only have to be aligned.
 inline int vector_width(
@@ -59,24 +95,28 @@ inline Array as_array(const MutableArray& array) {
   return {array.data, array.dtype};
 }
 
-/// Plans rows that threads keep in registers if possible.
-inline NormPlan plan_rows(NormPlan plan, std::int64_t cols) {
-  // Up to 1024 columns, a warp works on a row, which needs no barrier.
-  const auto warp_fits = [&](int elements) { return cols <= std::int64_t{elements} * warp_size; };
-  if (plan.in_double) {
-    plan.elements = plan.width > 1 && warp_fits(16) ? 16 : 0;
-  } else if (plan.width > 1) {
-    plan.elements = warp_fits(8)                                   ? 8
-                    : warp_fits(16)                                ? 16
-                    : warp_fits(32)                                ? 32
-                    : cols <= 16 * (max_block_threads / 2)         ? 16
-                    : cols <= std::int64_t{32} * max_block_threads ? 32
-                                                                   : 0;
-  } else {
-    plan.elements = cols <= std::int64_t{16} * max_block_threads ? 16 : 0;
+/// Completes a plan with the tiling number `index` if it has room for a row. Blocks that read a row again in each phase
+/// have room for every row.
+template <class Tiling>
+constexpr bool plan_tiling(NormPlan& plan, std::int64_t cols, int index) {
+  constexpr std::int64_t elements = Tiling::in_registers ? Tiling::elements : 8 * Tiling::width;
+  constexpr bool for_every_row = !Tiling::in_registers && !Tiling::by_warps;
+  if (plan.in_double != std::is_same_v<typename Tiling::C, double> || plan.width != Tiling::width ||
+      (cols > elements * Tiling::max_threads && !for_every_row)) {
+    return false;
   }
-  plan.threads = threads_for(cols, plan.elements > 0 ? plan.elements : 8 * plan.width);
-  return plan;
+  const std::int64_t warps = (cols + elements * warp_size - 1) / (elements * warp_size);
+  plan.elements = Tiling::in_registers ? Tiling::elements : 0;
+  plan.threads = static_cast<int>(std::clamp<std::int64_t>(warps * warp_size, warp_size, Tiling::max_threads));
+  plan.tiling = index;
+  return true;
+}
+
+/// Completes a plan with the first tiling that has room for a row, if there is one.
+template <class... Tilings>
+constexpr bool plan_tiling(TilingList<Tilings...> /*tilings*/, NormPlan& plan, std::int64_t cols) {
+  int index = 0;
+  return (plan_tiling<Tilings>(plan, cols, index++) || ...);
 }
 
 }  // namespace detail
@@ -86,7 +126,8 @@ inline NormPlan plan_forward(const NormForward& args) {
   NormPlan plan;
   plan.in_double = detail::any_double({args.input, output, args.weight, args.bias});
   plan.width = detail::vector_width(args.cols, plan.in_double, {args.input, output}, {args.weight, args.bias});
-  return detail::plan_rows(plan, args.cols);
+  detail::plan_tiling(RowTilings{}, plan, args.cols);
+  return plan;
 }
 
 /// `parameters`: whether the sums for weight and bias are needed too.
@@ -96,14 +137,11 @@ inline NormPlan plan_backward(const NormBackward& args, bool parameters) {
   plan.in_double = detail::any_double({args.grad_output, args.output, grad_input, args.weight, args.bias});
   plan.width = detail::vector_width(
       args.cols, plan.in_double, {args.grad_output, args.output, grad_input}, {args.weight, args.bias});
-  if (parameters && !plan.in_double && plan.width > 1 && args.cols <= 8 * max_block_threads) {
-    // Few elements per thread, because it keeps gradient, output and two sums for each.
-    plan.parameters = true;
-    plan.elements = args.cols > 8 * warp_size && args.cols <= 16 * warp_size ? 16 : 8;
-    plan.threads = detail::threads_for(args.cols, plan.elements);
-    return plan;
+  plan.parameters = parameters && detail::plan_tiling(StripTilings{}, plan, args.cols);
+  if (!plan.parameters) {
+    detail::plan_tiling(RowTilings{}, plan, args.cols);
   }
-  return detail::plan_rows(plan, args.cols);
+  return plan;
 }
 
 /// Number of strips of rows in which the sums for weight and bias are computed on a device with `multiprocessors`. A
@@ -135,30 +173,19 @@ struct NormParameterGradients {
   }
 };
 
-/// Calls visitor(Tiling<...>{}) with the tiling of a plan.
-template <class Visitor>
-decltype(auto) visit_tiling(const NormPlan& plan, Visitor&& visitor) {
-  if (plan.in_double) {
-    return plan.elements > 0 ? visitor(Tiling<double, 2, 8>{})
-           : plan.width > 1  ? visitor(Tiling<double, 2, 0>{})
-                             : visitor(Tiling<double, 1, 0>{});
+/// Calls visitor(Tiling<...>{}) with the tiling number `index` of a list.
+template <class First, class... Rest, class Visitor>
+decltype(auto) visit_tiling(TilingList<First, Rest...> /*tilings*/, int index, Visitor&& visitor) {
+  if constexpr (sizeof...(Rest) > 0) {
+    if (index > 0) {
+      return visit_tiling(TilingList<Rest...>{}, index - 1, visitor);
+    }
   }
-  switch (plan.width * 100 + plan.elements) {
-    case 808: return visitor(Tiling<float, 8, 1>{});
-    case 816: return visitor(Tiling<float, 8, 2>{});
-    case 832: return visitor(Tiling<float, 8, 4>{});
-    case 800: return visitor(Tiling<float, 8, 0>{});
-    case 408: return visitor(Tiling<float, 4, 2>{});
-    case 416: return visitor(Tiling<float, 4, 4>{});
-    case 432: return visitor(Tiling<float, 4, 8>{});
-    case 400: return visitor(Tiling<float, 4, 0>{});
-    case 116: return visitor(Tiling<float, 1, 16>{});
-    default: return visitor(Tiling<float, 1, 0>{});
-  }
+  return visitor(First{});
 }
 
 // A Runner has
-//     using Error; static constexpr Error ok
+//     using Error; static constexpr Error ok, invalid                  invalid: the arguments are
 //     int multiprocessors
 //     Error body(const Body&)                                          see launch.cuh
 //     Error groups(const Work&, int64_t count > 0, int threads)        see group.cuh
@@ -167,6 +194,7 @@ decltype(auto) visit_tiling(const NormPlan& plan, Visitor&& visitor) {
 struct HostRunner {
   using Error = bool;
   static constexpr Error ok = true;
+  static constexpr Error invalid = false;
 
   int multiprocessors = 1;
 
@@ -188,6 +216,7 @@ struct HostRunner {
 struct DeviceRunner {
   using Error = cudaError_t;
   static constexpr Error ok = cudaSuccess;
+  static constexpr Error invalid = cudaErrorInvalidValue;
 
   cudaStream_t stream;
   int multiprocessors;
@@ -204,13 +233,17 @@ struct DeviceRunner {
 
 #endif
 
+/// RMSNorm with a bias is invalid.
 template <Norm norm, class Runner>
 typename Runner::Error run_norm_forward(const NormForward& args, std::int64_t rows, const Runner& runner) {
+  if (!has_bias(norm) && args.bias.data != nullptr) {
+    return Runner::invalid;
+  }
   if (rows == 0) {
     return Runner::ok;
   }
   const NormPlan plan = plan_forward(args);
-  return visit_tiling(plan, [&](auto tiling) {
+  return visit_tiling(RowTilings{}, plan.tiling, [&](auto tiling) {
     return runner.groups(NormForwardRows<norm, decltype(tiling)>{args}, rows, plan.threads);
   });
 }
@@ -230,82 +263,85 @@ inline std::int64_t norm_backward_bytes(
 
 namespace detail {
 
-template <Norm norm, class Runner>
-typename Runner::Error run_rows(
-    const NormBackward& args, std::int64_t rows, const NormPlan& plan, const Runner& runner) {
-  if (rows == 0 || args.grad_input.data == nullptr) {
-    return Runner::ok;
-  }
-  return visit_tiling(plan, [&](auto tiling) {
-    return runner.groups(NormBackwardRows<norm, decltype(tiling)>{args}, rows, plan.threads);
-  });
-}
-
-/// Computes the strips' sums, either in the same pass as the rows or in a separate pass after them.
-template <Norm norm, class C, class Runner>
-typename Runner::Error run_strips(
-    const NormBackward& args, std::int64_t rows, const NormPlan& plan, const StripSums<C>& sums, const Runner& runner) {
-  if (!plan.parameters) {
-    const auto error = run_rows<norm>(args, rows, plan, runner);
-    if (error != Runner::ok) {
-      return error;
-    }
-  }
-  return visit_tiling(plan, [&](auto tiling) -> typename Runner::Error {
-    using Tiling = decltype(tiling);
-    if constexpr (std::is_same_v<typename Tiling::C, C>) {
-      if constexpr (NormBackwardStrips<norm, Tiling>::by_warps && Tiling::width > 1) {
-        if (plan.parameters) {
-          return runner.groups(NormBackwardStrips<norm, Tiling>{args, rows, sums}, sums.strips, plan.threads);
-        }
-      }
-      return runner.body(StripSumsBody<C, Tiling::width>{args, rows, sums});
-    } else {
-      return Runner::ok;  // plan.in_double selects C
-    }
-  });
-}
-
-template <Norm norm, class C, class Runner>
-typename Runner::Error run_backward(
-    const NormBackward& args, std::int64_t rows, const NormPlan& plan, const NormParameterGradients& parameters,
-    const Runner& runner) {
-  const std::int64_t strips = plan_strips(plan, rows, args.cols, runner.multiprocessors);
-  C* next = static_cast<C*>(parameters.workspace);
-  const auto take = [&](const MutableArray& gradient) {
-    C* sums = gradient.data != nullptr ? next : nullptr;
-    next += gradient.data != nullptr ? strips * args.cols : 0;
-    return sums;
-  };
+/// Assigns the workspace to the sums that are needed.
+template <class C>
+StripSums<C> strip_sums(const NormParameterGradients& parameters, std::int64_t strips, std::int64_t cols) {
   StripSums<C> sums;
-  sums.grad_weight = take(parameters.grad_weight);
-  sums.grad_bias = take(parameters.grad_bias);
   sums.strips = strips;
-  auto error = run_strips<norm, C>(args, rows, plan, sums, runner);
-  if (error == Runner::ok && sums.grad_weight != nullptr) {
-    error = runner.body(AddStripsBody<C>{sums.grad_weight, strips, args.cols, parameters.grad_weight});
+  C* next = static_cast<C*>(parameters.workspace);
+  if (parameters.grad_weight.data != nullptr) {
+    sums.grad_weight = next;
+    next += strips * cols;
+  }
+  if (parameters.grad_bias.data != nullptr) {
+    sums.grad_bias = next;
+  }
+  return sums;
+}
+
+template <class C, class Runner>
+typename Runner::Error run_add_strips(
+    const StripSums<C>& sums, std::int64_t cols, const NormParameterGradients& parameters, const Runner& runner) {
+  auto error = Runner::ok;
+  if (sums.grad_weight != nullptr) {
+    error = runner.body(AddStripsBody<C>{sums.grad_weight, sums.strips, cols, parameters.grad_weight});
   }
   if (error == Runner::ok && sums.grad_bias != nullptr) {
-    error = runner.body(AddStripsBody<C>{sums.grad_bias, strips, args.cols, parameters.grad_bias});
+    error = runner.body(AddStripsBody<C>{sums.grad_bias, sums.strips, cols, parameters.grad_bias});
   }
   return error;
 }
 
+/// grad_input and the strips' sums in one pass.
+template <Norm norm, class Runner>
+typename Runner::Error run_strips(
+    const NormBackward& args, std::int64_t rows, const NormPlan& plan, const NormParameterGradients& parameters,
+    const Runner& runner) {
+  const std::int64_t strips = plan_strips(plan, rows, args.cols, runner.multiprocessors);
+  return visit_tiling(StripTilings{}, plan.tiling, [&](auto tiling) {
+    using Tiling = decltype(tiling);
+    const auto sums = strip_sums<typename Tiling::C>(parameters, strips, args.cols);
+    const auto error = runner.groups(NormBackwardStrips<norm, Tiling>{args, rows, sums}, strips, plan.threads);
+    return error != Runner::ok ? error : run_add_strips(sums, args.cols, parameters, runner);
+  });
+}
+
+/// grad_input and, in a pass of their own, the strips' sums; each if it is needed.
+template <Norm norm, class Runner>
+typename Runner::Error run_rows(
+    const NormBackward& args, std::int64_t rows, const NormPlan& plan, const NormParameterGradients& parameters,
+    const Runner& runner) {
+  return visit_tiling(RowTilings{}, plan.tiling, [&](auto tiling) {
+    using Tiling = decltype(tiling);
+    using C = typename Tiling::C;
+    auto error = Runner::ok;
+    if (rows > 0 && args.grad_input.data != nullptr) {
+      error = runner.groups(NormBackwardRows<norm, Tiling>{args}, rows, plan.threads);
+    }
+    if (error != Runner::ok || !parameters.needed()) {
+      return error;
+    }
+    const auto sums = strip_sums<C>(parameters, plan_strips(plan, rows, args.cols, runner.multiprocessors), args.cols);
+    error = runner.body(StripSumsBody<norm, C, Tiling::width>{args, rows, sums});
+    return error != Runner::ok ? error : run_add_strips(sums, args.cols, parameters, runner);
+  });
+}
+
 }  // namespace detail
 
-/// With no rows, the gradients of weight and bias are 0.
+/// With no rows, the gradients of weight and bias are 0. RMSNorm with a bias, or its gradient, is invalid.
 template <Norm norm, class Runner>
 typename Runner::Error run_norm_backward(
     const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters, const Runner& runner) {
+  if (!has_bias(norm) && (args.bias.data != nullptr || parameters.grad_bias.data != nullptr)) {
+    return Runner::invalid;
+  }
   if (args.cols == 0) {
     return Runner::ok;
   }
   const NormPlan plan = plan_backward(args, parameters.needed());
-  if (!parameters.needed()) {
-    return detail::run_rows<norm>(args, rows, plan, runner);
-  }
-  return plan.in_double ? detail::run_backward<norm, double>(args, rows, plan, parameters, runner)
-                        : detail::run_backward<norm, float>(args, rows, plan, parameters, runner);
+  return plan.parameters ? detail::run_strips<norm>(args, rows, plan, parameters, runner)
+                         : detail::run_rows<norm>(args, rows, plan, parameters, runner);
 }
 
 }  // namespace lomem::cuda

@@ -1,0 +1,102 @@
+// The launchers of the CUDA kernels (lomem/cuda/kernels.h) with the bodies of the kernels executed on the CPU.
+#include <lomem/cuda/kernels.h>
+#include <lomem/cuda/norm_plan.h>
+#include <lomem/cuda/packing.cuh>
+#include <lomem/cuda/step.cuh>
+
+namespace lomem::cuda {
+
+namespace {
+
+constexpr HostRunner host{4};
+
+cudaError_t status(HostRunner::Error result) {
+  return result == HostRunner::ok ? cudaSuccess : cudaErrorUnknown;
+}
+
+}  // namespace
+
+template <class Function>
+cudaError_t step_forward(
+    DType dtype, const void* input, std::int64_t n, void* output, std::uint8_t* codes, cudaStream_t /*stream*/) {
+  return visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return status(host.body(
+        StepForward<Function, typename Function::PublishedSteps, T>(
+            static_cast<const T*>(input), n, static_cast<T*>(output), codes)));
+  });
+}
+
+cudaError_t step_encode(
+    DType dtype, const void* input, std::int64_t n, const double* boundaries, int bits, std::uint8_t* codes,
+    cudaStream_t /*stream*/) {
+  return visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return visit_bits(bits, [&](auto width) {
+      const SearchCoder<T, decltype(width)::value> coder(boundaries);
+      return status(host.body(StepEncode(coder, static_cast<const T*>(input), n, codes)));
+    });
+  });
+}
+
+cudaError_t band_encode(
+    DType dtype, const void* input, std::int64_t n, double low, double high, std::uint8_t* codes,
+    cudaStream_t /*stream*/) {
+  return visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return status(host.body(StepEncode(BandCoder<T>(low, high), static_cast<const T*>(input), n, codes)));
+  });
+}
+
+cudaError_t step_backward(
+    DType dtype, const void* grad_output, const std::uint8_t* codes, const double* levels, int bits, std::int64_t n,
+    void* grad_input, cudaStream_t /*stream*/) {
+  return visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return visit_bits(bits, [&](auto width) {
+      return status(host.body(
+          StepBackward<T, decltype(width)::value>(
+              static_cast<const T*>(grad_output), codes, levels, n, static_cast<T*>(grad_input))));
+    });
+  });
+}
+
+cudaError_t pack_bits(
+    const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed, cudaStream_t /*stream*/) {
+  return visit_bits(
+      bits, [&](auto width) { return status(host.body(PackBits<decltype(width)::value>(codes, n, packed))); });
+}
+
+cudaError_t unpack_bits(
+    const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes, cudaStream_t /*stream*/) {
+  return visit_bits(
+      bits, [&](auto width) { return status(host.body(UnpackBits<decltype(width)::value>(packed, n, codes))); });
+}
+
+template <Norm norm>
+cudaError_t norm_forward(const NormForward& args, std::int64_t rows, cudaStream_t /*stream*/) {
+  return status(run_norm_forward<norm>(args, rows, host));
+}
+
+std::int64_t norm_backward_workspace(
+    const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters) {
+  return norm_backward_bytes(args, rows, parameters, host.multiprocessors);
+}
+
+template <Norm norm>
+cudaError_t norm_backward(
+    const NormBackward& args, std::int64_t rows, const NormParameterGradients& parameters, cudaStream_t /*stream*/) {
+  return status(run_norm_backward<norm>(args, rows, parameters, host));
+}
+
+template cudaError_t step_forward<GELU>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+template cudaError_t step_forward<GELUTanh>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+template cudaError_t step_forward<SiLU>(DType, const void*, std::int64_t, void*, std::uint8_t*, cudaStream_t);
+template cudaError_t norm_forward<Norm::layer>(const NormForward&, std::int64_t, cudaStream_t);
+template cudaError_t norm_forward<Norm::rms>(const NormForward&, std::int64_t, cudaStream_t);
+template cudaError_t norm_backward<Norm::layer>(
+    const NormBackward&, std::int64_t, const NormParameterGradients&, cudaStream_t);
+template cudaError_t norm_backward<Norm::rms>(
+    const NormBackward&, std::int64_t, const NormParameterGradients&, cudaStream_t);
+
+}  // namespace lomem::cuda

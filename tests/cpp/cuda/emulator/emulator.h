@@ -1,0 +1,49 @@
+// An emulator of a GPU, for tests: kernels that nvcc compiled to PTX run on the CPU under their own launchers.
+//
+// A program is linked with this library in place of the CUDA runtime. Its kernels must be compiled to PTX that is not
+// compressed:
+//
+//     nvcc -c -gencode arch=compute_90,code=compute_90 -no-compress -lineinfo kernel.cu
+//
+// What a body on the host (lomem/cuda/launch.cuh) cannot show is executed: conversions by hardware, packed comparisons,
+// vector accesses, shuffles, barriers, shared memory, device assertions, launches. Every access is checked (faults.h).
+//
+// What is not executed: machine code, that is, ptxas and its register allocation. ex2.approx, lg2.approx and rcp.approx
+// are rounded correctly, so erf, exp and tanh may differ from a GPU's in the last bit. There are no atomics, dynamic
+// shared memory, grids of more than one dimension, textures, or calls but of __assertfail: loading a module fails at an
+// instruction that is not known, with its line.
+//
+// Environment variables:
+//   LOMEM_EMULATOR_ARCH              compute capability of the device: 80 for 8.0. Default: 90. Of several versions of
+//   a
+//                                    kernel, the newest that the device can run is executed.
+//   LOMEM_EMULATOR_MULTIPROCESSORS   of the device. Default: 2
+//   LOMEM_EMULATOR_SEED              of the order of blocks and warps. Default: 1; 0: ascending
+//   LOMEM_EMULATOR_HOST_MEMORY=1     kernels may access memory that cudaMalloc did not return, without checks
+//   LOMEM_EMULATOR_RACES=0           does not search for races in global memory, which halves the time of large tests
+//   LOMEM_EMULATOR_COVERAGE=FILE     writes which instructions of each kernel were not executed, at exit
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "execution.h"
+#include "faults.h"
+
+namespace emulator {
+
+/// Every kernel of the program, launched or not.
+struct KernelCounts {
+  std::string name;
+  Counts counts;
+};
+std::vector<KernelCounts> kernels();
+void reset_counts();
+
+/// cudaMemset with this byte makes memory unwritten, as it is after cudaMalloc. Default: none.
+void set_unwritten_byte(int byte);
+
+/// Forgets faults, and the error that a fault leaves behind, after which a device would have to be reset.
+void recover();
+
+}  // namespace emulator

@@ -1,0 +1,189 @@
+"""Checks that the tests on the emulator notice wrong kernels: edits one, builds the tests with it, and expects a failure.
+
+    python tests/cpp/cuda/emulator/mutants.py build/emulate            # all of MUTANTS
+    python tests/cpp/cuda/emulator/mutants.py build/emulate NAME ...   # some
+
+The build folder is that of the preset `emulate`, built. Nothing in it or in the sources is changed. A mutant that the
+tests pass with is a hole in the tests, or an edit that changes nothing: the first needs a test, the second does not
+belong here. An edit whose text is no longer in the source fails: it has to follow the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[4]
+INCLUDE = ROOT / "cpp/include"
+SECONDS = 300  # A mutant may loop forever.
+
+SWEEP = "lomem_cuda_sweep_tests"
+DEVICE = "lomem_cuda_emulated_tests"
+
+
+class Mutant(NamedTuple):
+    """An edit of a header, and the test that must notice it."""
+
+    name: str
+    header: str
+    old: str
+    new: str
+    kernels: str
+    tests: str
+    program: str = SWEEP
+    nth: int = 0  # which of the places where `old` stands
+
+
+ACTIVATIONS = "Sweep.Activations"
+NORMS = "Sweep.*Norms"
+FULL = "if (aligned && Grid::is_full(block, n)) {"
+UNALIGNED = "if (Grid::is_full(block, n)) {"
+
+MUTANTS = [
+    Mutant("no barrier after the preparation of a block", "cuda/launch.cuh", "    __syncthreads();\n", "    ;\n",
+           "activations", ACTIVATIONS),
+    Mutant("a block too few", "cuda/launch.cuh", "static_cast<unsigned>(blocks), threads", "static_cast<unsigned>((blocks + 1) / 2), threads",
+           "activations", ACTIVATIONS),
+    Mutant("vectors at any address, forward", "cuda/step.cuh", FULL, UNALIGNED, "activations", ACTIVATIONS, nth=0),
+    Mutant("vectors at any address, codes", "cuda/step.cuh", FULL, UNALIGNED, "activations", ACTIVATIONS, nth=1),
+    Mutant("vectors at any address, backward", "cuda/step.cuh", FULL, UNALIGNED, "activations", ACTIVATIONS, nth=2),
+    Mutant("vectors at any address, packing", "cuda/packing.cuh", FULL, UNALIGNED, "packing", ACTIVATIONS, nth=0),
+    Mutant("vectors at any address, unpacking", "cuda/packing.cuh", FULL, UNALIGNED, "packing", ACTIVATIONS, nth=1),
+    Mutant("a block is full that is not", "cuda/step.cuh", "block_elements <= n;", "block_elements <= n + 1;",
+           "activations", "*StepForward*", DEVICE),
+    Mutant("a block of codes is full that is not", "cuda/packing.cuh", "block_codes <= n;", "block_codes <= n + 8;",
+           "packing", "*Packing", DEVICE),
+    Mutant("NaN is above every boundary, bfloat16", "cuda/step.cuh", "__hgt2_mask(a, b)", "__hgtu2_mask(a, b)",
+           "activations", "*SixteenBitPatterns", DEVICE, nth=0),
+    Mutant("NaN is above every boundary, float16", "cuda/step.cuh", "__hgt2_mask(a, b)", "__hgtu2_mask(a, b)",
+           "activations", "*SixteenBitPatterns", DEVICE, nth=1),
+    Mutant("the last boundary is not prepared", "cuda/step.cuh", "if (thread < max_code(bits)) {",
+           "if (thread < max_code(bits) - 1) {", "activations", ACTIVATIONS),
+    Mutant("a boundary too many is prepared", "cuda/step.cuh", "if (thread < max_code(bits)) {",
+           "if (thread <= max_code(bits)) {", "activations", ACTIVATIONS),
+    Mutant("a band without its upper end", "core/step.h", "x <= high", "x < high", "activations", ACTIVATIONS),
+    Mutant("the largest code does not fit", "cuda/packing.cuh", "any > max_code(bits)", "any >= max_code(bits)",
+           "packing", ACTIVATIONS),
+    Mutant("a byte of the last codes is lost", "cuda/packing.cuh", "b < packed_bytes(count, bits)",
+           "b < packed_bytes(count, bits) - 1", "packing", ACTIVATIONS),
+    Mutant("one buffer for two sums", "cuda/group.cuh", "    turn ^= 1;\n", "", "layer_norm", NORMS),
+    Mutant("no barrier in a sum", "cuda/group.cuh", "    __syncthreads();\n", "", "rms_norm", NORMS),
+    Mutant("a wrong partner in a sum", "cuda/group.cuh", "sums[i], distance)", "sums[i], distance ^ 1)", "rms_norm", NORMS),
+    Mutant("half of the lanes in the mask", "cuda/group.cuh", "0xffffffffu", "0x0000ffffu", "rms_norm", NORMS),
+    Mutant("a warp beyond the last row", "cuda/group.cuh", "if (i < count) {", "if (i <= count) {", "rms_norm", NORMS),
+    Mutant("sums of warps that are not there", "cuda/group.cuh", "lane < threads / warp_size ?",
+           "lane <= threads / warp_size ?", "rms_norm", NORMS),
+    Mutant("columns beyond the row are not zero", "cuda/norm.cuh", "vectors[Tiling::vectors] = {};",
+           "vectors[Tiling::vectors];", "layer_norm", NORMS),
+    Mutant("a vector beyond the row", "cuda/norm.cuh", "place.column(k, width) < place.cols; ++k",
+           "place.column(k, width) <= place.cols; ++k", "layer_norm", NORMS),
+    Mutant("every address is aligned", "cuda/vector.cuh",
+           "return reinterpret_cast<std::uintptr_t>(pointer) % static_cast<unsigned>(alignment) == 0;",
+           "return alignment > 0 || pointer == nullptr;", "rms_norm", NORMS),
+    Mutant("the mean is not subtracted", "core/norm.h", "rstd * (g - mean_g - y * mean_gy)", "rstd * (g - y * mean_gy)",
+           "layer_norm", NORMS),
+    Mutant("eps outside of the root", "core/norm.h", "std::sqrt(moment + eps)", "(std::sqrt(moment) + eps)", "rms_norm", NORMS),
+    Mutant("the last strip of rows is not added", "cuda/norm.cuh", "s < strips; ++s", "s < strips - 1; ++s", "rms_norm", NORMS),
+]  # fmt: skip
+
+
+def mutated(mutant: Mutant, text: str) -> str:
+    """The text of a header after the edit."""
+    places = text.count(mutant.old)
+    if places <= mutant.nth:
+        raise ValueError(f"{mutant.header} has {places} times {mutant.old!r}, expected more than {mutant.nth}")
+    at = -1
+    for _ in range(mutant.nth + 1):
+        at = text.index(mutant.old, at + 1)
+    return text[:at] + mutant.new + text[at + len(mutant.old) :]
+
+
+def compile_command(build: Path, kernels: str) -> list[str]:
+    """How the build compiles cpp/cuda/<kernels>.cu, without a launcher, for the newest architecture alone."""
+    commands = json.loads((build / "compile_commands.json").read_text(encoding="utf-8"))
+    [command] = [c["command"] for c in commands if Path(c["file"]) == ROOT / f"cpp/cuda/{kernels}.cu"]
+    words = shlex.split(command)
+    words = words[next(k for k, word in enumerate(words) if Path(word).name == "nvcc") :]
+    targets = [word for word in words if word.startswith("--generate-code")]
+    return [word for word in words if word not in targets[:-1]]
+
+
+def link_command(build: Path, program: str) -> list[str]:
+    """How the build links a test program."""
+    lines = subprocess.run(
+        ["ninja", "-C", str(build), "-t", "commands", program], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    line = next(line for line in reversed(lines) if f"/{program} " in f"{line} " and ".cu.o" in line)
+    words = shlex.split(line.split("&&")[1])
+    return words
+
+
+def run_mutant(mutant: Mutant, build: Path) -> str:
+    """Builds and runs the tests with an edit. Returns what noticed it, or an empty string."""
+    with tempfile.TemporaryDirectory() as folder:
+        include = Path(folder, "include")
+        shutil.copytree(INCLUDE, include)
+        header = include / "lomem" / mutant.header
+        header.write_text(mutated(mutant, header.read_text(encoding="utf-8")), encoding="utf-8")
+
+        compiled = Path(folder, "kernels.o")
+        command = [word.replace(str(INCLUDE), str(include)) for word in compile_command(build, mutant.kernels)]
+        command[command.index("-o") + 1] = str(compiled)
+        if "-MF" in command:
+            command[command.index("-MF") + 1] = str(compiled) + ".d"
+        subprocess.run(command, cwd=build, capture_output=True, text=True, check=True)
+
+        program = Path(folder, mutant.program)
+        command = link_command(build, mutant.program)
+        command = [str(compiled) if word.endswith(f"/{mutant.kernels}.cu.o") else word for word in command]
+        command[command.index("-o") + 1] = str(program)
+        subprocess.run(command, cwd=build, capture_output=True, text=True, check=True)
+
+        try:
+            tests = subprocess.run(
+                [program, f"--gtest_filter={mutant.tests}", "--gtest_fail_fast"],
+                capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return "no end"
+        if "Running 0 tests" in tests.stdout:
+            raise ValueError(f"{mutant.program} has no tests {mutant.tests}")
+        if tests.returncode == 0:
+            return ""
+        wrong = re.search("Expected equality|exceeds|difference between", tests.stdout) is not None
+        faults = sorted({line.split(":")[1].strip() for line in tests.stderr.splitlines() if line.startswith("emulator: ")})
+        return ", ".join([*(["wrong values"] if wrong else []), *faults]) or f"exit {tests.returncode}"
+
+
+def main() -> int:
+    """Runs the mutants; returns 1 if the tests pass with one."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("build", type=Path, help="the build folder of the preset `emulate`")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="names of mutants; all if there are none")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        parser.error(f"unknown mutants: {', '.join(sorted(unknown))}")
+    chosen = [mutant for mutant in MUTANTS if not arguments.names or mutant.name in arguments.names]
+    build = arguments.build.resolve()
+    missed = 0
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for mutant, noticed in zip(chosen, pool.map(lambda one: run_mutant(one, build), chosen), strict=True):
+            print(f"{'noticed' if noticed else 'MISSED ':8} {mutant.name}: {noticed or mutant.tests}", flush=True)
+            missed += not noticed
+    print(f"{len(chosen) - missed} of {len(chosen)} mutants noticed")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
