@@ -222,7 +222,7 @@ gpu-bench:
 gpu-sanitize: gpu-build
 	compute-sanitizer --tool memcheck --leak-check full --error-exitcode 1 build/gpu/tests/cpp/lomem_cuda_device_tests
 	compute-sanitizer --tool racecheck --error-exitcode 1 build/gpu/tests/cpp/lomem_cuda_device_tests \
-	  --gtest_filter='*Norms:*StepBackward'
+	  --gtest_filter='*Norms*:*StepBackward*'
 
 # From another folder, so that the installed package is checked.
 types: install

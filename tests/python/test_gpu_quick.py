@@ -432,7 +432,7 @@ SANITIZED = """\
 import sys
 from pathlib import Path
 if "--gtest_list_tests" in sys.argv:
-    print("Suite.\\n  Packing\\n  Norms\\nTyped/0.  # TypeParam = int\\n  Copy\\nTyped/1.\\n  Copy")
+    print("Suite.\\n  Packing\\n  NormsOfAll\\nTyped/0.  # TypeParam = int\\n  Copy\\nTyped/1.\\n  Copy")
     sys.exit()
 name = sys.argv[-1].partition("=")[2]
 print(f"[ RUN      ] {name}\\n[       OK ] {name} (1 ms)")
@@ -455,10 +455,10 @@ def test_the_sanitizer(tmp_path, said, monkeypatch):
     outcomes = [(event["name"], event["outcome"]) for event in said("test")]
     assert outcomes == [
         ("memcheck: Suite.Packing", "passed"),
-        ("memcheck: Suite.Norms", "passed"),
+        ("memcheck: Suite.NormsOfAll", "passed"),
         ("memcheck: Typed/0.Copy", "passed"),
-        ("racecheck: Suite.Norms", "passed"),
-        ("racecheck of Suite.Norms", "failed"),
+        ("racecheck: Suite.NormsOfAll", "passed"),
+        ("racecheck of Suite.NormsOfAll", "failed"),
     ]
     assert said("test")[-1]["message"] == "exit status 9\n========= Error: a race"
 

@@ -196,7 +196,7 @@ def sanitizer(options: Options) -> int:
         return skip("compute-sanitizer is not installed")
     tests = sample(executable)
     runs = [("memcheck", test) for test in tests]
-    runs += [("racecheck", test) for test in tests if test.endswith(RACES)]
+    runs += [("racecheck", test) for test in tests if any(word in test for word in RACES)]
 
     def under(tool: str, test: str) -> int:
         command = [str(executable), f"--gtest_filter={test}"]
