@@ -11,11 +11,15 @@ import lomem
 import pytest
 import torch
 import torch.nn.functional as F
+from activations_helpers import ALL
 from helpers import ACTIVATIONS, DTYPES, EPS, PUBLISHED, same_bits
 
 LF = lomem.functional
 ops = torch.ops.lomem
-BIG = 2**31 + 13
+# A rehearsal without a GPU has smaller ones (cuda_stand_in.py).
+EDGE = 2**31
+BIG = EDGE + 13
+STRIDE = 1
 GELU2, SILU2 = PUBLISHED.values()
 
 
@@ -68,6 +72,17 @@ def test_forward_is_torchs_bit_for_bit(name, dtype):
         x = x.to(dtype)
         assert same_bits(forward(x)[0], torch_op(x))
         assert same_bits(forward(x[1:])[0], torch_op(x[1:])), "a misaligned base"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_forward_of_every_float32(name):
+    op, torch_op = ALL[name]
+    block = 2**28
+    for begin in range(-(2**31), 2**31, block):
+        x = torch.arange(begin, begin + block, STRIDE, device="cuda").to(torch.int32).view(torch.float32)
+        want = torch_op(x)
+        assert same_bits(op(x), want), begin
+        assert same_bits(op(x.requires_grad_()).detach(), want), begin
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -226,7 +241,7 @@ def test_activations_beyond_2_to_31_elements(name, memory):
     # The start, the two sides of 2^31, and the end, computed by themselves.
     levels = [0.25, 0.5, 1.0, 2.0]
     grad = ops.step_activation_backward(x, codes, levels, 2)
-    for begin in (0, 2**31 - 4096, BIG - 5 - (BIG - 5) % 4):
+    for begin in (0, EDGE - 4096, BIG - 5 - (BIG - 5) % 4):
         part = x[begin : begin + 8192].clone()
         part_y, part_codes = forward(part)
         assert torch.equal(y[begin : begin + 8192], part_y)
@@ -238,31 +253,58 @@ def test_activations_beyond_2_to_31_elements(name, memory):
         assert torch.equal(y[begin : begin + 2**28], torch_op(x[begin : begin + 2**28]))
 
 
+@pytest.mark.parametrize(("function", "bits"), [(LF.gelu, 3), (LF.silu, 8), (LF.elu, 2), (LF.relu, 1)])
+def test_few_bits_beyond_2_to_31_elements(function, bits, memory):
+    memory(40)
+    arguments = {} if bits == 1 else {"bits": bits}
+    x = torch.empty(BIG, dtype=torch.float16, device="cuda").normal_(0, 4)
+    grad = torch.empty_like(x).normal_()
+    leaf = x.requires_grad_()
+    y = function(leaf, **arguments)
+    (got,) = torch.autograd.grad(y, leaf, grad)
+    # The start, the two sides of the edge, and the end, computed by themselves, from a byte of codes on.
+    for begin in (0, EDGE - 4096, BIG - 5 - (BIG - 5) % 8):
+        part = x[begin : begin + 8192].detach().clone().requires_grad_()
+        part_y = function(part, **arguments)
+        assert torch.equal(y[begin : begin + 8192], part_y)
+        assert torch.equal(got[begin : begin + 8192], torch.autograd.grad(part_y, part, grad[begin : begin + 8192])[0])
+
+
 @pytest.mark.parametrize("cols", [1024, 3000, 20_000])
-def test_norms_beyond_2_to_31_elements(cols, memory):
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_norms_beyond_2_to_31_elements(norm, cols, memory):
     memory(40)
     rows = BIG // cols + 1
     x = torch.empty(rows, cols, dtype=torch.float16, device="cuda").normal_()
-    op, backward = ops.ms_layer_norm_forward, ops.ms_layer_norm_backward
+    layer = norm == "layer"
+    op = ops.ms_layer_norm_forward if layer else ops.ms_rms_norm_forward
     y, rstd = op(x, [cols])
-    for begin in (0, 2**31 // cols - 2, rows - 4):
-        part, part_rstd = op(x[begin : begin + 4].clone(), [cols])
-        assert torch.equal(y[begin : begin + 4], part)
-        assert torch.equal(rstd[begin : begin + 4], part_rstd)
-    grad = backward(x, y, rstd, [cols], None, None, torch.float16, [True, False, False])[0]
-    for begin in (0, 2**31 // cols - 2, rows - 4):
+
+    def backward(rows_of, weight=None, bias=None, wanted=(True, False, False)):
+        saved = x[rows_of], y[rows_of], rstd[rows_of], [cols]
+        if layer:
+            return ops.ms_layer_norm_backward(*saved, weight, bias, torch.float16, wanted)
+        return ops.ms_rms_norm_backward(*saved, weight, torch.float16, wanted[:2])
+
+    grad = backward(slice(None))[0]
+    for begin in (0, EDGE // cols - 2, rows - 4):
         rows_of = slice(begin, begin + 4)
-        part = backward(x[rows_of], y[rows_of], rstd[rows_of], [cols], None, None, torch.float16, [True, False, False])
-        assert torch.equal(grad[rows_of], part[0])
+        part, part_rstd = op(x[rows_of].clone(), [cols])
+        assert torch.equal(y[rows_of], part)
+        assert torch.equal(rstd[rows_of], part_rstd)
+        assert torch.equal(grad[rows_of], backward(rows_of)[0])
+    del grad
     # The sums over all rows, against torch's in blocks.
     ones, zeros = torch.ones(cols, device="cuda"), torch.zeros(cols, device="cuda")
-    _, grad_weight, grad_bias = backward(x, y, rstd, [cols], ones, zeros, torch.float16, [False, True, True])
-    want_weight = sum((x[i : i + 4096].double() * y[i : i + 4096].double()).sum(0) for i in range(0, rows, 4096))
-    want_bias = sum(x[i : i + 4096].double().sum(0) for i in range(0, rows, 4096))
+    sums = backward(slice(None), ones, zeros, (False, True, True))[1:]
+    wanted = torch.zeros(2, cols, dtype=torch.float64, device="cuda")
+    for i in range(0, rows, 4096):
+        part = x[i : i + 4096].double()
+        wanted += torch.stack([(part * y[i : i + 4096].double()).sum(0), part.sum(0)])
     # Sums of `rows` terms of size 1 in float32, in strips.
     tolerance = 64 * EPS[torch.float32] * rows
-    assert (grad_weight.double() - want_weight).abs().max() <= tolerance
-    assert (grad_bias.double() - want_bias).abs().max() <= tolerance
+    for got, want in zip(sums, wanted, strict=False):  # without a bias, the first alone
+        assert (got.double() - want).abs().max() <= tolerance
 
 
 def test_packing_beyond_2_to_31_codes(memory):
@@ -271,7 +313,7 @@ def test_packing_beyond_2_to_31_codes(memory):
     packed = LF.pack_bits(codes, 3)
     assert packed.numel() == (3 * BIG + 7) // 8
     assert torch.equal(LF.unpack_bits(packed, 3, BIG), codes)
-    begin = 2**31 - 64
+    begin = EDGE - 64
     assert torch.equal(packed[begin // 8 * 3 : begin // 8 * 3 + 24], LF.pack_bits(codes[begin : begin + 64], 3))
 
 
