@@ -20,6 +20,7 @@ namespace lomem::cuda {
 
 inline constexpr int warp_size = 32;
 inline constexpr int max_block_threads = 512;
+inline constexpr int max_block_warps = max_block_threads / warp_size;
 
 /// One or two numbers that a group adds up together.
 template <class C, int count>
@@ -57,12 +58,12 @@ struct HostGroup {
     }
     const int warps = threads / warp_size;
     for (int warp = 0; warp < warps; ++warp) {
-      values[warp] = halve(values + warp * warp_size);
+      values[warp] = halve<warp_size>(values + warp * warp_size);
     }
-    for (int warp = warps; warp < warp_size; ++warp) {
+    for (int warp = warps; warp < max_block_warps; ++warp) {
       values[warp] = {};
     }
-    return warps == 1 ? values[0] : halve(values);
+    return warps == 1 ? values[0] : halve<max_block_warps>(values);
   }
 
   template <class Phase>
@@ -75,9 +76,9 @@ struct HostGroup {
   int threads;
 
  private:
-  template <class Values>
+  template <int size, class Values>
   LOMEM_HOST_DEVICE static Values halve(Values* values) {
-    for (int distance = warp_size / 2; distance > 0; distance /= 2) {
+    for (int distance = size / 2; distance > 0; distance /= 2) {
       for (int lane = 0; lane < distance; ++lane) {
         values[lane] = values[lane] + values[lane + distance];
       }
@@ -99,10 +100,10 @@ void execute_groups_on_host(const Work& work, std::int64_t count, int threads) {
 
 #if defined(__CUDACC__)
 
-/// Sum over a warp, returned to all its threads.
-template <class C, int count>
+/// Sum over each `size` lanes of a warp, returned to all of them.
+template <int size = warp_size, class C, int count>
 __device__ Sums<C, count> warp_sum(Sums<C, count> sums) {
-  for (int distance = warp_size / 2; distance > 0; distance /= 2) {
+  for (int distance = size / 2; distance > 0; distance /= 2) {
     Sums<C, count> other;
     for (int i = 0; i < count; ++i) {
       other[i] = __shfl_xor_sync(0xffffffffu, sums[i], distance);
@@ -144,7 +145,7 @@ struct BlockGroup {
     static_assert(count <= 2);
     // Two buffers are used in turn, so that one barrier per sum is enough: a thread that reads one buffer has passed
     // the barrier of the other.
-    __shared__ Sums<C, 2> buffers[2][warp_size];
+    __shared__ Sums<C, 2> buffers[2][max_block_warps];
     const int thread = static_cast<int>(threadIdx.x);
     auto sums = warp_sum(phase(thread, state));
     auto& buffer = buffers[turn];
@@ -155,11 +156,12 @@ struct BlockGroup {
       }
     }
     __syncthreads();
-    const int lane = thread % warp_size;
+    // Both halves of a warp add the sums of all warps, so that every thread gets the result.
+    const int warp = thread % max_block_warps;
     for (int i = 0; i < count; ++i) {
-      sums[i] = lane < threads / warp_size ? buffer[lane][i] : C(0);
+      sums[i] = warp < threads / warp_size ? buffer[warp][i] : C(0);
     }
-    return warp_sum(sums);
+    return warp_sum<max_block_warps>(sums);
   }
   template <class Phase>
   __device__ void each(const Phase& phase) {

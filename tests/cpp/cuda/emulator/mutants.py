@@ -158,8 +158,8 @@ MUTANTS = [
     Mutant(
         "sums of warps that are not there",
         "cuda/group.cuh",
-        "lane < threads / warp_size ?",
-        "lane <= threads / warp_size ?",
+        "warp < threads / warp_size ?",
+        "warp <= threads / warp_size ?",
         "rms_norm",
         NORMS,
     ),
