@@ -3,8 +3,8 @@
 Bytes, sectors, PTX instructions and conflicts come from an emulator, which executes a few blocks of each grid
 (tests/cpp/cuda/emulator/counts.cpp says what each figure is); registers and machine instructions, from a disassembler
 (machine_code.py). Writes both to benchmarks/results, or, with --check, compares them with what is there: a figure that
-got worse, a new kernel and one that is gone are errors. What a compiler has a say in is compared only with figures of
-the same version of nvcc.
+got worse, a new kernel and one that is gone are errors.
+Figures that depend on the compiler are compared only if the version of nvcc is the same.
 
     make cuda-counts         # writes benchmarks/results/cuda-counts.json and .md
     make cuda-counts-check   # compares

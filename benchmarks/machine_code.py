@@ -32,7 +32,7 @@ FLOATING_POINT = re.compile(r"^(F(ADD|MUL|FMA|SEL|SETP|CHK)|D(ADD|MUL|FMA|SETP)|
 
 
 class Code(NamedTuple):
-    """A kernel, without subroutines (for rare cases)."""
+    """The code of a kernel, without its subroutines, which handle rare cases."""
 
     mangled: str
     instructions: list[str]

@@ -1,1 +1,1 @@
-"""What ten minutes on a machine with a GPU can show: see __main__.py."""
+"""What eight minutes on a machine with a GPU can show: see __main__.py."""

@@ -1,9 +1,9 @@
-"""What is worth knowing from ten minutes on a machine with a GPU: `make gpu-quick PYTHON=python`.
+"""The most important tests and measurements on a GPU, in eight minutes: `make gpu-quick PYTHON=python`.
 
 Builds for that GPU alone, runs the tests and measurements that need it, the most important first, and writes one page
 about them. Needs no network. Every stage has a limit, and all together have a budget; results are on disk as soon as
 they are known, and a second call goes on where the first was stopped: what passed is not repeated unless the sources,
-torch or the GPU have changed. Packages that are missing cost what needs them, and are named on the page.
+torch or the GPU have changed. Stages whose packages are missing are skipped, and the page names them.
 
 `--rehearse` runs the same stages without a GPU, on tensors of the CPU and with tiny sizes.
 """
@@ -93,12 +93,12 @@ def arguments() -> argparse.Namespace:
     add("--again", action="store_true", help="repeat stages that passed: those of --only, or all")
     add("--results", type=Path, metavar="FOLDER", help="where records, logs and the page go (build/gpu-quick)")
     add("--page", type=Path, metavar="FOLDER", help="where the page goes too (benchmarks/results)")
-    add("--budget", type=float, metavar="SECONDS", help="time for all stages together (480; of a rehearsal, 3600)")
+    add("--budget", type=float, metavar="SECONDS", help="seconds for all stages together (480; 3600 with --rehearse)")
     add(
         "--patience",
         type=float,
         metavar="FACTOR",
-        help="of the limits of stages, with few cores (1; of a rehearsal, 10)",
+        help="on the time limits of the stages, for few cores (1; 10 with --rehearse)",
     )
     add("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes side by side (the cores)")
     add(

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import events
 
-#: Of so many tests, one is run.
+#: One test in this many is run.
 SAMPLE = "LOMEM_GPU_QUICK_SAMPLE"
 
 

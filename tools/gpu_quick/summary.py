@@ -91,13 +91,13 @@ def of_failures(record: Record) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table of Markdown."""
+    """A Markdown table."""
     cells = [list(heads), ["---"] * len(heads), *([cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def cell(value: Any) -> str:
-    """What may stand in a table."""
+    """The text of a table cell."""
     return re.sub(r"\s+", " ", str(value)).replace("|", "\\|")
 
 

@@ -1,5 +1,5 @@
-// The ops of the norms as types, over which autograd, autocast and the backends are templates: only this file knows
-// which ops there are and how their signatures differ.
+// Each norm's ops as a type, the parameter of the templates for autograd, autocast and the backends. Only this file
+// knows which ops there are and how their signatures differ.
 #pragma once
 
 #include <lomem/core/dtype.h>
@@ -37,8 +37,8 @@ using NormGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 inline const OptionalTensor no_tensor = std::nullopt;
 
-// A norm has its three ops, `call` and `call_backward`, which call them, and `kernel` and `backward_kernel`, which have
-// their signatures and pass the arguments on to a function.
+// A norm has three ops. `call` and `call_backward` call them; `kernel` and `backward_kernel` have the signatures of the
+// ops and pass the arguments to a function.
 
 struct MSLayerNorm {
   static constexpr Norm norm = Norm::layer;

@@ -22,7 +22,7 @@ struct Flow {
 struct Warp {
   int first_thread = 0;
   std::vector<std::uint64_t> registers;  // 32 lanes each
-  std::vector<Mask> undefined;           // lanes whose register nothing wrote, or from such a value
+  std::vector<Mask> undefined;           // lanes whose value is undefined: never written, or computed from such a value
   std::vector<Flow> flows;               // ascending; not those at a barrier
   std::vector<Flow> at_barrier;          // with the instruction after the barrier
   Mask living = 0;
@@ -32,7 +32,7 @@ struct Warp {
   std::uint64_t argument = 0;  // the first one of a call
 };
 
-/// Threads are numbered from 1; 0: none. Epochs are between barriers.
+/// Threads are numbered from 1, and 0 means none. A new epoch starts at every barrier.
 struct SharedByte {
   std::uint32_t writer = 0;
   std::uint32_t writer_epoch = 0;

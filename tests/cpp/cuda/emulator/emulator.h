@@ -10,17 +10,17 @@
 //
 // What is not executed: machine code, that is, ptxas and its register allocation. ex2.approx, lg2.approx and rcp.approx
 // are rounded correctly, so erf, exp and tanh may differ from a GPU's in the last bit. There are no atomics, dynamic
-// shared memory, grids of more than one dimension, textures, or calls but of __assertfail: loading a module fails at an
-// instruction that is not known, with its line.
+// shared memory, grids of more than one dimension, textures or calls, except of __assertfail.
+// Loading a module that contains an unknown instruction fails and names its line.
 //
 // Environment variables:
 //   LOMEM_EMULATOR_ARCH              compute capability of the device: 80 for 8.0. Default: 90. Of several versions
 //                                    of a kernel, the newest that the device can run is executed.
 //   LOMEM_EMULATOR_MULTIPROCESSORS   of the device. Default: 2
-//   LOMEM_EMULATOR_SEED              of the order of blocks and warps. Default: 1; 0: ascending
+//   LOMEM_EMULATOR_SEED              shuffles the order of blocks and warps; 0: ascending. Default: 1
 //   LOMEM_EMULATOR_HOST_MEMORY=1     kernels may access memory that cudaMalloc did not return, without checks
-//   LOMEM_EMULATOR_RACES=0           does not search for races in global memory, which halves the time of large tests
-//   LOMEM_EMULATOR_COVERAGE=FILE     writes which instructions of each kernel were not executed, at exit
+//   LOMEM_EMULATOR_RACES=0           no search for races in global memory, which halves the time of large tests
+//   LOMEM_EMULATOR_COVERAGE=FILE     writes, at exit, the instructions of each kernel that were not executed
 #pragma once
 
 #include <string>
@@ -42,7 +42,7 @@ void reset_counts();
 /// cudaMemset with this byte makes memory unwritten, as it is after cudaMalloc. Default: none.
 void set_unwritten_byte(int byte);
 
-/// Of the device, instead of what the environment says.
+/// Sets the number of multiprocessors, overriding the environment.
 void set_multiprocessors(int count);
 
 /// Forgets faults, and the error that a fault leaves behind, after which a device would have to be reset.

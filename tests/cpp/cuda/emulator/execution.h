@@ -7,7 +7,7 @@
 
 namespace emulator {
 
-/// What the warps of launches did. Of launches of which only some blocks are executed, what these did.
+/// What the warps of all launches did. If only some blocks of a launch are executed, only these count.
 struct Counts {
   std::uint64_t launches = 0;
   std::uint64_t blocks = 0;

@@ -14,8 +14,8 @@ enum class Fault : std::uint8_t {
   misaligned,           // an access at an address that is not a multiple of its size
   uninitialized,        // a read of global memory that nothing wrote
   undefined_value,      // a store of a value that comes from memory or a register that nothing wrote
-  undefined_address,    // an address that does
-  undefined_predicate,  // a branch, or a condition, that does
+  undefined_address,    // an address computed from such a value
+  undefined_predicate,  // a branch or predicate computed from such a value
   global_race,          // two threads of a launch access a byte of global memory, and one writes it
   shared_race,          // the same in shared memory, between two barriers
   barrier_missed,       // threads of a block end without reaching the barrier that others wait at

@@ -1,4 +1,4 @@
-// Kernels with a fault each: the emulator reports it, and nothing else, and the runtime returns the error of a device.
+// Each kernel here has one fault. The emulator reports that fault alone, and the runtime returns the error of a device.
 #undef NDEBUG  // An assertion that fails is one of the faults.
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
@@ -17,7 +17,7 @@ using emulator::Fault;
 
 constexpr int length = 64;
 
-// The first argument is written memory, the second one is not; `n` hides from the compiler what happens.
+// The first argument is written memory, the second one is not; `n` keeps the compiler from seeing what happens.
 __global__ void fill(float* a) {
   a[blockIdx.x * blockDim.x + threadIdx.x] = 1.F;
 }
@@ -295,7 +295,8 @@ TEST_F(EmulatorFaults, SayWhatHappenedWhere) {
   ASSERT_EQ(emulator::faults().size(), 1U);
   const std::string text = emulator::faults()[0].text;
   for (const char* part :
-       {"out of bounds: ", "fill", "block 0", "store of 4 bytes by thread 64", "0 bytes behind one of 256 bytes"}) {
+       {"out of bounds: ", "fill", "block 0", "store of 4 bytes by thread 64",
+        "0 bytes past the end of an allocation of 256 bytes"}) {
     EXPECT_NE(text.find(part), std::string::npos) << text;
   }
 }

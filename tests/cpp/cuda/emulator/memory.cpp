@@ -47,7 +47,7 @@ std::string describe_allocation_before(std::uint64_t address) {
   if (offset < allocation.size) {
     return ", across the end of an allocation of " + size;
   }
-  return ", " + std::to_string(offset - allocation.size) + " bytes behind one of " + size;
+  return ", " + std::to_string(offset - allocation.size) + " bytes past the end of an allocation of " + size;
 }
 
 void mark_written(std::uint64_t address, std::int64_t size, bool written) {

@@ -30,7 +30,7 @@ void add_allocation(std::uint64_t address, std::int64_t size, bool written);
 bool remove_allocation(std::uint64_t address);
 /// The allocation that contains an address, or nullptr.
 Allocation* find_allocation(std::uint64_t address);
-/// Where an address lies that is in no allocation: ", 4 bytes behind one of 256 bytes".
+/// Where an address lies that is in no allocation: ", 4 bytes past the end of an allocation of 256 bytes".
 std::string describe_allocation_before(std::uint64_t address);
 void mark_written(std::uint64_t address, std::int64_t size, bool written);
 

@@ -3,9 +3,9 @@
     python tests/cpp/cuda/emulator/mutants.py build/emulate            # all of MUTANTS
     python tests/cpp/cuda/emulator/mutants.py build/emulate NAME ...   # some
 
-The build folder is that of the preset `emulate`, built. Nothing in it or in the sources is changed. A mutant that the
-tests pass with is a hole in the tests, or an edit that changes nothing: the first needs a test, the second does not
-belong here. An edit whose text is no longer in the source fails: it has to follow the source.
+The build folder is that of the preset `emulate`, built. Nothing in it or in the sources is changed. If the tests pass
+with a mutant, they have a gap, which needs a test, or the edit changes nothing and does not belong here. A mutant whose
+text is no longer in the source fails and must be updated.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ inline double decode<double>(std::uint64_t bits) {
   return std::bit_cast<double>(bits);
 }
 
-/// A GPU returns one pattern for NaN in float32; of float64, the payload of an operand.
+/// In float32 a GPU returns a single NaN pattern; in float64 it keeps the payload of an operand.
 inline std::uint64_t encode(float x) {
   return std::isnan(x) ? 0x7fffffffU : std::bit_cast<std::uint32_t>(x);
 }

@@ -61,8 +61,9 @@ constexpr bool is_float(Type type) {
   return type == Type::f16 || type == Type::bf16 || type == Type::f32 || type == Type::f64;
 }
 
-/// Instructions, `mul.wide` and the like by names of their own. `pack` and `unpack` are `mov` of a vector of registers
-/// into one, and back; `special` is `mov` of a special register; `argument` is `st.param`, an argument of a call.
+/// Instructions; `mul.wide` and the like have names of their own. `pack` and `unpack` are `mov` of a vector of
+/// registers into one, and back; `special` is `mov` of a special register; `argument` is `st.param`, an argument of a
+/// call.
 enum class Op : std::uint8_t {
   mov,
   pack,
@@ -157,7 +158,7 @@ struct Instruction {
   int target = -1;          // of a branch
   int line = 0;             // in the PTX
   Place source;             // from `.loc`
-  Place caller;             // where the function that it is of was inlined, in the kernel itself
+  Place caller;             // the line of the kernel into which its function was inlined
 };
 
 struct Parameter {

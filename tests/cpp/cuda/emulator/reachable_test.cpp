@@ -1,5 +1,5 @@
-// Every kernel that is compiled can be launched: all launchers are called with all kinds of arguments, and nothing is
-// executed.
+// Every kernel that is compiled can be launched: the test calls every launcher with every kind of argument,
+// without executing anything.
 #include <cuda_runtime_api.h>
 #include <cxxabi.h>
 #include <gtest/gtest.h>

@@ -7,10 +7,10 @@
 
 namespace emulator {
 
-/// Without the blanks around it.
+/// The text without leading and trailing blanks.
 std::string stripped(std::string_view text);
 
-/// The parts of a text between a separator that is outside of brackets, stripped.
+/// Splits a text at the separators outside of brackets, and strips the parts.
 std::vector<std::string> split(std::string_view text, char separator);
 
 class Scanner {
