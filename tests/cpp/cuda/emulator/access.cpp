@@ -32,6 +32,10 @@ struct Block::Access {
   std::uint8_t* buffer;  // what is stored, or was loaded
   Mask undefined = 0;    // of a store: elements that nothing defined; of a load: elements that nothing wrote
 
+  /// Whether it lies in a space of this many bytes. (The sum of address and size would wrap around just before 0.)
+  bool is_within(std::int64_t size) const {
+    return bytes <= size && address <= static_cast<std::uint64_t>(size - bytes);
+  }
   bool is_undefined(int byte) const {
     return (undefined >> (byte / element) & 1U) != 0;
   }
@@ -52,8 +56,10 @@ void Block::access(Warp& warp, const Instruction& i, Mask mask) {
   if ((undefined(warp, i.operand[0]) & mask) != 0) {
     fault(Fault::undefined_address, i, "the address comes from a register that nothing wrote");
   }
+  // The sum has the register's width: the offset may wrap back what a negative distance wrapped around in 32 bits.
+  const int width = i.operand[0].constant ? 8 : size_of(kernel_.registers[i.operand[0].index]);
   std::uint64_t addresses[lanes];
-  for_lanes(mask, [&](int l) { addresses[l] = base[l] + static_cast<std::uint64_t>(i.offset); });
+  for_lanes(mask, [&](int l) { addresses[l] = truncated(base[l] + static_cast<std::uint64_t>(i.offset), width); });
   if (i.space == Space::global || i.space == Space::generic) {
     count_global(mask, addresses, bytes, load);
   }
@@ -125,7 +131,7 @@ void Block::access(Warp& warp, const Instruction& i, Mask mask) {
 }
 
 bool Block::access_parameters(Access& x) {
-  if (x.address + x.bytes > static_cast<std::uint64_t>(kernel_.parameter_bytes)) {
+  if (!x.is_within(kernel_.parameter_bytes)) {
     fault(
         Fault::out_of_bounds, x.instruction, x.describe() + " at " + std::to_string(x.address) + " of the parameters",
         Status::illegal_address);
@@ -136,7 +142,7 @@ bool Block::access_parameters(Access& x) {
 }
 
 bool Block::access_local(Access& x, Warp& warp) {
-  if (x.address + x.bytes > static_cast<std::uint64_t>(kernel_.local_bytes)) {
+  if (!x.is_within(kernel_.local_bytes)) {
     fault(
         Fault::out_of_bounds, x.instruction, x.describe() + " at " + std::to_string(x.address) + " of local memory",
         Status::illegal_address);
@@ -158,7 +164,7 @@ bool Block::access_local(Access& x, Warp& warp) {
 }
 
 bool Block::access_shared(Access& x) {
-  if (x.address + x.bytes > static_cast<std::uint64_t>(kernel_.shared_bytes)) {
+  if (!x.is_within(kernel_.shared_bytes)) {
     fault(
         Fault::out_of_bounds, x.instruction,
         x.describe() + " at " + std::to_string(x.address) + " of " + std::to_string(kernel_.shared_bytes) +
@@ -255,6 +261,7 @@ void Block::find_race(Access& x, Allocation& allocation, std::int64_t offset) {
   const std::uint64_t thread = block_ * threads_ + x.thread;
   const std::uint64_t me = launch_ << 32 | ((thread + 1) & 0xffffffffU);
   std::int64_t raced = -1;
+  bool stale = false;
   for (int n = x.bytes - 1; n >= 0; --n) {
     std::uint64_t& writer = allocation.writer[offset + n];
     std::uint64_t& reader = allocation.reader[offset + n];
@@ -264,10 +271,16 @@ void Block::find_race(Access& x, Allocation& allocation, std::int64_t offset) {
       raced = offset + n;
     }
     if (x.load) {
+      stale |= x.instruction.read_only && writer >> 32 == launch_;
       reader = other_read ? launch_ << 32 | several_threads : me;
     } else {
       writer = me;
     }
+  }
+  if (stale && raced < 0) {
+    fault(
+        Fault::global_race, x.instruction,
+        x.describe() + " through the read-only cache (.nc) of memory that this launch wrote");
   }
   if (raced >= 0) {
     fault(

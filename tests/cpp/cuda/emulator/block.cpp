@@ -148,8 +148,12 @@ std::uint64_t* Block::write(Warp& warp, const Instruction& i, Mask mask, Mask un
 
 void Block::run_warp(Warp& warp) {
   while (!warp.flows.empty()) {
-    const auto next =
-        std::find_if(warp.flows.begin(), warp.flows.end(), [&](const Flow& f) { return !waits_for_shuffle(warp, f); });
+    auto next = std::find_if(warp.flows.begin(), warp.flows.end(), [&](const Flow& f) { return !waits(warp, f); });
+    const bool forced = next == warp.flows.end();
+    if (forced) {
+      next = std::find_if(
+          warp.flows.begin(), warp.flows.end(), [&](const Flow& f) { return kernel_.code[f.at].op == Op::bar; });
+    }
     if (next == warp.flows.end()) {
       const Instruction& i = kernel_.code[warp.flows[0].at];
       fault(Fault::shuffle_deadlock, i, "lanes of the mask never arrive at the shuffle", Status::deadlock);
@@ -157,20 +161,24 @@ void Block::run_warp(Warp& warp) {
     }
     const Flow flow = *next;
     warp.flows.erase(next);
-    run_flow(warp, flow);
+    run_flow(warp, flow, forced);
     if (status_ != Status::ok) {
       return;
     }
   }
 }
 
-/// Whether lanes that a shuffle names are still elsewhere.
-bool Block::waits_for_shuffle(const Warp& warp, const Flow& flow) const {
+/// Whether lanes that a shuffle names, or for a barrier any lanes of the warp, are still elsewhere.
+bool Block::waits(const Warp& warp, const Flow& flow) const {
   const Instruction& i = kernel_.code[flow.at];
-  if (i.op != Op::shfl) {
+  if (i.op != Op::shfl && i.op != Op::bar) {
     return false;
   }
-  const auto named = static_cast<Mask>(read(warp, i.operand[3])[std::countr_zero(flow.mask)]);
+  Mask named = i.op == Op::bar ? all_lanes : 0;
+  if (i.op == Op::shfl) {
+    const std::uint64_t* masks = read(warp, i.operand[3]);
+    for_lanes(flow.mask, [&](int l) { named |= static_cast<Mask>(masks[l]); });
+  }
   return (named & warp.living & ~warp.waiting & ~flow.mask) != 0;
 }
 
@@ -201,13 +209,13 @@ void Block::reach_barrier(Warp& warp, const Instruction& i, Flow flow) {
 }
 
 /// Runs a flow until it ends, waits, splits, or is no longer the one to run.
-void Block::run_flow(Warp& warp, Flow flow) {
-  for (;; ++flow.at) {
+void Block::run_flow(Warp& warp, Flow flow, bool forced) {
+  for (;; ++flow.at, forced = false) {
     const auto runs_before = [&](const Flow& other) {
-      return other.at == flow.at || (other.at < flow.at && !waits_for_shuffle(warp, other));
+      return other.at == flow.at || (other.at < flow.at && !waits(warp, other));
     };
-    const bool other = std::any_of(warp.flows.begin(), warp.flows.end(), runs_before);
-    if (other || (!warp.flows.empty() && waits_for_shuffle(warp, flow))) {
+    const bool other = !forced && std::any_of(warp.flows.begin(), warp.flows.end(), runs_before);
+    if (other || (!forced && !warp.flows.empty() && waits(warp, flow))) {
       add_flow(warp.flows, flow);
       return;
     }
@@ -240,12 +248,13 @@ void Block::run_flow(Warp& warp, Flow flow) {
         break;
       case Op::call:
         if (mask != 0) {
-          fault(Fault::assertion, i, reinterpret_cast<const char*>(warp.argument), Status::assertion);
+          const auto* message = reinterpret_cast<const char*>(warp.argument);
+          fault(Fault::assertion, i, message != nullptr ? message : "(without a message)", Status::assertion);
         }
         break;
       case Op::trap:
         if (mask != 0) {
-          fault(Fault::trap, i, "a trap instruction was reached", Status::assertion);
+          fault(Fault::trap, i, "a trap instruction was reached", Status::trap);
         }
         break;
       default:
@@ -290,6 +299,18 @@ void Block::compute_one(Warp& warp, const Instruction& i, Mask mask) {
     return read(warp, i.operand[k]);
   };
   operands = {take(0), take(1), take(2), take(3)};
+  if (i.type == Type::pred && (i.op == Op::bit_and || i.op == Op::bit_or)) {
+    // One operand may decide: the compiler computes a condition that C++ would not.
+    const std::uint64_t decides = i.op == Op::bit_or ? 1 : 0;
+    for_lanes(mask, [&](int l) {
+      for (int k = 0; k < 2; ++k) {
+        const std::uint64_t* x = k == 0 ? operands.a : operands.b;
+        if ((undefined(warp, i.operand[k]) >> l & 1U) == 0 && (x[l] & 1U) == decides) {
+          undefined_lanes &= ~(Mask{1} << l);
+        }
+      }
+    });
+  }
   const Mask by_zero = compute(i, mask, operands, write(warp, i, mask, undefined_lanes));
   if (by_zero != 0) {
     fault(Fault::division_by_zero, i, std::to_string(std::popcount(by_zero)) + " lanes divide an integer by zero");
@@ -358,19 +379,25 @@ void Block::shuffle(Warp& warp, const Instruction& i, Mask mask) {
   const std::uint64_t* limits = read(warp, i.operand[2]);
   const std::uint64_t* masks = read(warp, i.operand[3]);
   const Mask undefined_values = undefined(warp, i.operand[0]);
-  const auto named = static_cast<Mask>(masks[std::countr_zero(mask)]);
+  Mask named = 0;
+  for_lanes(mask, [&](int l) { named |= static_cast<Mask>(masks[l]); });
   const Mask missing = named & ~mask;
   if (missing != 0) {
     fault(Fault::shuffle_missed, i, std::to_string(std::popcount(missing)) + " lanes of the mask do not take part");
   }
   std::uint64_t received[lanes] = {};
   Mask valid = 0;
-  Mask undefined_lanes = 0;
+  const Mask undefined_operands =
+      undefined(warp, i.operand[1]) | undefined(warp, i.operand[2]) | undefined(warp, i.operand[3]);
+  Mask undefined_lanes = undefined_operands;
   for_lanes(mask, [&](int l) {
-    if (static_cast<Mask>(masks[l]) != named) {
-      fault(Fault::shuffle_masks, i, "lanes give different masks");
-    }
-    if ((named >> l & 1U) == 0) {
+    const auto mine = static_cast<Mask>(masks[l]);
+    for_lanes(mine & mask, [&](int other) {
+      if (static_cast<Mask>(masks[other]) != mine) {
+        fault(Fault::shuffle_masks, i, "lanes give different masks");
+      }
+    });
+    if ((mine >> l & 1U) == 0) {
       fault(Fault::shuffle_masks, i, "a lane is not in its own mask");
     }
     // As in the PTX manual: lanes are in segments, and a source outside of the lane's own is replaced by the lane.
@@ -390,7 +417,7 @@ void Block::shuffle(Warp& warp, const Instruction& i, Mask mask) {
     if (!inside) {
       source = l;
     }
-    if ((mask >> source & 1U) == 0) {
+    if ((mask & mine & Mask{1} << source) == 0) {
       fault(Fault::shuffle_source, i, "reads from a lane that does not take part");
     }
     undefined_lanes |= (undefined_values >> source & 1U) << l;
@@ -400,7 +427,7 @@ void Block::shuffle(Warp& warp, const Instruction& i, Mask mask) {
   std::uint64_t* result = write(warp, i, mask, undefined_lanes);
   for_lanes(mask, [&](int l) { result[l] = received[l]; });
   if (i.results > 1) {
-    std::uint64_t* predicate = write(warp, i, mask, 0, 1);
+    std::uint64_t* predicate = write(warp, i, mask, undefined_operands, 1);
     for_lanes(mask, [&](int l) { predicate[l] = valid >> l & 1U; });
   }
 }

@@ -56,8 +56,8 @@ class Block {
   void reset();
   bool leave_barrier();
   void run_warp(Warp& warp);
-  void run_flow(Warp& warp, Flow flow);
-  bool waits_for_shuffle(const Warp& warp, const Flow& flow) const;
+  void run_flow(Warp& warp, Flow flow, bool forced);
+  bool waits(const Warp& warp, const Flow& flow) const;
   void reach_barrier(Warp& warp, const Instruction& i, Flow flow);
   Mask condition(const Warp& warp, const Instruction& i, Mask mask);
 

@@ -11,7 +11,11 @@
 // What is not executed: machine code, that is, ptxas and its register allocation. ex2.approx, lg2.approx and rcp.approx
 // are rounded correctly, so erf, exp and tanh may differ from a GPU's in the last bit. There are no atomics, dynamic
 // shared memory, grids of more than one dimension, textures or calls, except of __assertfail.
-// Loading a module that contains an unknown instruction fails and names its line.
+// Loading a module that contains an unknown instruction fails and names its line. Streams run at once, in the order of
+// the calls, so work of two streams that nothing orders is not noticed; nor is a host that reads memory of the device.
+//
+// Some rules are stricter than CUDA's: a shuffle's mask names living lanes only, and what a block writes to global
+// memory it does not read again in the same launch.
 //
 // Environment variables:
 //   LOMEM_EMULATOR_ARCH              compute capability of the device: 80 for 8.0. Default: 90. Of several versions

@@ -55,7 +55,7 @@ struct Options {
 };
 Options& options();
 
-enum class Status : std::uint8_t { ok, illegal_address, misaligned, assertion, deadlock };
+enum class Status : std::uint8_t { ok, illegal_address, misaligned, assertion, trap, deadlock };
 
 /// Executes a grid of `blocks` blocks of `threads` threads, and adds to `counts`. `parameters` are the kernel's
 /// parameters as a block of memory. Stops at the first fault after which a GPU would not go on.

@@ -142,6 +142,76 @@ __global__ void trapped(float* a, int n) {
   a[threadIdx.x] = 1.F;
 }
 
+__global__ void shared_before(float* a, int n) {
+  __shared__ float s[length];
+  s[threadIdx.x] = 1.F;
+  __syncthreads();
+  a[threadIdx.x] = s[static_cast<int>(threadIdx.x) - n];
+}
+__global__ void local_before(float* a, int n) {
+  float x[4] = {1, 2, 3, 4};
+  for (int k = 0; k < n; ++k) {
+    x[k] += a[k];
+  }
+  a[threadIdx.x] = x[n - 4];
+}
+__global__ void local_unwritten(float* a, int n, int m) {
+  float x[4];
+  x[n] = a[threadIdx.x];
+  a[threadIdx.x] = x[m];
+}
+__global__ void across_the_end(float2* a) {
+  a[1] = make_float2(1, 2);
+}
+__global__ void undefined_in_shared(float* a) {
+  __shared__ float s[length];
+  float x;
+  asm volatile("{ .reg .f32 nothing; mov.f32 %0, nothing; }" : "=f"(x));
+  s[threadIdx.x] = x;
+  __syncthreads();
+  a[threadIdx.x] = s[threadIdx.x];
+}
+__global__ void undefined_choice(float* a) {
+  float x;
+  asm volatile("{ .reg .pred nothing; selp.f32 %0, 0f3F800000, 0f00000000, nothing; }" : "=f"(x));
+  a[threadIdx.x] = x;
+}
+__global__ void undefined_lane(float* a) {
+  float x;
+  asm volatile("{ .reg .b32 nothing; shfl.sync.idx.b32 %0, %1, nothing, 31, -1; }" : "=f"(x) : "f"(a[threadIdx.x]));
+  a[threadIdx.x] = x;
+}
+__global__ void write_what_another_read(float* a, float* b) {
+  const float x = a[(threadIdx.x + 1) % length];
+  b[threadIdx.x] = x;
+  if (threadIdx.x == 0) {
+    a[5] = x;
+  }
+}
+__global__ void shared_write_what_another_read(float* a) {
+  __shared__ float s[length];
+  s[threadIdx.x] = 1.F;
+  __syncthreads();
+  const float x = s[5];
+  if (threadIdx.x == length - 1) {  // the last of the readers
+    s[5] = x + 1.F;
+  }
+  __syncthreads();
+  a[threadIdx.x] = x;
+}
+__global__ void read_only_after_write(float* a) {
+  a[threadIdx.x] = 1.F;
+  float x;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(a + threadIdx.x) : "memory");
+  a[threadIdx.x] = x + 1.F;
+}
+__global__ void __launch_bounds__(32) small_blocks(float* a) {
+  a[threadIdx.x] = 1.F;
+}
+__global__ void add_one(float* a) {
+  a[threadIdx.x] += 1.F;
+}
+
 struct Case {
   const char* what;
   std::set<Fault> faults;
@@ -235,7 +305,50 @@ std::vector<Case> cases() {
       {"masks that differ", {Fault::shuffle_masks}, ok, [](float* a, float*) { shuffle_of_other_masks<<<1, 32>>>(a); }},
       {"division", {Fault::division_by_zero}, ok, [](float* a, float*) { divide<<<1, 8>>>(as_int(a), 0); }},
       {"assertion", {Fault::assertion}, cudaErrorAssert, [](float* a, float*) { assert_positive<<<1, 8>>>(a, 0); }},
-      {"trap", {Fault::trap}, cudaErrorAssert, [](float* a, float*) { trapped<<<1, 8>>>(a, 0); }},
+      {"trap", {Fault::trap}, cudaErrorLaunchFailure, [](float* a, float*) { trapped<<<1, 8>>>(a, 0); }},
+      {"the element before shared memory",
+       {Fault::out_of_bounds},
+       illegal,
+       [](float* a, float*) { shared_before<<<1, length>>>(a, 1); }},
+      {"the element before local memory",
+       {Fault::out_of_bounds},
+       illegal,
+       [](float* a, float*) { local_before<<<1, 1>>>(a, 3); }},
+      {"a vector across the end",
+       {Fault::out_of_bounds},
+       illegal,
+       [](float*, float*) {
+         float* three = nullptr;
+         cudaMalloc(reinterpret_cast<void**>(&three), 3 * sizeof(float));
+         across_the_end<<<1, 1>>>(reinterpret_cast<float2*>(three));
+         cudaFree(three);
+       }},
+      {"unwritten local memory",
+       {Fault::undefined_value},
+       ok,
+       [](float* a, float*) { local_unwritten<<<1, 8>>>(a, 2, 1); }},
+      {"an undefined value through shared memory",
+       {Fault::undefined_value},
+       ok,
+       [](float* a, float*) { undefined_in_shared<<<1, length>>>(a); }},
+      {"a choice", {Fault::undefined_value}, ok, [](float* a, float*) { undefined_choice<<<1, 8>>>(a); }},
+      {"a lane", {Fault::undefined_value}, ok, [](float* a, float*) { undefined_lane<<<1, 32>>>(a); }},
+      {"a thread writes what another read",
+       {Fault::global_race},
+       ok,
+       [](float* a, float* b) { write_what_another_read<<<1, length>>>(a, b); }},
+      {"the last of several readers writes shared memory",
+       {Fault::shared_race},
+       ok,
+       [](float* a, float*) { shared_write_what_another_read<<<1, length>>>(a); }},
+      {"read-only memory that is written",
+       {Fault::global_race},
+       ok,
+       [](float* a, float*) { read_only_after_write<<<1, length>>>(a); }},
+      {"a block larger than the kernel's bounds",
+       {},
+       cudaErrorInvalidConfiguration,
+       [](float* a, float*) { small_blocks<<<1, 33>>>(a); }},
       {"a block of too many threads",
        {},
        cudaErrorInvalidConfiguration,
@@ -384,6 +497,65 @@ TEST_F(EmulatorFaults, LaunchesInAGraphRunWhenItDoes) {
   EXPECT_EQ(written_[3], 1.F);
   cudaGraphExecDestroy(executable);
   cudaStreamDestroy(stream);
+}
+
+TEST_F(EmulatorFaults, ACopyOfUnwrittenMemoryIsUnwritten) {
+  cudaMemcpy(written_, unwritten_, length * sizeof(float), cudaMemcpyDeviceToDevice);
+  add_one<<<1, 1>>>(written_);
+  EXPECT_EQ(emulator::faults().at(0).fault, Fault::uninitialized);
+}
+
+TEST_F(EmulatorFaults, CopiesBeyondAnAllocationAreRefused) {
+  const std::vector<float> values(length + 1);
+  const std::size_t bytes = values.size() * sizeof(float);
+  EXPECT_EQ(cudaMemcpy(written_, values.data(), bytes, cudaMemcpyHostToDevice), cudaErrorInvalidValue);
+  EXPECT_EQ(cudaMemset(written_, 0, bytes), cudaErrorInvalidValue);
+  EXPECT_EQ(cudaMemcpy(written_, values.data(), bytes - sizeof(float), cudaMemcpyHostToDevice), cudaSuccess);
+}
+
+TEST_F(EmulatorFaults, GraphsHoldCopiesToo) {
+  cudaStream_t stream = nullptr;
+  cudaStreamCreate(&stream);
+  cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal);
+  cudaMemsetAsync(written_, 0, length * sizeof(float), stream);
+  add_one<<<1, length, 0, stream>>>(written_);
+  cudaGraph_t graph = nullptr;
+  cudaStreamEndCapture(stream, &graph);
+  cudaGraphExec_t executable = nullptr;
+  cudaGraphInstantiate(&executable, graph, 0);
+  cudaGraphLaunch(executable, stream);
+  cudaGraphLaunch(executable, stream);
+  float value = 0;
+  cudaMemcpy(&value, written_ + 3, sizeof(value), cudaMemcpyDeviceToHost);
+  EXPECT_EQ(value, 1.F);
+  cudaGraphExecDestroy(executable);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+}
+
+TEST_F(EmulatorFaults, WhatMustNotHappenDuringACaptureIsRefused) {
+  cudaStream_t stream = nullptr;
+  cudaStreamCreate(&stream);
+  cudaGraph_t graph = nullptr;
+  EXPECT_EQ(cudaStreamEndCapture(stream, &graph), cudaErrorIllegalState);
+  EXPECT_EQ(cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal), cudaErrorStreamCaptureUnsupported);
+  cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal);
+  EXPECT_EQ(cudaStreamSynchronize(stream), cudaErrorStreamCaptureUnsupported);
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaErrorStreamCaptureUnsupported);
+  void* memory = nullptr;
+  EXPECT_EQ(cudaMalloc(&memory, 4), cudaErrorStreamCaptureUnsupported);
+  cudaGetLastError();
+  add_one<<<1, 1>>>(written_);  // A launcher that drops its stream.
+  EXPECT_EQ(cudaGetLastError(), cudaErrorStreamCaptureImplicit);
+  EXPECT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+}
+
+TEST_F(EmulatorFaults, TheDefaultStreamHasOtherHandles) {
+  add_one<<<1, 1, 0, cudaStreamPerThread>>>(written_);
+  add_one<<<1, 1, 0, cudaStreamLegacy>>>(written_);
+  EXPECT_EQ(written_[0], 2.F);
 }
 
 }  // namespace

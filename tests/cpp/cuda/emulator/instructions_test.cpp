@@ -122,6 +122,22 @@ const std::vector<Row>& rows() {
       {"div.rn.f32", "f32", {"f32", "f32"}, {0, 0}, nan},
       {"div.rn.f64", "f64", {"f64", "f64"}, {0x3ff0000000000000, 0x4008000000000000}, 0x3fd5555555555555},
       {"rcp.rn.f32", "f32", {"f32"}, {three}, third},
+      {"rcp.approx.f32", "f32", {"f32"}, {0x00400000}, 0x7f000000},  // 2^-127, not flushed
+      {"rcp.approx.f32", "f32", {"f32"}, {0x7f000000}, 0x00400000},
+      {"min.f32", "f32", {"f32", "f32"}, {one, nan}, one},
+      {"max.f64", "f64", {"f64", "f64"}, {0x3ff0000000000000, 0x7ff8000000000000}, 0x3ff0000000000000},
+      {"mad.wide.u16", "u32", {"u16", "u16", "u32"}, {0xffff, 0xffff, 2}, 0xfffe0003},
+      {"setp.leu.f32", "pred", {"f32", "f32"}, {one, one}, 1},
+      {"setp.neu.f32", "pred", {"f32", "f32"}, {one, one}, 0},
+      {"setp.num.f32", "pred", {"f32", "f32"}, {one, nan}, 0},
+      {"setp.nan.f32", "pred", {"f32", "f32"}, {one, one}, 0},
+      {"setp.lt.s16", "pred", {"s16", "s16"}, {0xffff, 0}, 1},
+      {"cvt.sat.f32.f32", "f32", {"f32"}, {minus_one}, 0},
+      {"cvt.rzi.u64.f32", "u64", {"f32"}, {0x53800000}, 0x10000000000},  // 2^40
+      {"cvt.rzi.u64.f32", "u64", {"f32"}, {minus_one}, 0},
+      {"cvt.rzi.s64.f32", "s64", {"f32"}, {nan}, 0x8000000000000000},  // NaN of float64, or to 64 bits: the highest bit
+      {"cvt.rzi.s32.f64", "s32", {"f64"}, {0x7ff8000000000000}, 0x80000000},
+      {"cvt.rzi.u64.f64", "u64", {"f64"}, {0x7ff8000000000000}, 0x8000000000000000},
       {"rcp.rn.f64", "f64", {"f64"}, {0x4008000000000000}, 0x3fd5555555555555},
       {"rcp.approx.ftz.f32", "f32", {"f32"}, {smallest}, inf},
       {"rcp.approx.ftz.f32", "f32", {"f32"}, {0x7e967699}, 0},  // 1 / 1e38 is subnormal
@@ -365,10 +381,44 @@ const std::vector<Program>& programs() {
        words(8, [](unsigned t) { return 10 * (4 * t + 3) + 4 * t + 1; })},
       {"a signed byte fills the register", 8, "st.global.u8 [%to], 0x80; ld.global.s8 %result, [%to];",
        words(8, [](unsigned) { return 0xffffff80U; })},
+      {"a shuffle upwards in halves", 32, shuffle("up", 3, "0x1000"),
+       words(32, [](unsigned t) { return t % 16 >= 3 ? t - 3 + 1000 : t; })},
+      {"a shuffle downwards in halves", 32, shuffle("down", 3, "0x101f"),
+       words(32, [](unsigned t) { return t % 16 < 13 ? t + 3 + 1000 : t; })},
+      {"an exchange that leaves the lower half", 32, shuffle("bfly", 16, "0x100f"),
+       words(32, [](unsigned t) { return t < 16 ? t : t - 16 + 1000; })},
+      {"tiles of 16 lanes with masks of their own", 32,
+       "mov.u32 %y, 0xffff; setp.ge.u32 %p, %t, 16; @%p mov.u32 %y, 0xffff0000;"
+       "shfl.sync.bfly.b32 %result, %t, 1, 31, %y;",
+       words(32, [](unsigned t) { return t ^ 1U; })},
+      {"a branch that is placed behind the barrier", 64,
+       "mov.u32 %result, 0; setp.gt.u32 %p, %t, 20; @%p bra $cold;\n$back: bar.sync 0;\n"
+       "add.u32 %result, %result, %t; bra.uni $done;\n$cold: mov.u32 %result, 100; bra.uni $back;\n$done:\n",
+       words(64, [](unsigned t) { return t > 20 ? 100 + t : t; })},
+      {"an undefined condition that another one decides", 32,
+       ".reg .pred %u; .reg .pred %q; setp.lt.u32 %q, %t, 0; and.pred %p, %u, %q; selp.u32 %result, 1, 0, %p;"
+       "setp.ge.u32 %q, %t, 0; or.pred %p, %q, %u; selp.u32 %y, 10, 0, %p; add.u32 %result, %result, %y;",
+       words(32, [](unsigned) { return 10U; })},
+      {"an undefined operand that is not selected", 32,
+       ".reg .b32 %u; setp.ge.u32 %p, %t, 0; selp.u32 %result, %t, %u, %p;", words(32, [](unsigned t) { return t; })},
+      {"a register of an inner scope", 32,
+       ".reg .b32 %x; mov.u32 %x, %t; { .reg .b16 %x; mov.u16 %x, 7; } add.u32 %result, %x, 1;",
+       words(32, [](unsigned t) { return t + 1; })},
+      {"an argument of a call that hides a parameter", 32,
+       "{ .param .b32 input; st.param.b32 [input], %t; } .reg .b64 %a; ld.param.u64 %a, [input]; setp.eq.u64 %p, %a, "
+       "%in;"
+       "selp.u32 %result, %t, 1000, %p;",
+       words(32, [](unsigned t) { return t; })},
+      {"an address of shared memory that wraps around", 32,
+       ".shared .align 4 .b8 words[256]; .reg .b32 %a; mov.u32 %a, words; shl.b32 %y, %t, 2; add.u32 %a, %a, %y;"
+       "st.shared.u32 [%a], %t; bar.sync 0; mov.u32 %a, words; sub.s32 %a, %a, 128; ld.shared.u32 %result, [%a+252];",
+       words(32, [](unsigned) { return 31U; })},
+      {"a signed result that is narrower than its register", 8, "add.u32 %y, %t, 128; cvt.s8.s32 %result, %y;",
+       words(8, [](unsigned t) { return 0xffffff80U + t; })},
       {"a constant array",
        4,
        ".reg .b64 %a; mul.wide.u32 %a, %t, 4; mov.u64 %y64, table; add.u64 %a, %a, %y64; ld.global.u32 %result, [%a];",
-       {1, 0x3f800000, 3, 0xffffffff}},
+       {1, 2, 3, 0xffffffff}},
       {"an assertion that holds", 32,
        "setp.lt.u32 %p, %t, 32; @%p bra $fine; { .param .b64 param0; st.param.b64 [param0], %in;\n"
        "call.uni __assertfail, (param0); } trap;\n$fine: mov.u32 %result, %t;",
@@ -381,7 +431,7 @@ std::string text_of(const Program& program) {
       ".reg .b32 %t; .reg .b32 %y; .reg .b32 %result; .reg .pred %p; .reg .b64 %to; .reg .b64 %y64;\n"
       "mov.u32 %t, %tid.x; mul.wide.u32 %to, %t, 4; add.u64 %to, %to, %out;\n" +
       program.body + "\nst.global.u32 [%to], %result;");
-  const std::string table = ".global .align 4 .u32 table[4] = {1, 0f3F800000, 0x3, -1};\n.visible";
+  const std::string table = ".global .align 4 .u32 table[4] = {1, 2, 0x3, -1};\n.visible";
   return std::string(text).replace(text.find(".visible"), 8, table);
 }
 
@@ -504,6 +554,14 @@ TEST(Emulator, RefusesWhatItDoesNotKnow) {
     const std::string registers = ".reg .b32 %x; .reg .b16 %h; .reg .b64 %d; .reg .pred %p;\n";
     EXPECT_THROW(parse(kernel(registers + statement), "test", module), std::runtime_error);
   }
+}
+
+TEST(Emulator, AlignsPointersByTheirOwnSize) {
+  Module module;
+  parse(
+      ".version 9.0\n.target sm_120\n.visible .entry k(.param .u32 n, .param .u64 .ptr .align 1 a)\n{\nret;\n}\n",
+      "test", module);
+  EXPECT_EQ(module.kernels.at("k").parameters.at(1).offset, 8);
 }
 
 TEST(Emulator, NamesTheLineOfWhatItDoesNotKnow) {

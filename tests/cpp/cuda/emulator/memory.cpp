@@ -59,6 +59,19 @@ void mark_written(std::uint64_t address, std::int64_t size, bool written) {
   std::fill_n(allocation->written.begin() + begin, std::min(size, allocation->size - begin), written ? 1 : 0);
 }
 
+void copy_written(std::uint64_t to, std::uint64_t from, std::int64_t size) {
+  Allocation* target = size > 0 ? find_allocation(to) : nullptr;
+  const Allocation* source = size > 0 ? find_allocation(from) : nullptr;
+  if (target == nullptr || source == nullptr) {
+    mark_written(to, size, true);
+    return;
+  }
+  const std::vector<std::uint8_t> written(
+      source->written.begin() + static_cast<std::ptrdiff_t>(from - source->begin),
+      source->written.begin() + static_cast<std::ptrdiff_t>(from - source->begin) + size);
+  std::copy(written.begin(), written.end(), target->written.begin() + static_cast<std::ptrdiff_t>(to - target->begin));
+}
+
 std::uint64_t allocate_variable(const std::vector<std::uint8_t>& bytes) {
   auto* memory = static_cast<std::uint8_t*>(::operator new(bytes.size() + 16, std::align_val_t{256}));
   std::copy(bytes.begin(), bytes.end(), memory);

@@ -32,6 +32,8 @@ bool remove_allocation(std::uint64_t address);
 Allocation* find_allocation(std::uint64_t address);
 /// Where an address lies that is in no allocation: ", 4 bytes past the end of an allocation of 256 bytes".
 std::string describe_allocation_before(std::uint64_t address);
+/// After a copy: memory copied from the device is as written as its source, memory from the host is written.
+void copy_written(std::uint64_t to, std::uint64_t from, std::int64_t size);
 void mark_written(std::uint64_t address, std::int64_t size, bool written);
 
 /// Memory for a variable of a module, never freed. Returns its address.

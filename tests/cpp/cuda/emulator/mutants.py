@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[4]
 INCLUDE = ROOT / "cpp/include"
-SECONDS = 300  # A mutant may loop forever.
+SECONDS = 300  # for the tests of one mutant
 
 SWEEP = "lomem_cuda_sweep_tests"
 DEVICE = "lomem_cuda_emulated_tests"
@@ -41,6 +41,7 @@ class Mutant(NamedTuple):
     tests: str
     program: str = SWEEP
     nth: int = 0  # which of the places where `old` stands
+    endless: bool = False  # whether the kernel may loop forever
 
 
 ACTIVATIONS = "Sweep.Activations"
@@ -273,22 +274,32 @@ def run_mutant(mutant: Mutant, build: Path) -> str:
         command[command.index("-o") + 1] = str(program)
         subprocess.run(command, cwd=build, capture_output=True, text=True, check=True)
 
-        try:
-            tests = subprocess.run(
-                [program, f"--gtest_filter={mutant.tests}", "--gtest_fail_fast"],
-                capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return "no end"
-        if "Running 0 tests" in tests.stdout:
-            raise ValueError(f"{mutant.program} has no tests {mutant.tests}")
-        if tests.returncode == 0:
-            return ""
-        wrong = re.search("Expected equality|exceeds|difference between", tests.stdout) is not None
-        faults = sorted(
-            {line.split(":")[1].strip() for line in tests.stderr.splitlines() if line.startswith("emulator: ")}
+        return noticed(mutant, program)
+
+
+def noticed(mutant: Mutant, program: Path) -> str:
+    """Runs the tests. Returns what failed, or an empty string; raises ValueError if they cannot run."""
+    try:
+        tests = subprocess.run(
+            [program, f"--gtest_filter={mutant.tests}", "--gtest_fail_fast"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+            check=False,
         )
-        return ", ".join([*(["wrong values"] if wrong else []), *faults]) or f"exit {tests.returncode}"
+    except subprocess.TimeoutExpired:
+        if mutant.endless:
+            return "no end"
+        raise ValueError(f"{mutant.name}: the tests take more than {SECONDS} seconds") from None
+    if tests.returncode == 0 and "Running 0 tests" not in tests.stdout:
+        return ""
+    reports = [line for line in tests.stderr.splitlines() if line.startswith("emulator: ")]
+    faults = sorted({line.split(":")[1].strip() for line in reports})
+    wrong = re.search("Expected equality|exceeds|difference between", tests.stdout) is not None
+    if "[  FAILED  ]" not in tests.stdout:  # such as PTX that cannot be parsed
+        raise ValueError(f"{mutant.name}: exit {tests.returncode}: {(tests.stderr or tests.stdout).strip()[-200:]}")
+    return ", ".join([*(["wrong values"] if wrong else []), *faults])
 
 
 def main() -> int:
@@ -303,6 +314,12 @@ def main() -> int:
         parser.error(f"unknown mutants: {', '.join(sorted(unknown))}")
     chosen = [mutant for mutant in MUTANTS if not arguments.names or mutant.name in arguments.names]
     build = arguments.build.resolve()
+    # Without an edit, the tests pass.
+    controls = {(mutant.kernels, mutant.tests, mutant.program): mutant for mutant in chosen}
+    for mutant in controls.values():
+        failed = run_mutant(mutant._replace(name="no edit", new=mutant.old), build)
+        if failed:
+            sys.exit(f"{mutant.program} --gtest_filter={mutant.tests} fails without an edit: {failed}")
     missed = 0
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for mutant, noticed in zip(chosen, pool.map(lambda one: run_mutant(one, build), chosen), strict=True):

@@ -84,13 +84,14 @@ double float_value(Type type, std::uint64_t bits) {
   }
 }
 
-/// Values outside of the type's range become its nearest value, NaN becomes 0.
-std::uint64_t to_integer(double value, Rounding rounding, Type to) {
+/// Values outside of the type's range become its nearest value.
+std::uint64_t to_integer(double value, Rounding rounding, Type from, Type to) {
   const double x = integral(value, rounding);
   const int bytes = size_of(to);
   const int width = 8 * bytes;
   if (std::isnan(x)) {
-    return 0;
+    // 0, but of float64 or to 64 bits: the highest bit.
+    return from == Type::f64 || bytes == 8 ? std::uint64_t{1} << (width - 1) : 0;
   }
   if (is_signed(to)) {
     const double limit = std::ldexp(1.0, width - 1);
@@ -173,7 +174,10 @@ void compute_float(const Instruction& i, Mask mask, const Operands& x, std::uint
       if (!i.approximate) {
         unary([](F a) { return F{1} / a; });
       } else if constexpr (sizeof(F) == 4) {
-        unary([](F a) { return flushed(static_cast<F>(1.0 / static_cast<double>(flushed(a)))); });
+        unary([&](F a) {
+          const auto inverse = static_cast<F>(1.0 / static_cast<double>(i.ftz ? flushed(a) : a));
+          return i.ftz ? flushed(inverse) : inverse;
+        });
       } else {  // From the upper half of a double to the upper half.
         constexpr std::uint64_t upper = 0xffffffff00000000U;
         for_lanes(
@@ -384,7 +388,7 @@ std::uint64_t convert(const Instruction& i, std::uint64_t bits) {
         }
         return encode(x > 0 ? std::min(x, 1.0F) : 0.0F);  // NaN too becomes 0.
       }
-      default: return to_integer(value, i.rounding, i.type);
+      default: return to_integer(value, i.rounding, i.operand_type, i.type);
     }
   }
   const int bytes = size_of(i.operand_type);
@@ -412,7 +416,14 @@ Mask compute(const Instruction& i, Mask mask, const Operands& x, std::uint64_t* 
   switch (i.op) {
     case Op::mov:
     case Op::cvta: for_lanes(mask, [&](int l) { result[l] = x.a[l]; }); return 0;
-    case Op::cvt: for_lanes(mask, [&](int l) { result[l] = convert(i, x.a[l]); }); return 0;
+    case Op::cvt:
+      for_lanes(mask, [&](int l) {
+        const std::uint64_t bits = convert(i, x.a[l]);
+        result[l] = is_signed(i.type)
+                        ? truncated(static_cast<std::uint64_t>(sign_extended(bits, size_of(i.type))), i.register_bytes)
+                        : bits;
+      });
+      return 0;
     case Op::setp: compute_setp(i, mask, x, result); return 0;
     case Op::set: compute_set(i, mask, x, result); return 0;
     default: break;

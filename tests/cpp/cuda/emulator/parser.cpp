@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cstdio>
+#include <optional>
 #include <set>
 #include <sstream>
 #include <stdexcept>
@@ -69,6 +70,14 @@ struct Declaration {
   std::int64_t size = 0;
   std::int64_t align = 1;
   std::int64_t element = 1;
+};
+
+/// What the names declared between braces hide; nothing, for names that are new.
+struct Scope {
+  template <class Value>
+  using Hidden = std::vector<std::pair<std::string, std::optional<Value>>>;
+  Hidden<int> registers;
+  Hidden<std::uint64_t> symbols;
 };
 
 /// The operation code of a statement: its name, and what follows it after dots.
@@ -155,13 +164,18 @@ class Parser {
   }
 
   /// ".param .align 8 .b8 name[size]" and the like.
-  static Declaration declaration(const std::string& text) {
+  Declaration declaration(const std::string& text) const {
     Declaration result;
     std::int64_t align = 0;
+    bool pointer = false;
     std::stringstream words(text);
     for (std::string word; words >> word;) {
-      if (word == ".align") {
-        words >> align;
+      if (word == ".ptr") {
+        pointer = true;  // What follows, `.align` too, is of what it points to.
+      } else if (word == ".align") {
+        std::int64_t bytes = 0;
+        words >> bytes;
+        align = pointer ? align : bytes;
       } else if (word[0] == '.') {
         const auto type = types.find(word.substr(1));
         if (type != types.end()) {
@@ -171,6 +185,9 @@ class Parser {
         const std::size_t bracket = word.find('[');
         result.name = word.substr(0, bracket);
         const std::int64_t length = bracket == std::string::npos ? 1 : std::atoll(word.c_str() + bracket + 1);
+        if (std::count(word.begin(), word.end(), '[') > 1) {
+          fail("an array of more than one dimension, " + word);
+        }
         result.size = result.element * length;
         break;
       }
@@ -254,9 +271,12 @@ class Parser {
       const std::string word = scanner_.peek();
       if (c == '{') {
         ++depth;
+        scopes_.emplace_back();
+        argument_bytes_ = 0;
         scanner_.advance();
       } else if (c == '}') {
         scanner_.advance();
+        leave_scope();
         if (--depth == 0) {
           return;
         }
@@ -265,7 +285,9 @@ class Parser {
       } else if (word == ".loc") {
         location(scanner_.line());
       } else if (word.back() == ':') {
-        labels_[word.substr(0, word.size() - 1)] = static_cast<int>(kernel_->code.size());
+        if (!labels_.emplace(word.substr(0, word.size() - 1), static_cast<int>(kernel_->code.size())).second) {
+          fail("a second label " + word);
+        }
         scanner_.take_word();
       } else if (c == '.') {
         directive(scanner_.until(';'));
@@ -276,20 +298,45 @@ class Parser {
     fail("the body of a kernel has no end");
   }
 
+  /// Declares a name in the current scope.
+  template <class Names, class Value>
+  static void declare(
+      Names& names, typename Scope::template Hidden<Value>& hidden, const std::string& name, Value value) {
+    const auto found = names.find(name);
+    hidden.emplace_back(name, found != names.end() ? std::optional<Value>(found->second) : std::nullopt);
+    names[name] = value;
+  }
+  void declare_symbol(const std::string& name, std::int64_t offset) {
+    declare(symbols_, scopes_.back().symbols, name, static_cast<std::uint64_t>(offset));
+  }
+
+  /// The names of the scope end, and those that they hid come back.
+  void leave_scope() {
+    const auto restore = [](auto& names, const auto& hidden) {
+      for (auto one = hidden.rbegin(); one != hidden.rend(); ++one) {
+        if (one->second) {
+          names[one->first] = *one->second;
+        } else {
+          names.erase(one->first);
+        }
+      }
+    };
+    restore(names_, scopes_.back().registers);
+    restore(symbols_, scopes_.back().symbols);
+    scopes_.pop_back();
+  }
+
   void directive(const std::string& text) {
     const std::string word = text.substr(0, text.find_first_of(" \t"));
     if (word == ".reg") {
       registers(stripped(text.substr(word.size())));
     } else if (word == ".shared" || word == ".local") {
       const Declaration declared = declaration(text);
-      symbols_[declared.name] = place(word == ".shared" ? kernel_->shared_bytes : kernel_->local_bytes, declared);
+      declare_symbol(declared.name, place(word == ".shared" ? kernel_->shared_bytes : kernel_->local_bytes, declared));
     } else if (word == ".param") {
-      // Arguments of a call lie one after the other, `param0` at 0.
+      // The arguments of a call lie one after the other.
       const Declaration declared = declaration(text);
-      if (declared.name == "param0") {
-        argument_bytes_ = 0;
-      }
-      symbols_[declared.name] = place(argument_bytes_, declared);
+      declare_symbol(declared.name, place(argument_bytes_, declared));
     } else if (word != ".pragma") {
       fail("unknown directive " + text);
     }
@@ -298,15 +345,18 @@ class Parser {
   /// ".f32 %f<10>" declares %f0 to %f9.
   void registers(const std::string& text) {
     const std::size_t space = text.find_first_of(" \t");
-    const Type type = types.at(text.substr(1, space - 1));
+    const auto known = types.find(text.substr(1, space - 1));
+    if (known == types.end()) {
+      fail("unknown type of registers, " + text);
+    }
+    const Type type = known->second;
     for (const std::string& name : split(text.substr(space), ',')) {
       const std::size_t angle = name.find('<');
       const int count = angle == std::string::npos ? 1 : std::atoi(name.c_str() + angle + 1);
       for (int k = 0; k < count; ++k) {
         const std::string full = angle == std::string::npos ? name : name.substr(0, angle) + std::to_string(k);
-        if (names_.emplace(full, static_cast<int>(kernel_->registers.size())).second) {
-          kernel_->registers.push_back(type);
-        }
+        declare(names_, scopes_.back().registers, full, static_cast<int>(kernel_->registers.size()));
+        kernel_->registers.push_back(type);
       }
     }
   }
@@ -404,7 +454,7 @@ class Parser {
     if (i.ftz && !i.approximate) {
       fail(".ftz of an exact instruction, " + modifiers.full);
     }
-    if (i.saturated && !(i.op == Op::cvt && i.type == Type::f32)) {
+    if (i.saturated && !(i.op == Op::cvt && i.type == Type::f32 && is_float(i.operand_type))) {
       fail(".sat of " + modifiers.full);
     }
     if (i.rounding != Rounding::none && i.rounding != Rounding::rn && i.op != Op::fma && i.op != Op::cvt) {
@@ -464,6 +514,11 @@ class Parser {
     if (static_cast<int>(operands.size()) != form.operands + 1) {
       fail("expected other operands of " + modifiers.full);
     }
+    const bool needs_part = name == "mul" && !is_float(i.type);  // .lo, .hi or .wide
+    const bool approximate = form.op == Op::ex2 || form.op == Op::lg2;
+    if (needs_part || (approximate && (!i.approximate || i.type != Type::f32))) {
+      fail("unknown instruction " + modifiers.full);
+    }
     if (form.op == Op::sqrt && i.approximate) {
       fail("approximate " + modifiers.full);
     }
@@ -486,6 +541,9 @@ class Parser {
   }
 
   void result(Instruction& i, const std::string& text, Type type) {
+    if (i.results >= i.result.size() || (text == "_" && i.op != Op::unpack && i.op != Op::ld)) {
+      fail("a result that cannot be, " + text);
+    }
     const Operand operand_of = operand(text, type);
     if (operand_of.constant) {
       fail("expected a register, got " + text);
@@ -493,6 +551,9 @@ class Parser {
     i.result[i.results++] = operand_of;
   }
   void source(Instruction& i, const std::string& text, Type type) {
+    if (i.operands >= i.operand.size() || text == "_") {
+      fail("an operand that cannot be, " + text);
+    }
     i.operand[i.operands++] = operand(text, type);
   }
 
@@ -619,23 +680,27 @@ class Parser {
     const bool integral = i.rounding >= Rounding::rni;
     const bool packed = i.type == Type::f16x2 || i.type == Type::bf16x2 || i.operand_type == Type::f16x2 ||
                         i.operand_type == Type::bf16x2;
+    const bool to_integer = is_float(i.operand_type) && !is_float(i.type);
+    const bool narrows =
+        (i.operand_type == Type::f64 && i.type == Type::f32) || (!is_float(i.operand_type) && is_float(i.type));
+    const bool rounding_known = integral             ? is_float(i.operand_type)
+                                : narrows || to_half ? i.rounding == Rounding::rn
+                                                     : i.rounding == Rounding::none && !to_integer;
     const bool known = !packed && i.type != Type::pred && i.operand_type != Type::pred &&
-                       (!to_half || (i.operand_type == Type::f32 && i.rounding == Rounding::rn)) &&
-                       (!from_half || !to_half) &&
-                       (i.rounding == Rounding::none || i.rounding == Rounding::rn || integral) &&
-                       (!integral || is_float(i.operand_type));
+                       (!to_half || i.operand_type == Type::f32) && !(from_half && to_half) && rounding_known;
     if (!known) {
       fail("unknown conversion " + modifiers.full);
     }
     i.op = Op::cvt;
     result(i, operands[0], i.type);
+    i.register_bytes = static_cast<std::uint8_t>(size_of(kernel_->registers[i.result[0].index]));
     source(i, operands[1], i.operand_type);
   }
 
   void access(Instruction& i, Modifiers& modifiers, const std::vector<std::string>& operands) {
     const bool load = modifiers.name == "ld";
-    modifiers.take("nc");  // The cache through which a load goes is of no consequence here,
-    modifiers.take("wb");  // nor is the one for a store.
+    i.read_only = load && modifiers.take("nc");
+    modifiers.take("wb");
     static const std::unordered_map<std::string, Space> spaces = {
         {"global", Space::global}, {"shared", Space::shared}, {"local", Space::local}, {"param", Space::param}};
     for (const auto& [word, space] : spaces) {
@@ -707,6 +772,7 @@ class Parser {
   Kernel* kernel_ = nullptr;
   std::int64_t argument_bytes_ = 0;
   std::unordered_map<std::string, int> names_;
+  std::vector<Scope> scopes_;
   std::unordered_map<std::uint64_t, int> constants_;
   std::unordered_map<std::string, int> labels_;
   std::vector<std::pair<std::size_t, std::string>> branches_;

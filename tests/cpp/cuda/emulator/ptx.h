@@ -147,7 +147,9 @@ struct Instruction {
   bool ftz = false;  // subnormal numbers are read and written as 0
   bool saturated = false;
   bool approximate = false;
-  std::uint8_t vector = 1;  // number of elements that a load or store transfers
+  bool read_only = false;           // of a load: .nc, of memory that nothing writes during the launch
+  std::uint8_t register_bytes = 0;  // of the result of cvt, which a sign fills
+  std::uint8_t vector = 1;          // number of elements that a load or store transfers
   std::uint8_t results = 0;
   std::uint8_t operands = 0;
   int predicate = -1;  // a register: only lanes in which it is true (or, if negated, false) take part

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -66,9 +67,19 @@ struct Launch {
   std::vector<std::uint8_t> parameters;
 };
 
+/// What a graph does, one after the other.
+using Work = std::vector<std::function<cudaError_t()>>;
+
 struct Stream {
-  std::unique_ptr<std::vector<Launch>> captured;
+  bool blocking = true;  // waits for the default stream, and it for this one
+  std::unique_ptr<Work> captured;
 };
+
+/// The default stream, by any of its handles, is nullptr.
+Stream* stream_of(const void* handle) {
+  const auto number = reinterpret_cast<std::uintptr_t>(handle);
+  return number > 2 ? static_cast<Stream*>(const_cast<void*>(handle)) : nullptr;  // cudaStreamLegacy, ...PerThread
+}
 
 struct Configuration {
   dim3 grid;
@@ -100,6 +111,8 @@ class Device {
   const int arch = environment("LOMEM_EMULATOR_ARCH", 90);
   int multiprocessors = environment("LOMEM_EMULATOR_MULTIPROCESSORS", 2);
   int unwritten_byte = -1;
+  int captures = 0;           // streams that capture
+  int blocking_captures = 0;  // of these, that wait for the default stream
   cudaError_t last_error = cudaSuccess;
   cudaError_t lasting_error = cudaSuccess;  // After a fault, every call fails.
   std::vector<std::unique_ptr<Image>> images;
@@ -110,6 +123,24 @@ class Device {
       last_error = error;
     }
     return error;
+  }
+
+  /// Does something in a stream: now, or when a graph runs.
+  cudaError_t enqueue(const void* stream, std::function<cudaError_t()> work) {
+    Stream* s = stream_of(stream);
+    if (s != nullptr && s->captured != nullptr) {
+      s->captured->push_back(std::move(work));
+      return cudaSuccess;
+    }
+    if (s == nullptr && blocking_captures > 0) {
+      return fail_with(cudaErrorStreamCaptureImplicit);
+    }
+    return fail_with(work());
+  }
+
+  /// What a device refuses while a stream captures: to wait for it, to allocate.
+  bool refuses_to_wait() {
+    return captures > 0 && fail_with(cudaErrorStreamCaptureUnsupported) != cudaSuccess;
   }
 
   /// Loads the function's module, if there is a version of it that the device can run.
@@ -263,12 +294,7 @@ cudaError_t launch(Function* function, dim3 grid, dim3 block, void** arguments, 
   for (std::size_t p = 0; p < kernel.parameters.size(); ++p) {
     std::memcpy(one.parameters.data() + kernel.parameters[p].offset, arguments[p], kernel.parameters[p].size);
   }
-  auto* s = static_cast<Stream*>(stream);
-  if (s != nullptr && s->captured != nullptr) {
-    s->captured->push_back(std::move(one));
-    return cudaSuccess;
-  }
-  return d.fail_with(d.run(one));
+  return d.enqueue(stream, [one = std::move(one)]() mutable { return device().run(one); });
 }
 
 Function* find_function(const void* host) {
@@ -414,6 +440,9 @@ const char* CUDARTAPI cudaGetErrorString(cudaError_t error) {
 cudaError_t CUDARTAPI cudaMalloc(void** pointer, std::size_t bytes) {
   const auto guard = emulator::lock();
   *pointer = nullptr;
+  if (device().refuses_to_wait()) {
+    return cudaErrorStreamCaptureUnsupported;
+  }
   if (bytes == 0) {
     return cudaSuccess;
   }
@@ -439,8 +468,20 @@ cudaError_t CUDARTAPI cudaFree(void* pointer) {
   return cudaSuccess;
 }
 
-cudaError_t CUDARTAPI cudaMemset(void* pointer, int value, std::size_t bytes) {
-  const auto guard = emulator::lock();
+namespace {
+
+/// Whether memory of the device that begins in an allocation lies in it. Memory of the host is not known here.
+bool fits(const void* memory, std::size_t bytes) {
+  const auto begin = reinterpret_cast<std::uint64_t>(memory);
+  const emulator::Allocation* allocation = emulator::find_allocation(begin);
+  return allocation == nullptr || bytes <= allocation->begin + static_cast<std::uint64_t>(allocation->size) - begin;
+}
+
+cudaError_t set_memory(void* pointer, int value, std::size_t bytes) {
+  const bool known = emulator::find_allocation(reinterpret_cast<std::uint64_t>(pointer)) != nullptr;
+  if (bytes > 0 && (!fits(pointer, bytes) || (!known && !emulator::options().host_memory))) {
+    return cudaErrorInvalidValue;
+  }
   if (bytes > 0) {
     std::memset(pointer, value, bytes);
   }
@@ -449,31 +490,55 @@ cudaError_t CUDARTAPI cudaMemset(void* pointer, int value, std::size_t bytes) {
   return device().lasting_error;
 }
 
-cudaError_t CUDARTAPI cudaMemsetAsync(void* pointer, int value, std::size_t bytes, cudaStream_t /*stream*/) {
-  return cudaMemset(pointer, value, bytes);
-}
-
-cudaError_t CUDARTAPI cudaMemcpy(void* target, const void* source, std::size_t bytes, cudaMemcpyKind /*kind*/) {
-  const auto guard = emulator::lock();
-  if (bytes > 0) {
-    std::memcpy(target, source, bytes);
+cudaError_t copy_memory(void* target, const void* source, std::size_t bytes) {
+  if (bytes > 0 && (!fits(target, bytes) || !fits(source, bytes))) {
+    return cudaErrorInvalidValue;
   }
-  emulator::mark_written(reinterpret_cast<std::uint64_t>(target), static_cast<std::int64_t>(bytes), true);
+  if (bytes > 0) {
+    std::memmove(target, source, bytes);
+  }
+  emulator::copy_written(
+      reinterpret_cast<std::uint64_t>(target), reinterpret_cast<std::uint64_t>(source),
+      static_cast<std::int64_t>(bytes));
   return device().lasting_error;
 }
 
+}  // namespace
+
+cudaError_t CUDARTAPI cudaMemsetAsync(void* pointer, int value, std::size_t bytes, cudaStream_t stream) {
+  const auto guard = emulator::lock();
+  return device().enqueue(stream, [=] { return set_memory(pointer, value, bytes); });
+}
+
+cudaError_t CUDARTAPI cudaMemset(void* pointer, int value, std::size_t bytes) {
+  return cudaMemsetAsync(pointer, value, bytes, nullptr);
+}
+
 cudaError_t CUDARTAPI
-cudaMemcpyAsync(void* target, const void* source, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t /*stream*/) {
-  return cudaMemcpy(target, source, bytes, kind);
+cudaMemcpyAsync(void* target, const void* source, std::size_t bytes, cudaMemcpyKind /*kind*/, cudaStream_t stream) {
+  const auto guard = emulator::lock();
+  return device().enqueue(stream, [=] { return copy_memory(target, source, bytes); });
+}
+
+cudaError_t CUDARTAPI cudaMemcpy(void* target, const void* source, std::size_t bytes, cudaMemcpyKind kind) {
+  return cudaMemcpyAsync(target, source, bytes, kind, nullptr);
 }
 
 // Device, streams, graphs ---------------------------------------------------------------------------------------------
 
 cudaError_t CUDARTAPI cudaDeviceSynchronize() {
+  const auto guard = emulator::lock();
+  if (device().refuses_to_wait()) {
+    return cudaErrorStreamCaptureUnsupported;
+  }
   return device().lasting_error;
 }
 
 cudaError_t CUDARTAPI cudaStreamSynchronize(cudaStream_t /*stream*/) {
+  const auto guard = emulator::lock();
+  if (device().refuses_to_wait()) {
+    return cudaErrorStreamCaptureUnsupported;
+  }
   return device().lasting_error;
 }
 
@@ -500,8 +565,8 @@ cudaError_t CUDARTAPI cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribut
   }
 }
 
-cudaError_t CUDARTAPI cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned /*flags*/) {
-  *stream = reinterpret_cast<cudaStream_t>(new emulator::Stream);
+cudaError_t CUDARTAPI cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  *stream = reinterpret_cast<cudaStream_t>(new emulator::Stream{flags != cudaStreamNonBlocking, nullptr});
   return cudaSuccess;
 }
 
@@ -515,26 +580,46 @@ cudaError_t CUDARTAPI cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t CUDARTAPI cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode /*mode*/) {
-  reinterpret_cast<emulator::Stream*>(stream)->captured = std::make_unique<std::vector<emulator::Launch>>();
+  const auto guard = emulator::lock();
+  emulator::Stream* s = emulator::stream_of(stream);
+  if (s == nullptr) {
+    return device().fail_with(cudaErrorStreamCaptureUnsupported);
+  }
+  if (s->captured != nullptr) {
+    return device().fail_with(cudaErrorIllegalState);
+  }
+  s->captured = std::make_unique<emulator::Work>();
+  ++device().captures;
+  device().blocking_captures += s->blocking ? 1 : 0;
   return cudaSuccess;
 }
 
 cudaError_t CUDARTAPI cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
-  *graph = reinterpret_cast<cudaGraph_t>(reinterpret_cast<emulator::Stream*>(stream)->captured.release());
+  const auto guard = emulator::lock();
+  emulator::Stream* s = emulator::stream_of(stream);
+  *graph = nullptr;
+  if (s == nullptr || s->captured == nullptr) {
+    return device().fail_with(cudaErrorIllegalState);
+  }
+  --device().captures;
+  device().blocking_captures -= s->blocking ? 1 : 0;
+  *graph = reinterpret_cast<cudaGraph_t>(s->captured.release());
   return cudaSuccess;
 }
 
 cudaError_t CUDARTAPI
 cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long /*flags*/) {
-  const auto& launches = *reinterpret_cast<std::vector<emulator::Launch>*>(graph);
-  *executable = reinterpret_cast<cudaGraphExec_t>(new std::vector<emulator::Launch>(launches));
+  if (graph == nullptr) {
+    return device().fail_with(cudaErrorInvalidValue);
+  }
+  *executable = reinterpret_cast<cudaGraphExec_t>(new emulator::Work(*reinterpret_cast<emulator::Work*>(graph)));
   return cudaSuccess;
 }
 
 cudaError_t CUDARTAPI cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t /*stream*/) {
   const auto guard = emulator::lock();
-  for (emulator::Launch& launch : *reinterpret_cast<std::vector<emulator::Launch>*>(executable)) {
-    const cudaError_t error = device().run(launch);
+  for (const auto& work : *reinterpret_cast<emulator::Work*>(executable)) {
+    const cudaError_t error = work();
     if (error != cudaSuccess) {
       return device().fail_with(error);
     }
@@ -543,12 +628,12 @@ cudaError_t CUDARTAPI cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t /
 }
 
 cudaError_t CUDARTAPI cudaGraphDestroy(cudaGraph_t graph) {
-  delete reinterpret_cast<std::vector<emulator::Launch>*>(graph);
+  delete reinterpret_cast<emulator::Work*>(graph);
   return cudaSuccess;
 }
 
 cudaError_t CUDARTAPI cudaGraphExecDestroy(cudaGraphExec_t executable) {
-  delete reinterpret_cast<std::vector<emulator::Launch>*>(executable);
+  delete reinterpret_cast<emulator::Work*>(executable);
   return cudaSuccess;
 }
 

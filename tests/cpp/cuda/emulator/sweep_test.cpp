@@ -1,6 +1,6 @@
 // All kernels on random sizes, alignments and mixes of dtypes, against the definitions in float64: on an emulator,
 // which also checks each access. LOMEM_SWEEP_CASES is the number of norms, and of activations per function (default:
-// 60).
+// 300).
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 #include <lomem/cuda/kernels.h>
