@@ -85,14 +85,15 @@ def test_bytes_are_what_must_be_moved(finished):
 
 
 def test_figures_follow_from_times(finished):
+    # Figures have six significant digits: each is rounded by up to 5e-6, and two or three go into a comparison.
     for record in finished.records:
         assert record["elements"] == torch.Size(record["shape"]).numel()
         assert record["microseconds"] > 0
         bandwidth = record["bytes_per_element"] * record["elements"] / record["microseconds"] * 1e-3
-        assert record["gigabytes_per_second"] == pytest.approx(bandwidth, rel=1e-5)
+        assert record["gigabytes_per_second"] == pytest.approx(bandwidth, rel=1.1e-5)
         for copy in ("copy", "copy_same_size"):
             fraction = bandwidth / record[f"{copy}_gigabytes_per_second"]
-            assert record[f"fraction_of_{copy}"] == pytest.approx(fraction, rel=1e-5)
+            assert record[f"fraction_of_{copy}"] == pytest.approx(fraction, rel=1.6e-5)
         assert record["contender"] != "lomem" or record["time_over_lomem"] == 1
         assert record["contender"] != "torch" or record["torch_time_over_time"] == 1
         for disturbance in ("page_faults", "preemptions"):
