@@ -209,7 +209,7 @@ MUTANTS = [
         "cuda/norm.cuh",
         "strip < strips; strip += parts",
         "strip < strips - 1; strip += parts",
-        "rms_norm",
+        "layer_norm",
         NORMS,
     ),
 ]
