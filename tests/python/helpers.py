@@ -18,13 +18,22 @@ SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 CUDA_ON_HOST = os.environ.get("LOMEM_CUDA_ON_HOST", "")
 
 
-def emulator_faults():
-    """Number of faults of CUDA kernels so far, if they run on the emulator (tests/cpp/cuda/emulator)."""
+def _emulator_fault_count():
+    """A function of the emulator of a GPU (tests/cpp/cuda/emulator); None if the kernels do not run on it."""
     count = getattr(ctypes.CDLL(CUDA_ON_HOST), "lomem_emulator_fault_count", None) if CUDA_ON_HOST else None
-    if count is None:
-        return 0
-    count.restype = ctypes.c_ulonglong
-    return count()
+    if count is not None:
+        count.restype = ctypes.c_ulonglong
+    return count
+
+
+_fault_count = _emulator_fault_count()
+#: Whether the ops run CUDA kernels on the emulator: their exp, erf and tanh are not those of torch's CPU kernels.
+EMULATED = _fault_count is not None
+
+
+def emulator_faults():
+    """Number of faults of CUDA kernels so far, if they run on the emulator."""
+    return _fault_count() if EMULATED else 0
 
 
 def runs_cuda_kernels(device):
