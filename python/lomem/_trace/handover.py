@@ -20,11 +20,12 @@ Three rules make it correct:
   them. With hooks, autograd may save something else, or nothing. An offer then holds strong references until the last
   of the linear layers seen in the example run takes them, or until a converted module runs under other hooks, which
   means that the region is over.
-- **Versions.** An offer is void once the result has been changed in place.
+- **Versions.** An offer is void once the result, or a tensor that it is recomputed from, has been changed in place.
 
-Under a compiler nothing is offered yet. Compilers follow attributes of tensors within a graph, and the rebuilding stays
-in the backward graph if the producer is a custom op (tests/python/test_handover.py does both). But they cannot read a
-tensor's version, so in-place changes would go unnoticed.
+Offers are passed on: a cheap op on an offered tensor (a product, a sum, a cast) offers its own result, to be recomputed
+from the same tensors and its other operands (:mod:`lomem.conversion.pairs`).
+
+Under a compiler nothing is offered. Instead, cheap ops are marked to be recomputed (:func:`recomputed`).
 """
 
 from __future__ import annotations
@@ -38,9 +39,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-__all__ = ["Rebuild", "current_hooks", "itself", "linear_of_offered", "offer", "offered", "take"]
+__all__ = [
+    "Offer",
+    "Rebuild",
+    "current_hooks",
+    "hold",
+    "itself",
+    "linear_of_offered",
+    "offer",
+    "offer_itself",
+    "offered",
+    "peek",
+    "recomputed",
+    "take",
+]
 
 #: Function that recomputes a linear layer's input from the tensors saved in its place.
 Rebuild: TypeAlias = Callable[..., Tensor]
@@ -54,25 +69,44 @@ class Offer:
         version: Version of the result when the offer was made.
         hooks: Innermost saved-tensor hooks at that time; None for none.
         takers: Number of linear layers still expected to take it; only used under hooks.
+        differentiable: Whether gradients flow through the saved tensors to whatever the result depends on. Otherwise
+            they are constants of the graph, and second derivatives would be wrong.
+        activation: Name of the activation, if the result is that of the only saved tensor.
+        held: Tensors kept alive with the offer, see :func:`hold`.
     """
 
-    def __init__(self, kept: Sequence[Tensor | None], rebuild: Rebuild, version: int, hooks: Any, takers: int) -> None:
+    def __init__(
+        self,
+        kept: Sequence[Tensor | None],
+        rebuild: Rebuild,
+        version: int,
+        hooks: Any,
+        takers: int,
+        *,
+        differentiable: bool = False,
+        activation: str | None = None,
+    ) -> None:
         self.rebuild, self.version, self.hooks, self.takers = rebuild, version, hooks, takers
+        self.differentiable, self.activation = differentiable, activation
+        self.held: tuple[Tensor, ...] = ()
         self._weak = hooks is None
+        self._versions = tuple(None if t is None else t._version for t in kept)
         self._kept: tuple[Any, ...] | None
         self._kept = tuple(None if t is None else TensorWeakRef(t) for t in kept) if self._weak else tuple(kept)
 
     def tensors(self) -> tuple[Tensor | None, ...] | None:
-        """The offered tensors; None if they no longer exist."""
-        if self._kept is None or not self._weak:
-            return self._kept
-        tensors = tuple(None if ref is None else ref() for ref in self._kept)
-        gone = any(ref is not None and t is None for ref, t in zip(self._kept, tensors, strict=True))
-        return None if gone else tensors
+        """The offered tensors; None if they no longer exist, or have been changed in place."""
+        if self._kept is None:
+            return None
+        tensors = tuple(None if ref is None else ref() for ref in self._kept) if self._weak else self._kept
+        for ref, t, version in zip(self._kept, tensors, self._versions, strict=True):
+            if ref is not None and (t is None or t._version != version):
+                return None
+        return tensors
 
     def end(self) -> None:
         """Withdraws the offer."""
-        self._kept = None
+        self._kept, self.held = None, ()
 
 
 def itself(kept: Tensor) -> Tensor:
@@ -113,7 +147,15 @@ def _end_others(hooks: Any) -> None:
     _open.offers = still
 
 
-def offer(result: Tensor, kept: Sequence[Tensor | None], rebuild: Rebuild, takers: int) -> None:
+def offer(
+    result: Tensor,
+    kept: Sequence[Tensor | None],
+    rebuild: Rebuild,
+    takers: int,
+    *,
+    differentiable: bool = False,
+    activation: str | None = None,
+) -> None:
     """Offers what a producer saves to the linear layers that are called with its result.
 
     Args:
@@ -121,6 +163,8 @@ def offer(result: Tensor, kept: Sequence[Tensor | None], rebuild: Rebuild, taker
         kept: Tensors that it saves for backward, or parameters.
         rebuild: Function that recomputes the result from ``kept``, without a graph.
         takers: Number of linear layers expected to take it.
+        differentiable: Whether gradients flow through ``kept``, see :class:`Offer`.
+        activation: Name of the activation, see :class:`Offer`.
     """
     if is_compiling():
         return
@@ -128,10 +172,36 @@ def offer(result: Tensor, kept: Sequence[Tensor | None], rebuild: Rebuild, taker
     _end_others(hooks)
     if takers == 0:
         return
-    made = Offer(kept, rebuild, result._version, hooks, takers)
+    options: Any = {"differentiable": differentiable, "activation": activation}
+    made = Offer(kept, rebuild, result._version, hooks, takers, **options)
     _offers[result] = made
     if hooks is not None:
         _open.offers.append(weakref.ref(made))
+
+
+def offer_itself(result: Tensor) -> None:
+    """Notes that a producer saves its result. Linear layers gain nothing by that, but cheap ops may pass it on."""
+    if not is_compiling():
+        # Without a reference to the result, which the table must not keep alive.
+        _offers[result] = Offer((), itself, result._version, current_hooks(), 0)
+
+
+def hold(result: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Keeps tensors of an offer alive with the result, if nobody else is sure to."""
+    made: Offer | None = _offers.get(result)
+    if made is not None:
+        made.held = tuple(tensors)
+
+
+def peek(result: Tensor) -> tuple[tuple[Tensor | None, ...], Offer] | None:
+    """The tensors that an op on an offered result may save in place of the result, and the offer; None for none."""
+    made: Offer | None = _offers.get(result)
+    if made is None or made.hooks is not current_hooks() or made.version != result._version:
+        return None
+    tensors = made.tensors()
+    if tensors is None:
+        return None
+    return tensors or (result,), made
 
 
 def offered(result: Any) -> tuple[Tensor, ...]:
@@ -141,8 +211,8 @@ def offered(result: Any) -> tuple[Tensor, ...]:
     return () if tensors is None else tuple(t for t in tensors if t is not None)
 
 
-def take(input: Tensor) -> tuple[tuple[Tensor | None, ...], Rebuild] | None:
-    """The tensors that a linear layer may save instead of its input, and how to recompute the input; None for none.
+def take(input: Tensor) -> tuple[tuple[Tensor | None, ...], Offer] | None:
+    """The tensors that a linear layer may save instead of its input, and the offer; None for none.
 
     Each linear layer must call this exactly once, even if it does not use the result.
     """
@@ -157,7 +227,16 @@ def take(input: Tensor) -> tuple[tuple[Tensor | None, ...], Rebuild] | None:
     made.takers -= 1
     if made.takers == 0 and hooks is not None:
         made.end()
-    return None if tensors is None else (tensors, made.rebuild)
+    return (tensors, made) if tensors else None
+
+
+def recomputed(function: Rebuild, *tensors: Tensor) -> Tensor:
+    """Calls a function and has a compiler recompute its result in the backward pass, from the same tensors.
+
+    A compiler recomputes cheap ops by itself, but not those whose result a product needs in the backward pass. Nothing
+    has to be handed over then: the linear layer saves its input, and the compiler replaces it.
+    """
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
 class _LinearOfOffered(torch.autograd.Function):
@@ -185,7 +264,6 @@ class _LinearOfOffered(torch.autograd.Function):
         return result.data
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         weight, *kept = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
@@ -199,6 +277,15 @@ class _LinearOfOffered(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None, None, *(None for _ in kept)
 
 
+class _LinearOfConstants(_LinearOfOffered):
+    # For what is no function of its graph.
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _LinearOfOffered.backward(ctx, grad)
+
+
 def linear_of_offered(
     input: Tensor,
     weight: Tensor,
@@ -206,6 +293,8 @@ def linear_of_offered(
     dtype: torch.dtype,
     kept: Sequence[Tensor | None],
     rebuild: Rebuild,
+    *,
+    differentiable: bool = False,
 ) -> Tensor:
     """A linear layer that saves what its producer saves, instead of its input.
 
@@ -217,6 +306,8 @@ def linear_of_offered(
         bias: Bias of shape (out,), or None.
         dtype: Dtype in which the layer computes.
         kept: Tensors returned by :func:`take`.
-        rebuild: Function returned by :func:`take`.
+        rebuild: Function of the offer returned by :func:`take`.
+        differentiable: Whether gradients flow through ``kept``. Otherwise a second derivative raises.
     """
-    return _LinearOfOffered.apply(input, weight, bias, dtype, rebuild, *kept)  # type: ignore[no-any-return]
+    function = _LinearOfOffered if differentiable else _LinearOfConstants
+    return function.apply(input, weight, bias, dtype, rebuild, *kept)  # type: ignore[no-any-return]

@@ -14,9 +14,9 @@ from .._trace.batch import as_batch
 from .check import Outputs, verify
 from .exchange import exchange_all, give_all_back, give_back, is_converted, original_class, wrapped_since
 from .flow import trace
-from .kinds import KEEP, Criterion, Kind, Norms
+from .kinds import KEEP, Auto, Criterion, Kind, Wishes
 from .ledger import Candidate, Ledger
-from .plan import Wishes, plan
+from .plan import plan
 from .report import Decision, Report
 
 __all__ = ["NothingToConvertError", "convert", "restore"]
@@ -30,8 +30,10 @@ def convert(
     model: nn.Module,
     example_inputs: Any = None,
     *,
+    bits: int | None = None,
     activations: str = "2bit",
     norms: str = "auto",
+    pairs: str = "auto",
     criterion: str = "derivative",
     exclude: Iterable[str] = (),
     check: bool = True,
@@ -42,9 +44,15 @@ def convert(
 
     Modules are recognized by what they compute, not by name.
 
-    Activations that compute GELU (exact or tanh) or ``x * sigmoid(c * x)`` save 2 bits per element, or as many as
-    ``activations`` says; so do calls of ``F.gelu`` and ``F.silu`` in a module's forward. Their results are unchanged,
-    bit for bit; their gradient is that of a step function (:func:`lomem.functional.step_function`).
+    Pairs: a linear layer saves its input. If that is a cheap function of what is saved anyway (the result of an
+    activation that saves its input, a gated product like ``silu(gate) * up``, a norm's output scaled and shifted, a
+    cast), the layer rebuilds it in the backward pass instead. A gated product saves gate and up. Results are unchanged,
+    bit for bit, and gradients are exact.
+
+    Where no linear layer saves the result of an activation, those that compute GELU (exact or tanh) or
+    ``x * sigmoid(c * x)`` save 2 bits per element, or as many as ``activations`` says; so do calls of ``F.gelu`` and
+    ``F.silu`` in a module's forward. Their results are unchanged, bit for bit; their gradient is that of a step function
+    (:func:`lomem.functional.step_function`).
 
     Norms that compute layer or RMS norm save what the linear layers after them save anyway, if the example run shows
     that these do. Their gradient is exact up to rounding. In order of preference:
@@ -62,9 +70,12 @@ def convert(
     Args:
         model: The model, changed in place. Unchanged if this raises.
         example_inputs: A small batch of the kind that the model is trained with: a tensor, a tuple of arguments or a
-            dict of keyword arguments. Without it, norms are left unconverted, since their consumers are unknown.
+            dict of keyword arguments. Without it, norms are left unconverted and there are no pairs, since consumers
+            are unknown.
+        bits: 16 allows only what is exact: pairs and norms, but no step functions. None allows both.
         activations: ``"1bit"``, ``"2bit"``, ... or ``"8bit"``; ``"keep"`` converts none.
         norms: ``"auto"``; ``"keep"`` converts none.
+        pairs: ``"auto"``; with ``"keep"``, no linear layer rebuilds the result of an activation, a product or a cast.
         criterion: Which step functions the activations use: those fitted to the ``"derivative"`` or to the
             ``"primitive"``, as in :func:`lomem.functional.gelu`, or the 2-bit ones published in the ``"paper"``.
         exclude: Names of modules to skip, with wildcards (``["*.layers.0.*"]``). Each must match a module.
@@ -83,7 +94,7 @@ def convert(
             (``NothingToConvertError``).
         RuntimeError: If the model does not run on the example inputs, or the check fails.
     """
-    wishes = _wishes(model, activations, norms, criterion, exclude, tolerance)
+    wishes = _wishes(model, bits, activations, norms, pairs, criterion, exclude, tolerance)
     given = example_inputs
     inputs = None if given is None else as_batch("lomem.convert", "example_inputs", given, ValueError)
     candidates, flow = plan(model, inputs, wishes)
@@ -91,7 +102,7 @@ def convert(
     modules = dict(model.named_modules())
     decisions = tuple(_decision(modules[c.name], c) for c in candidates)
     report = Report(decisions, None if flow is None else Ledger(flow).nbytes)
-    if inputs is None and wishes.norms is Norms.AUTO and any(c.kind is Kind.NORM for c in candidates):
+    if inputs is None and wishes.norms and any(c.kind is Kind.NORM for c in candidates):
         report = dataclasses.replace(report, notes=("norms were not converted: pass example_inputs to convert them",))
     if dry_run:
         return report
@@ -151,7 +162,9 @@ def restore(model: nn.Module) -> int:
 _BITS = {f"{bits}bit": bits for bits in range(1, 9)}
 
 
-def _wishes(model: Any, activations: Any, norms: Any, criterion: Any, exclude: Any, tolerance: Any) -> Wishes:
+def _wishes(
+    model: Any, bits: Any, activations: Any, norms: Any, pairs: Any, criterion: Any, exclude: Any, tolerance: Any
+) -> Wishes:
     """Checks the arguments."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"lomem.convert: model is a {type(model).__name__}, expected a torch.nn.Module")
@@ -159,14 +172,17 @@ def _wishes(model: Any, activations: Any, norms: Any, criterion: Any, exclude: A
         raise ValueError(
             f"lomem.convert: activations is {activations!r}, expected '1bit', '2bit', ... '8bit' or 'keep'"
         )
-    if norms not in [*Norms]:
-        raise ValueError(f"lomem.convert: norms is {norms!r}, expected 'auto' or 'keep'")
+    if not (bits is None or (isinstance(bits, int) and bits == 16)):
+        raise ValueError(f"lomem.convert: bits is {bits!r}, expected 16 or None")
+    for name, value in (("norms", norms), ("pairs", pairs)):
+        if value not in [*Auto]:
+            raise ValueError(f"lomem.convert: {name} is {value!r}, expected 'auto' or 'keep'")
     if criterion not in [*Criterion]:
         raise ValueError(f"lomem.convert: criterion is {criterion!r}, expected 'derivative', 'primitive' or 'paper'")
     if not (tolerance is None or (isinstance(tolerance, int | float) and tolerance >= 0)):
         raise ValueError(f"lomem.convert: tolerance is {tolerance!r}, expected a number of at least 0")
-    bits = _BITS.get(activations)
-    if criterion == Criterion.PAPER and bits not in (2, None):
+    few = _BITS.get(activations)
+    if criterion == Criterion.PAPER and few not in (2, None):
         raise ValueError(
             f"lomem.convert: activations is {activations!r}, expected '2bit' with criterion='paper', which has "
             "only 2-bit step functions"
@@ -179,7 +195,8 @@ def _wishes(model: Any, activations: Any, norms: Any, criterion: Any, exclude: A
             f"lomem.convert: {converted} modules of {type(model).__name__} are already converted, expected a plain "
             "model: call lomem.restore first"
         )
-    return Wishes(bits, Criterion(criterion), Norms(norms), tuple(_patterns(model, exclude)))
+    options = {"norms": norms == Auto.AUTO, "pairs": pairs == Auto.AUTO, "exact": bits == 16}
+    return Wishes(few, Criterion(criterion), **options, exclude=tuple(_patterns(model, exclude)))
 
 
 def _patterns(model: nn.Module, exclude: Any) -> list[str]:

@@ -47,6 +47,16 @@ class Converted(nn.Module):
         if "lomem_original" not in vars(cls):
             super().__init_subclass__(**options)
 
+    @classmethod
+    def combined(
+        cls, attributes: Mapping[str, Any], others: Mapping[str, Any]
+    ) -> tuple[type[Converted], Mapping[str, Any]]:
+        """The change of a module that combines this mixin's attributes with those of another change.
+
+        The other one is of this mixin or of a base. By default it says the same.
+        """
+        return cls, attributes
+
     def _get_name(self) -> str:
         return self.lomem_prefix + super()._get_name()
 
@@ -174,13 +184,20 @@ Changes: TypeAlias = Mapping[str, tuple[type[Converted], Mapping[str, Any]]]
 
 
 def exchange_all(modules: Mapping[str, nn.Module], changes: Iterable[Changes]) -> None:
-    """Makes all changes. If several name the same module, the last one counts.
+    """Makes all changes. If several name the same module, they are combined.
 
     Args:
         modules: All modules of a model, by name.
         changes: The changes to make.
     """
-    for name, (mixin, attributes) in {n: change for c in changes for n, change in c.items()}.items():
+    combined: dict[str, tuple[type[Converted], Mapping[str, Any]]] = {}
+    for name, (mixin, attributes) in ((n, change) for c in changes for n, change in c.items()):
+        known = combined.get(name)
+        if known is not None and issubclass(known[0], mixin) and known[0] is not mixin:
+            combined[name] = known[0].combined(known[1], attributes)
+        else:
+            combined[name] = (mixin, attributes) if known is None else mixin.combined(attributes, known[1])
+    for name, (mixin, attributes) in combined.items():
         exchange(modules[name], mixin, **attributes)
 
 

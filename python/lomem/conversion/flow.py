@@ -23,8 +23,9 @@ from .._trace.keeps import COPIES
 from .._trace.recorder import Op, Recorder, Storage
 from .._trace.state import preserved
 from .modules import as_activation
+from .pairs import Step, StepKind, as_step, is_small
 
-__all__ = ["ActivationCall", "Call", "Flow", "modes", "runs", "trace", "untouched"]
+__all__ = ["ActivationCall", "Call", "Flow", "StepCall", "modes", "runs", "trace", "untouched"]
 
 
 @dataclass(eq=False)
@@ -38,6 +39,7 @@ class Call:
         single: Whether one tensor is its only argument.
         end: Number of ops recorded when it returned.
         input_id: Identity of its first argument, comparable with `result_id` of calls in the same run.
+        input: Storage of its first argument, if that is a tensor with one.
         result_id: Identity of its result.
         result: Storage of its result, if that is a single tensor.
         dtype: Dtype of the result.
@@ -53,6 +55,7 @@ class Call:
     single: bool
     end: int = -1
     input_id: int = 0
+    input: Storage | None = None
     result_id: int = 0
     result: Storage | None = None
     dtype: torch.dtype | None = None
@@ -72,12 +75,49 @@ class ActivationCall:
         numel: Number of elements of the argument.
         ops: Positions of its ops.
         saved: Positions of what autograd saved during the call.
+        inplace: Whether it writes to its argument.
+        input: Storage of the argument, None if it has none of its own.
+        result: Storage of the result.
+        result_id: Identity of the result.
     """
 
     replaced: bool
     module: str | None
     numel: int
     ops: range
+    saved: range
+    inplace: bool
+    input: Storage | None
+    result: Storage | None
+    result_id: int
+
+
+@dataclass(eq=False)
+class StepCall:
+    """One call of a cheap op whose result may be rebuilt from what one of its operands is.
+
+    Attributes:
+        kind: Which op.
+        module: Name of the innermost running module, None outside all modules.
+        operand_id: Identity of that operand.
+        operand: Storage of that operand.
+        gated: Whether it is a product with a factor as large.
+        small: Bytes of its small operands.
+        result: Storage of the result.
+        result_id: Identity of the result.
+        end: Number of ops recorded when it returned.
+        saved: Positions of what autograd saved during the call.
+    """
+
+    kind: StepKind
+    module: str | None
+    operand_id: int
+    operand: Storage | None
+    gated: bool
+    small: int
+    result: Storage | None
+    result_id: int
+    end: int
     saved: range
 
 
@@ -103,29 +143,65 @@ class _Calls(TorchFunctionMode):
 
     Attributes:
         results: Results of the watched modules, by the addresses of their storages.
+        followed: Identities of tensors that may be rebuilt: results of modules that are no products, and of calls of
+            activations, and what cheap ops make of them.
+        kept: Tensors kept alive, so that no identity is reused.
     """
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
         self.results: dict[int | None, Storage] = {}
+        self.followed: set[int] = set()
+        self.kept: list[Any] = []
+
+    def _storage(self, tensor: Any) -> Storage | None:
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_nested:
+            return None
+        records = self.flow.recorder.records(tensor)
+        return records[0] if len(records) == 1 else None
+
+    def _follow(self, result: Tensor) -> int:
+        self.kept.append(result)
+        self.followed.add(id(result))
+        return id(result)
+
+    def _step(self, step: Step, result: Tensor, saved: range) -> None:
+        for i, operand in enumerate(step.operands):
+            if id(operand) in self.followed and result is not operand and step.passes_on(i):
+                others = [t for j, t in enumerate(step.operands) if j != i]
+                gated = any(not is_small(t, operand) for t in others)
+                small = sum(t.numel() * t.element_size() for t in others if is_small(t, operand))
+                storages = self._storage(operand), self._storage(result)
+                recorder = self.flow.recorder
+                of = step.kind, recorder.module, id(operand), storages[0], gated, small, storages[1]
+                self.flow.steps.append(StepCall(*of, self._follow(result), len(recorder.ops), saved))
+                return
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, recorder = kwargs or {}, self.flow.recorder
         if torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
             return func(*args, **kwargs)  # below autograd: called by a recorder, not by the model
         call = as_activation(func, args, kwargs)
+        step = as_step(func, args, kwargs)
         module, op, saved = recorder.module, len(recorder.ops), len(recorder.saved)
         result = func(*args, **kwargs)
         if call is not None:
             ranges = range(op, len(recorder.ops)), range(saved, len(recorder.saved))
-            self.flow.activations.append(ActivationCall(call.replaced, module, call.input.numel(), *ranges))
+            storages = self._storage(call.input), self._storage(result)
+            self.flow.activations.append(
+                ActivationCall(
+                    call.replaced, module, call.input.numel(), *ranges, call.inplace, *storages, self._follow(result)
+                )
+            )
         elif func == _DTYPE or (func in _CASTS and result is args[0] and _names_dtype(func, args, kwargs)):
             # Not through the recorder, which reads dtypes itself.
             address = _address(args[0])
             storage = None if address is None else self.results.get(address)
             if storage is not None:
                 self.flow.asked.add((storage, module))
+        if step is not None and isinstance(result, Tensor):
+            self._step(step, result, range(saved, len(recorder.saved)))
         return result
 
 
@@ -137,6 +213,7 @@ class Flow:
         recorder: Its ops, storages and saved tensors.
         calls: Calls of the watched modules.
         activations: Calls of torch's GELU and SiLU that converted modules see; empty for runs without gradients.
+        steps: Calls of cheap ops on results that may be rebuilt; empty for runs without gradients.
         asked: Storages whose dtype a module read, or that it cast to their own dtype; empty for runs without gradients.
         escaped: Storages that outlive the run, in its output or stashed somewhere.
     """
@@ -144,6 +221,7 @@ class Flow:
     recorder: Recorder
     calls: list[Call] = field(default_factory=list)
     activations: list[ActivationCall] = field(default_factory=list)
+    steps: list[StepCall] = field(default_factory=list)
     asked: set[tuple[Storage, str | None]] = field(default_factory=set)
     escaped: set[Storage] = field(default_factory=set)
 
@@ -280,6 +358,7 @@ def trace(model: nn.Module, inputs: Batch, watched: Iterable[str], *, training: 
             len(tensors) == len(values) == 1,
         )
         call.input_id = id(values[0]) if values else 0
+        call.input = calls._storage(values[0]) if values else None
         call.saved = range(len(recorder.saved), len(recorder.saved))
         call.transformed = torch._C._are_functorch_transforms_active()
         open_calls.append(call)
@@ -297,6 +376,8 @@ def trace(model: nn.Module, inputs: Batch, watched: Iterable[str], *, training: 
             call.result_id = id(result)
             if call.result is not None:
                 calls.results[_address(result)] = call.result
+            if all(p.dim() < 2 for p in module.parameters()):
+                calls.followed.add(id(result))
 
     handles: list[Any] = []
     modules = dict(model.named_modules())
@@ -321,6 +402,7 @@ def trace(model: nn.Module, inputs: Batch, watched: Iterable[str], *, training: 
     if grad:
         del output, leaf  # frees the graph, which holds results that have not escaped
     kept.clear()
+    calls.kept.clear()
     if any(storage in results - flow.escaped for storage in recorder.living()):
         gc.collect()  # only if needed: it is slow, and results are rarely in a reference cycle
     flow.escaped.update(storage for storage in recorder.living() if storage in results)

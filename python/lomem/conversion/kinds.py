@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import fnmatch
+from dataclasses import dataclass
 
-__all__ = ["KEEP", "Action", "Criterion", "Function", "Kind", "Norms", "ResultDtype", "Text"]
+__all__ = ["KEEP", "Action", "Auto", "Criterion", "Function", "Kind", "ResultDtype", "Text", "Wishes"]
 
 #: Option value that converts no activations, or no norms.
 KEEP = "keep"
@@ -32,6 +34,7 @@ class Action(Text):
     """How a module is converted."""
 
     LEFT = "left"
+    EXACT = "exact"
     INVERTED = "inverted"
     TWO_OUTPUTS = "two outputs"
     NORMALIZED = "normalized"
@@ -80,8 +83,37 @@ class Criterion(Text):
     PAPER = "paper"
 
 
-class Norms(Text):
-    """The values of the option ``norms``."""
+class Auto(Text):
+    """The values of the options ``norms`` and ``pairs``."""
 
     AUTO = "auto"
     KEEP = KEEP
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The options of a conversion.
+
+    Attributes:
+        bits: Bits per element that activations save where a pair does not save more; None converts no activations.
+        criterion: What their step functions are fitted to.
+        norms: Whether norms are converted.
+        pairs: Whether linear layers rebuild their input.
+        exact: Whether only exact conversions are made.
+        exclude: Name patterns of modules that are not converted.
+    """
+
+    bits: int | None
+    criterion: Criterion
+    norms: bool
+    pairs: bool
+    exact: bool
+    exclude: tuple[str, ...]
+
+    def keeps(self, kind: Kind) -> bool:
+        """Whether conversion of a kind is turned off."""
+        return not self.norms if kind is Kind.NORM else self.bits is None
+
+    def excludes(self, name: str) -> bool:
+        """Whether a module is excluded by name."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)

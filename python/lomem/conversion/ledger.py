@@ -33,6 +33,7 @@ class Candidate:
         added: Bytes that it saves once converted.
         gain: Bytes that the model saves less because of it: its share of what several candidates free together.
         least: Its conversion must free more bytes than this, given the other conversions.
+        chained: Whether linear layers rebuild what cheap ops make of its result.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Candidate:
     added: int = 0
     gain: int = 0
     least: int = 0
+    chained: bool = False
 
     def leave(self, reason: str) -> None:
         """Decides against it."""

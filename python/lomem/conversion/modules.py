@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import functional as LF
 from .._trace.autocast import autocast_dtype, autocast_to
-from .._trace.handover import current_hooks, itself, linear_of_offered, offer, take
+from .._trace.handover import current_hooks, itself, linear_of_offered, offer, offer_itself, take
 from ..functional.norms import LAYER_NORM, RMS_NORM, NormOps
 from ..steps import StepFunction
 from .exchange import Converted
@@ -23,10 +23,22 @@ from .kinds import Criterion, Function, ResultDtype
 from .live import Fixed, fixed, holds
 from .recognize import ActivationForm, LinearForm, NormForm
 
-__all__ = ["ConvertedActivation", "MSNorm", "NormPlan", "SharedInput", "StepCalls", "as_activation"]
+__all__ = [
+    "Activation",
+    "ConvertedActivation",
+    "FewBit",
+    "MSNorm",
+    "NormPlan",
+    "Redirect",
+    "SharedInput",
+    "StepCalls",
+    "as_activation",
+    "is_scale",
+    "needs_gradient",
+]
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
+def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -72,16 +84,16 @@ class Steps(NamedTuple):
         return cls(function, scale, boundaries, function.levels[::order])
 
 
-def _is_scale(value: Any) -> bool:
+def is_scale(value: Any) -> bool:
     """Whether a value is a valid scale of a SiLU."""
     return isinstance(value, int | float) and math.isfinite(value) and value != 0
 
 
-class _FewBit(Converted):
+class FewBit(Converted):
     """A converted module that saves a few bits per element.
 
     Attributes:
-        lomem_bits: Number of bits per element.
+        lomem_bits: Number of bits per element; None for exact gradients.
         lomem_criterion: What the step function is fitted to.
     """
 
@@ -96,7 +108,7 @@ class _FewBit(Converted):
             self.__dict__["lomem_criterion"] = Criterion.PAPER if two else Criterion.DERIVATIVE
 
 
-class ConvertedActivation(_FewBit):
+class ConvertedActivation(FewBit):
     """An activation that saves a few bits per element for backward; its result is the original one, bit for bit."""
 
     lomem_prefix = "Step"
@@ -109,7 +121,7 @@ class ConvertedActivation(_FewBit):
     def attributes(module: nn.Module, form: ActivationForm, bits: int, criterion: Criterion) -> dict[str, Any]:
         """The mixin's attributes for a module to be converted."""
         scale = form.scale if form.scale_name is None else getattr(module, form.scale_name)
-        resolved = not form.torch_op and _is_scale(scale)
+        resolved = not form.torch_op and is_scale(scale)
         live = (form.scale_name, form.approximate_name, form.inplace_name)
         return {
             "lomem_activation": form,
@@ -127,7 +139,7 @@ class ConvertedActivation(_FewBit):
             form is None
             or len(values) != 1
             or not isinstance(values[0], Tensor)
-            or not _needs_gradient(values[0])
+            or not needs_gradient(values[0])
             or values[0].is_nested
             or torch.jit.is_tracing()
             or not holds(self, self.lomem_fixed)
@@ -136,7 +148,7 @@ class ConvertedActivation(_FewBit):
         x = values[0]
         if not form.torch_op:
             scale = form.scale if form.scale_name is None else getattr(self, form.scale_name)
-            if not _is_scale(scale):
+            if not is_scale(scale):
                 return super().forward(*args, **kwargs)  # not a scaled SiLU any more
             steps = self._steps(form, scale)
             return LF.step_activation(x, super().forward, steps.boundaries, steps.levels)
@@ -199,7 +211,7 @@ def as_activation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def _can_be_replaced(x: Tensor) -> bool:
-    if not _needs_gradient(x) or x.dtype not in _DTYPES or x.layout != torch.strided or x.is_nested:
+    if not needs_gradient(x) or x.dtype not in _DTYPES or x.layout != torch.strided or x.is_nested:
         return False
     # Function transforms and forward-mode AD define their own derivatives.
     return is_compiling() or not (
@@ -207,7 +219,7 @@ def _can_be_replaced(x: Tensor) -> bool:
     )
 
 
-class _Redirect(TorchFunctionMode):
+class Redirect(TorchFunctionMode):
     """Replaces calls of torch's GELU and SiLU by lomem's."""
 
     def __init__(self, bits: int, criterion: Criterion) -> None:
@@ -233,7 +245,7 @@ class _Redirect(TorchFunctionMode):
         return is_compiling() or current_hooks() is self.hooks
 
 
-class StepCalls(_FewBit):
+class StepCalls(FewBit):
     """A module whose forward calls torch's GELU or SiLU."""
 
     lomem_prefix = "StepCalls"
@@ -243,7 +255,7 @@ class StepCalls(_FewBit):
         """Same result as the original."""
         # Any mode, even one that does nothing, disables torch's fast paths in evaluation.
         redirected = torch.is_grad_enabled() and not torch.jit.is_tracing()
-        with _Redirect(self.lomem_bits, self.lomem_criterion) if redirected else contextlib.nullcontext():
+        with Redirect(self.lomem_bits, self.lomem_criterion) if redirected else contextlib.nullcontext():
             return super().forward(*args, **kwargs)
 
 
@@ -259,6 +271,7 @@ class NormPlan:
         shared: Whether linear layers save a tensor other than the result, offered by the norm: if the norm is not
             inverted, or under autocast if some consumers need full precision.
         takers: Maximum number of linear layers called with one result.
+        chained: Whether cheap ops between the norm and linear layers pass its output on.
     """
 
     form: NormForm
@@ -266,6 +279,7 @@ class NormPlan:
     low_precision: bool
     shared: bool
     takers: int = 0
+    chained: bool = False
 
     def dtype(self, input: Tensor, weight: Tensor | None) -> torch.dtype | None:
         """Dtype of the result; None for the op's own choice, which is the autocast dtype under autocast."""
@@ -436,7 +450,7 @@ class MSNorm(Converted):
         dtype: torch.dtype | None,
     ) -> Tensor:
         device = x.device.type
-        if plan.shared and _needs_gradient(x, weight, bias) and not is_compiling():
+        if plan.shared and needs_gradient(x, weight, bias) and not is_compiling():
             full = dtype or autocast_dtype(device) or x.dtype
             kept_dtype = plan.kept_dtype(device, full)
             if not plan.inverted or kept_dtype != full:
@@ -447,11 +461,14 @@ class MSNorm(Converted):
                 else:
                     offer(result, (kept, weight, bias), _affine, plan.takers)
                 return result  # type: ignore[no-any-return]
-        return plan.public(x, weight, bias, eps, dtype)
+        result = plan.public(x, weight, bias, eps, dtype)
+        if plan.chained and plan.inverted and result.requires_grad:
+            offer_itself(result)
+        return result
 
 
 class SharedInput(Converted):
-    """A linear layer after a norm that saves a tensor other than its result."""
+    """A linear layer that saves what its producer offers instead of its input."""
 
     lomem_prefix = "SharedInput"
     lomem_attributes = ("lomem_linear", "lomem_fixed")
@@ -469,20 +486,23 @@ class SharedInput(Converted):
         if form is None or len(values) != 1 or not isinstance(values[0], Tensor) or _in_a_graph():
             return super().forward(*args, **kwargs)
         x = values[0]
-        taken = take(x)  # even if it goes unused: the norm counts its takers
+        taken = take(x)  # even if it goes unused: the producer counts its takers
         if taken is None or x.dim() < 2 or not holds(self, self.lomem_fixed):
             return super().forward(*args, **kwargs)
         weight = getattr(self, form.weight)
         bias = getattr(self, form.bias) if form.bias is not None else None
-        kept, rebuild = taken
+        kept, made = taken
         device = x.device.type
         low = None if x.dtype == torch.float64 else autocast_dtype(device)
         dtype = low or x.dtype
-        # Do not use it if this layer computes in higher precision than what is saved.
-        few = torch.finfo(kept[0].dtype).eps > torch.finfo(dtype).eps  # type: ignore[union-attr]
-        if few or not _needs_gradient(weight) or (low is None and weight.dtype != x.dtype):
+        # Do not use a copy that is less precise than this layer.
+        copy = kept[0] if not made.differentiable else x
+        few = torch.finfo(copy.dtype).eps > torch.finfo(dtype).eps  # type: ignore[union-attr]
+        if few or not needs_gradient(weight) or (low is None and weight.dtype != x.dtype):
             return super().forward(*args, **kwargs)
         if not form.transposed:
             weight = weight.T
         with autocast_to(device, None):
-            return linear_of_offered(x, weight, bias, dtype, kept, rebuild)
+            return linear_of_offered(
+                x, weight, bias, dtype, kept, made.rebuild, differentiable=made.differentiable
+            )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,7 +10,7 @@ from torch import nn
 from .._trace.batch import Batch
 from .finder import Finder, ways_of_its_own
 from .flow import Flow, runs
-from .kinds import Criterion, Kind, Norms
+from .kinds import Kind, Wishes
 from .ledger import Candidate
 from .plan_activation import plan_activation, plan_calls
 from .plan_norm import plan_norm
@@ -26,32 +24,7 @@ from .recognize import (
 )
 from .settle import settle
 
-__all__ = ["Wishes", "plan"]
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """The options of a conversion.
-
-    Attributes:
-        bits: Bits per element that activations save; None converts none.
-        criterion: What their step functions are fitted to.
-        norms: Whether norms are converted.
-        exclude: Name patterns of modules that are not converted.
-    """
-
-    bits: int | None
-    criterion: Criterion
-    norms: Norms
-    exclude: tuple[str, ...]
-
-    def keeps(self, kind: Kind) -> bool:
-        """Whether conversion of a kind is turned off."""
-        return self.norms is Norms.KEEP if kind is Kind.NORM else self.bits is None
-
-    def excludes(self, name: str) -> bool:
-        """Whether a module is excluded by name."""
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
+__all__ = ["plan"]
 
 
 #: Parts of class names that suggest a norm. Such modules are reported even if they are not recognized.
@@ -117,21 +90,24 @@ def plan(model: nn.Module, inputs: Batch | None, wishes: Wishes) -> tuple[list[C
     watched = [n for n, m in leaves.items() if not isinstance(m, nn.Embedding)]
     flows = [] if inputs is None else runs(model, inputs, watched)
     finder = Finder(model, flows) if flows else None
-    bits, criterion = wishes.bits or 2, wishes.criterion
     found = []
     recognized = _recognize(leaves, flows)
+
+    def known(name: str) -> bool:
+        return isinstance(recognized.get(name), ActivationForm | NormForm) or wishes.excludes(name)
+
     for name, what in recognized.items():
         if isinstance(what, ActivationForm):
-            found.append(_activation_candidate(name, leaves[name], what, finder, bits, criterion))
+            found.append(_activation_candidate(name, leaves[name], what, finder, wishes, known))
         elif isinstance(what, NormForm):
-            found.append(_norm_candidate(name, leaves[name], what, finder))
+            found.append(_norm_candidate(name, leaves[name], what, finder, wishes, known))
         else:
             c = Candidate(name, what.kind, f"unrecognized {what.kind}")
             c.leave(what.reason)
             found.append(c)
     if finder is not None:
         activation_modules = {name for name, what in recognized.items() if isinstance(what, ActivationForm)}
-        found += plan_calls(finder, activation_modules.__contains__, bits, criterion)
+        found += plan_calls(finder, activation_modules.__contains__, known, wishes)
     if flows and flows[0].differentiates:
         for c in found:
             c.leave("the model computes gradients in its forward pass, and its result depends on them")
@@ -145,17 +121,24 @@ def plan(model: nn.Module, inputs: Batch | None, wishes: Wishes) -> tuple[list[C
 
 
 def _activation_candidate(
-    name: str, module: nn.Module, form: ActivationForm, finder: Finder | None, bits: int, criterion: Criterion
+    name: str,
+    module: nn.Module,
+    form: ActivationForm,
+    finder: Finder | None,
+    wishes: Wishes,
+    known: Callable[[str], bool],
 ) -> Candidate:
     problem = ways_of_its_own(module)
     if problem is not None:
         c = Candidate(name, Kind.ACTIVATION, form)
         c.leave(problem)
         return c
-    return plan_activation(finder, name, module, form, bits, criterion)
+    return plan_activation(finder, name, module, form, wishes, known)
 
 
-def _norm_candidate(name: str, module: nn.Module, form: NormForm, finder: Finder | None) -> Candidate:
+def _norm_candidate(
+    name: str, module: nn.Module, form: NormForm, finder: Finder | None, wishes: Wishes, known: Callable[[str], bool]
+) -> Candidate:
     problem = ways_of_its_own(module)
     if problem is None and finder is None:
         problem = "its consumers are unknown without example_inputs"
@@ -163,4 +146,4 @@ def _norm_candidate(name: str, module: nn.Module, form: NormForm, finder: Finder
         c = Candidate(name, Kind.NORM, form)
         c.leave(problem or "")
         return c
-    return plan_norm(finder, name, form)
+    return plan_norm(finder, name, form, wishes.pairs, known)

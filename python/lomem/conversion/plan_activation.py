@@ -6,62 +6,157 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .exchange import Changes
 from .finder import CALLS, Finder, ways_of_its_own
 from .forms import ActivationForm
-from .kinds import Action, Criterion, Function, Kind
+from .kinds import Action, Function, Kind, Wishes
 from .ledger import Candidate
 from .modules import ConvertedActivation, StepCalls
+from .pairs import PairCalls, PairedActivation
+from .plan_pair import Chain, follow
 
 __all__ = ["plan_activation", "plan_calls"]
 
 
+#: Why an activation or a call is left if only exact conversions are asked for.
+_NOT_EXACT = "nothing can be rebuilt from its input, and only exact conversions are asked for"
+
+
 def plan_activation(
-    finder: Finder | None, name: str, module: nn.Module, form: ActivationForm, bits: int, criterion: Criterion
+    finder: Finder | None,
+    name: str,
+    module: nn.Module,
+    form: ActivationForm,
+    wishes: Wishes,
+    known: Callable[[str], bool],
 ) -> Candidate:
-    """The candidate for an activation. Without a run, it is converted."""
-    reason = f"its backward pass saves {bits} bit{'s' * (bits > 1)} per element"
-    c = Candidate(name, Kind.ACTIVATION, form, Action.of_bits(bits), reason)
+    """The candidate for an activation. Without a run, it is converted.
+
+    Args:
+        finder: The runs, None for none.
+        name: Name of the module.
+        module: The module.
+        form: What it computes.
+        wishes: The options.
+        known: Whether a module is a norm or an activation, or excluded.
+    """
+    bits, criterion = wishes.bits or 2, wishes.criterion
+    c = Candidate(name, Kind.ACTIVATION, form, Action.of_bits(bits), _few(bits))
     c.changes[name] = (ConvertedActivation, ConvertedActivation.attributes(module, form, bits, criterion))
     if finder is None:
+        if wishes.exact:
+            c.leave("what may rebuild its result is unknown without example_inputs")
         return c
     unused = finder.unused(name)
     calls = [call for call in finder.flows[0].calls_of(name) if call.requires_grad and call.single]
     if unused is not None or not calls:
         c.leave(unused or "it is called with more than a single tensor")
         return c
-    c.own = finder.ledger.within(call.saved for call in calls)
+    ledger = finder.ledger
+    c.own = ledger.within(call.saved for call in calls)
     c.added = sum(_packed_bytes(call.numel, bits) for call in calls)
+    if wishes.pairs and not form.inplace:
+        inputs = {call.input for call in calls if call.input is not None}
+        chain = follow(finder, ((call.result_id, call.result) for call in calls), known, saved=False)
+        # An activation of several ops saves more than its input.
+        kept = {i for i in c.own if ledger.saved[i].storage in inputs}
+        complete = all(any(ledger.saved[i].storage is call.input for i in ledger.within([call.saved])) for call in calls)
+        takers = max(chain.takers, 1)
+        change = {name: (PairedActivation, PairedActivation.attributes(module, form, takers))}
+        if complete and _pair(c, finder, chain, c.own - kept, change):
+            return c
+    if wishes.exact:
+        c.leave(_NOT_EXACT)
     return c
+
+
+def _few(bits: int) -> str:
+    return f"its backward pass saves {bits} bit{'s' * (bits > 1)} per element"
 
 
 def _packed_bytes(numel: int, bits: int) -> int:
     return (numel * bits + 7) // 8
 
 
-def plan_calls(finder: Finder, skip: Callable[[str], bool], bits: int, criterion: Criterion) -> list[Candidate]:
-    """The candidates for functional calls outside activation modules."""
+def _pair(c: Candidate, finder: Finder, chain: Chain, own: set[int], change: Changes) -> bool:
+    """Makes a candidate an exact one if that frees at least as much as codes.
+
+    Args:
+        c: The candidate, planned with codes.
+        finder: The runs.
+        chain: Where its results go.
+        own: What it saves besides its input.
+        change: The change of the candidate's own module.
+    """
+
+    def freed(drops: set[int]) -> int:
+        return sum(s.nbytes for s in finder.ledger.storages(drops) if drops.issuperset(finder.ledger.positions[s]))
+
+    exact = freed(own | chain.drops) - chain.added
+    if exact <= 0 or exact < freed(c.own) - c.added:
+        return False
+    c.own, c.others, c.added = own, chain.drops, chain.added
+    c.action, c.reason = Action.EXACT, _saying(chain)
+    c.changes = {**chain.changes(finder), **change}
+    return True
+
+
+def _saying(chain: Chain) -> str:
+    """A clause about a chain."""
+    layers = {name.rpartition(".")[2] for name in chain.linears}
+    rebuild = f"{' and '.join(sorted(layers))} rebuild{'s' * (len(layers) == 1)}"
+    if chain.gated:
+        product = "the product saves its factors, of which one is the activation's input"
+        return f"{product}, and {rebuild} it" if layers else product
+    return f"{rebuild} its result from its input" if layers else "it saves its input alone"
+
+
+def plan_calls(
+    finder: Finder, skip: Callable[[str], bool], known: Callable[[str], bool], wishes: Wishes
+) -> list[Candidate]:
+    """The candidates for functional calls outside activation modules.
+
+    Args:
+        finder: The runs.
+        skip: Whether a module is an activation.
+        known: Whether a module is a norm or an activation, or excluded.
+        wishes: The options.
+    """
     flow = finder.flows[0]
     functions: dict[str, dict[Function, None]] = {}
     for op in flow.recorder.ops:
         function = CALLS.get(op.func._overloadpacket)
         if function is not None and op.module is not None and not skip(op.module):
             functions.setdefault(op.module, {})[function] = None
-    return [_plan_calls(finder, name, list(called), bits, criterion) for name, called in functions.items()]
+    return [_plan_calls(finder, name, list(called), known, wishes) for name, called in functions.items()]
 
 
-def _plan_calls(finder: Finder, name: str, functions: list[Function], bits: int, criterion: Criterion) -> Candidate:
+def _plan_calls(
+    finder: Finder, name: str, functions: list[Function], known: Callable[[str], bool], wishes: Wishes
+) -> Candidate:
+    bits, criterion = wishes.bits or 2, wishes.criterion
     verb = "are" if len(functions) > 1 else "is"
     form = " and ".join(function.call for function in functions)
     c = Candidate(name, Kind.CALL, form, Action.of_bits(bits), f"{form} {verb} replaced while its forward runs")
     c.changes[name] = (StepCalls, {"lomem_bits": bits, "lomem_criterion": criterion})
+    ledger = finder.ledger
     calls = [call for call in finder.flows[0].activations if call.module == name and call.replaced]
-    c.own = finder.ledger.within(call.saved for call in calls)
+    c.own = ledger.within(call.saved for call in calls)
     c.added = sum(_packed_bytes(call.numel, bits) for call in calls)
     problem = ways_of_its_own(finder.modules[name])
     if problem is not None:
         c.leave(problem)
-    elif not calls:
+        return c
+    if not calls:
         c.leave(_why_no_calls(finder, name))
+        return c
+    if wishes.pairs and not any(call.inplace for call in calls):
+        chain = follow(finder, ((call.result_id, call.result) for call in calls), known, saved=False)
+        options = {"lomem_bits": None, "lomem_criterion": criterion, "lomem_takers": max(chain.takers, 1)}
+        if _pair(c, finder, chain, set(), {name: (PairCalls, options)}):
+            return c
+    if wishes.exact:
+        c.leave(_NOT_EXACT)
     return c
 
 

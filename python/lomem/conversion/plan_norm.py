@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .forms import NormForm
 from .kinds import Action, Kind
 from .ledger import Candidate
 from .modules import MSNorm, NormPlan, SharedInput
+from .plan_pair import Chain, follow
 
 __all__ = ["CONDITIONING", "plan_norm"]
 
@@ -126,8 +127,18 @@ class _Output:
         return size
 
 
-def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
-    """The candidate for a norm."""
+def plan_norm(
+    finder: Finder, name: str, form: NormForm, pairs: bool, known: Callable[[str], bool]
+) -> Candidate:
+    """The candidate for a norm.
+
+    Args:
+        finder: The runs.
+        name: Name of the module.
+        form: What it computes.
+        pairs: Whether linear layers may rebuild what cheap ops make of its output.
+        known: Whether a module is a norm or an activation, or excluded.
+    """
     c = Candidate(name, Kind.NORM, form)
     refusal = _refusal(finder, name, form)
     if refusal is not None:
@@ -141,6 +152,12 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
         c.leave(f"{problem}, and no linear layer takes its output directly")
         return c
     shared = problem is not None or (narrower and not output.low_precision)
+    chain = Chain()
+    if pairs and problem is None and not (shared and linears):
+        chain = follow(finder, ((call.result_id, call.result) for call in output.calls), known, saved=True)
+        if chain.linears and shared:
+            # What is rebuilt from its output is as precise as that.
+            shared, output.kept_dtype = False, output.dtype
     if problem is not None:
         c.action, c.reason = Action.NORMALIZED, f"{problem}: linear layers save the normalized input"
     elif shared:
@@ -150,13 +167,33 @@ def plan_norm(finder: Finder, name: str, form: NormForm) -> Candidate:
         c.action, c.reason = Action.INVERTED, "its consumers save its output"
     _account(c, finder, output, linears if shared else None)
     takers = _takers(finder, name, linears) if shared else 0
-    plan = NormPlan(form, problem is None, output.low_precision, shared, takers)
+    chained = bool(chain.linears)
+    if chained:
+        c.others = c.others | chain.drops
+        c.added += chain.added
+        c.chained = True
+        what = "its consumers save its output, and" if c.sharing else "it saves its output, from which"
+        c.reason = f"{what} {_layers(chain)} rebuild{'s' * (len(_names(chain)) == 1)} what {_where(chain)} makes of it"
+        c.changes.update(chain.changes(finder))
+    plan = NormPlan(form, problem is None, output.low_precision, shared, takers, chained)
     c.changes[name] = (MSNorm, MSNorm.attributes(finder.modules[name], plan))
     for linear in linears if shared else ():
         linear_form = finder.linear(linear)
         assert linear_form is not None
         c.changes[linear] = (SharedInput, SharedInput.attributes(finder.modules[linear], linear_form))
     return c
+
+
+def _names(chain: Chain) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in chain.linears})
+
+
+def _layers(chain: Chain) -> str:
+    return " and ".join(_names(chain))
+
+
+def _where(chain: Chain) -> str:
+    return " and ".join(sorted({name.rpartition(".")[2] or "the model" for name in chain.modules}))
 
 
 def _account(c: Candidate, finder: Finder, output: _Output, linears: dict[str, set[int]] | None) -> None:

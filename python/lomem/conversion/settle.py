@@ -13,7 +13,7 @@ from .ledger import Candidate
 __all__ = ["settle"]
 
 #: Among conversions that free the same bytes, exact ones are preferred, and among those the simplest.
-_RANKS = {Action.INVERTED: 0, Action.TWO_OUTPUTS: 1, Action.NORMALIZED: 2}
+_RANKS = {Action.INVERTED: 0, Action.EXACT: 0, Action.TWO_OUTPUTS: 1, Action.NORMALIZED: 2}
 
 
 def settle(found: list[Candidate], finder: Finder, excluded: Callable[[str], bool]) -> None:
@@ -65,7 +65,7 @@ def _left_inside(c: Candidate, found: list[Candidate], finder: Finder, excluded:
 
 
 def _option(c: Candidate, candidates: list[Candidate], finder: Finder) -> Option:
-    rank = 3 * len(candidates) if c.kind is not Kind.NORM else _RANKS[c.action]
+    rank = _RANKS.get(c.action, 3 * len(candidates))
     reached = [i for i, d in enumerate(candidates) if d.kind is not Kind.NORM and d.name in finder.reached]
     needs = frozenset(i for i in reached if c.kind is Kind.CALL and c.contains(candidates[i].name))
     return Option(frozenset(c.own | c.others), c.added, c.least, rank, needs)
@@ -73,7 +73,7 @@ def _option(c: Candidate, candidates: list[Candidate], finder: Finder) -> Option
 
 def _alone(c: Candidate, chosen: list[Candidate]) -> str | None:
     """Why no other module saves what a norm saves, given the other conversions; None if one does."""
-    if c.kind is not Kind.NORM:
+    if c.kind is not Kind.NORM or c.chained:
         return None
     who = {i: [d.name for d in chosen if d is not c and d.drops(i)] for i in c.sharing}
     if not all(who.values()):
@@ -85,7 +85,7 @@ def _alone(c: Candidate, chosen: list[Candidate]) -> str | None:
 def _no_gain(c: Candidate, chosen: list[Candidate], finder: Finder) -> str:
     """Why a candidate frees too little, given the other conversions."""
     ledger = finder.ledger
-    if not c.own:
+    if not c.own | c.others:
         return "it saves nothing"
     alone = _alone(c, chosen)
     if alone is not None:

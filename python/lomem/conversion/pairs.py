@@ -1,0 +1,450 @@
+"""Pairs: linear layers that rebuild their input from what is saved anyway.
+
+An activation saves its input, a product its operands, and an inverted norm its output. Whatever follows from these by
+cheap ops need not be saved too. While the forward pass of a module runs, :class:`_Pairs` sees its cheap ops and passes
+offers on (:mod:`lomem._trace.handover`): from gate to silu(gate), from there to silu(gate) * up, and to the linear
+layers behind. The forward pass computes what it computed before, by the same ops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_compiling
+
+from .._trace.handover import Offer, hold, offer, peek, recomputed
+from .exchange import Converted
+from .kinds import Criterion, Function, Text
+from .live import Fixed, fixed, holds
+from .modules import Activation, Redirect, StepCalls, as_activation, is_scale, needs_gradient
+from .recognize import ActivationForm
+
+__all__ = ["PairCalls", "PairedActivation", "Step", "StepKind", "as_step", "is_small"]
+
+
+class StepKind(Text):
+    """The cheap ops that offers are passed through."""
+
+    PRODUCT = "product"
+    SUM = "sum"
+    CAST = "cast"
+
+
+_aten = torch.ops.aten
+
+
+#: Tensors whose storages are followed.
+_ORDINARY = (Tensor, nn.Parameter, FakeTensor)
+#: All the callables under which torch shows these functions to modes, out of place.
+_STEPS: dict[Any, StepKind] = {
+    **dict.fromkeys(
+        [
+            torch.mul,
+            torch.multiply,
+            Tensor.mul,
+            Tensor.multiply,
+            Tensor.__mul__,
+            Tensor.__rmul__,
+            _aten.mul,
+            _aten.mul.Tensor,
+        ],
+        StepKind.PRODUCT,
+    ),
+    **dict.fromkeys(
+        [
+            torch.add,
+            torch.sub,
+            torch.subtract,
+            Tensor.add,
+            Tensor.sub,
+            Tensor.subtract,
+            Tensor.__add__,
+            Tensor.__radd__,
+            Tensor.__sub__,
+            _aten.add,
+            _aten.add.Tensor,
+            _aten.sub,
+            _aten.sub.Tensor,
+        ],
+        StepKind.SUM,
+    ),
+    **dict.fromkeys(
+        [Tensor.to, Tensor.type, Tensor.type_as, Tensor.double, Tensor.float, Tensor.bfloat16, Tensor.half],
+        StepKind.CAST,
+    ),
+}
+
+
+class Step(NamedTuple):
+    """A call of a cheap op.
+
+    Attributes:
+        kind: Which one.
+        positions: Positions among the arguments of the operands that are tensors.
+        operands: These tensors.
+    """
+
+    kind: StepKind
+    positions: tuple[int, ...]
+    operands: tuple[Tensor, ...]
+
+    def passes_on(self, operand: int) -> bool:
+        """Whether the result is as cheap to rebuild as one operand."""
+        first = self.operands[operand]
+        others = [t for i, t in enumerate(self.operands) if i != operand]
+        if self.kind is StepKind.CAST:
+            return True
+        if any(t.device != first.device for t in others) or first.shape != torch.broadcast_shapes(
+            *(t.shape for t in self.operands)
+        ):
+            return False
+        # A product saves its factors. A summand as large as the sum would only be saved in its place.
+        return all(is_small(t, first) or (self.kind is StepKind.PRODUCT and t.shape == first.shape) for t in others)
+
+
+def is_small(tensor: Tensor, than: Tensor) -> bool:
+    """Whether a tensor is so much smaller than another that saving it does not count."""
+    return 4 * tensor.numel() <= than.numel()
+
+
+def as_step(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Step | None:
+    """Parses a call seen by a mode; None if it is no cheap op, or has unusual arguments."""
+    kind = _STEPS.get(func)
+    if kind is None or not args or any(isinstance(value, Tensor) for value in kwargs.values()):
+        return None
+    found = range(1) if kind is StepKind.CAST else range(len(args))
+    positions = tuple(i for i in found if isinstance(args[i], Tensor))
+    operands = tuple(args[i] for i in positions)
+    if not operands or not (is_compiling() or all(type(t) in _ORDINARY for t in operands)):
+        return None
+    return Step(kind, positions, operands)
+
+
+def _value(activation: str, gate: Tensor) -> Tensor:
+    if activation == "silu":
+        return F.silu(gate)
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _derivative(activation: str, grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of an activation, by a differentiable op."""
+    if activation == "silu":
+        return _aten.silu_backward(grad, x)  # type: ignore[no-any-return]
+    return _aten.gelu_backward(grad, x, approximate="tanh" if activation == "gelu_tanh" else "none")  # type: ignore[no-any-return]
+
+
+def name_of(function: Function, approximate: str) -> str:
+    return "gelu_tanh" if function is Function.GELU and approximate == "tanh" else function.value
+
+
+class Activated:
+    """Recomputes an activation that is a torch op."""
+
+    def __init__(self, activation: str) -> None:
+        self.activation = activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _value(self.activation, x)
+
+
+class _GatedAgain:
+    """Recomputes a gated product."""
+
+    def __init__(self, activation: str) -> None:
+        self.activation = activation
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        return _value(self.activation, gate) * up
+
+
+class _Replayed:
+    """Recomputes the result of a cheap op.
+
+    Args:
+        rebuild: Recomputes one operand.
+        number: From how many tensors.
+        function: The op, as a function of that operand and the others.
+    """
+
+    def __init__(self, rebuild: Callable[..., Tensor], number: int, function: Callable[..., Tensor]) -> None:
+        self.rebuild, self.number, self.function = rebuild, number, function
+
+    def __call__(self, *kept: Tensor | None) -> Tensor:
+        return self.function(self.rebuild(*kept[: self.number]), *kept[self.number :])
+
+
+class _Gated(torch.autograd.Function):
+    """The product of an activation and another tensor, which saves the activation's input instead of its result."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activated: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activated * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_gate = _derivative(ctx.activation, grad * up, gate) if needs[0] else None
+        grad_up = grad * _value(ctx.activation, gate) if needs[1] else None
+        return grad_gate, grad_up, None, None
+
+
+class _Product(torch.autograd.Function):
+    """A product that saves what its first factor is rebuilt from instead of that factor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, factor: Tensor, other: Tensor, rebuild: Callable[..., Tensor], *kept: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(other, *kept)
+        ctx.rebuild, ctx.dtype = rebuild, factor.dtype
+        return factor * other
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        other, *kept = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_factor = (grad * other).to(ctx.dtype) if needs[0] else None
+        grad_other = (grad * ctx.rebuild(*kept)).sum_to_size(other.shape).to(other.dtype) if needs[1] else None
+        return grad_factor, grad_other, None, *(None for _ in kept)
+
+
+class _ProductOfConstants(_Product):
+    """The same if the factor is no function of the graph of what it is rebuilt from."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _Product.backward(ctx, grad)
+
+
+class _OfInput(torch.autograd.Function):
+    """An activation of several ops, which saves its input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, form: ActivationForm, scale: float, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.form, ctx.scale = form, scale
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        form = ctx.form
+        if form.kind is Function.GELU:
+            return _derivative(name_of(form.kind, form.approximate), grad, x), None, None, None
+        if ctx.scale == 1:
+            return _derivative("silu", grad, x), None, None, None
+        # The derivative of h(s x) / s is h'(s x); s x is not rounded to 16 bits.
+        wide = x if x.dtype == torch.float64 else x.float()
+        return _derivative("silu", grad.to(wide.dtype), wide * ctx.scale).to(x.dtype), None, None, None
+
+
+def _observed(tensor: Tensor) -> bool:
+    """Whether somebody wants to see a tensor's gradient."""
+    return bool(tensor._backward_hooks) or tensor.retains_grad
+
+
+class _Pairs(Redirect):
+    """Passes offers on while the forward pass of a module runs.
+
+    Args:
+        bits: Number of bits that calls of GELU and SiLU save per element; None to have them offer their input.
+        criterion: What their step functions are fitted to.
+        takers: Number of linear layers expected to take a result.
+    """
+
+    def __init__(self, bits: int | None, criterion: Criterion, takers: int) -> None:
+        super().__init__(bits or 2, criterion)
+        self.exact, self.takers = bits is None, takers
+        #: Under a compiler: the results of activations, with their inputs and names.
+        self.activated: list[tuple[Tensor, Tensor, str]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        call = as_activation(func, args, kwargs)
+        if call is not None:
+            if not self.exact:
+                return super().__torch_function__(func, types, args, kwargs)
+            return self._activation(call, func, args, kwargs)
+        step = as_step(func, args, kwargs)
+        if step is None or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        return self._compiled(step, func, args, kwargs) if is_compiling() else self._step(step, func, args, kwargs)
+
+    def _activation(self, call: Activation, func: Any, args: Any, kwargs: Any) -> Tensor:
+        if not call.replaced or call.inplace or not self.lasts():
+            return func(*args, **kwargs)  # type: ignore[no-any-return]
+        x, name = call.input, name_of(call.function, call.approximate)
+        if is_compiling():
+            result = recomputed(Activated(name), x)
+            self.activated.append((result, x, name))
+            return result
+        result = func(*args, **kwargs)
+        offer(result, (x,), Activated(name), self.takers, differentiable=True, activation=name)
+        return result
+
+    def _compiled(self, step: Step, func: Any, args: Any, kwargs: Any) -> Tensor:
+        # All in one region: what one region hands to another is saved.
+        if step.kind is StepKind.PRODUCT and len(step.operands) == 2 and not kwargs:
+            for operand, other in (step.operands, step.operands[::-1]):
+                for result, x, name in self.activated:
+                    if operand is result and other.shape == operand.shape:
+                        return recomputed(_GatedAgain(name), x, other)
+        return func(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def _step(self, step: Step, func: Any, args: Any, kwargs: Any) -> Tensor:
+        for i, operand in enumerate(step.operands):
+            found = peek(operand)
+            if found is not None and self.lasts() and step.passes_on(i):
+                return self._passed_on(step, i, *found, func, args, kwargs)
+        return func(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def _passed_on(
+        self,
+        step: Step,
+        position: int,
+        kept: tuple[Tensor | None, ...],
+        made: Offer,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+    ) -> Tensor:
+        operand = step.operands[position]
+        others = tuple(t for i, t in enumerate(step.operands) if i != position)
+        if step.kind is StepKind.PRODUCT and len(others) == 1:
+            (other,) = others
+            if _is_gated(operand, other, made):
+                gate = kept[0]
+                assert gate is not None and made.activation is not None
+                result = _Gated.apply(gate, other, operand.detach(), made.activation)
+                again = _GatedAgain(made.activation)
+                offer(result, (gate, other), again, self.takers, differentiable=True)
+                return result  # type: ignore[no-any-return]
+            # Otherwise torch's own product saves nothing that is not saved anyway.
+            if other.requires_grad and kept[0] is not operand:
+                product = _Product if made.differentiable else _ProductOfConstants
+                result = product.apply(operand, other, made.rebuild, *kept)
+            else:
+                result = func(*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
+        if result is operand:
+            return result  # type: ignore[no-any-return]  # a cast to its own dtype
+        function = _replay(step, position, func, args, kwargs, result.dtype)
+        rebuild = _Replayed(made.rebuild, len(kept), function)
+        offer(result, (*kept, *others), rebuild, self.takers, differentiable=made.differentiable)
+        # The producer saves the storage of its result, not the tensor. And nobody may save small operands.
+        hold(result, (*(t for t in kept if t is operand), *(t for t in others if is_small(t, operand))))
+        return result  # type: ignore[no-any-return]
+
+
+def _is_gated(operand: Tensor, other: Tensor, made: Offer) -> bool:
+    alike = other.shape == operand.shape and other.dtype == operand.dtype
+    return made.activation is not None and alike and not _observed(operand)
+
+
+def _replay(
+    step: Step, position: int, func: Any, args: Any, kwargs: dict[str, Any], dtype: torch.dtype
+) -> Callable[..., Tensor]:
+    """The op as a function of one operand and the others."""
+    if step.kind is StepKind.CAST:
+        return lambda operand: operand.to(dtype)
+    places = [step.positions[position], *(p for i, p in enumerate(step.positions) if i != position)]
+    template = tuple(None if i in places else value for i, value in enumerate(args))
+
+    def function(*operands: Tensor) -> Tensor:
+        given = list(template)
+        for place, operand in zip(places, operands, strict=True):
+            given[place] = operand
+        return func(*given, **kwargs)  # type: ignore[no-any-return]
+
+    return function
+
+
+class PairCalls(StepCalls):
+    """A module in whose forward pass offers are passed on.
+
+    Attributes:
+        lomem_bits: Number of bits that its calls of GELU and SiLU save per element; None to have them offer their input.
+        lomem_takers: Maximum number of linear layers called with one result.
+    """
+
+    lomem_prefix = "Pair"
+    lomem_attributes = ("lomem_bits", "lomem_criterion", "lomem_takers")
+    lomem_takers: int = 1
+
+    @classmethod
+    def combined(
+        cls, attributes: Mapping[str, Any], others: Mapping[str, Any]
+    ) -> tuple[type[Converted], Mapping[str, Any]]:
+        """Calls save few bits if either says so."""
+        few = attributes if attributes["lomem_bits"] is not None else others
+        takers = max(attributes.get("lomem_takers", 1), others.get("lomem_takers", 1))
+        both = {"lomem_bits": few["lomem_bits"], "lomem_criterion": few["lomem_criterion"], "lomem_takers": takers}
+        return cls, both
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Same result as the original."""
+        passed = torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
+        mode = _Pairs(self.lomem_bits, self.lomem_criterion, self.lomem_takers)
+        with mode if passed else contextlib.nullcontext():
+            return super(StepCalls, self).forward(*args, **kwargs)
+
+
+class PairedActivation(Converted):
+    """An activation that saves its input, as ever, and offers it."""
+
+    lomem_prefix = "Pair"
+    lomem_attributes = ("lomem_activation", "lomem_takers", "lomem_fixed")
+    lomem_activation: ActivationForm | None = None
+    lomem_takers: int = 1
+    lomem_fixed: Fixed = ()
+
+    @staticmethod
+    def attributes(module: nn.Module, form: ActivationForm, takers: int) -> dict[str, Any]:
+        """The mixin's attributes for a module to be converted."""
+        live = (form.scale_name, form.approximate_name, form.inplace_name)
+        return {"lomem_activation": form, "lomem_takers": takers, "lomem_fixed": fixed(module, live)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Same result as the original."""
+        values = (*args, *kwargs.values())
+        form, original = self.lomem_activation, super().forward
+        if (
+            form is None
+            or len(values) != 1
+            or not isinstance(values[0], Tensor)
+            or not needs_gradient(values[0])
+            or values[0].is_nested
+            or torch.jit.is_tracing()
+            or torch.compiler.is_exporting()
+            or not holds(self, self.lomem_fixed)
+        ):
+            return original(*args, **kwargs)
+        x = values[0]
+        inplace = form.inplace if form.inplace_name is None else getattr(self, form.inplace_name)
+        if inplace:
+            return original(x)
+        if is_compiling():
+            return recomputed(original, x)
+        if form.torch_op:
+            approximate = form.approximate if form.approximate_name is None else getattr(self, form.approximate_name)
+            name = name_of(form.kind, approximate)
+            result = original(x)
+            offer(result, (x,), Activated(name), self.lomem_takers, differentiable=True, activation=name)
+            return result
+        scale = form.scale if form.scale_name is None else getattr(self, form.scale_name)
+        if not is_scale(scale):
+            return original(x)  # not a scaled SiLU any more
+        result = _OfInput.apply(x, form, scale, original)
+        offer(result, (x,), original, self.lomem_takers, differentiable=True)
+        return result  # type: ignore[no-any-return]
