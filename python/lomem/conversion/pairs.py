@@ -404,16 +404,29 @@ class PairedActivation(Converted):
     """An activation that saves its input, as ever, and offers it."""
 
     lomem_prefix = "Pair"
-    lomem_attributes = ("lomem_activation", "lomem_takers", "lomem_fixed")
+    lomem_attributes = ("lomem_activation", "lomem_takers", "lomem_gated", "lomem_fixed")
     lomem_activation: ActivationForm | None = None
     lomem_takers: int = 1
+    lomem_gated: bool = False
     lomem_fixed: Fixed = ()
 
     @staticmethod
-    def attributes(module: nn.Module, form: ActivationForm, takers: int) -> dict[str, Any]:
-        """The mixin's attributes for a module to be converted."""
+    def attributes(module: nn.Module, form: ActivationForm, takers: int, gated: bool) -> dict[str, Any]:
+        """The mixin's attributes for a module to be converted.
+
+        Args:
+            module: The module.
+            form: What it computes.
+            takers: Maximum number of linear layers called with one result, or one product of it.
+            gated: Whether a product takes its result.
+        """
         live = (form.scale_name, form.approximate_name, form.inplace_name)
-        return {"lomem_activation": form, "lomem_takers": takers, "lomem_fixed": fixed(module, live)}
+        return {
+            "lomem_activation": form,
+            "lomem_takers": takers,
+            "lomem_gated": gated,
+            "lomem_fixed": fixed(module, live),
+        }
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Same result as the original."""
@@ -435,7 +448,8 @@ class PairedActivation(Converted):
         if inplace:
             return original(x)
         if is_compiling():
-            return recomputed(original, x)
+            # A product is recomputed as a whole, see _Pairs.
+            return original(x) if self.lomem_gated else recomputed(original, x)
         if form.torch_op:
             approximate = form.approximate if form.approximate_name is None else getattr(self, form.approximate_name)
             name = name_of(form.kind, approximate)

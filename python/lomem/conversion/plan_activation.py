@@ -62,7 +62,7 @@ def plan_activation(
         kept = {i for i in c.own if ledger.saved[i].storage in inputs}
         complete = all(any(ledger.saved[i].storage is call.input for i in ledger.within([call.saved])) for call in calls)
         takers = max(chain.takers, 1)
-        change = {name: (PairedActivation, PairedActivation.attributes(module, form, takers))}
+        change = {name: (PairedActivation, PairedActivation.attributes(module, form, takers, chain.gated))}
         if complete and _pair(c, finder, chain, c.own - kept, change):
             return c
     if wishes.exact:

@@ -172,8 +172,10 @@ def plan_norm(
         c.others = c.others | chain.drops
         c.added += chain.added
         c.chained = True
-        what = "its consumers save its output, and" if c.sharing else "it saves its output, from which"
-        c.reason = f"{what} {_layers(chain)} rebuild{'s' * (len(_names(chain)) == 1)} what {_where(chain)} makes of it"
+        what = "its consumers save its output, from which" if c.sharing else "it saves its output, from which"
+        names = sorted({linear.rpartition(".")[2] for linear in chain.linears})
+        rebuild = "rebuilds its" if len(names) == 1 else "rebuild their"
+        c.reason = f"{what} {' and '.join(names)} {rebuild} input"
         c.changes.update(chain.changes(finder))
     plan = NormPlan(form, problem is None, output.low_precision, shared, takers, chained)
     c.changes[name] = (MSNorm, MSNorm.attributes(finder.modules[name], plan))
@@ -182,18 +184,6 @@ def plan_norm(
         assert linear_form is not None
         c.changes[linear] = (SharedInput, SharedInput.attributes(finder.modules[linear], linear_form))
     return c
-
-
-def _names(chain: Chain) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in chain.linears})
-
-
-def _layers(chain: Chain) -> str:
-    return " and ".join(_names(chain))
-
-
-def _where(chain: Chain) -> str:
-    return " and ".join(sorted({name.rpartition(".")[2] or "the model" for name in chain.modules}))
 
 
 def _account(c: Candidate, finder: Finder, output: _Output, linears: dict[str, set[int]] | None) -> None:
