@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import functional as LF
 from .._trace.autocast import autocast_dtype, autocast_to
-from .._trace.handover import current_hooks, itself, linear_of_offered, offer, offer_itself, take
+from .._trace.handover import current_hooks, in_a_region, itself, linear_of_offered, offer, offer_itself, take
 from ..functional.norms import LAYER_NORM, RMS_NORM, NormOps
 from ..steps import StepFunction
 from .exchange import Converted
@@ -34,6 +34,7 @@ __all__ = [
     "StepCalls",
     "as_activation",
     "is_transformed",
+    "may_redirect",
     "needs_gradient",
 ]
 
@@ -249,6 +250,12 @@ class Redirect(TorchFunctionMode):
         return is_compiling() or current_hooks() is self.hooks
 
 
+def may_redirect() -> bool:
+    """Whether a converted module enters its mode."""
+    # Any mode, even one that does nothing, disables torch's fast paths in evaluation.
+    return torch.is_grad_enabled() and not torch.jit.is_tracing() and not in_a_region()
+
+
 class StepCalls(FewBit):
     """A module whose forward calls torch's GELU or SiLU."""
 
@@ -257,9 +264,7 @@ class StepCalls(FewBit):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same result as the original."""
-        # Any mode, even one that does nothing, disables torch's fast paths in evaluation.
-        redirected = torch.is_grad_enabled() and not torch.jit.is_tracing()
-        with Redirect(self.lomem_bits, self.lomem_criterion) if redirected else contextlib.nullcontext():
+        with Redirect(self.lomem_bits, self.lomem_criterion) if may_redirect() else contextlib.nullcontext():
             return super().forward(*args, **kwargs)
 
 

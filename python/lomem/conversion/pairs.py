@@ -24,7 +24,7 @@ from .._trace.handover import Offer, hold, offer, peek, recomputed
 from .exchange import Converted
 from .kinds import Criterion, Function, Text
 from .live import Fixed, fixed, holds
-from .modules import Activation, Redirect, StepCalls, as_activation, is_transformed, needs_gradient
+from .modules import Activation, Redirect, StepCalls, as_activation, is_transformed, may_redirect, needs_gradient
 from .recognize import ActivationForm
 
 __all__ = ["PairCalls", "PairedActivation", "Step", "StepKind", "as_step", "is_small"]
@@ -123,7 +123,7 @@ def as_step(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Step | No
     found = range(1) if kind is StepKind.CAST else range(len(args))
     positions = tuple(i for i in found if isinstance(args[i], Tensor))
     operands = tuple(args[i] for i in positions)
-    if not operands or not (is_compiling() or all(type(t) in _ORDINARY for t in operands)):
+    if not operands or not (is_compiling() or all(type(t) in _ORDINARY and not t.is_inference() for t in operands)):
         return None
     return Step(kind, positions, operands)
 
@@ -360,6 +360,9 @@ class _Pairs(Redirect):
             result = func(*args, **kwargs)
         if result is operand:
             return result  # type: ignore[no-any-return]  # a cast to its own dtype
+        if step.kind is StepKind.SUM:
+            # A sum does not save its operands, so they may be changed afterwards.
+            others = tuple(t.clone() for t in others)
         function = _replay(step, position, func, args, kwargs, result.dtype)
         rebuild = _Replayed(made.rebuild, len(kept), function)
         offer(result, (*kept, *others), rebuild, self.takers, differentiable=made.differentiable)
@@ -415,7 +418,7 @@ class PairCalls(StepCalls):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same result as the original."""
-        passed = torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
+        passed = not torch.compiler.is_exporting() and may_redirect()
         mode = _Pairs(self.lomem_bits, self.lomem_criterion, self.lomem_takers)
         with mode if passed else contextlib.nullcontext():
             return super(StepCalls, self).forward(*args, **kwargs)
