@@ -234,7 +234,10 @@ def test_no_conversion_could_be_left_out(name, dtype):
             convert(other, x)
             module = other.get_submodule(undone)
             lomem.restore(module)
-            assert kept(other, x) > after
+            # The call in a restored GELU is one of the calls of the module around it.
+            around = [d for d in report.converted if d.kind == "call" and undone.startswith(f"{d.name}.")]
+            also = any(d.action == "exact" for d in around) and isinstance(module, nn.GELU)
+            assert kept(other, x) == after if also else kept(other, x) > after
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

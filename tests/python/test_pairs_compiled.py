@@ -88,9 +88,10 @@ def compiled(model, x, budget, function=None):
 
 
 def off(grads, expected):
-    """Largest difference of a gradient, relative to its norm."""
+    """Difference of the whole gradient, relative to its norm."""
     assert grads.keys() == expected.keys()
-    return max((grads[n] - expected[n]).norm().item() / expected[n].norm().clamp(min=1e-8).item() for n in expected)
+    norm = sum(g.square().sum().item() for g in expected.values())
+    return (sum((grads[n] - expected[n]).square().sum().item() for n in expected) / norm) ** 0.5
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu", "called"])
@@ -121,10 +122,10 @@ def test_a_checkpointed_region_of_a_graph(kind):
             x = checkpoint(module, x, use_reentrant=False)
         return x
 
-    nbytes, expected = run(model, x, regions)
+    before, expected = compiled(model, x, 1.0, regions)
     lomem.convert(model, x)
     after, grads = compiled(model, x, 1.0, regions)
-    assert after <= nbytes
+    assert after <= before
     assert off(grads, expected) < 1e-4  # rounding in float32
 
 
