@@ -58,6 +58,25 @@ def samples(device):
         "step_codes": [((x0, [-1.0, 0.5], 2), {}), ((image0, [0.0], 7), {})],
         "band_codes": [((x0, -1.0, 0.5), {}), ((image0, 0.0, 9.0), {})],
         "step_activation_backward": [((x, ops.step_codes(x0, [-6.0, 0.0, 6.0], 2), [0.0, -0.1, 1.1, 1.0], 2), {})],
+        "gated": [
+            ((x, x0, "silu"), {}),
+            ((x, None, "gelu_tanh"), {"layout": "interleaved"}),
+            ((x0, x, "gelu"), {}),
+            ((image, image0, "relu"), {}),
+            ((image[..., 1:], None, "sigmoid"), {"layout": "up_gate"}),
+            ((x0, x0, "silu"), {}),
+        ],
+        "gated_backward": [
+            ((x0, x0, x0, "silu"), {"output_mask": [True, True, True]}),
+            ((x0[:, 3:], x0, None, "gelu"), {"layout": "interleaved", "output_mask": [True, True, True]}),
+            ((x, x, x, "gelu_tanh"), {"output_mask": [True, False, False]}),
+            ((image0, image0, image0, "sigmoid"), {}),
+        ],
+        "gated_linear": [
+            ((x, x0, linear.clone().requires_grad_(), bias[:5], "silu"), {}),
+            ((image0[..., 1:], None, linear[:, :2].clone().requires_grad_(), None, "gelu"), {}),
+            ((x0, x, linear.clone(), None, "relu"), {}),
+        ],
         "ms_layer_norm": [
             ((x, [6], weight, bias), {}),
             ((x, [4, 6]), {"eps": 1e-3}),
