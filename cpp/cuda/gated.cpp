@@ -105,8 +105,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gated_backward_cuda(
     }
   }
   if (grad_gate.defined() || grad_up.defined() || output.defined()) {
-    const cudaError_t error =
-        cuda::gated_backward(operands, grad.const_data_ptr(), gradients, current_stream(gate));
+    const cudaError_t error = cuda::gated_backward(operands, grad.const_data_ptr(), gradients, current_stream(gate));
     check_launch(op, gate, error);
   }
   return {grad_gate, grad_up, output};

@@ -1,6 +1,6 @@
 // Gated units on CUDA: instantiations of lomem/cuda/gated.cuh.
-#include <lomem/cuda/gated.cuh>
 #include <lomem/cuda/kernels.h>
+#include <lomem/cuda/gated.cuh>
 
 namespace lomem::cuda {
 
@@ -10,8 +10,7 @@ cudaError_t gated_forward(const GatedOperands& operands, void* output, cudaStrea
 
 cudaError_t gated_backward(
     const GatedOperands& operands, const void* grad_output, const GatedGradients& gradients, cudaStream_t stream) {
-  return gated_backward_by(
-      operands, grad_output, gradients, [&](const auto& body) { return launch(body, stream); });
+  return gated_backward_by(operands, grad_output, gradients, [&](const auto& body) { return launch(body, stream); });
 }
 
 }  // namespace lomem::cuda

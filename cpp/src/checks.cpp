@@ -187,8 +187,7 @@ GatedKind check_operands(
   TORCH_CHECK_VALUE(
       known_activation, op, ": activation is '", activation, "', expected one of silu, gelu, gelu_tanh, relu, sigmoid");
   const std::optional<GatedLayout> known_layout = gated_layout(layout);
-  TORCH_CHECK_VALUE(
-      known_layout, op, ": layout is '", layout, "', expected one of gate_up, up_gate, interleaved");
+  TORCH_CHECK_VALUE(known_layout, op, ": layout is '", layout, "', expected one of gate_up, up_gate, interleaved");
   if (has_tensor(up)) {
     check_same_device(op, "up", *up, "gate", gate);
     check_same_dtype(op, "up", *up, "gate", gate);
@@ -197,8 +196,8 @@ GatedKind check_operands(
         ", the shape of gate");
   } else {
     TORCH_CHECK(
-        gate.dim() >= 1 && known_or((gate.sym_size(-1) % 2).sym_eq(0), true), op, ": gate has shape ",
-        gate.sym_sizes(), ", expected an even last dimension, which holds gate and up");
+        gate.dim() >= 1 && known_or((gate.sym_size(-1) % 2).sym_eq(0), true), op, ": gate has shape ", gate.sym_sizes(),
+        ", expected an even last dimension, which holds gate and up");
   }
   return {*known_activation, *known_layout};
 }

@@ -171,7 +171,8 @@ std::tuple<at::Tensor, at::Tensor> fused_forward(const at::Tensor& input, Double
       return {output, codes};
     }
   }
-  if (const Tiling tiling = Values<Function>::tiling(input.scalar_type()); input.is_contiguous() && may_tile(input.numel(), tiling)) {
+  if (const Tiling tiling = Values<Function>::tiling(input.scalar_type());
+      input.is_contiguous() && may_tile(input.numel(), tiling)) {
     return forward_in_tiles<Function>(input, tiling, encode);
   }
 

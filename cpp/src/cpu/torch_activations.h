@@ -19,9 +19,9 @@
 
 namespace lomem::detail {
 
-// Runs the torch op in tiles, so that what else is done with a tile is done while it is in the cache, and x is read from
-// memory only once. A tile must give the same bits as a single call. Most of torch's kernels evaluate the remainder at
-// the end of a thread's range by another formula, so the last bits depend on where ranges end. Exceptions:
+// Runs the torch op in tiles, so that what else is done with a tile is done while it is in the cache, and x is read
+// from memory only once. A tile must give the same bits as a single call. Most of torch's kernels evaluate the
+// remainder at the end of a thread's range by another formula, so the last bits depend on where ranges end. Exceptions:
 //   - GELU of float32 and bfloat16 is oneDNN's, which treats every element alike (except in a call
 //     with only one element);
 //   - SiLU of 16-bit types: the formulas differ by less than rounding shows, for all 65,536 inputs;

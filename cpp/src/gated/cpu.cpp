@@ -1,7 +1,6 @@
 // Gated units on the CPU: torch's ops in tiles, and a kernel for the gradients.
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/mul_cpu_dispatch.h>
 #include <lomem/cpu/kernels.h>
 #include <torch/library.h>
 
@@ -16,7 +15,7 @@ namespace {
 /// Addresses of a tensor's rows.
 template <class Pointer>
 struct RowPointer {
-  Pointer data;  // char or const char; null if there is no tensor
+  Pointer data;       // char or const char; null if there is no tensor
   int64_t bytes = 0;  // from one row to the next
 
   Pointer at(int64_t row, int64_t offset) const {
@@ -35,6 +34,20 @@ RowPointer<char*> mutable_rows_of(const at::Tensor& tensor) {
   return {static_cast<char*>(tensor.mutable_data_ptr()), *row_stride(tensor) * tensor.element_size()};
 }
 
+/// Calls body(row, begin, end) for ranges of elements that cover all rows.
+template <class Body>
+void for_ranges(int64_t rows, int64_t cols, const Body& body) {
+  if (rows == 1) {
+    parallel_over_elements(cols, cache_line_elements, [&](int64_t begin, int64_t end) { body(0, begin, end); });
+    return;
+  }
+  parallel_for(rows, std::max<int64_t>(1, elements_per_thread / cols), [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      body(row, 0, cols);
+    }
+  });
+}
+
 // Values --------------------------------------------------------------------------------------------------------------
 
 /// A 2-D tensor of rows at `data`, which it does not own. (from_blob takes no pointer to const, but operands are not
@@ -50,6 +63,7 @@ at::Tensor contiguous_in_tiles(const at::Tensor& gate, const at::Tensor& up, con
   at::Tensor output(at::detail::empty_cpu(gate.sizes(), gate.scalar_type()));
   const int64_t n = gate.numel();
   const int64_t size = gate.element_size();
+  const DType dtype = to_dtype(gate.scalar_type());
   const auto* x = static_cast<const char*>(gate.const_data_ptr());
   const auto* factor = static_cast<const char*>(up.const_data_ptr());
   auto* y = static_cast<char*>(output.mutable_data_ptr());
@@ -62,7 +76,7 @@ at::Tensor contiguous_in_tiles(const at::Tensor& gate, const at::Tensor& up, con
       const int64_t count = tile + 1 == tiles ? n - begin : tile_size;
       at::Tensor target = view_of(y + begin * size, count, gate);
       Values<Function>::value_out(target, view_of(const_cast<char*>(x + begin * size), count, gate));
-      at::cpu::mul_out(target, target, view_of(const_cast<char*>(factor + begin * size), count, gate));
+      cpu::multiply(dtype, y + begin * size, factor + begin * size, count, y + begin * size);
     }
   });
   return output;
@@ -75,6 +89,7 @@ at::Tensor rows_in_tiles(const at::Tensor& gate, const at::Tensor& up, const Til
   at::Tensor output(at::detail::empty_cpu(gate.sizes(), gate.scalar_type()));
   const auto [rows, cols] = row_count(gate, false);
   const int64_t size = gate.element_size();
+  const DType dtype = to_dtype(gate.scalar_type());
   const auto x = rows_of(gate);
   const auto factor = rows_of(up);
   const auto y = mutable_rows_of(output);
@@ -86,10 +101,25 @@ at::Tensor rows_in_tiles(const at::Tensor& gate, const at::Tensor& up, const Til
       const int64_t count = tile + 1 == tiles ? rows - begin : tile_rows;
       at::Tensor target = rows_at(y.at(begin, 0), count, cols, cols, gate);
       Values<Function>::value_out(target, rows_at(x.at(begin, 0), count, cols, x.bytes / size, gate));
-      at::cpu::mul_out(target, target, rows_at(factor.at(begin, 0), count, cols, factor.bytes / size, gate));
+      for (int64_t row = begin; row < begin + count; ++row) {
+        cpu::multiply(dtype, y.at(row, 0), factor.at(row, 0), cols, y.at(row, 0));
+      }
     }
   });
   return output;
+}
+
+/// value *= up, where value is contiguous and up consists of rows.
+void multiply_in_place(at::Tensor& value, const at::Tensor& up) {
+  const auto [rows, cols] = row_count(value, up.is_contiguous());
+  const DType dtype = to_dtype(value.scalar_type());
+  const auto size = static_cast<int64_t>(element_size(dtype));
+  const auto y = mutable_rows_of(value);
+  const auto factor = rows_of(up);
+  for_ranges(rows, cols, [&, row_bytes = cols * size](int64_t row, int64_t begin, int64_t end) {
+    char* const target = y.data + row * row_bytes + begin * size;
+    cpu::multiply(dtype, target, factor.at(row, begin * size), end - begin, target);
+  });
 }
 
 template <class Function>
@@ -107,7 +137,7 @@ at::Tensor gated_values(const at::Tensor& gate, const at::Tensor& up) {
   at::Tensor value = Values<Function>::value(gate);
   if (value.is_contiguous() && row_stride(up)) {
     // (The product has the same strides.)
-    at::cpu::mul_out(value, value, up);
+    multiply_in_place(value, up);
     return value;
   }
   return at::mul(value, up);
@@ -141,21 +171,11 @@ void compute_gradients(
   const auto gate_target = mutable_rows_of(grad_gate);
   const auto up_target = mutable_rows_of(grad_up);
   const bool stream = cpu::should_stream(2 * grad_output.nbytes());
-  const auto run = [&, cols = cols](int64_t row, int64_t begin, int64_t end) {
+  for_ranges(rows, cols, [&](int64_t row, int64_t begin, int64_t end) {
     const int64_t offset = begin * size;
     cpu::gated_backward(
         activation, dtype, grad.at(row, offset), gate.at(row, offset), up.at(row, offset), end - begin,
         gate_target.at(row, offset), up_target.at(row, offset), stream);
-  };
-  if (rows == 1) {
-    parallel_over_elements(cols, cache_line_elements, [&](int64_t begin, int64_t end) { run(0, begin, end); });
-    return;
-  }
-  const int64_t rows_per_thread = std::max<int64_t>(1, elements_per_thread / cols);
-  parallel_for(rows, rows_per_thread, [&, cols = cols](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      run(row, 0, cols);
-    }
   });
 }
 

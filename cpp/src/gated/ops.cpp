@@ -84,8 +84,8 @@ TORCH_LIBRARY_IMPL(lomem, Meta, m) {
   m.impl("gated_backward", &gated_backward_meta);
 }
 
-// Under autocast, the linear layer casts its operands as torch's does. The unit keeps its dtype, and the autograd kernel
-// casts its result to that of weight.
+// Under autocast, the linear layer casts its operands as torch's does. The unit keeps its dtype, and the autograd
+// kernel casts its result to that of weight.
 
 template <c10::DispatchKey key, at::DeviceType device>
 at::Tensor gated_linear_autocast(

@@ -252,7 +252,7 @@ struct GatedBackward {
   /// Replaces the operands by their gradients.
   LOMEM_HOST_DEVICE static void gradients(T grad_of_output, T& x, T& factor) {
     const C grad = to_compute(grad_of_output);
-    const auto [value, slope] = Function::value_and_slope(to_compute(x));
+    const auto [value, slope] = value_and_slope<Function, LibraryMath<C>>(to_compute(x));
     x = from_compute<T>(gate_gradient<Function>(grad * to_compute(factor), slope));
     factor = from_compute<T>(grad * value);
   }
@@ -309,8 +309,7 @@ template <class Run>
 auto gated_forward_by(const GatedOperands& operands, void* output, const Run& run) {
   return visit_gated(operands.activation, [&](auto function) {
     return visit_dtype(operands.dtype, [&](auto element) {
-      return run(
-          GatedForward<typename decltype(function)::type, typename decltype(element)::type>(operands, output));
+      return run(GatedForward<typename decltype(function)::type, typename decltype(element)::type>(operands, output));
     });
   });
 }
