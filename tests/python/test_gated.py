@@ -84,9 +84,7 @@ def test_values_of_one_tensor(layout, dtype, activation, device):
         both = operands(shape, dtype, device)[0]
         gate, up = halves(both, layout)
         assert_same_values(LF.gated(both, activation=activation, layout=layout), gate, up, activation)
-        assert torch.equal(
-            reference.gated(both, None, activation, layout=layout), ACTIVATIONS[activation](gate) * up
-        )
+        assert torch.equal(reference.gated(both, None, activation, layout=layout), ACTIVATIONS[activation](gate) * up)
     rows = operands((6, 80), dtype, device)[0]
     for both in (rows[::2], rows[:, :40], rows[:, 1:39], rows[:, ::2], rows.t()):
         assert_same_values(LF.gated(both, activation=activation, layout=layout), *halves(both, layout), activation)
@@ -247,7 +245,9 @@ def test_threads_do_not_matter(dtype):
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append((*ops.gated_backward(gate, gate, up, "gelu")[:2], ops.gated_backward(gate, both, None, "silu")[0]))
+            results.append(
+                (*ops.gated_backward(gate, gate, up, "gelu")[:2], ops.gated_backward(gate, both, None, "silu")[0])
+            )
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -306,7 +306,11 @@ def test_one_operand_needs_a_gradient(device):
 def test_linear(shape, fused, bias, device):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         gate, up = operands(shape, dtype, device)
-        inputs = [torch.cat([gate, up], -1).requires_grad_(), None] if fused else [gate.requires_grad_(), up.requires_grad_()]
+        inputs = (
+            [torch.cat([gate, up], -1).requires_grad_(), None]
+            if fused
+            else [gate.requires_grad_(), up.requires_grad_()]
+        )
         weight = torch.randn(7, 33, device=device).to(dtype).requires_grad_()
         b = torch.randn(7, device=device).to(dtype).requires_grad_() if bias else None
         leaves = [t for t in (*inputs, weight, b) if t is not None]
@@ -336,7 +340,9 @@ def test_linear_of_frozen_operands(device):
 
 
 def test_linear_gradients_of_gradients(device):
-    inputs = [torch.randn(s, dtype=torch.float64, device=device).requires_grad_() for s in ((3, 4), (3, 4), (2, 4), (2,))]
+    inputs = [
+        torch.randn(s, dtype=torch.float64, device=device).requires_grad_() for s in ((3, 4), (3, 4), (2, 4), (2,))
+    ]
     assert torch.autograd.gradcheck(LF.gated_linear, inputs)
     assert torch.autograd.gradgradcheck(LF.gated_linear, inputs)
 
