@@ -358,7 +358,7 @@ def test_defaults_and_names():
         ("--device meta", "--device is meta, expected cpu or cuda"),
         (
             "--only relu",
-            "--only is relu, expected some of activations, few-bit, norms, gelu, gelu-tanh, silu, gelu-3bit, ",
+            "--only is relu, expected some of activations, few-bit, gated, norms, gelu, gelu-tanh, silu, gelu-3bit, ",
         ),
         ("--from nothing.json", "--from is nothing.json, expected a file that exists"),
         ("--from some.json --threads 2", "--threads is given with --from, expected only one of them"),

@@ -204,7 +204,9 @@ struct GatedBackward {
     reader.use(grid);
     grid.use(grad_output, operands.cols);
     grid.use(grad_gate, stride);
-    grid.use(grad_up, stride);
+    if (!reader.interleaved) {
+      grid.use(grad_up, stride);
+    }
     grid.use(output, operands.cols);
   }
 
