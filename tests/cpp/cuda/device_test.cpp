@@ -251,6 +251,7 @@ TEST_F(EveryDevice, Gated) {
          {std::pair<std::int64_t, std::int64_t>{0, 0},
           {1, 1},
           {1, 37},
+          {1, 4095},
           {1, 8200},
           {3, 40},
           {5, 33},

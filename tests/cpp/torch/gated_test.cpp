@@ -87,6 +87,8 @@ TEST(Gated, Module) {
   EXPECT_TRUE(torch::equal(unit(both), lomem::gated(both, std::nullopt, "gelu", "interleaved")));
   EXPECT_TRUE(torch::equal(unit(both, both), lomem::gated(both, both, "gelu")));
   EXPECT_TRUE(torch::equal(lomem::nn::GatedUnit()(both), lomem::gated(both)));
+  torch::nn::Sequential layers(torch::nn::Linear(4, 16), unit);
+  EXPECT_EQ(layers->forward(torch::randn({3, 4})).sizes(), torch::IntArrayRef({3, 8}));
   std::ostringstream text;
   text << unit;
   EXPECT_EQ(text.str(), "lomem::nn::GatedUnit(activation=gelu, layout=interleaved)");

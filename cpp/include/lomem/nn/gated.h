@@ -4,8 +4,11 @@
 #include <lomem/config.h>
 #include <lomem/ops/gated.h>
 #include <torch/nn/cloneable.h>
+#include <torch/nn/modules/common.h>
+#include <torch/nn/modules/container/any.h>
 #include <torch/nn/pimpl.h>
 
+#include <optional>
 #include <ostream>
 #include <string>
 #include <utility>
@@ -30,15 +33,15 @@ class GatedUnitImpl : public torch::nn::Cloneable<GatedUnitImpl> {
   void pretty_print(std::ostream& stream) const override {
     stream << "lomem::nn::GatedUnit(activation=" << options.activation() << ", layout=" << options.layout() << ")";
   }
-  torch::Tensor forward(const torch::Tensor& gate, const torch::Tensor& up) {
+  /// Without `up`, `gate` holds both operands.
+  torch::Tensor forward(const torch::Tensor& gate, const std::optional<torch::Tensor>& up = std::nullopt) {
     return gated(gate, up, options.activation(), options.layout());
-  }
-  /// Of one tensor that holds both operands.
-  torch::Tensor forward(const torch::Tensor& gate_and_up) {
-    return gated(gate_and_up, std::nullopt, options.activation(), options.layout());
   }
 
   GatedUnitOptions options;
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(std::optional<torch::Tensor>())})
 };
 TORCH_MODULE(GatedUnit);
 

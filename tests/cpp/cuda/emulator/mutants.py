@@ -159,14 +159,6 @@ MUTANTS = [
         GATED,
     ),
     Mutant(
-        "rows that are not whole vectors",
-        "cuda/gated.cuh",
-        "cols % elements == 0 && stride",
-        "stride",
-        "gated",
-        GATED,
-    ),
-    Mutant(
         "a block of units is full that is not",
         "cuda/gated.cuh",
         "block_elements <= rows * cols",
@@ -184,8 +176,7 @@ MUTANTS = [
         "to_compute(value) * to_compute(factor)",
         "Function::value(to_compute(x)) * to_compute(factor)",
         "gated",
-        "*Gated*",
-        DEVICE,
+        GATED,
     ),
     Mutant(
         "the derivative of the other half",

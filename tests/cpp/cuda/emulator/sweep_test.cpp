@@ -319,6 +319,18 @@ void sweep_gated(Random& random) {
       ASSERT_NEAR(gradients[at_gate], expected.of_gate, expected.gate_tolerance) << both[at_gate];
       ASSERT_NEAR(gradients[at_up], expected.of_up, expected.up_tolerance) << both[at_gate];
     }
+    if constexpr (sizeof(T) == 2) {
+      // The activation is rounded before the product: nearly all results are what two roundings give. (Where it is
+      // negative, differences lose more digits than the rounding hides.)
+      std::int64_t others = 0;
+      for (std::int64_t i = 0; i < n; ++i) {
+        const double gate = both[operand_index(form, 0, i / cols, i % cols, rows, cols)];
+        const double up = both[operand_index(form, 1, i / cols, i % cols, rows, cols)];
+        const double value = lomem::to_compute(Element<T>::from(gate_definition(activation, gate).value));
+        others += gate > 0 && y[i] != lomem::to_compute(Element<T>::from(value * up)) ? 1 : 0;
+      }
+      EXPECT_LE(others, 3 + n / 100);
+    }
     // What is not asked for is not written.
     const std::int64_t left_out = random.below(3);
     (left_out == 0 ? targets.gate : left_out == 1 ? targets.up : targets.output) = nullptr;
