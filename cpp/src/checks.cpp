@@ -34,6 +34,14 @@ void check_same_device(
       ", the device of ", other_argument);
 }
 
+void check_same_dtype(
+    const char* op, const char* argument, const at::Tensor& tensor, const char* other_argument,
+    const at::Tensor& other) {
+  TORCH_CHECK(
+      tensor.scalar_type() == other.scalar_type(), op, ": ", argument, " has dtype ", dtype_name(tensor.scalar_type()),
+      ", expected ", dtype_name(other.scalar_type()), ", the dtype of ", other_argument);
+}
+
 void check_packed(
     const char* op, const char* argument, const at::Tensor& packed, const c10::SymInt& numel, int64_t bits) {
   check_byte_tensor(op, argument, packed);
@@ -167,6 +175,95 @@ void check_unpack(const char* op, const at::Tensor& packed, int64_t bits, const 
   check_bits(op, bits);
   TORCH_CHECK_VALUE(numel >= 0 && numel <= max_numel, op, ": numel is ", numel, ", expected 0 to ", max_numel);
   check_packed(op, "packed", packed, numel, bits);
+}
+
+namespace {
+
+/// Checks how the tensors of a gated unit fit together, each of which is a float tensor.
+GatedKind check_operands(
+    const char* op, const at::Tensor& gate, const std::optional<at::Tensor>& up, std::string_view activation,
+    std::string_view layout) {
+  const std::optional<GatedActivation> known_activation = gated_activation(activation);
+  TORCH_CHECK_VALUE(
+      known_activation, op, ": activation is '", activation, "', expected one of silu, gelu, gelu_tanh, relu, sigmoid");
+  const std::optional<GatedLayout> known_layout = gated_layout(layout);
+  TORCH_CHECK_VALUE(known_layout, op, ": layout is '", layout, "', expected one of gate_up, up_gate, interleaved");
+  if (has_tensor(up)) {
+    check_same_device(op, "up", *up, "gate", gate);
+    check_same_dtype(op, "up", *up, "gate", gate);
+    TORCH_CHECK(
+        up->sym_sizes() == gate.sym_sizes(), op, ": up has shape ", up->sym_sizes(), ", expected ", gate.sym_sizes(),
+        ", the shape of gate");
+  } else {
+    TORCH_CHECK(
+        gate.dim() >= 1 && known_or((gate.sym_size(-1) % 2).sym_eq(0), true), op, ": gate has shape ", gate.sym_sizes(),
+        ", expected an even last dimension, which holds gate and up");
+  }
+  return {*known_activation, *known_layout};
+}
+
+void check_optional_float_tensor(const char* op, const char* argument, const std::optional<at::Tensor>& tensor) {
+  if (has_tensor(tensor)) {
+    check_float_tensor(op, argument, *tensor);
+  }
+}
+
+}  // namespace
+
+GatedKind check_gated(
+    const char* op, const at::Tensor& gate, const std::optional<at::Tensor>& up, std::string_view activation,
+    std::string_view layout) {
+  check_float_tensor(op, "gate", gate);
+  check_optional_float_tensor(op, "up", up);
+  return check_operands(op, gate, up, activation, layout);
+}
+
+c10::SymDimVector gated_sizes(const at::Tensor& gate, const std::optional<at::Tensor>& up) {
+  c10::SymDimVector sizes(gate.sym_sizes().begin(), gate.sym_sizes().end());
+  if (!has_tensor(up)) {
+    sizes.back() = sizes.back() / 2;
+  }
+  return sizes;
+}
+
+GatedKind check_gated_backward(
+    const char* op, const at::Tensor& grad_output, const at::Tensor& gate, const std::optional<at::Tensor>& up,
+    std::string_view activation, std::string_view layout) {
+  check_float_tensor(op, "grad_output", grad_output);
+  const GatedKind kind = check_gated(op, gate, up, activation, layout);
+  check_same_device(op, "grad_output", grad_output, "gate", gate);
+  check_same_dtype(op, "grad_output", grad_output, "gate", gate);
+  const c10::SymDimVector sizes = gated_sizes(gate, up);
+  TORCH_CHECK(
+      grad_output.sym_sizes() == c10::SymIntArrayRef(sizes), op, ": grad_output has shape ", grad_output.sym_sizes(),
+      ", expected ", c10::SymIntArrayRef(sizes), ", the shape of the unit's result");
+  return kind;
+}
+
+GatedKind check_gated_linear(
+    const char* op, const at::Tensor& gate, const std::optional<at::Tensor>& up, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias, std::string_view activation, std::string_view layout) {
+  check_float_tensor(op, "gate", gate);
+  check_optional_float_tensor(op, "up", up);
+  check_float_tensor(op, "weight", weight);
+  check_optional_float_tensor(op, "bias", bias);
+  const GatedKind kind = check_operands(op, gate, up, activation, layout);
+  TORCH_CHECK(gate.dim() >= 1, op, ": gate has shape ", gate.sym_sizes(), ", expected at least one dimension");
+  check_same_device(op, "weight", weight, "gate", gate);
+  TORCH_CHECK(
+      weight.dim() == 2, op, ": weight has shape ", weight.sym_sizes(), ", expected (out_features, in_features)");
+  const c10::SymInt in_features = gated_sizes(gate, up).back();
+  TORCH_CHECK(
+      weight.sym_size(1) == in_features, op, ": weight has shape ", weight.sym_sizes(), ", expected in_features ",
+      in_features, ", the last dimension of the unit's result");
+  if (has_tensor(bias)) {
+    check_same_device(op, "bias", *bias, "gate", gate);
+    check_same_dtype(op, "bias", *bias, "weight", weight);
+    TORCH_CHECK(
+        bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), op, ": bias has shape ", bias->sym_sizes(),
+        ", expected [", weight.sym_size(0), "], the out_features of weight");
+  }
+  return kind;
 }
 
 NormSizes check_norm_forward(

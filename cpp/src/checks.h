@@ -4,8 +4,10 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymIntArrayRef.h>
 #include <lomem/core/dtype.h>
+#include <lomem/core/gated.h>
 
 #include <optional>
+#include <string_view>
 #include <vector>
 
 namespace lomem::detail {
@@ -42,6 +44,30 @@ void check_step_backward(
     const char* op, const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits);
 
 void check_unpack(const char* op, const at::Tensor& packed, int64_t bits, const c10::SymInt& numel);
+
+/// What a gated unit computes, and where its operands are.
+struct GatedKind {
+  GatedActivation activation;
+  GatedLayout layout;
+};
+
+/// Checks the arguments of a gated unit. Without `up`, `gate` holds both operands.
+GatedKind check_gated(
+    const char* op, const at::Tensor& gate, const std::optional<at::Tensor>& up, std::string_view activation,
+    std::string_view layout);
+
+/// Sizes of each operand, and of the result.
+c10::SymDimVector gated_sizes(const at::Tensor& gate, const std::optional<at::Tensor>& up);
+
+/// Checks the arguments of a gated unit's backward.
+GatedKind check_gated_backward(
+    const char* op, const at::Tensor& grad_output, const at::Tensor& gate, const std::optional<at::Tensor>& up,
+    std::string_view activation, std::string_view layout);
+
+/// Checks the arguments of a gated unit and the linear layer behind it.
+GatedKind check_gated_linear(
+    const char* op, const at::Tensor& gate, const std::optional<at::Tensor>& up, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias, std::string_view activation, std::string_view layout);
 
 /// Sizes derived from an input and its normalized_shape.
 struct NormSizes {

@@ -13,6 +13,7 @@ namespace lomem::detail {
 namespace {
 
 enum Traits : unsigned {
+  none = 0,
   kernels = 1,
   composite = 2,
   not_differentiable = 4,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ __all__ = [
     "REGELU2",
     "RESILU2",
     "StepFunction",
+    "gated",
     "ms_layer_norm",
     "ms_rms_norm",
     "pack_bits",
@@ -112,6 +114,26 @@ def regelu2(input: Tensor, approximate: str = "none") -> Tensor:
 def resilu2(input: Tensor) -> Tensor:
     """See :func:`lomem.functional.resilu2`."""
     return _WithSteps.apply(input, F.silu(input.detach()), RESILU2)
+
+
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def gated(gate: Tensor, up: Tensor | None = None, activation: str = "silu", *, layout: str = "gate_up") -> Tensor:
+    """See :func:`lomem.functional.gated`."""
+    if up is None:
+        if layout == "interleaved":
+            gate, up = gate[..., ::2], gate[..., 1::2]
+        else:
+            first, second = gate.chunk(2, -1)
+            gate, up = (first, second) if layout == "gate_up" else (second, first)
+    return _GATES[activation](gate) * up
 
 
 class _MSNorm(torch.autograd.Function):

@@ -10,6 +10,7 @@ namespace op_list {
 
 /// See ops.def.
 enum Traits : unsigned {
+  none = 0,
   kernels = 1,
   composite = 2,
   not_differentiable = 4,

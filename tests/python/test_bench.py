@@ -295,6 +295,26 @@ def test_few_bit_cases(bits):
     assert torch.equal(case.contenders["lomem"].function(x), case.contenders["torch"].function(x))
 
 
+@pytest.mark.parametrize("name", bench_report.GATED)
+def test_cases_of_gated_units(name):
+    case = bench.gated_case(name, 1024, "bf16", plan_of())
+    assert {name: (c.forward_bytes, c.backward_bytes) for name, c in case.contenders.items()} == {
+        "lomem": (6, 10),
+        "torch": (10, 18),
+    }
+    inputs = case.make_inputs()
+    assert [x.shape for x in inputs] == [(1024,)] * 2
+    assert torch.equal(case.contenders["lomem"].function(*inputs), case.contenders["torch"].function(*inputs))
+    calls = bench.make_calls(case.contenders["lomem"], [inputs], [torch.ones(1024, dtype=torch.bfloat16)])
+    assert [gradient.shape for gradient in calls["both"]()] == [(1024,)] * 2
+
+
+def test_gated_units_are_measured_where_they_are_asked_for():
+    assert not set(bench_report.GATED) & set(bench_report.select(None))
+    assert bench_report.select(["gated"]) == list(bench_report.GATED)
+    assert set(bench_report.GATED) == set(bench.GATED_FUNCTIONS)
+
+
 def test_few_bit_cases_are_measured_where_they_are_asked_for():
     assert not set(bench_report.FEW_BIT) & set(bench_report.select(None))
     assert bench_report.select(["few-bit"]) == list(bench_report.FEW_BIT)
@@ -338,7 +358,7 @@ def test_defaults_and_names():
         ("--device meta", "--device is meta, expected cpu or cuda"),
         (
             "--only relu",
-            "--only is relu, expected some of activations, few-bit, norms, gelu, gelu-tanh, silu, gelu-3bit, ",
+            "--only is relu, expected some of activations, few-bit, gated, norms, gelu, gelu-tanh, silu, gelu-3bit, ",
         ),
         ("--from nothing.json", "--from is nothing.json, expected a file that exists"),
         ("--from some.json --threads 2", "--threads is given with --from, expected only one of them"),

@@ -123,6 +123,9 @@ GOOD_ARGUMENTS = {
     "step_codes": (FLOAT_VALUES, [0.0], 1),
     "band_codes": (FLOAT_VALUES, 0.0, 1.0),
     "step_activation_backward": (FLOAT_VALUES, BYTE_VALUES[0], [0.0] * 4, 2),
+    "gated": (FLOAT_VALUES, FLOAT_VALUES, "silu"),
+    "gated_backward": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES, "silu"),
+    "gated_linear": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES[1], "silu"),
     "ms_layer_norm": (FLOAT_VALUES, [4], FLOAT_VALUES[1], FLOAT_VALUES[1]),
     "ms_layer_norm_forward": (FLOAT_VALUES, [4], FLOAT_VALUES[1], FLOAT_VALUES[1]),
     "ms_layer_norm_backward": (
@@ -189,6 +192,8 @@ class TestOddTensors:
         "relu": LF.relu,
         "threshold": lambda x: LF.threshold(x, 0.1, 0.2),
         "step_activation": lambda x: LF.step_activation(x, torch.sigmoid, [0.0], [0.0, 1.0]),
+        "gated": lambda x: LF.gated(x, FLOAT_VALUES),
+        "gated_linear": lambda x: LF.gated_linear(x, FLOAT_VALUES, FLOAT_VALUES),
         "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (4,)),
         "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (4,)),
         "pack_bits": lambda x: LF.pack_bits(x, 1),
@@ -264,6 +269,8 @@ def test_cuda_in_a_build_without_cuda():
         "step_codes": (X, [0.0], 1),
         "band_codes": (X, 0.0, 1.0),
         "step_activation_backward": (X, torch.zeros(8, dtype=torch.uint8), [0.0] * 4, 2),
+        "gated": (X, X, "silu"),
+        "gated_backward": (X, X, X, "silu"),
         "ms_layer_norm": (X, [8]),
         "ms_layer_norm_forward": (X, [8]),
         "ms_layer_norm_backward": (X, X, X[:, :1], [8], None, None, torch.float32, [True, False, False]),
@@ -274,7 +281,7 @@ def test_cuda_in_a_build_without_cuda():
         "unpack_bits": (X.to(torch.uint8), 2, 128),
     }
     # Of torch's ops, which have kernels of their own.
-    composite = {*PUBLISHED, "step_activation", "hard_activation"}
+    composite = {*PUBLISHED, "step_activation", "hard_activation", "gated_linear"}
     composite.update(name for name in ARGUMENTS if name.startswith("randomized_linear"))
     assert {f"lomem::{name}" for name in composite.union(calls)} == {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lomem::")
@@ -608,6 +615,29 @@ def linear_arguments(draw, kind):
     return (x, weight, bias), {**matmul, **sizes, **bounds, "seed": seed}
 
 
+@st.composite
+def gated_arguments(draw, kind):
+    """Operands of a gated unit that mostly match; in one tensor, or in two."""
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    sizes = [*draw(st.lists(st.integers(0, 3), max_size=2)), draw(st.integers(0, 8))]
+    odd = st.one_of(st.none(), tensors()) if draw(st.integers(0, 9)) == 0 else st.nothing()
+    gate = draw(st.one_of(st.just(torch.randn(sizes, dtype=dtype)), odd))
+    up = draw(st.one_of(st.none(), st.just(torch.randn(sizes, dtype=dtype)), odd))
+    gate = torch.randn(sizes, dtype=dtype) if gate is None else gate
+    activation = draw(st.sampled_from(["silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh"]))
+    options = {"layout": draw(st.sampled_from(["gate_up", "up_gate", "interleaved"]))}
+    features = sizes[-1] if up is not None else sizes[-1] // 2
+    if kind == "backward":
+        grad = torch.randn([*sizes[:-1], features], dtype=dtype)
+        options["output_mask"] = draw(st.lists(st.booleans(), min_size=3, max_size=3))
+        return (grad, gate, up, activation), options
+    if kind == "linear":
+        weight = torch.randn(draw(st.integers(0, 4)), features, dtype=dtype)
+        bias = draw(st.one_of(st.none(), st.just(torch.randn(weight.shape[0], dtype=dtype))))
+        return (gate, up, weight, bias, activation), options
+    return (gate, up, activation), options
+
+
 boundaries = st.one_of(st.lists(floats, max_size=300), st.lists(st.floats(allow_nan=False), max_size=9).map(sorted))
 optional_floats = st.one_of(st.none(), floats)
 ARGUMENTS = {
@@ -622,6 +652,9 @@ ARGUMENTS = {
     "step_codes": st.tuples(tensors(), boundaries, widths),
     "band_codes": st.tuples(tensors(), floats, floats),
     "step_activation_backward": step_arguments(),
+    "gated": gated_arguments("forward"),
+    "gated_backward": gated_arguments("backward"),
+    "gated_linear": gated_arguments("linear"),
     "ms_layer_norm": norm_arguments(2, floats),
     "ms_layer_norm_forward": norm_arguments(2, floats),
     "ms_layer_norm_backward": norm_arguments(2, floats, backward=True),

@@ -1,10 +1,11 @@
-// The torch-free core: packing, step functions, norm formulas, fast activations. Headers only.
+// The torch-free core: packing, step functions, norm formulas, fast activations, gated units. Headers only.
 #pragma once
 
 #include <lomem/config.h>
 #include <lomem/core/activation.h>
 #include <lomem/core/dtype.h>
 #include <lomem/core/fast_forward.h>
+#include <lomem/core/gated.h>
 #include <lomem/core/norm.h>
 #include <lomem/core/packing.h>
 #include <lomem/core/step.h>

@@ -2,5 +2,6 @@
 #pragma once
 
 #include <lomem/nn/activations.h>
+#include <lomem/nn/gated.h>
 #include <lomem/nn/linear.h>
 #include <lomem/nn/norms.h>

@@ -1,17 +1,12 @@
 // Activation ops on the CPU: unpack tensors and run the kernels on raw pointers.
-#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/gelu_cpu_dispatch.h>
-#include <ATen/ops/silu_cpu_dispatch.h>
 #include <lomem/cpu/kernels.h>
 #include <torch/library.h>
 
-#include <algorithm>
-
 #include "../checks.h"
 #include "../cpu/parallel.h"
+#include "../cpu/torch_activations.h"
 #include "fused.h"
 #include "ops.h"
 
@@ -93,103 +88,6 @@ at::Tensor band_codes_cpu(const at::Tensor& input, double low, double high) {
 
 // Values and codes in one pass ----------------------------------------------------------------------------------------
 
-// Runs the torch op in tiles, so that the codes of a tile are computed while it is in the cache and x is read from
-// memory only once. A tile must give the same bits as a single call. Most of torch's kernels evaluate the remainder at
-// the end of a thread's range by another formula, so the last bits depend on where ranges end. Exceptions:
-//   - GELU of float32 and bfloat16 is oneDNN's, which treats every element alike (except in a call
-//     with only one element);
-//   - SiLU of 16-bit types: the formulas differ by less than rounding shows, for all 65,536 inputs;
-//   - one thread: there is only one range, and with tiles that are multiples of every vector length, the only remainder
-//     is that of the range itself.
-// This holds for x86, where the tests check it.
-
-struct Tiling {
-  bool with_threads;     // if false, only with one thread
-  int64_t largest_tile;  // in elements
-  int64_t least_input;   // smaller inputs, which stay in the last-level cache, are faster untiled
-};
-
-constexpr int64_t smallest_tile = int64_t{1} << 16;
-
-/// Tiles that fit in a core's cache.
-constexpr Tiling by_vectors(bool with_threads) {
-  return {with_threads, int64_t{1} << 17, int64_t{1} << 19};
-}
-
-/// Large tiles: a call of oneDNN costs as much as about 30,000 elements.
-constexpr Tiling by_onednn{true, int64_t{1} << 19, int64_t{1} << 23};
-
-bool is_onednn(at::ScalarType dtype) {
-  return (dtype == at::kFloat || dtype == at::kBFloat16) && at::hasMKLDNN() && at::globalContext().userEnabledMkldnn();
-}
-
-// (These bypass the dispatcher.)
-
-struct GELUValues {
-  static Tiling tiling(at::ScalarType dtype) {
-    return is_onednn(dtype) ? by_onednn : by_vectors(false);
-  }
-  static at::Tensor value(const at::Tensor& input) {
-    return at::cpu::gelu(input, "none");
-  }
-  static void value_out(at::Tensor& output, const at::Tensor& input) {
-    at::cpu::gelu_out(output, input, "none");
-  }
-};
-
-struct GELUTanhValues {
-  static Tiling tiling(at::ScalarType /*dtype*/) {
-    return by_vectors(false);
-  }
-  static at::Tensor value(const at::Tensor& input) {
-    return at::cpu::gelu(input, "tanh");
-  }
-  static void value_out(at::Tensor& output, const at::Tensor& input) {
-    at::cpu::gelu_out(output, input, "tanh");
-  }
-};
-
-struct SiLUValues {
-  static Tiling tiling(at::ScalarType dtype) {
-    return by_vectors(dtype == at::kBFloat16 || dtype == at::kHalf);
-  }
-  static at::Tensor value(const at::Tensor& input) {
-    return at::cpu::silu(input);
-  }
-  static void value_out(at::Tensor& output, const at::Tensor& input) {
-    at::cpu::silu_out(output, input);
-  }
-};
-
-GELUValues values_of(Type<GELU> /*function*/) {
-  return {};
-}
-GELUTanhValues values_of(Type<GELUTanh> /*function*/) {
-  return {};
-}
-SiLUValues values_of(Type<SiLU> /*function*/) {
-  return {};
-}
-
-template <class Function>
-using Values = decltype(values_of(Type<Function>{}));
-
-bool may_tile([[maybe_unused]] const at::Tensor& input, [[maybe_unused]] const Tiling& tiling) {
-#if defined(LOMEM_X86_KERNELS)
-  if (!input.is_contiguous() || input.numel() < tiling.least_input) {
-    return false;
-  }
-  return tiling.with_threads || at::get_num_threads() == 1 || at::in_parallel_region();
-#else
-  return false;
-#endif
-}
-
-int64_t tile_elements(int64_t n, const Tiling& tiling) {
-  const int64_t several_a_thread = n / (4 * at::get_num_threads());
-  return std::clamp(several_a_thread, smallest_tile, tiling.largest_tile) / cache_line_elements * cache_line_elements;
-}
-
 /// A tensor with the strides of the result of torch's elementwise ops for a dense `input`. They differ from the input's
 /// strides where a dimension of size 1 has an unusual stride.
 at::Tensor empty_result(const at::Tensor& input) {
@@ -200,11 +98,6 @@ at::Tensor empty_result(const at::Tensor& input) {
     return at::empty_like(input, input.options(), at::MemoryFormat::ChannelsLast);
   }
   return at::empty_like(input);
-}
-
-/// A 1-D tensor of `count` elements at `data`, which it does not own.
-at::Tensor view_of(void* data, int64_t count, const at::Tensor& like) {
-  return at::from_blob(data, {count}, at::TensorOptions().dtype(like.scalar_type()));
 }
 
 template <class Function>
@@ -278,7 +171,8 @@ std::tuple<at::Tensor, at::Tensor> fused_forward(const at::Tensor& input, Double
       return {output, codes};
     }
   }
-  if (const Tiling tiling = Values<Function>::tiling(input.scalar_type()); may_tile(input, tiling)) {
+  if (const Tiling tiling = Values<Function>::tiling(input.scalar_type());
+      input.is_contiguous() && may_tile(input.numel(), tiling)) {
     return forward_in_tiles<Function>(input, tiling, encode);
   }
 

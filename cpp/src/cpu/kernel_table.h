@@ -3,6 +3,7 @@
 #pragma once
 
 #include <lomem/core/dtype.h>
+#include <lomem/core/gated.h>
 #include <lomem/core/norm.h>
 
 #include <cstdint>

@@ -34,7 +34,7 @@ from torch import Tensor
 from .. import _C, __version__, functional
 from ..functional.norms import LAYER_NORM, RMS_NORM
 from . import _reused_memory, bench_report
-from .bench_report import ACTIVATIONS, FEW_BIT, NORMS, Record, Results
+from .bench_report import ACTIVATIONS, FEW_BIT, GATED, NORMS, Record, Results
 from .plotting import check_folder, check_plot
 
 try:
@@ -64,7 +64,7 @@ class Plan(NamedTuple):
     def command(self) -> str:
         """The command line that runs this plan."""
         activations, norms = (
-            [case for case in self.cases if case in family] for family in ((*ACTIVATIONS, *FEW_BIT), NORMS)
+            [case for case in self.cases if case in family] for family in ((*ACTIVATIONS, *FEW_BIT, *GATED), NORMS)
         )
         options = {
             "device": str(self.device),
@@ -198,6 +198,40 @@ def few_bit_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
     return Case(name, (elements,), dtype, activation_input(elements, dtype, plan), contenders)
 
 
+GATED_FUNCTIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "swiglu": ("silu", F.silu),
+    "geglu": ("gelu", F.gelu),
+    "geglu-tanh": ("gelu_tanh", partial(F.gelu, approximate="tanh")),
+    "reglu": ("relu", F.relu),
+    "glu": ("sigmoid", torch.sigmoid),
+}
+
+
+def gated_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
+    """A gated unit of two tensors of this size."""
+    size = DTYPES[dtype].itemsize
+    activation, function = GATED_FUNCTIONS[name]
+
+    def of_torch(gate: Tensor, up: Tensor) -> Tensor:
+        return function(gate) * up
+
+    make = activation_input(elements, dtype, plan)
+
+    # torch's: silu and its backward pass, and two products.
+    contenders = {
+        "lomem": Contender(partial(functional.gated, activation=activation), 3 * size, 5 * size),
+        "torch": Contender(of_torch, 5 * size, 9 * size),
+    }
+    if plan.compiled:
+        contenders["torch.compile"] = Contender(torch.compile(of_torch, dynamic=False), 3 * size, 5 * size)
+    if plan.device.type == "cuda" and name in ("swiglu", "geglu-tanh") and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import functional as liger
+
+        peer = liger.liger_swiglu if name == "swiglu" else liger.liger_geglu
+        contenders["liger"] = Contender(peer, 3 * size, 5 * size)
+    return Case(name, (elements,), dtype, lambda: make() + make(), contenders)
+
+
 def activation_input(elements: int, dtype: str, plan: Plan) -> Callable[[], tuple[Tensor]]:
     """Returns a function that makes inputs with values on every step."""
     return lambda: (torch.randn(elements, device=plan.device).mul_(2).to(DTYPES[dtype]).requires_grad_(),)
@@ -259,6 +293,8 @@ def make_cases(name: str, plan: Plan) -> Iterator[Case]:
     """Yields the cases of one function for every size and dtype."""
     if name in ACTIVATIONS:
         yield from (activation_case(name, *kind, plan) for kind in itertools.product(plan.elements, plan.dtypes))
+    elif name in GATED:
+        yield from (gated_case(name, *kind, plan) for kind in itertools.product(plan.elements, plan.dtypes))
     elif name in FEW_BIT:
         yield from (few_bit_case(name, *kind, plan) for kind in itertools.product(plan.elements, plan.dtypes))
     else:

@@ -27,8 +27,10 @@ ACTIVATIONS = ("gelu", "gelu-tanh", "silu")
 #: Not measured by default.
 FEW_BIT = ("gelu-3bit", "gelu-4bit", "gelu-8bit")
 NORMS = ("layer-norm", "layer-norm-affine", "rms-norm", "rms-norm-affine")
+#: Not measured by default either.
+GATED = ("swiglu", "geglu", "geglu-tanh", "reglu", "glu")
 #: Names for groups of cases.
-FAMILIES = {"activations": ACTIVATIONS, "few-bit": FEW_BIT, "norms": NORMS}
+FAMILIES = {"activations": ACTIVATIONS, "few-bit": FEW_BIT, "gated": GATED, "norms": NORMS}
 
 #: One contender in one pass of one case. (Functional syntax, since `pass` cannot be a field name.)
 Record = TypedDict(
@@ -65,8 +67,8 @@ class Results(NamedTuple):
 
 
 def select(only: Iterable[str] | None) -> list[str]:
-    """The requested cases; by default all except those of FEW_BIT."""
-    known = [*ACTIVATIONS, *FEW_BIT, *NORMS]
+    """The requested cases; by default all except those of FEW_BIT and GATED."""
+    known = [*ACTIVATIONS, *FEW_BIT, *GATED, *NORMS]
     if only is None:
         return [*ACTIVATIONS, *NORMS]
     wanted: set[str] = set()

@@ -1,6 +1,7 @@
 // The launchers of the CUDA kernels (lomem/cuda/kernels.h) with the bodies of the kernels executed on the CPU.
 #include <lomem/cuda/kernels.h>
 #include <lomem/cuda/norm_plan.h>
+#include <lomem/cuda/gated.cuh>
 #include <lomem/cuda/packing.cuh>
 #include <lomem/cuda/step.cuh>
 
@@ -59,6 +60,15 @@ cudaError_t step_backward(
               static_cast<const T*>(grad_output), codes, levels, n, static_cast<T*>(grad_input))));
     });
   });
+}
+
+cudaError_t gated_forward(const GatedOperands& operands, void* output, cudaStream_t /*stream*/) {
+  return gated_forward_by(operands, output, [](const auto& body) { return status(host.body(body)); });
+}
+
+cudaError_t gated_backward(
+    const GatedOperands& operands, const void* grad_output, const GatedGradients& gradients, cudaStream_t /*stream*/) {
+  return gated_backward_by(operands, grad_output, gradients, [](const auto& body) { return status(host.body(body)); });
 }
 
 cudaError_t pack_bits(

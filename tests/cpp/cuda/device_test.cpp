@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 #include <lomem/cuda/kernels.h>
 #include <lomem/cuda/norm_plan.h>
+#include <lomem/cuda/gated.cuh>
 #include <lomem/cuda/packing.cuh>
 #include <lomem/cuda/step.cuh>
 
@@ -15,6 +16,7 @@
 
 #include "../core/elements.h"
 #include "../core/fused_functions.h"
+#include "../core/gates.h"
 
 namespace {
 
@@ -187,6 +189,85 @@ void check_forwards() {
     using Function = typename decltype(function)::type;
     SCOPED_TRACE(Fused<Function>::name);
     check_forward<Function, T>();
+  });
+}
+
+/// Elements that differ by no more than what the library functions of host and device do, each within a few roundings;
+/// what is multiplied by these is as large as `scale`.
+template <class T>
+void expect_nearly_same(const std::vector<T>& got, const std::vector<T>& want, double scale) {
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    const double value = lomem::to_compute(want[i]);
+    const double tolerance = 2 * spacing<T>() * std::fabs(value) + 16 * spacing<lomem::compute_t<T>>() * scale +
+                             (sizeof(T) == 2 ? std::ldexp(1, -23) * scale : 0);
+    ASSERT_NEAR(lomem::to_compute(got[i]), value, tolerance) << i << " of " << want.size();
+  }
+}
+
+template <class T>
+void check_gated(
+    Operands form, lomem::GatedActivation activation, std::int64_t rows, std::int64_t cols, int misaligned) {
+  const std::int64_t n = rows * cols;
+  const auto both = random_elements<T>(2 * n, 2, static_cast<unsigned>(n));
+  const auto grad = random_elements<T>(n, 1, static_cast<unsigned>(n + 1));
+  DeviceBuffer<T> x(2 * n, misaligned == 0 ? 1 : 0);
+  x.assign(both);
+  DeviceBuffer<T> g(n, misaligned == 1 ? 1 : 0);
+  g.assign(grad);
+  DeviceBuffer<T> y(n, misaligned == 2 ? 1 : 0);
+  DeviceBuffer<T> again(n, misaligned == 2 ? 1 : 0);
+  DeviceBuffer<T> gradients(2 * n, misaligned == 3 ? 1 : 0);
+  std::vector<T> host_y(n), host_again(n), host_gradients(2 * n);
+  const auto on_host = operands_in(form, activation, both.data(), rows, cols);
+  gated_forward_by(on_host, host_y.data(), [](const auto& body) { execute_on_host(body); });
+  gated_backward_by(
+      on_host, grad.data(), gradients_in(form, host_gradients.data(), rows, cols, host_again.data()),
+      [](const auto& body) { execute_on_host(body); });
+  const auto on_device = operands_in(form, activation, static_cast<const T*>(x.data()), rows, cols);
+  on_all_streams(
+      [&](cudaStream_t stream) {
+        const cudaError_t error = gated_forward(on_device, y.data(), stream);
+        return error != cudaSuccess
+                   ? error
+                   : gated_backward(
+                         on_device, g.data(), gradients_in(form, gradients.data(), rows, cols, again.data()), stream);
+      },
+      [&] {
+        y.poison();
+        again.poison();
+        gradients.poison();
+      },
+      [&] {
+        EXPECT_EQ(bytes_of(y.values()), bytes_of(again.values()));
+        expect_nearly_same(y.values(), host_y, 64);
+        expect_nearly_same(gradients.values(), host_gradients, 64);
+      });
+}
+
+TEST_F(EveryDevice, Gated) {
+  on_every_device([] {
+    int number = 0;
+    for (const auto& [rows, cols] :
+         {std::pair<std::int64_t, std::int64_t>{0, 0},
+          {1, 1},
+          {1, 37},
+          {1, 4095},
+          {1, 8200},
+          {3, 40},
+          {5, 33},
+          {300, 16},
+          {7, 1024}}) {
+      for (const Operands form : all_operands) {
+        for (const lomem::GatedActivation activation : gates) {
+          SCOPED_TRACE(std::to_string(rows) + " x " + std::to_string(cols) + ", number " + std::to_string(number));
+          const int misaligned = number++ % 5 - 1;
+          check_gated<double>(form, activation, rows, cols, misaligned);
+          check_gated<float>(form, activation, rows, cols, misaligned);
+          check_gated<lomem::bfloat16>(form, activation, rows, cols, misaligned);
+          check_gated<lomem::float16>(form, activation, rows, cols, misaligned);
+        }
+      }
+    }
   });
 }
 

@@ -30,14 +30,20 @@ inline void check_launch(const char* op, const at::Tensor& /*tensor*/, cudaError
 #include <torch/library.h>
 
 #include <ATen/ops/gelu.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
 
 #include "../../../cpp/src/activations/fused.h"
 #include "../../../cpp/src/checks.h"
+#include "../../../cpp/src/gated/halves.h"
+#include "../../../cpp/src/gated/rows.h"
 #include "../../../cpp/src/norms/backend.h"
 
 // Registered under the other name: the tensors are on the CPU.
 #define CUDA CPU
 #include "../../../cpp/cuda/activations.cpp"
+#include "../../../cpp/cuda/gated.cpp"
 #include "../../../cpp/cuda/norms.cpp"
 #include "../../../cpp/cuda/packing.cpp"

@@ -10,10 +10,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <new>
 #include <vector>
 
 #include "../core/fused_functions.h"
+#include "../core/gates.h"
 #include "kernel_table.h"
 
 namespace {
@@ -465,12 +467,54 @@ void fuzz_norm(
   });
 }
 
+/// Gradients of a gated unit, which are the scalar formulas'.
+void fuzz_gated(Choices& choices) {
+  const DType dtype = choices.dtype();
+  const lomem::GatedActivation activation = gates[choices.byte() % std::size(gates)];
+  const std::size_t n = choices.number(most_elements);
+  const std::size_t offset = choices.number(most_bytes_off) * lomem::element_size(dtype);
+  const bool stream = choices.flag();
+  const bool wants_gate = choices.flag();
+  const bool wants_up = choices.flag();
+  const Bytes grad = choices.elements(dtype, n);
+  const Bytes gate = choices.elements(dtype, n);
+  const Bytes up = choices.elements(dtype, n);
+  Bytes want_gate;
+  Bytes want_up;
+  lomem::visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    const auto want =
+        gradients_by_formulas<T>(activation, elements_of<T>(grad), elements_of<T>(gate), elements_of<T>(up));
+    want_gate = with_one_nan(dtype, bytes_of(want.of_gate));
+    want_up = with_one_nan(dtype, bytes_of(want.of_up));
+  });
+  for_each_table([&](const KernelTable& table) {
+    Memory grad_memory(grad, offset);
+    Memory gate_memory(gate, offset);
+    Memory up_memory(up, offset);
+    Memory grad_gate(grad.size(), offset);
+    Memory grad_up(grad.size(), offset);
+    table.gated_backward(
+        activation, dtype, grad_memory.data(), gate_memory.data(), up_memory.data(), static_cast<std::int64_t>(n),
+        wants_gate ? grad_gate.data() : nullptr, wants_up ? grad_up.data() : nullptr, stream);
+    const Bytes of_gate = with_one_nan(dtype, grad_gate.written(table));
+    const Bytes of_up = with_one_nan(dtype, grad_up.written(table));
+    if (wants_gate) {
+      expect_same(table, "gradient of a gate", of_gate, want_gate);
+    }
+    if (wants_up) {
+      expect_same(table, "gradient of what is gated", of_up, want_up);
+    }
+  });
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   Choices choices(data, size);
   std::vector<void (*)(Choices&)> targets = {
       &fuzz_decode,
+      &fuzz_gated,
       &fuzz_packing,
       &fuzz_search,
       [](Choices& rest) { fuzz_norm(rest, &KernelTable::layer_norm_forward, &KernelTable::layer_norm_backward); },

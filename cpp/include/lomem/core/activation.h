@@ -27,14 +27,15 @@ struct GELU {
 struct GELUTanh {
   using PublishedSteps = ReGELU2;
 
+  static constexpr double sqrt_2 = 1.41421356237309504880;
+  static constexpr double two_over_sqrt_pi = 1.12837916709551257390;
+  static constexpr double beta = sqrt_2 * two_over_sqrt_pi * 0.5;
+  static constexpr double kappa = 0.044715;
+
   template <class C>
   LOMEM_HOST_DEVICE static C value(C x) {
-    constexpr double sqrt_2 = 1.41421356237309504880;
-    constexpr double two_over_sqrt_pi = 1.12837916709551257390;
-    constexpr C beta = C(sqrt_2 * two_over_sqrt_pi * 0.5);
-    constexpr C kappa = C(0.044715);
     const C cube = x * x * x;
-    const C inner = beta * (x + kappa * cube);
+    const C inner = C(beta) * (x + C(kappa) * cube);
     return C(0.5) * x * (C(1) + std::tanh(inner));
   }
 };
@@ -46,6 +47,23 @@ struct SiLU {
   template <class C>
   LOMEM_HOST_DEVICE static C value(C x) {
     return x / (C(1) + std::exp(-x));
+  }
+};
+
+/// max(x, 0).
+struct ReLU {
+  /// (-0 gives 0, as the GPU's maximum does.)
+  template <class C>
+  LOMEM_HOST_DEVICE static C value(C x) {
+    return x <= C(0) ? C(0) : x;
+  }
+};
+
+/// 1 / (1 + e^-x).
+struct Sigmoid {
+  template <class C>
+  LOMEM_HOST_DEVICE static C value(C x) {
+    return C(1) / (C(1) + std::exp(-x));
   }
 };
 

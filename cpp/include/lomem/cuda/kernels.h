@@ -5,6 +5,7 @@
 #include <lomem/config.h>
 #include <lomem/core/activation.h>
 #include <lomem/core/dtype.h>
+#include <lomem/core/gated.h>
 #include <lomem/core/norm.h>
 
 #include <cuda_runtime_api.h>
@@ -42,6 +43,14 @@ LOMEM_API cudaError_t band_encode(
 LOMEM_API cudaError_t step_backward(
     DType dtype, const void* grad_output, const std::uint8_t* codes, const double* levels, int bits, std::int64_t n,
     void* grad_input, cudaStream_t stream);
+
+/// output = activation(gate) * up, contiguous. The activation is rounded to the dtype before the product.
+LOMEM_API cudaError_t gated_forward(const GatedOperands& operands, void* output, cudaStream_t stream);
+
+/// Writes the gradients that are not null, and the result of gated_forward, bit for bit, if its pointer is not null.
+/// `grad_output` is contiguous.
+LOMEM_API cudaError_t gated_backward(
+    const GatedOperands& operands, const void* grad_output, const GatedGradients& gradients, cudaStream_t stream);
 
 /// Packs n codes of `bits` = 1..8 bits. A code that does not fit stops the kernel with a device-side assertion.
 LOMEM_API cudaError_t

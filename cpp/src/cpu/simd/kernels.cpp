@@ -3,6 +3,7 @@
 #include <lomem/core/activation.h>
 
 #include "../kernel_table.h"
+#include "gated.h"
 #include "norm.h"
 #include "packing.h"
 #include "search.h"

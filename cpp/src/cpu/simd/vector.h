@@ -263,19 +263,23 @@ LOMEM_FLOAT16_CONVERSION Floats to_floats(const Halves& x, float16 /*type*/) {
 #endif
 }
 
+/// Rounded to bfloat16, in the upper halves of words; the lower ones hold anything.
+inline Words rounded_to_bfloat16(const Floats& x) {
+  const Words u = bits_of<Words>(x);
+  const Words rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  const Words quiet = u | 0x400000u;
+  return (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+}
+
 /// Round to nearest even, with the same results as from_compute.
 inline Halves from_floats(const Floats& x, bfloat16 /*type*/) {
-  const Words u = bits_of<Words>(x);
 #if defined(__AVX512BF16__)
   // The instruction treats subnormal numbers as 0.
   if (__builtin_expect(_mm512_fpclass_ps_mask(bits_of<__m512>(x), 0x20) == 0, 1)) {
     return bits_of<Halves>(_mm512_cvtneps_pbh(bits_of<__m512>(x)));
   }
 #endif
-  const Words rounded = u + 0x7fffu + ((u >> 16) & 1u);
-  const Words quiet = u | 0x400000u;
-  const Words result = (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
-  return to_halves(result >> 16);
+  return to_halves(rounded_to_bfloat16(x) >> 16);
 }
 
 LOMEM_FLOAT16_CONVERSION Halves from_floats(const Floats& x, float16 /*type*/) {
@@ -349,6 +353,47 @@ inline void store_two(const Floats& first, const Floats& second, T* target, bool
 #endif
   store_as<float>(first, target, stream);
   store_as<float>(second, target + lanes, stream);
+}
+
+/// 2 * lanes consecutive elements, in an order that is the same for every array of a type: for elementwise operations.
+struct FloatPair {
+  Floats first;
+  Floats second;
+};
+
+template <class T>
+inline FloatPair load_pair(const T* x) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    // Elements at even places, and at odd ones: an instruction each.
+    const Words both = load<Words>(x);
+    return {bits_of<Floats>(both << 16), bits_of<Floats>(both & 0xffff0000u)};
+  } else {
+    return {load_as<float>(x), load_as<float>(x + lanes)};
+  }
+}
+
+template <class T>
+inline void store_pair(const FloatPair& x, T* target, bool stream) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+#if defined(__AVX512BF16__)
+    const __m512 first = bits_of<__m512>(x.first);
+    const __m512 second = bits_of<__m512>(x.second);
+    // As in from_floats.
+    if (__builtin_expect(
+            _mm512_kor(_mm512_fpclass_ps_mask(first, 0x20), _mm512_fpclass_ps_mask(second, 0x20)) == 0, 1)) {
+      const __m512i halves = bits_of<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+      const __m512i order = _mm512_setr_epi32(
+          0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008, 0x190009, 0x1a000a,
+          0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+      store(bits_of<Words>(_mm512_permutexvar_epi16(order, halves)), target, stream);
+      return;
+    }
+#endif
+    store((rounded_to_bfloat16(x.first) >> 16) | (rounded_to_bfloat16(x.second) & 0xffff0000u), target, stream);
+  } else {
+    store_as<float>(x.first, target, stream);
+    store_as<float>(x.second, target + lanes, stream);
+  }
 }
 
 /// Selects all lanes of a vector, or only the remaining ones.

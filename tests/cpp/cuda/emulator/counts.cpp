@@ -31,6 +31,7 @@
 
 #include "../../core/elements.h"
 #include "../../core/fused_functions.h"
+#include "../../core/gates.h"
 #include "emulator.h"
 
 namespace {
@@ -292,6 +293,44 @@ void count_forward(DType dtype, bool misaligned) {
   });
 }
 
+/// Of one array that holds both operands, in rows of a common size; with the result again in the backward pass.
+void count_gated(DType dtype, Operands form, bool misaligned) {
+  constexpr std::int64_t n = tensor_elements / 2;
+  constexpr std::int64_t cols = 8192;
+  constexpr const char* names[] = {"silu", "gelu", "gelu_tanh", "relu", "sigmoid"};
+  constexpr const char* forms[] = {"", " halves", " pairs"};
+  const auto size = static_cast<std::int64_t>(lomem::element_size(dtype));
+  const std::int64_t offset = misaligned ? size : 0;
+  const Mapping output((n + 64) * size);
+  const Mapping gradients((2 * n + 64) * size);
+  lomem::visit_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto* both = reinterpret_cast<const T*>(normal_numbers(dtype) + offset);
+    auto* results = reinterpret_cast<T*>(gradients.data() + offset);
+    for (const lomem::GatedActivation activation : gates) {
+      if (form != Operands::apart && activation != lomem::GatedActivation::silu) {
+        continue;
+      }
+      const std::int64_t rows = form == Operands::apart ? 1 : n / cols;
+      const auto operands = operands_in(form, activation, both, rows, n / rows);
+      const std::string end = std::string(" ") + names[static_cast<int>(activation)] + " " + name_of(dtype) +
+                              forms[static_cast<int>(form)] + (misaligned ? " misaligned" : "");
+      count("gated_forward" + end, n, 3 * n * size, 2, [&] {
+        return gated_forward(operands, output.data() + offset, nullptr);
+      });
+      const auto* grad = normal_numbers(dtype, 1) + offset;
+      count("gated_backward" + end, n, 5 * n * size, 2, [&] {
+        return gated_backward(operands, grad, gradients_in<T>(form, results, rows, n / rows, nullptr), nullptr);
+      });
+      count("gated_backward with output" + end, n, 6 * n * size, 2, [&] {
+        return gated_backward(
+            operands, grad, gradients_in(form, results, rows, n / rows, reinterpret_cast<T*>(output.data() + offset)),
+            nullptr);
+      });
+    }
+  });
+}
+
 void count_packing(int bits, bool misaligned) {
   constexpr std::int64_t n = tensor_elements;
   const std::string end =
@@ -416,6 +455,12 @@ int main() {
   for (const int bits : {1, 2, 4}) {
     count_activations(DType::bfloat16, bits, true);
   }
+  for (const DType dtype : dtypes) {
+    count_gated(dtype, Operands::apart, false);
+  }
+  count_gated(DType::bfloat16, Operands::halves, false);
+  count_gated(DType::bfloat16, Operands::pairs, false);
+  count_gated(DType::bfloat16, Operands::apart, true);
   for (int bits = 1; bits <= 8; ++bits) {
     count_packing(bits, false);
   }

@@ -45,6 +45,7 @@ class Mutant(NamedTuple):
 
 
 ACTIVATIONS = "Sweep.Activations"
+GATED = "Sweep.Gated"
 NORMS = "Sweep.*Norms"
 FULL = "if (aligned && Grid::is_full(block, n)) {"
 UNALIGNED = "if (Grid::is_full(block, n)) {"
@@ -148,6 +149,42 @@ MUTANTS = [
         "b < packed_bytes(count, bits) - 1",
         "packing",
         ACTIVATIONS,
+    ),
+    Mutant(
+        "vectors at any address, gated",
+        "cuda/gated.cuh",
+        "is_aligned(data, max_access) && (",
+        "(",
+        "gated",
+        GATED,
+    ),
+    Mutant(
+        "a block of units is full that is not",
+        "cuda/gated.cuh",
+        "block_elements <= rows * cols",
+        "block_elements <= rows * cols + 1",
+        "gated",
+        "*Gated*",
+        DEVICE,
+    ),
+    Mutant(
+        "pairs in the wrong order", "cuda/gated.cuh", "x[j] = first[2 * j];", "x[j] = first[2 * j + 1];", "gated", GATED
+    ),
+    Mutant(
+        "the activation is not rounded",
+        "cuda/gated.cuh",
+        "to_compute(value) * to_compute(factor)",
+        "Function::value(to_compute(x)) * to_compute(factor)",
+        "gated",
+        GATED,
+    ),
+    Mutant(
+        "the derivative of the other half",
+        "core/gated.h",
+        "z >= V{} ? small : large",
+        "z >= V{} ? large : small",
+        "gated",
+        GATED,
     ),
     Mutant("one buffer for two sums", "cuda/group.cuh", "    turn ^= 1;\n", "", "layer_norm", NORMS),
     Mutant("no barrier in a sum", "cuda/group.cuh", "    __syncthreads();\n", "", "rms_norm", NORMS),

@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "../../core/fused_functions.h"
+#include "../../core/gates.h"
 #include "emulator.h"
 
 namespace {
@@ -40,6 +41,11 @@ void launch_activations() {
       step_backward(dtype, bytes, bytes, numbers.data(), bits, 100, bytes, nullptr);
     }
     band_encode(dtype, bytes, 100, 0, 1, bytes, nullptr);
+    for (const lomem::GatedActivation activation : gates) {
+      lomem::GatedOperands operands{activation, dtype, 3, 8, bytes, bytes, 8, 8};
+      gated_forward(operands, bytes, nullptr);
+      gated_backward(operands, bytes, {bytes, bytes, 8, bytes}, nullptr);
+    }
   }
   for (int bits = 1; bits <= 8; ++bits) {
     pack_bits(bytes, 100, bits, bytes, nullptr);
