@@ -84,8 +84,10 @@ MODELS = {
     # Gate and up are the halves of one linear layer's result.
     "glm": Model(_text("Glm", "ForCausalLM", **DECODER, head_dim=8, partial_rotary_factor=0.5), language),
     "gemma3": Model(lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**DECODER, head_dim=8)), language),
-    # Experts are batches of weights, without linear layers.
-    "mixtral": Model(_text("Mixtral", "ForCausalLM", **DECODER, num_local_experts=4), language),
+    # Experts are batches of weights, without linear layers. The default implementation knows no float64.
+    "mixtral": Model(
+        _text("Mixtral", "ForCausalLM", **DECODER, num_local_experts=4, experts_implementation="eager"), language
+    ),
     "electra": Model(_text("Electra", "ForSequenceClassification", **TEXT, embedding_size=32), classes),
     "albert": Model(_text("Albert", "ForSequenceClassification", **TEXT, embedding_size=16), classes, 1),
     "mpnet": Model(_text("MPNet", "ForSequenceClassification", **WIDE), classes),
@@ -93,11 +95,15 @@ MODELS = {
     "convbert": Model(_text("ConvBert", "ForSequenceClassification", **TEXT, embedding_size=32), classes),
     # Its GELU is not a single op, and of a wider dtype.
     "esm": Model(
-        _text("Esm", "ForSequenceClassification", **WIDE, pad_token_id=0, mask_token_id=3, token_dropout=False), classes, 0
+        _text("Esm", "ForSequenceClassification", **WIDE, pad_token_id=0, mask_token_id=3, token_dropout=False),
+        classes,
+        0,
     ),
     # Dropout is between the activation and the linear layer.
     "xlnet": Model(
-        _text("XLNet", "ForSequenceClassification", vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=64), classes, 0
+        _text("XLNet", "ForSequenceClassification", vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=64),
+        classes,
+        0,
     ),
     "bart": Model(_text("Bart", "ForConditionalGeneration", **SEQUENCES), sequences),
     "blenderbot": Model(_text("Blenderbot", "ForConditionalGeneration", **SEQUENCES), sequences),

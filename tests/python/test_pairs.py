@@ -1,6 +1,7 @@
 """Linear layers that rebuild their input: results, gradients and bytes, whatever is around and inside them."""
 
 import functools
+import re
 import types
 
 import lomem
@@ -212,7 +213,7 @@ def test_second_derivatives(name):
     plain, model, x = make(name, torch.float64)
     expected = second_derivatives(plain, x)
     if PAIRS[name].rounds:
-        with pytest.raises(RuntimeError, match="differentia|not implemented"):
+        with pytest.raises(RuntimeError, match=r"differentia|not implemented"):
             second_derivatives(model, x)
     else:
         # Formulas for derivatives of the second order may differ in the order of their operations.
@@ -276,7 +277,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize(("name", "at"), WHERE)
+@pytest.mark.parametrize(("name", "at"), [(name, at) for name, at in WHERE if at != "down"])
 def test_forward_hooks_change_results(name, at, change, when):
     plain, model, x = make(name)
     for m in (plain, model):
@@ -287,24 +288,36 @@ def test_forward_hooks_change_results(name, at, change, when):
             lomem.convert(model, x, bits=16)
         except lomem.conversion.NothingToConvertError:
             return
+    if at == "norm" and when == "after" and change.startswith("in place"):
+        # A converted norm saves its result; at conversion, it would have been left.
+        with pytest.raises(RuntimeError, match="inplace"):
+            gradients(model, x)
+        return
     assert_right_or_error(plain, model, x)
     assert saved_bytes(model, x) <= saved_bytes(plain, x)
 
 
 def assert_right_or_error(plain, model, x, tolerance=2e-6):
     """The model must do what the plain one does. Where torch raises, it may instead be right about what it saved."""
-    try:
-        before, expected = gradients(plain, x)
-    except RuntimeError as error:
-        assert "modified by an inplace" in str(error) or "in-place" in str(error)
-        try:
-            gradients(model, x)
-        except RuntimeError as other:
-            assert "modified by an inplace" in str(other) or "in-place" in str(other)
+    expected = _gradients_or_none(plain, x)
+    if expected is None:
+        grads = _gradients_or_none(model, x)
+        if grads is not None and isinstance(plain, Changed):
+            plain.copies = True
+            assert distance(grads[1], gradients(plain, x)[1]) < tolerance
         return
     after, grads = gradients(model, x)
-    assert torch.allclose(after, before, rtol=1e-5, atol=1e-6)
-    assert distance(grads, expected) < tolerance
+    assert torch.allclose(after, expected[0], rtol=1e-5, atol=1e-6)
+    assert distance(grads, expected[1]) < tolerance
+
+
+def _gradients_or_none(model, x):
+    try:
+        return gradients(model, x)
+    except RuntimeError as error:
+        if not re.search("in-?place", str(error)):
+            raise
+        return None
 
 
 @pytest.mark.parametrize(("name", "at"), WHERE)
@@ -423,9 +436,14 @@ IN_PLACE = {
 class Changed(Gated):
     """Changes one of its intermediate results at a given step."""
 
-    def __init__(self, base=Gated):
+    def __init__(self):
         super().__init__()
         self.change = None
+        #: Whether all ops take copies, so that nothing saved is changed.
+        self.copies = False
+
+    def use(self, tensor):
+        return tensor.clone() if self.copies else tensor
 
     def at(self, step, made):
         if self.change is not None:
@@ -436,11 +454,11 @@ class Changed(Gated):
     def forward(self, x):
         made = {"gate": self.gate(x), "up": self.up(x)}
         self.at("made", made)
-        made["activated"] = self.act(made["gate"])
+        made["activated"] = self.act(self.use(made["gate"]))
         self.at("activated", made)
-        made["product"] = made["activated"] * made["up"]
+        made["product"] = self.use(made["activated"]) * self.use(made["up"])
         self.at("multiplied", made)
-        y = self.down(made["product"])
+        y = self.down(self.use(made["product"]))
         self.at("done", made)
         return y
 
@@ -456,9 +474,9 @@ class ChangedUngated(Changed):
     def forward(self, x):
         made = {"gate": self.gate(x)}
         self.at("made", made)
-        made["activated"] = self.act(made["gate"])
+        made["activated"] = self.act(self.use(made["gate"]))
         self.at("activated", made)
-        y = self.down(made["activated"])
+        y = self.down(self.use(made["activated"]))
         self.at("done", made)
         return y
 
@@ -557,7 +575,7 @@ def test_exact_pairs_inside_a_module_whose_own_calls_are_not(bits):
     for m in (model.pair.up, model.pair.act, model.called.up, model.called.down):
         m.register_forward_hook(lambda module, args, result: (seen.append(result), result.retain_grad())[0])
     model(x).square().mean().backward()
-    up, activated, called_up, _ = seen
+    up, activated, *_ = seen
     expected = torch.ops.aten.gelu_backward(activated.grad, up.detach())
     assert torch.allclose(up.grad, expected, rtol=1e-5, atol=1e-9)
     _, grads = gradients(model, x)
@@ -592,7 +610,9 @@ def gradients_of_sum(model, x):
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("part", ["gate", "up", "down", "q", "k", "modulation", "stem", "norm", "gate_up"])
-@pytest.mark.parametrize("name", ["gelu", "QuickGELU", "gated silu", "gated call", "gated NewGELU", "fused", "modulated"])
+@pytest.mark.parametrize(
+    "name", ["gelu", "QuickGELU", "gated silu", "gated call", "gated NewGELU", "fused", "modulated"]
+)
 def test_frozen_parts(name, part, after):
     def freeze(model):
         for path, module in model.named_modules():

@@ -10,7 +10,10 @@ from zoo import gradient_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SEEDS = range(5)
+#: What is converted, and by how much the error of a gradient may grow: the median over the seeds, and any one. What
+#: pairs rebuild is what was computed, bit for bit; only derivatives of activations of several ops round differently.
+#: Norms round elsewhere than the originals, as often. Chance counts for more there: small models have few numbers.
+WHAT = {"pairs": ({"norms": "keep"}, 5, 1.05, 1.5), "norms too": ({}, 9, 1.15, 2.0)}
 #: Dtypes of weights and inputs; None for float32 under bfloat16 autocast.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "autocast": None}
 
@@ -46,23 +49,22 @@ def perturb(model, seed):
             p.mul_(1 + 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
 
 
+@pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_of_whole_models_are_as_accurate(name, dtype):
-    dtype = DTYPES[dtype]
-    plain, model, batch, _ = converted(name, dtype)
+def test_gradients_of_whole_models_are_as_accurate(name, dtype, what):
+    dtype, (options, seeds, median, worst) = DTYPES[dtype], WHAT[what]
+    plain, model, batch, _ = converted(name, dtype, **options)
     reference, wide = build_pairs(name, torch.float64)
     ratios = []
-    for seed in SEEDS:
+    for seed in range(seeds):
         perturb(plain, seed)
         model.load_state_dict(plain.state_dict())
         reference.load_state_dict(plain.state_dict())
-        exact = gradients(reference, wide)
-        error = functools.partial(gradient_error, expected=exact)
+        error = functools.partial(gradient_error, expected=gradients(reference, wide))
         ratios.append(error(gradients(model, batch, dtype)) / error(gradients(plain, batch, dtype)))
-    # What is rebuilt is what was computed, bit for bit; other roundings happen in the norms, as many as before.
-    assert sorted(ratios)[len(ratios) // 2] <= 1.05
-    assert max(ratios) <= 1.5
+    assert sorted(ratios)[seeds // 2] <= median
+    assert max(ratios) <= worst
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -186,7 +186,6 @@ def dual(model, x):
 
 
 def dual_with_gradients(model, x):
-    # Second derivatives in which torch's own backward ops have no tangent: SiLU's.
     with torch.autograd.forward_ad.dual_level():
         y = model(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)))
         torch.autograd.forward_ad.unpack_dual(y).tangent.square().sum().backward()
@@ -220,9 +219,15 @@ TRANSFORMS = [reverse, per_sample, forward_mode, dual, dual_with_gradients, batc
 @pytest.mark.parametrize("name", [name for name in EXACT if name not in ("experts", "adapters")])
 def test_function_transforms(name, transform):
     plain, model, x = make(name)
-    if name == "transposed" and transform is vmapped:
-        return  # it swaps the dimensions of the batch
-    assert distance(transform(model, x), transform(plain, x)) < 1e-5
+    try:
+        expected = transform(plain, x)
+    except (NotImplementedError, IndexError) as error:
+        # torch has no tangent of silu_backward, and a model may swap dimensions.
+        assert transform in (dual_with_gradients, vmapped)
+        with pytest.raises(type(error)):
+            transform(model, x)
+        return
+    assert distance(transform(model, x), expected) < 1e-5
 
 
 # Adapters of peft.
