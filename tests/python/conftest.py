@@ -36,6 +36,7 @@ SLOW = {
     "test_changes_in_place": 11,
     "test_checkpointed_regions_inside": 3,
     "test_compiled_checkpoints_use_the_same_numbers": 5,
+    "test_compiled_by_inductor": 4,
     "test_compiled_in_one_graph": 23,
     "test_conversions_are_those_of_the_table": 5,
     "test_copies_and_pickles": 5,
