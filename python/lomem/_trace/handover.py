@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
@@ -195,13 +196,39 @@ def hold(result: Tensor, tensors: Sequence[Tensor]) -> None:
         made.held = tuple(tensors)
 
 
-def _copying(hooks: Any) -> bool:
-    """Whether hooks copy what is saved: offloading, by torch's ``save_on_cpu`` or a class that says so in its name.
+#: Whether pack hooks share what is saved, by hook.
+_sharing: Any = weakref.WeakKeyDictionary()
 
-    Each tensor is copied as often as it is saved, so that sharing it gains nothing.
+
+def _share(hooks: Any) -> bool:
+    """Whether what is saved twice under saved-tensor hooks is stored once.
+
+    Hooks that offload or compress make a copy each time, so that sharing a tensor gains nothing. Those of checkpointing
+    store nothing. Others are tried with an empty tensor.
     """
+    if hooks is None or getattr(hooks, "__module__", "") == "torch.utils.checkpoint":
+        return True
     name = getattr(hooks, "__qualname__", "").lower()
-    return "save_on_cpu" in name or "offload" in name
+    if "save_on_cpu" in name or "offload" in name:
+        return False
+    try:
+        known: bool | None = _sharing.get(hooks)
+    except TypeError:  # an object without weak references
+        return _shares(hooks)
+    if known is None:
+        known = _sharing[hooks] = _shares(hooks)
+    return known
+
+
+def _shares(pack: Any) -> bool:
+    with torch.no_grad():
+        probe = torch.empty(0)
+        try:
+            leaves = tree_leaves(pack(probe))
+        except Exception:  # it expects something else
+            return False
+    storages = [t.untyped_storage()._cdata for t in leaves if isinstance(t, Tensor) and t.layout == torch.strided]
+    return probe.untyped_storage()._cdata in storages
 
 
 def in_a_region() -> bool:
@@ -228,7 +255,7 @@ _is_tracing_a_region._dynamo_marked_constant = True  # type: ignore[attr-defined
 def peek(result: Tensor) -> tuple[tuple[Tensor | None, ...], Offer] | None:
     """The tensors that an op on an offered result may save in place of the result, and the offer; None for none."""
     made: Offer | None = _offers.get(result)
-    if made is None or made.hooks is not current_hooks() or made.version != result._version or _copying(made.hooks):
+    if made is None or made.hooks is not current_hooks() or made.version != result._version or not _share(made.hooks):
         return None
     tensors = made.tensors()
     if tensors is None:

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
-from torch.utils.weak import TensorWeakRef
 
 from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.handover import Offer, hold, offer, peek, recomputed
@@ -158,6 +157,10 @@ class Activated:
         return _value(self.activation, x)
 
 
+#: Types of devices that lomem has kernels for. Elsewhere, torch's ops do the same.
+_KERNELS = ("cpu", "cuda", "meta")
+
+
 class _GatedAgain:
     """Recomputes a gated product."""
 
@@ -165,7 +168,9 @@ class _GatedAgain:
         self.activation = activation
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        return _value(self.activation, gate) * up
+        if torch.is_grad_enabled() or gate.device.type not in _KERNELS:
+            return _value(self.activation, gate) * up
+        return torch.ops.lomem.gated(gate, up, self.activation)  # type: ignore[no-any-return]
 
 
 class _Again:
@@ -198,26 +203,27 @@ class _Replayed:
 class _Gated(torch.autograd.Function):
     """The product of an activation and another tensor, which saves the activation's input instead of its result.
 
-    Its gradient goes straight to that input, unless somebody still holds the activation's result and may ask for the
-    gradient of that.
+    The gradient goes through the activation's own node, since somebody may ask for it there.
     """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activated: Tensor, activation: str) -> Tensor:
+    def forward(ctx: Any, activated: Tensor, up: Tensor, gate: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation, ctx.activated = activation, TensorWeakRef(activated)
+        ctx.activation = activation
         return activated * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         gate, up = ctx.saved_tensors
-        needs_gate, needs_up, *_ = ctx.needs_input_grad
-        if ctx.activated() is not None:
-            grad_up = grad * _value(ctx.activation, gate) if needs_up else None
-            return None, grad_up, grad * up if needs_gate else None, None
-        grad_gate = _derivative(ctx.activation, grad * up, gate) if needs_gate else None
-        grad_up = grad * _value(ctx.activation, gate) if needs_up else None
-        return grad_gate, grad_up, None, None
+        needs_activated, needs_up, *_ = ctx.needs_input_grad
+        grad_activated = grad * up if needs_activated else None
+        grad_up = None
+        if needs_up and (torch.is_grad_enabled() or gate.device.type not in _KERNELS):
+            grad_up = grad * _value(ctx.activation, gate)
+        elif needs_up:
+            mask = [False, True, False]
+            _, grad_up, _ = torch.ops.lomem.gated_backward(grad, gate, up, ctx.activation, output_mask=mask)
+        return grad_activated, grad_up, None, None
 
 
 class _Product(torch.autograd.Function):
@@ -265,11 +271,6 @@ class _OfInput(torch.autograd.Function):
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide = x.to(dtype) * form.scale if form.scale != 1 else x.to(dtype)
         return _derivative(name_of(form.kind, form.approximate), grad.to(dtype), wide).to(x.dtype), None, None
-
-
-def _observed(tensor: Tensor) -> bool:
-    """Whether somebody wants to see a tensor's gradient."""
-    return bool(tensor._backward_hooks) or tensor.retains_grad
 
 
 class _Pairs(Redirect):
@@ -346,7 +347,7 @@ class _Pairs(Redirect):
             if _is_gated(operand, other, made):
                 gate = kept[0]
                 assert gate is not None and made.activation is not None
-                result = _Gated.apply(gate, other, operand, made.activation)
+                result = _Gated.apply(operand, other, gate, made.activation)
                 again = _GatedAgain(made.activation)
                 offer(result, (gate, other), again, self.takers, differentiable=True)
                 return result  # type: ignore[no-any-return]
@@ -373,7 +374,7 @@ class _Pairs(Redirect):
 
 def _is_gated(operand: Tensor, other: Tensor, made: Offer) -> bool:
     alike = other.shape == operand.shape and other.dtype == operand.dtype
-    return made.activation is not None and alike and not _observed(operand)
+    return made.activation is not None and alike
 
 
 def _replay(

@@ -64,7 +64,7 @@ def plan_activation(
         complete = all(any(ledger.saved[i].storage is call.input for i in ledger.within([call.saved])) for call in calls)
         takers = max(chain.takers, 1)
         change = {name: (PairedActivation, PairedActivation.attributes(module, form, takers, chain.gated))}
-        if complete and _pair(c, finder, chain, c.own - kept, change):
+        if complete and _pair(c, finder, chain, c.own - kept, change, exact=wishes.exact):
             return c
     if wishes.exact:
         c.leave(_NOT_EXACT)
@@ -79,7 +79,7 @@ def _packed_bytes(numel: int, bits: int) -> int:
     return (numel * bits + 7) // 8
 
 
-def _pair(c: Candidate, finder: Finder, chain: Chain, own: set[int], change: Changes) -> bool:
+def _pair(c: Candidate, finder: Finder, chain: Chain, own: set[int], change: Changes, *, exact: bool) -> bool:
     """Makes a candidate an exact one if that frees at least as much as codes.
 
     Args:
@@ -88,13 +88,14 @@ def _pair(c: Candidate, finder: Finder, chain: Chain, own: set[int], change: Cha
         chain: Where its results go.
         own: What it saves besides its input.
         change: The change of the candidate's own module.
+        exact: Whether codes are not allowed.
     """
 
     def freed(drops: set[int]) -> int:
         return sum(s.nbytes for s in finder.ledger.storages(drops) if drops.issuperset(finder.ledger.positions[s]))
 
-    exact = freed(own | chain.drops) - chain.added
-    if exact <= 0 or exact < freed(c.own) - c.added:
+    gain = freed(own | chain.drops) - chain.added
+    if gain <= 0 or (not exact and gain < freed(c.own) - c.added):
         return False
     c.own, c.others, c.added = own, chain.drops, chain.added
     c.action, c.reason = Action.EXACT, _saying(chain)
@@ -154,7 +155,7 @@ def _plan_calls(
     if wishes.pairs and not any(call.inplace for call in calls):
         chain = follow(finder, ((call.result_id, call.result) for call in calls), known, saved=False)
         options = {"lomem_bits": None, "lomem_criterion": criterion, "lomem_takers": max(chain.takers, 1)}
-        if _pair(c, finder, chain, set(), {name: (PairCalls, options)}):
+        if _pair(c, finder, chain, set(), {name: (PairCalls, options)}, exact=wishes.exact):
             return c
     if wishes.exact:
         c.leave(_NOT_EXACT)
