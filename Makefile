@@ -29,7 +29,7 @@ ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host cuda-emulat
 # The oldest CMake that lomem says it works with: consumer projects are tested with it.
 OLDEST_CMAKE := 3.22
 
-.PHONY: help demo test test-all install ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host soak types \
+.PHONY: help demo test test-all test-pairs install ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host soak types \
   asan asan-install asan-pytest arm-check cuda-check emulate-build cuda-emulate cuda-emulate-all cuda-mutants cuda-counts \
   cuda-counts-check bench paper fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench gpu-sanitize dev lint \
   format gtest clean FORCE
@@ -103,7 +103,11 @@ OP_TESTS := $(addprefix tests/python/test_,activation_modules.py activations.py 
 WITHOUT_COMPILER := -k 'not compile and not export'
 
 pytest pytest-all: install
-	$(BIN)/python -m pytest -q -n $(JOBS) $(if $(filter %-all,$@),,-m 'not slow')
+	$(BIN)/python -m pytest -q -n $(JOBS) -m '$(if $(filter %-all,$@),not long,not slow)'
+
+# What is converted together, with everything that may be around it: all cases. About an hour.
+test-pairs: install
+	$(BIN)/python -m pytest -q -n $(JOBS) -m long
 
 # What is done again and again leaves nothing behind: in full, for about an hour.
 soak: install

@@ -75,6 +75,10 @@ SLOW = {
 }
 
 
+# Files whose slow cases take longer than everything else: `make test-all` leaves them to `make test-pairs`.
+LONG = ("test_pairs.py", "test_pairs_compiled.py", "test_pairs_models.py", "test_pairs_transforms.py")
+
+
 def mark_slow(items):
     cases = collections.Counter()
     for item in items:
@@ -82,6 +86,8 @@ def mark_slow(items):
         if name in SLOW:
             if cases[item.path, name] % SLOW[name]:
                 item.add_marker("slow")
+                if item.path.name in LONG:
+                    item.add_marker("long")
             cases[item.path, name] += 1
 
 
