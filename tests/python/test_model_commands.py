@@ -123,10 +123,10 @@ def test_the_papers_table(monkeypatch, tmp_path, capsys):
     rows = json.loads(files["json"].read_text())["settings"]
     assert [row["setting"] for row in rows] == [str(setting) for setting in SMALL.values()]
     full, lora, four_bit = (row["estimates"] for row in rows)
-    methods = ["plain", "activations", "norms", "lomem", "one-cast", "checkpoint"]
+    methods = ["plain", "activations", "norms", "lomem", "exact", "one-cast", "checkpoint"]
     assert list(full) == methods
     assert list(lora) == [*methods[:4], "no peft cast", *methods[4:]]
-    assert list(four_bit) == [*methods[:4], "checkpoint"]
+    assert list(four_bit) == [*methods[:5], "gated-mlp", "checkpoint"]
     for reports in (full, lora, four_bit):
         saved = {method: report["saved_bytes"] for method, report in reports.items()}
         gains = [saved["plain"] - saved[method] for method in ("activations", "norms", "lomem")]
@@ -146,7 +146,7 @@ def everything(report):
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
-@pytest.mark.parametrize("method", ["plain", "lomem", "checkpoint"])
+@pytest.mark.parametrize("method", ["plain", "lomem", "exact", "checkpoint"])
 @pytest.mark.parametrize("lora", [None, presets.Lora(4, "all", dropout=0.1)], ids=["full", "lora"])
 def test_the_estimate_is_the_real_count_to_the_byte(name, method, lora):
     preset = presets.get(name).small()
@@ -170,7 +170,7 @@ def test_the_estimate_is_the_real_count_to_the_byte(name, method, lora):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     real = step_peak(model, preset.batch(), optimizer, autocast=preset.autocast)
     assert everything(estimated) == everything(real)
-    assert (report is not None) == (method == "lomem")
+    assert (report is not None) == (method in ("lomem", "exact"))
     if report is not None:
         lomem.restore(model)
 
