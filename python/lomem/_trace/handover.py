@@ -30,6 +30,7 @@ Under a compiler nothing is offered. Instead, cheap ops are marked to be recompu
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -47,6 +48,7 @@ __all__ = [
     "Rebuild",
     "current_hooks",
     "hold",
+    "in_a_region",
     "itself",
     "linear_of_offered",
     "offer",
@@ -193,10 +195,40 @@ def hold(result: Tensor, tensors: Sequence[Tensor]) -> None:
         made.held = tuple(tensors)
 
 
+def _copying(hooks: Any) -> bool:
+    """Whether hooks copy what is saved: offloading, by torch's ``save_on_cpu`` or a class that says so in its name.
+
+    Each tensor is copied as often as it is saved, so that sharing it gains nothing.
+    """
+    name = getattr(hooks, "__qualname__", "").lower()
+    return "save_on_cpu" in name or "offload" in name
+
+
+def in_a_region() -> bool:
+    """Whether a compiler is tracing a checkpointed region, or another part of the program with a graph of its own.
+
+    No mode can be entered there. In a checkpointed region there is also no need: nothing in it is saved.
+    """
+    return is_compiling() and _is_tracing_a_region()
+
+
+def _is_tracing_a_region() -> bool:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output.current_tracer.parent is not None
+    except AttributeError:  # in another version of torch
+        return False
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler: the function runs while one traces.
+_is_tracing_a_region._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def peek(result: Tensor) -> tuple[tuple[Tensor | None, ...], Offer] | None:
     """The tensors that an op on an offered result may save in place of the result, and the offer; None for none."""
     made: Offer | None = _offers.get(result)
-    if made is None or made.hooks is not current_hooks() or made.version != result._version:
+    if made is None or made.hooks is not current_hooks() or made.version != result._version or _copying(made.hooks):
         return None
     tensors = made.tensors()
     if tensors is None:
@@ -239,6 +271,11 @@ def recomputed(function: Rebuild, *tensors: Tensor) -> Tensor:
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    # Not flatten, which cannot be batched.
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
 class _LinearOfOffered(torch.autograd.Function):
     # Result and gradients are those of the layer. It saves kept, the producer's tensors, instead of the input.
 
@@ -269,9 +306,9 @@ class _LinearOfOffered(torch.autograd.Function):
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = (grad @ weight.to(ctx.dtype)).to(ctx.input_dtype)
-        rows = grad.flatten(0, -2)
+        rows = _rows(grad)
         if ctx.needs_input_grad[1]:
-            grad_weight = (rows.T @ ctx.rebuild(*kept).to(ctx.dtype).flatten(0, -2)).to(weight.dtype)
+            grad_weight = (rows.T @ _rows(ctx.rebuild(*kept).to(ctx.dtype))).to(weight.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, None, None, *(None for _ in kept)

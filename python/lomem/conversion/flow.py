@@ -102,7 +102,7 @@ class StepCall:
         operand_id: Identity of that operand.
         operand: Storage of that operand.
         gated: Whether it is a product with a factor as large.
-        small: Bytes of its small operands.
+        small: Bytes of its small operands, if the op does not save them itself.
         result: Storage of the result.
         result_id: Identity of the result.
         end: Number of ops recorded when it returned.
@@ -171,7 +171,8 @@ class _Calls(TorchFunctionMode):
             if id(operand) in self.followed and result is not operand and step.passes_on(i):
                 others = [t for j, t in enumerate(step.operands) if j != i]
                 gated = any(not is_small(t, operand) for t in others)
-                small = sum(t.numel() * t.element_size() for t in others if is_small(t, operand))
+                summands = others if step.kind is StepKind.SUM else []
+                small = sum(t.numel() * t.element_size() for t in summands)
                 storages = self._storage(operand), self._storage(result)
                 recorder = self.flow.recorder
                 of = step.kind, recorder.module, id(operand), storages[0], gated, small, storages[1]

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import functional as LF
 from .._trace.autocast import autocast_dtype, autocast_to
-from .._trace.handover import current_hooks, itself, linear_of_offered, offer, offer_itself, take
+from .._trace.handover import current_hooks, in_a_region, itself, linear_of_offered, offer, offer_itself, take
 from ..functional.norms import LAYER_NORM, RMS_NORM, NormOps
 from ..steps import StepFunction
 from .exchange import Converted
@@ -33,7 +33,8 @@ __all__ = [
     "SharedInput",
     "StepCalls",
     "as_activation",
-    "is_scale",
+    "is_transformed",
+    "may_redirect",
     "needs_gradient",
 ]
 
@@ -42,9 +43,16 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _in_a_graph() -> bool:
-    """Whether a compiler or tracer is running; nothing is handed over then."""
-    return is_compiling() or torch.jit.is_tracing()
+def is_transformed() -> bool:
+    """Whether a function transform or forward-mode AD is running, which define their own derivatives."""
+    return not is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _hands_nothing_over() -> bool:
+    """Whether a compiler, tracer or transform is running, under which nothing is handed over."""
+    return is_compiling() or torch.jit.is_tracing() or is_transformed()
 
 
 def _few_bit(function: Function, x: Tensor, approximate: str, bits: int, criterion: Criterion) -> Tensor:
@@ -84,7 +92,7 @@ class Steps(NamedTuple):
         return cls(function, scale, boundaries, function.levels[::order])
 
 
-def is_scale(value: Any) -> bool:
+def _is_scale(value: Any) -> bool:
     """Whether a value is a valid scale of a SiLU."""
     return isinstance(value, int | float) and math.isfinite(value) and value != 0
 
@@ -121,7 +129,7 @@ class ConvertedActivation(FewBit):
     def attributes(module: nn.Module, form: ActivationForm, bits: int, criterion: Criterion) -> dict[str, Any]:
         """The mixin's attributes for a module to be converted."""
         scale = form.scale if form.scale_name is None else getattr(module, form.scale_name)
-        resolved = not form.torch_op and is_scale(scale)
+        resolved = not form.torch_op and _is_scale(scale)
         live = (form.scale_name, form.approximate_name, form.inplace_name)
         return {
             "lomem_activation": form,
@@ -148,7 +156,7 @@ class ConvertedActivation(FewBit):
         x = values[0]
         if not form.torch_op:
             scale = form.scale if form.scale_name is None else getattr(self, form.scale_name)
-            if not is_scale(scale):
+            if not _is_scale(scale):
                 return super().forward(*args, **kwargs)  # not a scaled SiLU any more
             steps = self._steps(form, scale)
             return LF.step_activation(x, super().forward, steps.boundaries, steps.levels)
@@ -213,10 +221,7 @@ def as_activation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 def _can_be_replaced(x: Tensor) -> bool:
     if not needs_gradient(x) or x.dtype not in _DTYPES or x.layout != torch.strided or x.is_nested:
         return False
-    # Function transforms and forward-mode AD define their own derivatives.
-    return is_compiling() or not (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
+    return not is_transformed()
 
 
 class Redirect(TorchFunctionMode):
@@ -245,6 +250,12 @@ class Redirect(TorchFunctionMode):
         return is_compiling() or current_hooks() is self.hooks
 
 
+def may_redirect() -> bool:
+    """Whether a converted module enters its mode."""
+    # Any mode, even one that does nothing, disables torch's fast paths in evaluation.
+    return torch.is_grad_enabled() and not torch.jit.is_tracing() and not in_a_region()
+
+
 class StepCalls(FewBit):
     """A module whose forward calls torch's GELU or SiLU."""
 
@@ -253,9 +264,7 @@ class StepCalls(FewBit):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same result as the original."""
-        # Any mode, even one that does nothing, disables torch's fast paths in evaluation.
-        redirected = torch.is_grad_enabled() and not torch.jit.is_tracing()
-        with Redirect(self.lomem_bits, self.lomem_criterion) if redirected else contextlib.nullcontext():
+        with Redirect(self.lomem_bits, self.lomem_criterion) if may_redirect() else contextlib.nullcontext():
             return super().forward(*args, **kwargs)
 
 
@@ -462,7 +471,7 @@ class MSNorm(Converted):
                     offer(result, (kept, weight, bias), _affine, plan.takers)
                 return result  # type: ignore[no-any-return]
         result = plan.public(x, weight, bias, eps, dtype)
-        if plan.chained and plan.inverted and result.requires_grad:
+        if plan.chained and plan.inverted and result.requires_grad and not is_transformed():
             offer_itself(result)
         return result
 
@@ -483,7 +492,7 @@ class SharedInput(Converted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same result as the original."""
         form, values = self.lomem_linear, (*args, *kwargs.values())
-        if form is None or len(values) != 1 or not isinstance(values[0], Tensor) or _in_a_graph():
+        if form is None or len(values) != 1 or not isinstance(values[0], Tensor) or _hands_nothing_over():
             return super().forward(*args, **kwargs)
         x = values[0]
         taken = take(x)  # even if it goes unused: the producer counts its takers

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
+from torch.utils.weak import TensorWeakRef
 
+from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.handover import Offer, hold, offer, peek, recomputed
 from .exchange import Converted
 from .kinds import Criterion, Function, Text
 from .live import Fixed, fixed, holds
-from .modules import Activation, Redirect, StepCalls, as_activation, is_scale, needs_gradient
+from .modules import Activation, Redirect, StepCalls, as_activation, is_transformed, may_redirect, needs_gradient
 from .recognize import ActivationForm
 
 __all__ = ["PairCalls", "PairedActivation", "Step", "StepKind", "as_step", "is_small"]
@@ -121,7 +123,7 @@ def as_step(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Step | No
     found = range(1) if kind is StepKind.CAST else range(len(args))
     positions = tuple(i for i in found if isinstance(args[i], Tensor))
     operands = tuple(args[i] for i in positions)
-    if not operands or not (is_compiling() or all(type(t) in _ORDINARY for t in operands)):
+    if not operands or not (is_compiling() or all(type(t) in _ORDINARY and not t.is_inference() for t in operands)):
         return None
     return Step(kind, positions, operands)
 
@@ -133,8 +135,11 @@ def _value(activation: str, gate: Tensor) -> Tensor:
 
 
 def _derivative(activation: str, grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of an activation, by a differentiable op."""
+    """The gradient of an activation, differentiable itself."""
     if activation == "silu":
+        if torch.is_grad_enabled():  # silu_backward has no derivative
+            s = torch.sigmoid(x)
+            return grad * s * (1 + x * (1 - s))
         return _aten.silu_backward(grad, x)  # type: ignore[no-any-return]
     return _aten.gelu_backward(grad, x, approximate="tanh" if activation == "gelu_tanh" else "none")  # type: ignore[no-any-return]
 
@@ -163,6 +168,17 @@ class _GatedAgain:
         return _value(self.activation, gate) * up
 
 
+class _Again:
+    """Recomputes an activation of several ops, under the autocast setting of the forward pass."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], device: str) -> None:
+        self.function, self.device, self.autocast = function, device, autocast_dtype(device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with autocast_to(self.device, self.autocast):
+            return self.function(x)
+
+
 class _Replayed:
     """Recomputes the result of a cheap op.
 
@@ -180,20 +196,27 @@ class _Replayed:
 
 
 class _Gated(torch.autograd.Function):
-    """The product of an activation and another tensor, which saves the activation's input instead of its result."""
+    """The product of an activation and another tensor, which saves the activation's input instead of its result.
+
+    Its gradient goes straight to that input, unless somebody still holds the activation's result and may ask for the
+    gradient of that.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activated: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
+        ctx.activation, ctx.activated = activation, TensorWeakRef(activated)
         return activated * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         gate, up = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        grad_gate = _derivative(ctx.activation, grad * up, gate) if needs[0] else None
-        grad_up = grad * _value(ctx.activation, gate) if needs[1] else None
+        needs_gate, needs_up, *_ = ctx.needs_input_grad
+        if ctx.activated() is not None:
+            grad_up = grad * _value(ctx.activation, gate) if needs_up else None
+            return None, grad_up, grad * up if needs_gate else None, None
+        grad_gate = _derivative(ctx.activation, grad * up, gate) if needs_gate else None
+        grad_up = grad * _value(ctx.activation, gate) if needs_up else None
         return grad_gate, grad_up, None, None
 
 
@@ -230,22 +253,18 @@ class _OfInput(torch.autograd.Function):
     """An activation of several ops, which saves its input alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, form: ActivationForm, scale: float, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, form: ActivationForm, function: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.form, ctx.scale = form, scale
+        ctx.form = form
         return function(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        form = ctx.form
-        if form.kind is Function.GELU:
-            return _derivative(name_of(form.kind, form.approximate), grad, x), None, None, None
-        if ctx.scale == 1:
-            return _derivative("silu", grad, x), None, None, None
-        # The derivative of h(s x) / s is h'(s x); s x is not rounded to 16 bits.
-        wide = x if x.dtype == torch.float64 else x.float()
-        return _derivative("silu", grad.to(wide.dtype), wide * ctx.scale).to(x.dtype), None, None, None
+        (x,), form = ctx.saved_tensors, ctx.form
+        # The derivative of h(s x) / s is h'(s x). Neither s x nor what is computed from it is rounded to 16 bits.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide = x.to(dtype) * form.scale if form.scale != 1 else x.to(dtype)
+        return _derivative(name_of(form.kind, form.approximate), grad.to(dtype), wide).to(x.dtype), None, None
 
 
 def _observed(tensor: Tensor) -> bool:
@@ -276,7 +295,7 @@ class _Pairs(Redirect):
                 return super().__torch_function__(func, types, args, kwargs)
             return self._activation(call, func, args, kwargs)
         step = as_step(func, args, kwargs)
-        if step is None or not torch.is_grad_enabled():
+        if step is None or not torch.is_grad_enabled() or is_transformed():
             return func(*args, **kwargs)
         return self._compiled(step, func, args, kwargs) if is_compiling() else self._step(step, func, args, kwargs)
 
@@ -284,11 +303,12 @@ class _Pairs(Redirect):
         if not call.replaced or call.inplace or not self.lasts():
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         x, name = call.input, name_of(call.function, call.approximate)
+        # Modes of modules around this one would give it few bits.
+        with torch._C.DisableTorchFunction():
+            result = recomputed(Activated(name), x) if is_compiling() else func(*args, **kwargs)
         if is_compiling():
-            result = recomputed(Activated(name), x)
             self.activated.append((result, x, name))
             return result
-        result = func(*args, **kwargs)
         offer(result, (x,), Activated(name), self.takers, differentiable=True, activation=name)
         return result
 
@@ -298,7 +318,8 @@ class _Pairs(Redirect):
             for operand, other in (step.operands, step.operands[::-1]):
                 for result, x, name in self.activated:
                     if operand is result and other.shape == operand.shape:
-                        return recomputed(_GatedAgain(name), x, other)
+                        with torch._C.DisableTorchFunction():
+                            return recomputed(_GatedAgain(name), x, other)
         return func(*args, **kwargs)  # type: ignore[no-any-return]
 
     def _step(self, step: Step, func: Any, args: Any, kwargs: Any) -> Tensor:
@@ -325,7 +346,7 @@ class _Pairs(Redirect):
             if _is_gated(operand, other, made):
                 gate = kept[0]
                 assert gate is not None and made.activation is not None
-                result = _Gated.apply(gate, other, operand.detach(), made.activation)
+                result = _Gated.apply(gate, other, operand, made.activation)
                 again = _GatedAgain(made.activation)
                 offer(result, (gate, other), again, self.takers, differentiable=True)
                 return result  # type: ignore[no-any-return]
@@ -339,6 +360,9 @@ class _Pairs(Redirect):
             result = func(*args, **kwargs)
         if result is operand:
             return result  # type: ignore[no-any-return]  # a cast to its own dtype
+        if step.kind is StepKind.SUM:
+            # A sum does not save its operands, so they may be changed afterwards.
+            others = tuple(t.clone() for t in others)
         function = _replay(step, position, func, args, kwargs, result.dtype)
         rebuild = _Replayed(made.rebuild, len(kept), function)
         offer(result, (*kept, *others), rebuild, self.takers, differentiable=made.differentiable)
@@ -394,7 +418,7 @@ class PairCalls(StepCalls):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same result as the original."""
-        passed = torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
+        passed = not torch.compiler.is_exporting() and may_redirect()
         mode = _Pairs(self.lomem_bits, self.lomem_criterion, self.lomem_takers)
         with mode if passed else contextlib.nullcontext():
             return super(StepCalls, self).forward(*args, **kwargs)
@@ -440,6 +464,7 @@ class PairedActivation(Converted):
             or values[0].is_nested
             or torch.jit.is_tracing()
             or torch.compiler.is_exporting()
+            or is_transformed()
             or not holds(self, self.lomem_fixed)
         ):
             return original(*args, **kwargs)
@@ -447,18 +472,20 @@ class PairedActivation(Converted):
         inplace = form.inplace if form.inplace_name is None else getattr(self, form.inplace_name)
         if inplace:
             return original(x)
-        if is_compiling():
-            # A product is recomputed as a whole, see _Pairs.
-            return original(x) if self.lomem_gated else recomputed(original, x)
+        if is_compiling() and self.lomem_gated:
+            return original(x)  # a product is recomputed as a whole, see _Pairs
+        # Modes of modules around this one would give it few bits.
+        with torch._C.DisableTorchFunction():
+            if is_compiling():
+                return recomputed(original, x)
+            if form.torch_op:
+                result = original(x)
+            else:
+                result = _OfInput.apply(x, form, original)
         if form.torch_op:
             approximate = form.approximate if form.approximate_name is None else getattr(self, form.approximate_name)
             name = name_of(form.kind, approximate)
-            result = original(x)
             offer(result, (x,), Activated(name), self.lomem_takers, differentiable=True, activation=name)
-            return result
-        scale = form.scale if form.scale_name is None else getattr(self, form.scale_name)
-        if not is_scale(scale):
-            return original(x)  # not a scaled SiLU any more
-        result = _OfInput.apply(x, form, scale, original)
-        offer(result, (x,), original, self.lomem_takers, differentiable=True)
-        return result  # type: ignore[no-any-return]
+        else:
+            offer(result, (x,), _Again(original, x.device.type), self.lomem_takers, differentiable=True)
+        return result

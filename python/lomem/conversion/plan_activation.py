@@ -55,7 +55,8 @@ def plan_activation(
     ledger = finder.ledger
     c.own = ledger.within(call.saved for call in calls)
     c.added = sum(_packed_bytes(call.numel, bits) for call in calls)
-    if wishes.pairs and not form.inplace:
+    # A scale that is read at each call may change before the backward pass.
+    if wishes.pairs and not form.inplace and form.scale_name is None:
         inputs = {call.input for call in calls if call.input is not None}
         chain = follow(finder, ((call.result_id, call.result) for call in calls), known, saved=False)
         # An activation of several ops saves more than its input.
