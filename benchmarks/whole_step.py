@@ -128,8 +128,12 @@ class Training:
         self.model: nn.Module = model.train()
         self.forward: Any = self.model
         if method in ("lomem", "exact"):
+            # Decisions do not depend on sizes: one sequence of 32 tokens, or one image.
+            example = {name: t[:1, :32] if name == "input_ids" else t[:1] for name, t in self.batch.items()}
+            if "input_ids" in example:
+                example["labels"] = example["input_ids"]
             with self._autocast():
-                lomem.convert(self.model, self.batch, bits=16 if method == "exact" else None)
+                lomem.convert(self.model, example, bits=16 if method == "exact" else None)
         elif method == "compile":
             self.forward = torch.compile(self.model)
         elif method == "checkpointing":
