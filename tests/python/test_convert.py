@@ -21,9 +21,10 @@ def test_saved_bytes_are_those_counted_by_hand():
     n = x.numel()
     first, last = 4 * n, 4 * n  # inputs of the outer linear layers; the first is the model's input, not counted
     rows = n // D
-    # A block: x and its mean and rstd; z; the activation's input; the product's two factors; their product.
+    # A block: x and its mean and rstd; z; the activation's input; the product's two factors; their product. Converted,
+    # it saves neither the activation's result nor the product.
     plain = 4 * n + 2 * 4 * rows + 4 * n + 4 * (4 * n) * 4
-    converted = 4 * rows + 4 * n + (4 * n) // 4 + 4 * (4 * n) * 3
+    converted = 4 * rows + 4 * n + 4 * (4 * n) * 2
     report = lomem.convert(model, x)
     assert first == 4 * x.numel()
     # The second block's x is the first's output; the last linear layer's input is the second's.
@@ -82,7 +83,7 @@ def test_the_same_model_goes_on():
     optimizer.step()
     assert seen == [1]
     learnt = copy.deepcopy(model.state_dict())
-    assert lomem.restore(model) == 4
+    assert lomem.restore(model) == 8  # of each block: norm, activation, the product in the block, linear layer
     assert classes(model) == before
     assert all(not hasattr(m, "lomem_norm") and not hasattr(m, "lomem_activation") for m in modules)
     for name, value in model.state_dict().items():
@@ -199,7 +200,7 @@ def test_words_of_a_report_are_those_that_they_print():
     assert {norm.action: 1}["left"] == 1
     plain = report.to_dict()
     assert {type(plain["decisions"][0][key]) for key in ("action", "kind")} == {str}
-    assert json.loads(report.to_json())["decisions"][1]["action"] == "2bit"
+    assert json.loads(report.to_json())["decisions"][1]["action"] == "exact"
     assert pickle.loads(pickle.dumps(report)) == report
 
 
@@ -260,7 +261,7 @@ def test_a_converted_model_is_not_converted_again():
     model, x = make(), batch()
     lomem.convert(model, x)
     before = classes(model)
-    with pytest.raises(ValueError, match="4 modules of Sequential are already converted, expected a plain model"):
+    with pytest.raises(ValueError, match="8 modules of Sequential are already converted, expected a plain model"):
         lomem.convert(model, x)
     assert classes(model) == before
 
@@ -324,7 +325,7 @@ def test_the_check_runs_what_training_runs(criterion, monkeypatch):
     right = lomem.functional.gelu
     monkeypatch.setattr(lomem.functional, "gelu", lambda *args, **kwargs: right(*args, **kwargs) * 1.5)
     with pytest.raises(RuntimeError, match=r"an output of the converted model differs.*once 1.activation \(GELU\)"):
-        lomem.convert(model, x, norms="keep", criterion=criterion)
+        lomem.convert(model, x, norms="keep", pairs="keep", criterion=criterion)
     assert classes(model) == before
 
 

@@ -34,7 +34,7 @@ def steps_of(function, bits, criterion):
 def test_activations_change_no_bit_of_the_output(activation, dtype, device):
     model, x = make(activation=activation, dtype=dtype).to(device), batch(dtype).to(device)
     y = model(x)
-    report = lomem.convert(model, x, norms="keep")
+    report = lomem.convert(model, x, norms="keep", pairs="keep")
     assert [d.action for d in report.decisions if d.kind == "activation"] == ["2bit"] * 2
     assert report.difference == 0
     assert torch.equal(model(x), y)
@@ -75,7 +75,7 @@ def test_an_activation_whose_input_is_kept_anyway_is_left():
             return self.down(self.act(gate) * up)
 
     with pytest.raises(ValueError, match=r"SiLU \(its input is also saved by 1\)"):
-        lomem.convert(make(Packed, depth=1), batch())
+        lomem.convert(make(Packed, depth=1), batch(), pairs="keep")
 
 
 class Spelled(nn.Module):
@@ -287,7 +287,7 @@ def test_functional_calls_are_replaced():
 
     model, x = make(Functional, depth=1), batch()
     y = model(x)
-    report = lomem.convert(model, x)
+    report = lomem.convert(model, x, pairs="keep")
     assert [(d.name, d.kind, d.action) for d in report.decisions] == [("1", "call", "2bit")]
     assert torch.equal(model(x), y)
     assert report.saved_before - report.saved_after == 2 * (4 * x.numel() - x.numel() // 4)
@@ -362,7 +362,7 @@ def test_what_is_excluded_is_not_reached_by_a_call_outside_of_it():
         "0": "0.act inside it is not converted",
         "0.act": "it is excluded",
     }
-    report = lomem.convert(model, x)
+    report = lomem.convert(model, x, pairs="keep")
     assert len(report.converted) == 2
     assert report.saved_before - report.saved_after == 2 * (4 * x.numel() - x.numel() // 4)
 

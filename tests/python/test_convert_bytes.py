@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 D = 16
 DTYPES = ["float32", "bfloat16", "autocast"]
-MODES = [{}, {"activations": "keep"}, {"norms": "keep"}, {"activations": "8bit"}]
+MODES = [{}, {"activations": "keep"}, {"norms": "keep"}, {"activations": "8bit"}, {"pairs": "keep"}, {"bits": 16}]
 
 
 class RMSNorm(nn.Module):
@@ -240,7 +240,7 @@ def test_no_conversion_could_be_left_out(name, dtype):
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_norms_before_activations_are_chosen_and_the_activations_left(count):
     model = nn.Sequential(*(m for _ in range(count) for m in (linear(), norm(), nn.GELU())), linear())
-    report = lomem.convert(model, torch.randn(4, D))
+    report = lomem.convert(model, torch.randn(4, D), pairs="keep")
     assert {d.kind for d in report.converted} == {"norm"}
     assert len(report.converted) == len(report.left) == count
     assert [d.reason for d in report.left] == [f"its input is also saved by {3 * i + 1}" for i in range(count)]
@@ -262,7 +262,7 @@ def test_of_two_norms_in_a_row_one_is_chosen():
 
 def test_norms_of_which_each_keeps_several_copies_are_all_chosen():
     model, x, _ = build("composite norms", "float32")
-    report = lomem.convert(model, x)
+    report = lomem.convert(model, x, pairs="keep")
     assert {d.name for d in report.converted} == {"1", "2"}
     assert next(d.reason for d in report.converted) == "it saves less than before, though 2 no longer saves its output"
 
@@ -379,7 +379,7 @@ def test_calls_are_counted_where_they_are_replaced(name, bits):
 @pytest.mark.parametrize("name", LEFT)
 def test_calls_are_not_counted_where_they_are_not_replaced(name):
     model, x = nn.Sequential(Spelled(LEFT[name])), torch.randn(4, 5, D)
-    (call,) = lomem.convert(model, x, dry_run=True).decisions
+    (call,) = lomem.convert(model, x, pairs="keep", dry_run=True).decisions
     assert (call.kind, call.action, call.saved_bytes) == ("call", "left", 0)
     reason = {
         "scripted": "its calls cannot be intercepted",

@@ -80,7 +80,7 @@ def test_it_is_restored_and_converted_again(contents):
     assert not any(name.startswith("lomem") for m in model.modules() for name in vars(m))
     assert torch.equal(model(contents["input"]), plain(contents["input"]))
     with torch.autocast("cpu", torch.bfloat16):
-        report = lomem.convert(model, contents["input"], criterion="paper")
+        report = lomem.convert(model, contents["input"], criterion="paper", pairs="keep")
     assert {d.name: d.action for d in report.decisions} == pickled_model.ACTIONS
     check(contents, model)
 

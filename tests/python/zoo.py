@@ -74,8 +74,7 @@ ZOO = {
     "qwen3": Entry(lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**DECODER, head_dim=8)), language, 2, 9),
     "gemma": Entry(lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**DECODER, head_dim=8)), language, 2, 5),
     "gemma2": Entry(lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**DECODER, head_dim=8)), language, 2, 9),
-    # Two halves of one storage: the product saves the other half of the activation's input.
-    "phi3": Entry(lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**DECODER)), language, 0, 5),
+    "phi3": Entry(lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**DECODER)), language, 2, 5),
     "gpt2": Entry(
         lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
         language,
