@@ -73,7 +73,7 @@ def test_the_committed_results():
         pytest.skip("nothing was measured yet")
     contents = json.loads(path.read_text())
     assert path.with_suffix(".md").read_text() == whole_step.markdown(contents)
-    assert list(contents["cases"]) == list(whole_step.CASES)
+    assert contents["cases"].keys() <= whole_step.CASES.keys()
     for case in contents["cases"].values():
         assert list(case["methods"]) == list(whole_step.METHODS)
         saved = {method: result["saved_bytes"] for method, result in case["methods"].items()}
