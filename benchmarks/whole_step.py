@@ -6,8 +6,8 @@
 
 Models have random weights and the published sizes. A step is: gradients to None, forward pass, loss, backward pass,
 optimizer step. Every method has a process of its own; the processes take turns, step by step, in rotating order. Times
-are of the CPU, so that waiting for a core does not count; with several threads they are wall-clock times, and the
-machine must be idle otherwise. Writes benchmarks/results/whole-step.json and .md. Needs transformers and peft
+are of the CPU, so that waiting for a core does not count; with several threads they are wall-clock times. The machine
+must be idle otherwise in any case. Writes benchmarks/results/whole-step.json and .md. Needs transformers and peft
 (pip install 'lomem[models]') and, for torch.compile, a C++ compiler.
 """
 
