@@ -31,7 +31,7 @@ OLDEST_CMAKE := 3.22
 
 .PHONY: help demo test test-all test-pairs install ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host soak types \
   asan asan-install asan-pytest arm-check cuda-check emulate-build cuda-emulate cuda-emulate-all cuda-mutants cuda-counts \
-  cuda-counts-check bench paper fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench gpu-sanitize dev lint \
+  cuda-counts-check bench paper whole-step fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench gpu-sanitize dev lint \
   format gtest clean FORCE
 
 help:
@@ -129,6 +129,14 @@ paper: install
 	mkdir -p $(RESULTS)
 	$(BIN)/lomem memory --paper --json $(RESULTS)/paper-memory.json --table $(RESULTS)/paper-memory.md \
 	  --plot $(RESULTS)/paper-memory.png
+
+# Whole training steps on the CPU by several methods: about half an hour, on a machine that has nothing else to do.
+# WHOLE_STEP_ARGS are the options of benchmarks/whole_step.py.
+WHOLE_STEP_ARGS ?=
+whole-step: install
+	$(PIP) install --quiet --no-build-isolation -C build-dir="$(WHEEL_BUILD)" $(BUILD_ARGS) '.[models]'
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/whole_step.py $(WHOLE_STEP_ARGS)
 
 # FewBit's table of RoBERTa on MRPC, estimated: a minute.
 fewbit-table: install

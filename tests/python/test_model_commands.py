@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import warnings
+from pathlib import Path
 
 import lomem
 import pytest
@@ -123,10 +124,10 @@ def test_the_papers_table(monkeypatch, tmp_path, capsys):
     rows = json.loads(files["json"].read_text())["settings"]
     assert [row["setting"] for row in rows] == [str(setting) for setting in SMALL.values()]
     full, lora, four_bit = (row["estimates"] for row in rows)
-    methods = ["plain", "activations", "norms", "lomem", "one-cast", "checkpoint"]
+    methods = ["plain", "activations", "norms", "lomem", "exact", "one-cast", "checkpoint"]
     assert list(full) == methods
     assert list(lora) == [*methods[:4], "no peft cast", *methods[4:]]
-    assert list(four_bit) == [*methods[:4], "checkpoint"]
+    assert list(four_bit) == [*methods[:5], "gated-mlp", "checkpoint"]
     for reports in (full, lora, four_bit):
         saved = {method: report["saved_bytes"] for method, report in reports.items()}
         gains = [saved["plain"] - saved[method] for method in ("activations", "norms", "lomem")]
@@ -139,6 +140,54 @@ def test_the_papers_table(monkeypatch, tmp_path, capsys):
     assert "Saved for backward" in capsys.readouterr().out
 
 
+ROOT = Path(__file__).resolve().parents[2]
+#: The rows of README.md's table, and their settings.
+README_ROWS = {
+    "ViT-B, full fine-tuning, batch 64, AMP": "vit-b, full fine-tuning, AMP bf16",
+    "RoBERTa-base, full fine-tuning, 32 x 128, AMP": "roberta-base, full fine-tuning, AMP bf16",
+    "RoBERTa-base, LoRA r64 with dropout 0.1, AMP": "roberta-base, LoRA all linears r64, dropout 0.1 in fp32, AMP bf16",
+    "LLaMA-7B in 4 bits, LoRA r64 in bf16, 4 x 512": "llama-7b, 4-bit base, LoRA all linears r64 in bf16",
+    "LLaMA-7B in 4 bits, LoRA r64 in fp32, 4 x 512": "llama-7b, 4-bit base, LoRA all linears r64 in fp32",
+}
+README_COLUMNS = {"plain": "plain", "converted": "lomem", "`bits=16`": "exact", "checkpointing": "checkpoint"}
+
+
+def rows_of(text):
+    """The cells of a table in Markdown, by the names of its rows and columns."""
+    lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("|")]
+    return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+
+
+def test_the_committed_estimates():
+    """The tables of the results and of README.md are those of the figures."""
+    results = json.loads((ROOT / "benchmarks/results/paper-memory.json").read_text(encoding="utf-8"))["settings"]
+    assert [row["setting"] for row in results] == [str(setting) for setting in presets.SETTINGS]
+    table = rows_of((ROOT / "benchmarks/results/paper-memory.md").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    start = readme.index("Estimates of `lomem memory --paper`")
+    short = rows_of(readme[start : readme.index("Checkpointing saves", start)])
+    assert list(short) == list(README_ROWS)
+
+    def mib(nbytes):
+        return f"{nbytes / 2**20:,.0f}"
+
+    for row in results:
+        estimates, name = row["estimates"], row["setting"]
+        plain = [estimates["plain"]["saved_bytes"], estimates["plain"]["forward_backward"]["nbytes"]]
+        for method, values in estimates.items():
+            figures = [values["saved_bytes"], values["forward_backward"]["nbytes"]]
+            cell = f"{mib(figures[0])} / {mib(figures[1])}"
+            if method != "plain":
+                changes = [f"{100 * a / b - 100:+.0f}" for a, b in zip(figures, plain, strict=True)]
+                cell += f" ({' / '.join(changes)} %)"
+            column = model_commands._PAPER_NAMES[method]
+            assert table[name][column] == cell
+            for title, setting in README_ROWS.items():
+                for heading, of in README_COLUMNS.items():
+                    if (setting, of) == (name, method) and heading in short[title]:
+                        assert short[title][heading] in (cell, cell.split(" (")[0])
+
+
 def everything(report):
     values = report.to_dict()
     del values["source"]
@@ -146,7 +195,7 @@ def everything(report):
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
-@pytest.mark.parametrize("method", ["plain", "lomem", "checkpoint"])
+@pytest.mark.parametrize("method", ["plain", "lomem", "exact", "checkpoint"])
 @pytest.mark.parametrize("lora", [None, presets.Lora(4, "all", dropout=0.1)], ids=["full", "lora"])
 def test_the_estimate_is_the_real_count_to_the_byte(name, method, lora):
     preset = presets.get(name).small()
@@ -170,7 +219,7 @@ def test_the_estimate_is_the_real_count_to_the_byte(name, method, lora):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     real = step_peak(model, preset.batch(), optimizer, autocast=preset.autocast)
     assert everything(estimated) == everything(real)
-    assert (report is not None) == (method == "lomem")
+    assert (report is not None) == (method in ("lomem", "exact"))
     if report is not None:
         lomem.restore(model)
 

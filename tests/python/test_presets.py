@@ -6,7 +6,8 @@ import lomem
 import pytest
 import torch
 import torch.nn.functional as F
-from lomem.commands import presets
+from lomem.commands import linear4bit, presets
+from lomem.commands.linear4bit import Linear4bit
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -23,7 +24,8 @@ BFLOAT16 = torch.bfloat16
 LORAS = [presets.Lora(4, "qv"), presets.Lora(4, "all", dropout=0.1), presets.Lora(4, "all", dtype=BFLOAT16)]
 
 # Published with the weights (torchvision's for images), heads included. RoBERTa and BERT have no pooler under their
-# heads; the first LLaMA has a projection of its own for the logits.
+# heads. LLaMA, Llama and Qwen3 have a projection of their own for the logits; Gemma has the embedding's. Of Gemma 3 4B,
+# 4,300,079,472 parameters are published, 419,816,304 of them of the vision tower and its projection.
 PARAMETERS = {
     "vit-b": 86_567_656,
     "vit-l": 304_326_632,
@@ -34,6 +36,9 @@ PARAMETERS = {
     "bert-base": 108_893_186,
     "llama-7b": 6_738_415_616,
     "llama-13b": 13_015_864_320,
+    "llama-3.1-8b": 8_030_261_248,
+    "qwen3-8b": 8_190_735_360,
+    "gemma-3-4b": 4_300_079_472 - 419_816_304,
 }
 
 
@@ -94,7 +99,10 @@ def test_images_have_no_sequence_length():
 
 
 def test_an_unknown_preset_is_told_the_known_ones():
-    with pytest.raises(ValueError, match=r"name is 'x', expected one of vit-b, vit-l, .*, llama-13b"):
+    with pytest.raises(
+        ValueError,
+        match=r"name is 'x', expected one of vit-b, vit-l, .*, llama-13b, llama-3.1-8b, qwen3-8b, gemma-3-4b",
+    ):
         presets.get("x")
 
 
@@ -191,7 +199,7 @@ def test_a_4bit_llama_keeps_half_a_byte_an_element():
     setting = presets.Setting("llama-7b", presets.Lora(64, "all", dtype=BFLOAT16), four_bit=True)
     with torch.device("meta"):
         model = presets.build(setting)
-    layers = [module for module in model.modules() if isinstance(module, presets.Linear4bit)]
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 7 * 32
     assert sum(layer.weight.nbytes for layer in layers) == 32 * (4 * 4096**2 + 3 * 4096 * 11008) // 2
 
@@ -201,7 +209,7 @@ def test_a_4bit_llama_keeps_half_a_byte_an_element():
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear4bit_is_linear_with_the_dequantized_weight(dtype, shape, bias):
     linear = nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype)
-    layer = presets.Linear4bit.from_linear(linear)
+    layer = Linear4bit.from_linear(linear)
     assert layer.weight.dtype == torch.uint8
     assert layer.weight.numel() == (linear.weight.numel() + 1) // 2
     assert not any(p.requires_grad for p in layer.parameters())
@@ -222,19 +230,19 @@ def test_linear4bit_rounds_to_the_nearest_code():
         linear.weight[3] = 0
     weight = linear.weight.detach()
     absmax = weight.abs().amax(1, keepdim=True)
-    table = torch.tensor(presets.NF4)
+    table = torch.tensor(linear4bit.NF4)
     nearest = table[(torch.where(absmax == 0, 0.0, weight / absmax).unsqueeze(-1) - table).abs().argmin(-1)] * absmax
-    layer = presets.Linear4bit.from_linear(linear)
+    layer = Linear4bit.from_linear(linear)
     torch.testing.assert_close(layer.dequantize(), nearest)
     assert torch.equal(layer.dequantize()[3], torch.zeros(64))
     # What is one of the 16 values is kept.
     again = nn.Linear(64, 16, bias=False)
     again.weight.data.copy_(layer.dequantize())
-    assert torch.equal(presets.Linear4bit.from_linear(again).dequantize(), layer.dequantize())
+    assert torch.equal(Linear4bit.from_linear(again).dequantize(), layer.dequantize())
 
 
 def test_linear4bit_keeps_only_its_weight():
-    layer = presets.Linear4bit.from_linear(nn.Linear(128, 64), BFLOAT16)
+    layer = Linear4bit.from_linear(nn.Linear(128, 64), BFLOAT16)
     x = torch.randn(8, 128, dtype=BFLOAT16, requires_grad=True)
     with lomem.memory.saved_for_backward([*layer.parameters(), *layer.buffers()]) as saved:
         y = layer(x)
@@ -243,7 +251,7 @@ def test_linear4bit_keeps_only_its_weight():
 
 
 def test_linear4bit_multiplies_in_its_dtype_and_returns_the_inputs():
-    layer = presets.Linear4bit.from_linear(nn.Linear(16, 4), BFLOAT16)
+    layer = Linear4bit.from_linear(nn.Linear(16, 4), BFLOAT16)
     x = torch.randn(3, 16, requires_grad=True)
     y = layer(x)
     y.sum().backward()
@@ -253,22 +261,22 @@ def test_linear4bit_multiplies_in_its_dtype_and_returns_the_inputs():
 
 def test_linear4bit_runs_on_meta_and_fake_tensors():
     with torch.device("meta"):
-        layer = presets.Linear4bit.from_linear(nn.Linear(24, 10))
-        fresh = presets.Linear4bit(24, 10)
+        layer = Linear4bit.from_linear(nn.Linear(24, 10))
+        fresh = Linear4bit(24, 10)
         x = torch.zeros(2, 24, requires_grad=True)
     assert layer.weight.shape == fresh.weight.shape == (120,)
     assert layer.absmax.shape == fresh.absmax.shape == (4,)
     layer(x).sum().backward()
     assert x.grad.shape == x.shape
     with FakeTensorMode(), torch.device("cpu"):
-        layer = presets.Linear4bit(24, 10)
+        layer = Linear4bit(24, 10)
         x = torch.zeros(2, 24, requires_grad=True)
         layer(x).sum().backward()
     assert x.grad.shape == x.shape
 
 
 def test_linear4bit_makes_one_op_of_the_dequantization():
-    layer = presets.Linear4bit(64, 64)
+    layer = Linear4bit(64, 64)
     x = torch.zeros(2, 64, dtype=BFLOAT16, requires_grad=True)
     with lomem._trace.recorder.Recorder() as recorder:
         layer(x).sum().backward()

@@ -194,7 +194,7 @@ def _add_memory(commands: Any) -> None:
         "--method",
         type=_list_of(str),
         metavar="NAME,...",
-        help="plain, activations, norms, lomem (both), one-cast, checkpoint, lomem+checkpoint "
+        help="plain, activations, norms, lomem (both), exact, gated-mlp, one-cast, checkpoint, lomem+checkpoint "
         "(default: plain,lomem,checkpoint)",
     )
     measured.add_argument("--batch", type=_positive, metavar="N", help="sequences or images per batch")

@@ -24,6 +24,7 @@ from .. import __version__, conversion, memory
 from .._units import size
 from ..memory import StepPeak
 from . import presets
+from .gated_mlp import rebuild_products
 from .plotting import check_folder, check_plot
 from .terminal import console, quiet, sentence
 
@@ -41,6 +42,8 @@ METHODS = {
     "activations": "+ activations",
     "norms": "+ norms",
     "lomem": "both",
+    "exact": "only exact (bits=16)",
+    "gated-mlp": "gate and up saved, product rebuilt",
     "one-cast": "norms cast once",
     "checkpoint": "checkpointing",
     "lomem+checkpoint": "both and checkpointing",
@@ -49,6 +52,7 @@ _CONVERSIONS: dict[str, dict[str, Any]] = {
     "activations": {"norms": "keep"},
     "norms": {"activations": "keep"},
     "lomem": {},
+    "exact": {"bits": 16},
     "lomem+checkpoint": {},
 }
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -162,6 +166,8 @@ def apply(method: str, model: nn.Module, subject: Subject) -> conversion.Report 
                 report = conversion.convert(model, subject.example(), **_CONVERSIONS[method])
         elif method == "one-cast":
             _cast_once(model, subject)
+        elif method == "gated-mlp":
+            rebuild_products(model)
     if method.endswith("checkpoint"):
         enable: Any = getattr(model, "gradient_checkpointing_enable", None)
         if enable is None:
@@ -301,7 +307,17 @@ def main_convert(arguments: argparse.Namespace) -> int:
 
 # --- The paper's settings ---------------------------------------------------------------------------------------------
 
-_PAPER_METHODS = ("plain", "activations", "norms", "lomem", "no peft cast", "one-cast", "checkpoint")
+_PAPER_METHODS = (
+    "plain",
+    "activations",
+    "norms",
+    "lomem",
+    "no peft cast",
+    "exact",
+    "gated-mlp",
+    "one-cast",
+    "checkpoint",
+)
 _PAPER_NAMES = METHODS | {"no peft cast": "both, no peft cast"}
 
 
@@ -313,6 +329,10 @@ def _paper_methods(setting: presets.Setting) -> Iterator[str]:
                 continue
         elif method == "one-cast" and setting.autocast is None:
             continue
+        elif method == "gated-mlp":
+            dropout = setting.lora is not None and setting.lora.dropout
+            if dropout or "gate_proj" not in presets.get(setting.preset).family.linears:
+                continue
         yield method
 
 
@@ -396,6 +416,8 @@ _PAPER_MARKERS = {
     "norms": (">", "#56B4E9"),
     "lomem": ("o", "#0072B2"),
     "no peft cast": ("D", "#009E73"),
+    "exact": ("^", "#D55E00"),
+    "gated-mlp": ("P", "#000000"),
     "checkpoint": ("s", "#CC79A7"),
 }
 
@@ -419,7 +441,7 @@ def _plot_paper(names: Sequence[str], saved: Sequence[Mapping[str, int]], path: 
         ]
         if points:
             x, y = zip(*points, strict=True)
-            hollow = "none" if method == "no peft cast" else color  # may overlap another marker
+            hollow = "none" if method in ("no peft cast", "exact") else color  # may overlap another marker
             axes.scatter(x, y, 36, marker=marker, edgecolors=color, facecolors=hollow, label=_PAPER_NAMES[method])
     axes.set_xlim(0, 100)
     axes.set_ylim(places[-1] + 0.7, -0.7)
@@ -435,7 +457,7 @@ def _plot_paper(names: Sequence[str], saved: Sequence[Mapping[str, int]], path: 
     for spines in (axes.spines, sizes.spines):
         spines[:].set_visible(False)
     axes.tick_params(length=0)
-    figure.legend(loc="outside upper center", ncols=len(_PAPER_MARKERS), frameon=False, fontsize=9, handletextpad=0.1)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9, handletextpad=0.1)
     figure.savefig(path, dpi=150)
 
 

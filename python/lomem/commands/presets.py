@@ -1,6 +1,7 @@
-"""Models and training settings of the paper, to estimate their memory without downloading weights.
+"""Models and training settings, to estimate their memory without downloading weights.
 
-Yang et al., Reducing Fine-Tuning Memory Overhead by Approximate and Memory-Sharing Backpropagation, ICML 2024.
+The settings are those of Yang et al., Reducing Fine-Tuning Memory Overhead by Approximate and Memory-Sharing
+Backpropagation, ICML 2024. The models are theirs and, under the same settings, later ones with grouped-query attention.
 
     >>> setting = presets.SETTINGS[0]
     >>> with torch.device("meta"):
@@ -17,11 +18,12 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .linear4bit import Linear4bit, quantize_linears
 
 __all__ = [
     "PRESETS",
@@ -153,11 +155,13 @@ _LLAMA = Family(
     linears=(*_PROJECTIONS, "gate_proj", "up_proj", "down_proj"),
     head=None,
 )
+_QWEN3 = dataclasses.replace(_LLAMA, model_class="Qwen3ForCausalLM", config_class="Qwen3Config")
+_GEMMA3 = dataclasses.replace(_LLAMA, model_class="Gemma3ForCausalLM", config_class="Gemma3TextConfig")
 
 
 @dataclass(frozen=True, eq=False)
 class Preset:
-    """A model and how the paper trains it.
+    """A model and how it is trained.
 
     Attributes:
         name: Key in :data:`PRESETS`.
@@ -305,12 +309,45 @@ _SMALL_BERT: Mapping[str, Any] = {
 }
 
 
-def _llama(name: str, width: int, depth: int, heads: int, inner: int) -> Preset:
+#: Of all decoders.
+_DECODER_OPTIONS: Mapping[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    # The key-value cache is for generation; in training it would only copy keys and values.
+    "use_cache": False,
+    "attn_implementation": "sdpa",
+}
+
+
+def _decoder(name: str, description: str, family: Family, options: Mapping[str, Any], **small: Any) -> Preset:
+    """A decoder, trained with the batch size and sequence length of the paper's LLaMA."""
     return Preset(
-        name=f"llama-{name}",
-        description=f"LLaMA {name.upper()} (the first), 512 tokens",
-        family=_LLAMA,
-        options={
+        name=name,
+        description=f"{description}, 512 tokens",
+        family=family,
+        options={**_DECODER_OPTIONS, **options},
+        small_options={
+            "vocab_size": 128,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 96,
+            "max_position_embeddings": 32,
+            **small,
+        },
+        batch_size=4,
+        seq_len=512,
+        dtype=torch.bfloat16,
+        autocast=None,
+    )
+
+
+def _llama(name: str, width: int, depth: int, heads: int, inner: int) -> Preset:
+    return _decoder(
+        f"llama-{name}",
+        f"LLaMA {name.upper()} (the first)",
+        _LLAMA,
+        {
             "vocab_size": 32000,
             "hidden_size": width,
             "num_hidden_layers": depth,
@@ -321,28 +358,94 @@ def _llama(name: str, width: int, depth: int, heads: int, inner: int) -> Preset:
             "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            "attention_bias": False,
-            "attention_dropout": 0.0,
             "mlp_bias": False,
             "tie_word_embeddings": False,
-            # The key-value cache is for generation; in training it would only copy keys and values.
-            "use_cache": False,
-            "attn_implementation": "sdpa",
         },
-        small_options={
-            "vocab_size": 128,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "intermediate_size": 96,
-            "max_position_embeddings": 32,
-        },
-        batch_size=4,
-        seq_len=512,
-        dtype=torch.bfloat16,
-        autocast=None,
+        num_key_value_heads=4,
     )
+
+
+# Four or two query heads share a key-value head. The numbers are those of the published configurations.
+_GROUPED = (
+    _decoder(
+        "llama-3.1-8b",
+        "Llama 3.1 8B",
+        _LLAMA,
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "hidden_act": "silu",
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            "mlp_bias": False,
+            "tie_word_embeddings": False,
+        },
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    _decoder(
+        "qwen3-8b",
+        "Qwen3 8B",
+        _QWEN3,
+        {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 12288,
+            "hidden_act": "silu",
+            "max_position_embeddings": 40960,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "tie_word_embeddings": False,
+        },
+        num_key_value_heads=2,
+        head_dim=16,
+    ),
+    _decoder(
+        "gemma-3-4b",
+        "Gemma 3 4B without its vision tower",
+        _GEMMA3,
+        {
+            "vocab_size": 262208,
+            "hidden_size": 2560,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "intermediate_size": 10240,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 131072,
+            # Every sixth layer attends to all tokens, the others to the last 1024.
+            "sliding_window": 1024,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            "tie_word_embeddings": True,
+        },
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=24,
+    ),
+)
 
 
 _ALL = (
@@ -390,6 +493,7 @@ _ALL = (
     ),
     _llama("7b", width=4096, depth=32, heads=32, inner=11008),
     _llama("13b", width=5120, depth=40, heads=40, inner=13824),
+    *_GROUPED,
 )
 
 #: All presets by name.
@@ -465,163 +569,6 @@ def from_config(path: str) -> Preset:
         dtype=config.dtype or torch.float32,
         autocast=None,
     )
-
-
-# --- Frozen 4-bit weights ---------------------------------------------------------------------------------------------
-
-# NormalFloat4: Dettmers et al., QLoRA, NeurIPS 2023, appendix E.
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-
-#: Elements that share a scale.
-BLOCK = 64
-
-
-def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    # Element 2*i is in the upper four bits of byte i, element 2*i + 1 in the lower four. Blocks are consecutive
-    # elements of the flattened weight; the last one is padded with zeros.
-    count = weight.numel()
-    blocks = F.pad(weight.detach().float().flatten(), (0, -count % BLOCK)).unflatten(0, (-1, BLOCK))
-    absmax = blocks.abs().amax(1)
-    table = torch.tensor(NF4, device=weight.device)
-    # A block of zeros has scale 0; any other divisor gives the code of 0.
-    scaled = blocks / torch.where(absmax == 0, 1.0, absmax).unsqueeze(1)
-    codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8).flatten()
-    packed = codes[0::2] << 4 | codes[1::2]
-    return packed[: (count + 1) // 2].clone(), absmax
-
-
-# A single op, as in bitsandbytes, so that its temporaries do not count as memory of the model.
-@torch.library.custom_op("lomem_presets::dequantize_4bit", mutates_args=())
-def _dequantize(packed: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    count = rows * columns
-    table = torch.tensor(NF4, device=packed.device)
-    values = table[torch.stack([packed >> 4, packed & 15], dim=1).int()].flatten()[:count]
-    scales = absmax.repeat_interleave(BLOCK)[:count]
-    return (values * scales).to(dtype).view(rows, columns)
-
-
-@_dequantize.register_fake
-def _(packed: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return packed.new_empty((rows, columns), dtype=dtype)
-
-
-class _Linear4bitFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-        # The weight is frozen, so its gradient is not needed and the input is not saved.
-        ctx.save_for_backward(packed, absmax)
-        ctx.columns = input.shape[-1]
-        weight = _dequantize(packed, absmax, rows, input.shape[-1], input.dtype)
-        return F.linear(input, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        packed, absmax = ctx.saved_tensors
-        grad_input = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_input = grad @ _dequantize(packed, absmax, grad.shape[-1], ctx.columns, grad.dtype)
-        if ctx.needs_input_grad[3]:
-            grad_bias = grad.flatten(0, -2).sum(0)
-        return grad_input, None, None, grad_bias, None
-
-
-class Linear4bit(nn.Linear):
-    """A linear layer with a frozen 4-bit weight: a stand-in for bitsandbytes' ``Linear4bit`` in memory estimates only.
-
-    It needs the same memory: 4 bits per element and a float32 scale per 64 elements; it does not save its input. Both
-    passes dequantize the weight to ``compute_dtype``. The weight has NF4 codes, rounded to nearest. There is no double
-    quantization (which would take 0.516 instead of 0.5625 bytes per element) and there are no fast kernels: for
-    training, use bitsandbytes.
-
-    Args:
-        in_features: As in :class:`torch.nn.Linear`.
-        out_features: As in :class:`torch.nn.Linear`.
-        bias: As in :class:`torch.nn.Linear`.
-        compute_dtype: Dtype of the multiplication.
-        device: As in :class:`torch.nn.Linear`.
-
-    Attributes:
-        weight: Packed codes: uint8, ``(out_features * in_features + 1) // 2`` bytes.
-        absmax: Scales: float32, one per 64 elements.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        compute_dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
-    ) -> None:
-        # Subclasses Linear because peft accepts that as a LoRA target; only the shape of the weight differs.
-        nn.Module.__init__(self)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.compute_dtype = compute_dtype
-        count = in_features * out_features
-        packed = torch.zeros((count + 1) // 2, dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.absmax: Tensor
-        self.register_buffer("absmax", torch.zeros(-(-count // BLOCK), dtype=torch.float32, device=device))
-        start = torch.zeros(out_features, dtype=compute_dtype, device=device)
-        self.register_parameter("bias", nn.Parameter(start) if bias else None)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, compute_dtype: torch.dtype | None = None) -> Linear4bit:
-        """Quantizes the weight of a layer and freezes weight and bias.
-
-        Args:
-            linear: The layer to quantize; not modified.
-            compute_dtype: Dtype of the multiplication. By default the dtype of the weight.
-        """
-        dtype = compute_dtype or linear.weight.dtype
-        bias = linear.bias is not None
-        device = linear.weight.device
-        self = cls(linear.in_features, linear.out_features, bias, compute_dtype=dtype, device=device)
-        packed, self.absmax = _quantize(linear.weight)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        if bias:
-            self.bias = nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
-        return self
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dequantized weight, of shape ``(out_features, in_features)``."""
-        dtype = dtype or self.compute_dtype
-        return _dequantize(self.weight, self.absmax, self.out_features, self.in_features, dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Multiplies in ``compute_dtype``; the result has the dtype of the input."""
-        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        result = _Linear4bitFunction.apply(
-            input.to(self.compute_dtype), self.weight, self.absmax, bias, self.out_features
-        )
-        return cast(Tensor, result).to(input.dtype)
-
-
-def quantize_linears(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """Replaces the linear layers whose qualified names end with one of ``names`` with :class:`Linear4bit`."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.endswith(tuple(f".{suffix}" for suffix in names)):
-            model.set_submodule(name, Linear4bit.from_linear(module))
-    return model
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,358 @@
+"""Times whole training steps on the CPU, and counts what their forward passes save, by several methods.
+
+    $ python benchmarks/whole_step.py                          # or make whole-step; about half an hour
+    $ python benchmarks/whole_step.py --small --rounds 6       # tiny models, a minute
+    $ python benchmarks/whole_step.py --cases vit-s --methods plain,lomem
+
+Models have random weights and the published sizes. A step is: gradients to None, forward pass, loss, backward pass,
+optimizer step. Every method has a process of its own; the processes take turns, step by step, in rotating order. Times
+are of the CPU, so that waiting for a core does not count; with several threads they are wall-clock times. The machine
+must be idle otherwise in any case. Writes benchmarks/results/whole-step.json and .md. Needs transformers and peft
+(pip install 'lomem[models]') and, for torch.compile, a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lomem
+import torch
+from bytes_alive import bytes_alive
+from lomem.commands import bench
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+
+RESULTS = Path(__file__).parent / "results/whole-step"
+
+METHODS = {
+    "plain": "plain",
+    "lomem": "`lomem.convert`",
+    "exact": "`lomem.convert(bits=16)`",
+    "compile": "`torch.compile`",
+    "checkpointing": "gradient checkpointing",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Attributes:
+        title: Title of its table.
+        make: Function of whether the model is to be tiny, which makes the model and a batch.
+        autocast: Dtype of automatic mixed precision, None for none.
+    """
+
+    title: str
+    make: Callable[[bool], tuple[Any, Batch]]
+    autocast: torch.dtype | None = None
+
+
+def smollm2(small: bool) -> tuple[Any, Batch]:
+    """A model of SmolLM2-135M's sizes, frozen, with LoRA."""
+    import peft
+    import transformers
+
+    sizes = (64, 160, 2, 4, 2, 128) if small else (576, 1536, 30, 9, 3, 49152)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    config = transformers.LlamaConfig(
+        **dict(zip((*names, "vocab_size"), sizes, strict=True)),
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = peft.LoraConfig(r=16, lora_alpha=16, target_modules=projections)
+    # The adapters in the model's dtype, so that nothing is cast.
+    model = peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+    ids = torch.randint(0, config.vocab_size, (2, 16 if small else 256))
+    return model, {"input_ids": ids, "labels": ids}
+
+
+def vit_s(small: bool) -> tuple[Any, Batch]:
+    """A Vision Transformer S/16."""
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=64 if small else 384,
+        intermediate_size=256 if small else 1536,
+        num_hidden_layers=2 if small else 12,
+        num_attention_heads=2 if small else 6,
+        image_size=32 if small else 224,
+        patch_size=16,
+        num_labels=1000,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="sdpa",
+    )
+    pixels = torch.randn(2 if small else 16, 3, config.image_size, config.image_size)
+    return transformers.ViTForImageClassification(config), {"pixel_values": pixels, "labels": torch.arange(len(pixels))}
+
+
+CASES = {
+    "smollm2-lora": Case("SmolLM2-135M, LoRA r16 on all linear layers, bfloat16, batch 2 x 256 tokens", smollm2),
+    "vit-s": Case("ViT-S/16, full fine-tuning, float32, batch 16", vit_s),
+    "vit-s-amp": Case("ViT-S/16, full fine-tuning, autocast to bfloat16, batch 16", vit_s, torch.bfloat16),
+}
+
+
+# --- One process ------------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """A model in training by one method."""
+
+    def __init__(self, case: Case, method: str, small: bool) -> None:
+        torch.manual_seed(0)
+        model, self.batch = case.make(small)
+        self.autocast, self.method = case.autocast, method
+        self.model: nn.Module = model.train()
+        self.forward: Any = self.model
+        if method in ("lomem", "exact"):
+            # Decisions do not depend on sizes: one sequence of 32 tokens, or one image.
+            example = {name: t[:1, :32] if name == "input_ids" else t[:1] for name, t in self.batch.items()}
+            if "input_ids" in example:
+                example["labels"] = example["input_ids"]
+            with self._autocast():
+                lomem.convert(self.model, example, bits=16 if method == "exact" else None)
+        elif method == "compile":
+            self.forward = torch.compile(self.model)
+        elif method == "checkpointing":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast is not None)
+
+    def loss(self) -> Tensor:
+        """The loss of the batch."""
+        with self._autocast():
+            return self.forward(**self.batch).loss  # type: ignore[no-any-return]
+
+    def step(self) -> float:
+        """Takes a step; returns its seconds."""
+        # On several threads, time of the CPU would include that of threads that spin.
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss().backward()
+        self.optimizer.step()
+        return clock() - start
+
+    def saved_bytes(self) -> int:
+        """Bytes that the forward pass keeps for the backward pass."""
+        if self.method == "compile":
+            # Under a mode nothing would be compiled; what autograd saves is all that a compiled function keeps.
+            exclude = [*self.model.parameters(), *self.model.buffers(), *self.batch.values()]
+            with lomem.memory.saved_for_backward(exclude) as saved:
+                self.loss()
+            return saved.nbytes
+        return bytes_alive(self.loss)[0]
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Prints the bytes saved, then takes a step for every line of standard input, and prints its seconds."""
+    # Whatever a library prints must not come between.
+    with contextlib.redirect_stdout(sys.stderr):
+        torch.set_num_threads(options.threads)
+        training = Training(CASES[options.serve[0]], options.serve[1], options.small)
+        for _ in range(2):  # compiles, and makes the optimizer's state
+            training.step()
+        saved = training.saved_bytes()
+    print(saved, flush=True)
+    for _ in sys.stdin:
+        print(training.step(), flush=True)
+
+
+# --- All processes ----------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """The process of a method."""
+
+    def __init__(self, case: str, method: str, options: argparse.Namespace) -> None:
+        self._name = f"{case}, {method}"
+        command = [sys.executable, __file__, "--serve", case, method, "--threads", str(options.threads)]
+        command += ["--small"] * options.small
+        # Idle threads must not spin while it is the others' turn.
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(options.threads)}
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.saved_bytes = int(self._read())
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of {self._name} ended with status {self._process.wait()}")
+        return line
+
+    def step(self) -> float:
+        """Takes a step; returns its seconds."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return float(self._read())
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+
+def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Bytes saved and seconds of every step, by method."""
+    processes: dict[str, Process] = {}
+    try:
+        for method in options.methods:  # one after the other, since compiling takes all there is
+            print(f"{case}: {method} starts", file=sys.stderr, flush=True)
+            processes[method] = Process(case, method, options)
+        seconds: dict[str, list[float]] = {method: [] for method in processes}
+        for number in range(options.rounds):
+            turn = number % len(processes)
+            for method in [*processes][turn:] + [*processes][:turn]:
+                seconds[method].append(processes[method].step())
+            print(f"{case}: round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
+    finally:
+        for process in processes.values():
+            process.close()
+    return {m: {"saved_bytes": p.saved_bytes, "seconds": seconds[m]} for m, p in processes.items()}
+
+
+def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
+    """Two of the values, between which the median of their distribution is with a probability of at least 95 %.
+
+    Holds for every distribution: the number of values below its median is binomial. Needs at least 6 values.
+    """
+    n = len(values)
+    below, cut = 0.0, -1
+    while below + math.comb(n, cut + 1) / 2**n <= 0.025:
+        cut += 1
+        below += math.comb(n, cut) / 2**n
+    if cut < 0:
+        raise ValueError(f"got {n} rounds, expected at least 6 for an interval of 95 %")
+    ordered = sorted(values)
+    return ordered[cut], ordered[n - 1 - cut]
+
+
+def table(title: str, results: dict[str, Any]) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = [f"## {title}", "", "| method | saved, MiB | | step, ms | ratio to plain | 95 % interval |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    plain = results.get("plain")
+    for method, result in results.items():
+        cells = [METHODS[method], f"{result['saved_bytes'] / 2**20:.1f}", "", "", "", ""]
+        cells[3] = f"{1e3 * statistics.median(result['seconds']):.0f}"
+        if plain is not None and method != "plain":
+            ratios = [a / b for a, b in zip(result["seconds"], plain["seconds"], strict=True)]
+            low, high = interval_of_median(ratios)
+            cells[2] = f"{100 * (result['saved_bytes'] / plain['saved_bytes'] - 1):+.1f} %"
+            cells[4] = f"{statistics.median(ratios):.3f}"
+            cells[5] = f"{low:.3f} to {high:.3f}"
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def markdown(contents: dict[str, Any]) -> str:
+    """The file of results."""
+    machine = contents["machine"]
+    lines = [
+        "# Whole training steps on a CPU",
+        "",
+        *(line for case in contents["cases"].values() for line in table(case["title"], case["methods"])),
+        "Saved: what the forward pass keeps for the backward pass, parameters and batch left out, copies of weights",
+        "that autocast makes not; of compiled models, what autograd saves. Step: median, in time of the CPU on one",
+        "thread and in wall-clock time on several. Ratio: median of the ratios of the steps of a round, and the",
+        "interval that holds the median of their distribution with 95 %, whatever that distribution is.",
+        "",
+        f"- {machine['rounds']} rounds; a process for each method, which take turns step by step",
+        f"- {machine['versions']} ({machine['commit']})",
+        f"- {machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {machine['date']}",
+        f"- Load average: {machine['load'][0]:.1f} before, {machine['load'][1]:.1f} after; an idle machine has at most "
+        f"{machine['threads']}",
+        *([f"- {contents['note']}"] if contents["note"] else []),
+        f"- `{contents['command']}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def facts(options: argparse.Namespace, load: tuple[float, float]) -> dict[str, Any]:
+    """What the figures depend on."""
+    names = ("lomem", "torch", "transformers", "peft")
+    return {
+        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names),
+        "commit": bench.commit(),
+        "cpu": bench.cpu_name(),
+        "cores": bench.physical_cores(),
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "load": load,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def _list(known: dict[str, Any]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"got {name}, expected some of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=_list(CASES), default=list(CASES), metavar="CASE,...", help=", ".join(CASES))
+    parser.add_argument(
+        "--methods", type=_list(METHODS), default=list(METHODS), metavar="METHOD,...", help=", ".join(METHODS)
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each method (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads (default: %(default)s)")
+    parser.add_argument("--small", action="store_true", help="tiny models, to try the script")
+    parser.add_argument("--note", default="", help="a line to add to the results")
+    parser.add_argument("--json", type=Path, default=RESULTS.with_suffix(".json"))
+    parser.add_argument("--table", type=Path, default=RESULTS.with_suffix(".md"))
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options)
+        return
+    interval_of_median([0.0] * options.rounds)  # fails here rather than at the end
+    before = os.getloadavg()[0]
+    cases = {name: {"title": CASES[name].title, "methods": measure(name, options)} for name in options.cases}
+    contents = {
+        "command": shlex.join(["python", "benchmarks/whole_step.py", *sys.argv[1:]]),
+        "note": options.note,
+        "machine": facts(options, (before, os.getloadavg()[0])),
+        "cases": cases,
+    }
+    text = markdown(contents)
+    options.json.write_text(json.dumps(contents) + "\n", encoding="utf-8")
+    options.table.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
