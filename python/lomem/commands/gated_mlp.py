@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,9 @@ def rebuild_products(model: nn.Module) -> int:
     mlps = [module for module in model.modules() if all(hasattr(module, name) for name in _LAYERS)]
     if not mlps:
         raise ValueError(f"{type(model).__name__} has no gated MLP, expected modules with {', '.join(_LAYERS)}")
-    for mlp in mlps:
+    for mlp in cast("list[Any]", mlps):
         down = _Down(mlp.down_proj)
-        mlp.forward = functools.partial(_forward, mlp, down)  # type: ignore[method-assign]
+        mlp.forward = functools.partial(_forward, mlp, down)
     return len(mlps)
 
 

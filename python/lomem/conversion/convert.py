@@ -51,8 +51,8 @@ def convert(
 
     Where no linear layer saves the result of an activation, those that compute GELU (exact or tanh) or
     ``x * sigmoid(c * x)`` save 2 bits per element, or as many as ``activations`` says; so do calls of ``F.gelu`` and
-    ``F.silu`` in a module's forward. Their results are unchanged, bit for bit; their gradient is that of a step function
-    (:func:`lomem.functional.step_function`).
+    ``F.silu`` in a module's forward. Their results are unchanged, bit for bit; their gradient is that of a step
+    function (:func:`lomem.functional.step_function`).
 
     Norms that compute layer or RMS norm save what the linear layers after them save anyway, if the example run shows
     that these do. Their gradient is exact up to rounding. In order of preference:

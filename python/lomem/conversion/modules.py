@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ __all__ = [
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an op on some tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -260,7 +261,7 @@ class StepCalls(FewBit):
     """A module whose forward calls torch's GELU or SiLU."""
 
     lomem_prefix = "StepCalls"
-    lomem_attributes = ("lomem_bits", "lomem_criterion")
+    lomem_attributes: ClassVar[tuple[str, ...]] = ("lomem_bits", "lomem_criterion")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same result as the original."""
@@ -512,6 +513,4 @@ class SharedInput(Converted):
         if not form.transposed:
             weight = weight.T
         with autocast_to(device, None):
-            return linear_of_offered(
-                x, weight, bias, dtype, kept, made.rebuild, differentiable=made.differentiable
-            )
+            return linear_of_offered(x, weight, bias, dtype, kept, made.rebuild, differentiable=made.differentiable)

@@ -144,6 +144,7 @@ def _derivative(activation: str, grad: Tensor, x: Tensor) -> Tensor:
 
 
 def name_of(function: Function, approximate: str) -> str:
+    """Name of an activation, as gated units have it."""
     return "gelu_tanh" if function is Function.GELU and approximate == "tanh" else function.value
 
 
@@ -345,11 +346,10 @@ class _Pairs(Redirect):
         if step.kind is StepKind.PRODUCT and len(others) == 1:
             (other,) = others
             if _is_gated(operand, other, made):
-                gate = kept[0]
-                assert gate is not None and made.activation is not None
-                result = _Gated.apply(operand, other, gate, made.activation)
-                again = _GatedAgain(made.activation)
-                offer(result, (gate, other), again, self.takers, differentiable=True)
+                (gate,), name = kept, made.activation
+                assert name is not None
+                result = _Gated.apply(operand, other, gate, name)
+                offer(result, (gate, other), _GatedAgain(name), self.takers, differentiable=True)
                 return result  # type: ignore[no-any-return]
             # Otherwise torch's own product saves nothing that is not saved anyway.
             if other.requires_grad and kept[0] is not operand:
@@ -399,7 +399,7 @@ class PairCalls(StepCalls):
     """A module in whose forward pass offers are passed on.
 
     Attributes:
-        lomem_bits: Number of bits that its calls of GELU and SiLU save per element; None to have them offer their input.
+        lomem_bits: Number of bits per element that its calls of GELU and SiLU save; None has them offer their input.
         lomem_takers: Maximum number of linear layers called with one result.
     """
 
@@ -479,10 +479,7 @@ class PairedActivation(Converted):
         with torch._C.DisableTorchFunction():
             if is_compiling():
                 return recomputed(original, x)
-            if form.torch_op:
-                result = original(x)
-            else:
-                result = _OfInput.apply(x, form, original)
+            result = original(x) if form.torch_op else _OfInput.apply(x, form, original)
         if form.torch_op:
             approximate = form.approximate if form.approximate_name is None else getattr(self, form.approximate_name)
             name = name_of(form.kind, approximate)

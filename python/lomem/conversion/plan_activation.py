@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from torch import nn
 
-from .exchange import Changes
+from .exchange import Converted
 from .finder import CALLS, Finder, ways_of_its_own
 from .forms import ActivationForm
 from .kinds import Action, Function, Kind, Wishes
@@ -17,6 +18,9 @@ from .plan_pair import Chain, follow
 
 __all__ = ["plan_activation", "plan_calls"]
 
+
+#: The change of one module.
+OwnChange: TypeAlias = dict[str, tuple[type[Converted], dict[str, Any]]]
 
 #: Why an activation or a call is left if only exact conversions are asked for.
 _NOT_EXACT = "nothing can be rebuilt from its input, and only exact conversions are asked for"
@@ -61,7 +65,9 @@ def plan_activation(
         chain = follow(finder, ((call.result_id, call.result) for call in calls), known, saved=False)
         # An activation of several ops saves more than its input.
         kept = {i for i in c.own if ledger.saved[i].storage in inputs}
-        complete = all(any(ledger.saved[i].storage is call.input for i in ledger.within([call.saved])) for call in calls)
+        complete = all(
+            any(ledger.saved[i].storage is call.input for i in ledger.within([call.saved])) for call in calls
+        )
         takers = max(chain.takers, 1)
         change = {name: (PairedActivation, PairedActivation.attributes(module, form, takers, chain.gated))}
         if complete and _pair(c, finder, chain, c.own - kept, change, exact=wishes.exact):
@@ -79,7 +85,7 @@ def _packed_bytes(numel: int, bits: int) -> int:
     return (numel * bits + 7) // 8
 
 
-def _pair(c: Candidate, finder: Finder, chain: Chain, own: set[int], change: Changes, *, exact: bool) -> bool:
+def _pair(c: Candidate, finder: Finder, chain: Chain, own: set[int], change: OwnChange, *, exact: bool) -> bool:
     """Makes a candidate an exact one if that frees at least as much as codes.
 
     Args:

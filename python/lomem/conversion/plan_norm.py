@@ -127,9 +127,7 @@ class _Output:
         return size
 
 
-def plan_norm(
-    finder: Finder, name: str, form: NormForm, pairs: bool, known: Callable[[str], bool]
-) -> Candidate:
+def plan_norm(finder: Finder, name: str, form: NormForm, pairs: bool, known: Callable[[str], bool]) -> Candidate:
     """The candidate for a norm.
 
     Args:
