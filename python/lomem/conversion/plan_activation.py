@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -20,7 +20,7 @@ __all__ = ["plan_activation", "plan_calls"]
 
 
 #: The change of one module.
-OwnChange: TypeAlias = dict[str, tuple[type[Converted], dict[str, Any]]]
+OwnChange: TypeAlias = Mapping[str, tuple[type[Converted], dict[str, Any]]]
 
 #: Why an activation or a call is left if only exact conversions are asked for.
 _NOT_EXACT = "nothing can be rebuilt from its input, and only exact conversions are asked for"
