@@ -82,7 +82,9 @@ def follow(
             continue
         if known(step.module) or ways_of_its_own(finder.modules[step.module]) is not None:
             continue
-        if step.kind is StepKind.CAST and step.result in flow.escaped:
+        # (A cast of a norm's output is not rebuilt yet: under saved-tensor hooks, the linear layer does not take it.)
+        cast = step.kind is StepKind.CAST
+        if cast and (step.result in flow.escaped or (saved and step.operand_id in first)):
             continue
         rebuilt[step.result_id] = step.result
         chain.steps.append(step)
