@@ -204,6 +204,59 @@ def test_rows_sum_to_what_the_converted_model_keeps_less(name, dtype, ill):
         assert all((d.action == "left") <= (d.saved_bytes == 0) for d in report.decisions)
 
 
+class Adapted(nn.Module):
+    """A frozen layer with a float32 adapter, as peft's: the adapter takes a copy of the input in its own dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.a, self.b = frozen(), nn.Linear(D, 2).float(), nn.Linear(2, D).float()
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x.to(self.a.weight.dtype))).to(x.dtype)
+
+
+class Modulated(nn.Module):
+    """A norm that is scaled and shifted, as in DiT."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = norm()
+        self.scale, self.shift = (nn.Parameter(torch.rand(D), requires_grad=False) for _ in range(2))
+
+    def forward(self, x):
+        return self.norm(x) * (1 + self.scale) + self.shift
+
+
+IN_FRONT = {
+    "norm": norm,
+    "modulated norm": Modulated,
+    "activation": nn.GELU,
+    "modulated activation": lambda: nn.Sequential(nn.GELU(), Modulated()),
+}
+
+
+@pytest.mark.parametrize("name", IN_FRONT)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_adapters_of_another_dtype_rebuild_their_copy(name, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(linear(), IN_FRONT[name](), Adapted()).to(dtype)
+    model[2].a.float()
+    model[2].b.float()
+    x = torch.randn(4, 5, D, dtype=dtype)
+
+    def saved():
+        with saved_for_backward([*model.parameters(), x]) as block:
+            model(x)
+        return block.nbytes
+
+    before = saved()
+    report = lomem.convert(model, x)
+    less = before - saved()
+    assert sum(d.saved_bytes for d in report.decisions) == report.saved_before - report.saved_after == less
+    # Neither is the norm's or activation's input saved in addition to what the copy is rebuilt from, nor the copy.
+    assert less > 2 * x.numel()
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_other_choice_keeps_fewer_bytes(name, dtype):

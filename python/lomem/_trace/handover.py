@@ -186,7 +186,7 @@ def offer_itself(result: Tensor) -> None:
     """Notes that a producer saves its result. Linear layers gain nothing by that, but cheap ops may pass it on."""
     if not is_compiling():
         # Without a reference to the result, which the table must not keep alive.
-        _offers[result] = Offer((), itself, result._version, current_hooks(), 0)
+        _offers[result] = Offer((), itself, result._version, current_hooks(), 0, differentiable=True)
 
 
 def hold(result: Tensor, tensors: Sequence[Tensor]) -> None:

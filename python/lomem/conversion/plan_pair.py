@@ -82,9 +82,7 @@ def follow(
             continue
         if known(step.module) or ways_of_its_own(finder.modules[step.module]) is not None:
             continue
-        # (A cast of a norm's output is not rebuilt yet: under saved-tensor hooks, the linear layer does not take it.)
-        cast = step.kind is StepKind.CAST
-        if cast and (step.result in flow.escaped or (saved and step.operand_id in first)):
+        if step.kind is StepKind.CAST and step.result in flow.escaped:
             continue
         rebuilt[step.result_id] = step.result
         chain.steps.append(step)
