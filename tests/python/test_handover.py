@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from lomem._trace.handover import linear_of_offered, offer, offered, take
+from lomem._trace.handover import linear_of_offered, offer, offer_itself, offered, peek, take
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -394,3 +394,20 @@ def test_other_producers(way, pair):
     if way == "none":
         # Three products of 6 rows are not saved; for the gated units, neither are three silu(gate).
         assert before - after == 3 * 6 * 4 * D * 4 * (2 if pair is GatedPair else 1)
+
+
+def test_only_what_has_the_same_rounding_is_passed_on():
+    x = torch.randn(3, D, requires_grad=True)
+    copied, activated, saved = x * 2, F.gelu(x), x * 3
+    offer(copied, (copied.bfloat16(),), lambda kept: kept, takers=1)
+    offer(activated, (x,), F.gelu, takers=1, differentiable=True)
+    offer_itself(saved)
+    assert peek(copied) is None
+    (kept,), _ = peek(activated)
+    assert kept is x
+    (kept,), _ = peek(saved)
+    assert kept is saved
+    assert take(saved) is None
+    with torch.no_grad():
+        activated.mul_(2)
+    assert peek(activated) is None

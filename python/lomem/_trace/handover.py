@@ -253,9 +253,15 @@ _is_tracing_a_region._dynamo_marked_constant = True  # type: ignore[attr-defined
 
 
 def peek(result: Tensor) -> tuple[tuple[Tensor | None, ...], Offer] | None:
-    """The tensors that an op on an offered result may save in place of the result, and the offer; None for none."""
+    """The tensors that an op on an offered result may save in place of the result, and the offer; None for none.
+
+    Copies and normalized inputs, which a linear layer takes, are not passed on: what an op makes of the result would be
+    rebuilt with another rounding, and would have no second derivative.
+    """
     made: Offer | None = _offers.get(result)
-    if made is None or made.hooks is not current_hooks() or made.version != result._version or not _share(made.hooks):
+    if made is None or not made.differentiable or made.version != result._version:
+        return None
+    if made.hooks is not current_hooks() or not _share(made.hooks):
         return None
     tensors = made.tensors()
     if tensors is None:

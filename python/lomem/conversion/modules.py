@@ -29,10 +29,12 @@ __all__ = [
     "FewBit",
     "MSNorm",
     "NormPlan",
+    "OfActivation",
     "Redirect",
     "SharedInput",
     "StepCalls",
     "as_activation",
+    "fixed_of_activation",
     "is_transformed",
     "may_redirect",
     "needs_gradient",
@@ -117,35 +119,17 @@ class FewBit(Converted):
             self.__dict__["lomem_criterion"] = Criterion.PAPER if two else Criterion.DERIVATIVE
 
 
-class ConvertedActivation(FewBit):
-    """An activation that saves a few bits per element for backward; its result is the original one, bit for bit."""
+class OfActivation(Converted):
+    """A converted activation."""
 
-    lomem_prefix = "Step"
-    lomem_attributes = ("lomem_activation", "lomem_bits", "lomem_criterion", "lomem_steps", "lomem_fixed")
     lomem_activation: ActivationForm | None = None
-    lomem_steps: Steps | None = None
     lomem_fixed: Fixed = ()
 
-    @staticmethod
-    def attributes(module: nn.Module, form: ActivationForm, bits: int, criterion: Criterion) -> dict[str, Any]:
-        """The mixin's attributes for a module to be converted."""
-        scale = form.scale if form.scale_name is None else getattr(module, form.scale_name)
-        resolved = not form.torch_op and _is_scale(scale)
-        live = (form.scale_name, form.approximate_name, form.inplace_name)
-        return {
-            "lomem_activation": form,
-            "lomem_bits": bits,
-            "lomem_criterion": criterion,
-            "lomem_steps": Steps.of(form, bits, criterion, scale) if resolved else None,
-            "lomem_fixed": fixed(module, live),
-        }
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Same result as the original."""
+    def argument(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The argument of a call that differs from the original's; None for calls that the original handles."""
         values = (*args, *kwargs.values())
-        form = self.lomem_activation
         if (
-            form is None
+            self.lomem_activation is None
             or len(values) != 1
             or not isinstance(values[0], Tensor)
             or not needs_gradient(values[0])
@@ -153,18 +137,59 @@ class ConvertedActivation(FewBit):
             or torch.jit.is_tracing()
             or not holds(self, self.lomem_fixed)
         ):
+            return None
+        return values[0]
+
+    def current(self, option: str) -> Any:
+        """The form's scale, approximate or inplace, which the module may read from an attribute at each call."""
+        form = self.lomem_activation
+        assert form is not None
+        return _current(self, form, option)
+
+
+def _current(module: nn.Module, form: ActivationForm, option: str) -> Any:
+    name = getattr(form, f"{option}_name")
+    return getattr(form, option) if name is None else getattr(module, name)
+
+
+def fixed_of_activation(module: nn.Module, form: ActivationForm) -> Fixed:
+    """The state with which an activation was recognized."""
+    return fixed(module, (form.scale_name, form.approximate_name, form.inplace_name))
+
+
+class ConvertedActivation(OfActivation, FewBit):
+    """An activation that saves a few bits per element for backward; its result is the original one, bit for bit."""
+
+    lomem_prefix = "Step"
+    lomem_attributes = ("lomem_activation", "lomem_bits", "lomem_criterion", "lomem_steps", "lomem_fixed")
+    lomem_steps: Steps | None = None
+
+    @staticmethod
+    def attributes(module: nn.Module, form: ActivationForm, bits: int, criterion: Criterion) -> dict[str, Any]:
+        """The mixin's attributes for a module to be converted."""
+        scale = _current(module, form, "scale")
+        resolved = not form.torch_op and _is_scale(scale)
+        return {
+            "lomem_activation": form,
+            "lomem_bits": bits,
+            "lomem_criterion": criterion,
+            "lomem_steps": Steps.of(form, bits, criterion, scale) if resolved else None,
+            "lomem_fixed": fixed_of_activation(module, form),
+        }
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Same result as the original."""
+        form, x = self.lomem_activation, self.argument(args, kwargs)
+        if form is None or x is None:
             return super().forward(*args, **kwargs)
-        x = values[0]
         if not form.torch_op:
-            scale = form.scale if form.scale_name is None else getattr(self, form.scale_name)
+            scale = self.current("scale")
             if not _is_scale(scale):
                 return super().forward(*args, **kwargs)  # not a scaled SiLU any more
             steps = self._steps(form, scale)
             return LF.step_activation(x, super().forward, steps.boundaries, steps.levels)
-        approximate = form.approximate if form.approximate_name is None else getattr(self, form.approximate_name)
-        inplace = form.inplace if form.inplace_name is None else getattr(self, form.inplace_name)
-        result = _few_bit(form.kind, x, approximate, self.lomem_bits, self.lomem_criterion)
-        return x.copy_(result) if inplace else result
+        result = _few_bit(form.kind, x, self.current("approximate"), self.lomem_bits, self.lomem_criterion)
+        return x.copy_(result) if self.current("inplace") else result
 
     def _steps(self, form: ActivationForm, scale: float) -> Steps:
         # The scale may change between calls.

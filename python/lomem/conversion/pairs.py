@@ -22,8 +22,16 @@ from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.handover import Offer, hold, offer, peek, recomputed
 from .exchange import Converted
 from .kinds import Criterion, Function, Text
-from .live import Fixed, fixed, holds
-from .modules import Activation, Redirect, StepCalls, as_activation, is_transformed, may_redirect, needs_gradient
+from .modules import (
+    Activation,
+    OfActivation,
+    Redirect,
+    StepCalls,
+    as_activation,
+    fixed_of_activation,
+    is_transformed,
+    may_redirect,
+)
 from .recognize import ActivationForm
 
 __all__ = ["PairCalls", "PairedActivation", "Step", "StepKind", "as_step", "is_small"]
@@ -247,15 +255,6 @@ class _Product(torch.autograd.Function):
         return grad_factor, grad_other, None, *(None for _ in kept)
 
 
-class _ProductOfConstants(_Product):
-    """The same if the factor is no function of the graph of what it is rebuilt from."""
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return _Product.backward(ctx, grad)
-
-
 class _OfInput(torch.autograd.Function):
     """An activation of several ops, which saves its input alone."""
 
@@ -353,8 +352,7 @@ class _Pairs(Redirect):
                 return result  # type: ignore[no-any-return]
             # Otherwise torch's own product saves nothing that is not saved anyway.
             if other.requires_grad and kept[0] is not operand:
-                product = _Product if made.differentiable else _ProductOfConstants
-                result = product.apply(operand, other, made.rebuild, *kept)
+                result = _Product.apply(operand, other, made.rebuild, *kept)
             else:
                 result = func(*args, **kwargs)
         else:
@@ -366,7 +364,7 @@ class _Pairs(Redirect):
             others = tuple(t.clone() for t in others)
         function = _replay(step, position, func, args, kwargs, result.dtype)
         rebuild = _Replayed(made.rebuild, len(kept), function)
-        offer(result, (*kept, *others), rebuild, self.takers, differentiable=made.differentiable)
+        offer(result, (*kept, *others), rebuild, self.takers, differentiable=True)
         # The producer saves the storage of its result, not the tensor. And nobody may save small operands.
         hold(result, (*(t for t in kept if t is operand), *(t for t in others if is_small(t, operand))))
         return result  # type: ignore[no-any-return]
@@ -425,15 +423,13 @@ class PairCalls(StepCalls):
             return super(StepCalls, self).forward(*args, **kwargs)
 
 
-class PairedActivation(Converted):
+class PairedActivation(OfActivation):
     """An activation that saves its input, as ever, and offers it."""
 
     lomem_prefix = "Pair"
     lomem_attributes = ("lomem_activation", "lomem_takers", "lomem_gated", "lomem_fixed")
-    lomem_activation: ActivationForm | None = None
     lomem_takers: int = 1
     lomem_gated: bool = False
-    lomem_fixed: Fixed = ()
 
     @staticmethod
     def attributes(module: nn.Module, form: ActivationForm, takers: int, gated: bool) -> dict[str, Any]:
@@ -445,34 +441,18 @@ class PairedActivation(Converted):
             takers: Maximum number of linear layers called with one result, or one product of it.
             gated: Whether a product takes its result.
         """
-        live = (form.scale_name, form.approximate_name, form.inplace_name)
         return {
             "lomem_activation": form,
             "lomem_takers": takers,
             "lomem_gated": gated,
-            "lomem_fixed": fixed(module, live),
+            "lomem_fixed": fixed_of_activation(module, form),
         }
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Same result as the original."""
-        values = (*args, *kwargs.values())
-        form, original = self.lomem_activation, super().forward
-        if (
-            form is None
-            or len(values) != 1
-            or not isinstance(values[0], Tensor)
-            or not needs_gradient(values[0])
-            or values[0].is_nested
-            or torch.jit.is_tracing()
-            or torch.compiler.is_exporting()
-            or is_transformed()
-            or not holds(self, self.lomem_fixed)
-        ):
+        form, original, x = self.lomem_activation, super().forward, self.argument(args, kwargs)
+        if form is None or x is None or torch.compiler.is_exporting() or is_transformed() or self.current("inplace"):
             return original(*args, **kwargs)
-        x = values[0]
-        inplace = form.inplace if form.inplace_name is None else getattr(self, form.inplace_name)
-        if inplace:
-            return original(x)
         if is_compiling() and self.lomem_gated:
             return original(x)  # a product is recomputed as a whole, see _Pairs
         # Modes of modules around this one would give it few bits.
@@ -481,8 +461,7 @@ class PairedActivation(Converted):
                 return recomputed(original, x)
             result = original(x) if form.torch_op else _OfInput.apply(x, form, original)
         if form.torch_op:
-            approximate = form.approximate if form.approximate_name is None else getattr(self, form.approximate_name)
-            name = name_of(form.kind, approximate)
+            name = name_of(form.kind, self.current("approximate"))
             offer(result, (x,), Activated(name), self.lomem_takers, differentiable=True, activation=name)
         else:
             offer(result, (x,), _Again(original, x.device.type), self.lomem_takers, differentiable=True)
