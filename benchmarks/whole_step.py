@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lomem
@@ -35,6 +37,7 @@ import torch
 from bytes_alive import bytes_alive
 from lomem.commands import bench
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Batch = dict[str, Tensor]
 
@@ -57,11 +60,13 @@ class Case:
         title: Title of its table.
         make: Function of whether the model is to be tiny, which makes the model and a batch.
         autocast: Dtype of automatic mixed precision, None for none.
+        repeats: Number of steps that are timed together.
     """
 
     title: str
     make: Callable[[bool], tuple[Any, Batch]]
     autocast: torch.dtype | None = None
+    repeats: int = 1
 
 
 def smollm2(small: bool) -> tuple[Any, Batch]:
@@ -108,7 +113,26 @@ def vit_s(small: bool) -> tuple[Any, Batch]:
     return transformers.ViTForImageClassification(config), {"pixel_values": pixels, "labels": torch.arange(len(pixels))}
 
 
+class _Pair(nn.Module):
+    """An activation and the linear layer behind it, with a loss that costs nothing."""
+
+    def __init__(self, features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.GELU(), nn.Linear(features, features // 4, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Any:
+        return SimpleNamespace(loss=self.layers(input).sum())
+
+
+def pair(small: bool) -> tuple[Any, Batch]:
+    """GELU of a million elements, and a linear layer."""
+    features = 64 if small else 4096
+    input = torch.randn(16 if small else 256, features, dtype=torch.bfloat16)
+    return _Pair(features, torch.bfloat16), {"input": input.requires_grad_()}
+
+
 CASES = {
+    "gelu-linear": Case("GELU of 1M elements and a linear layer, 4096 to 1024, bfloat16", pair, repeats=10),
     "smollm2-lora": Case("SmolLM2-135M, LoRA r16 on all linear layers, bfloat16, batch 2 x 256 tokens", smollm2),
     "vit-s": Case("ViT-S/16, full fine-tuning, float32, batch 16", vit_s),
     "vit-s-amp": Case("ViT-S/16, full fine-tuning, autocast to bfloat16, batch 16", vit_s, torch.bfloat16),
@@ -124,7 +148,7 @@ class Training:
     def __init__(self, case: Case, method: str, small: bool) -> None:
         torch.manual_seed(0)
         model, self.batch = case.make(small)
-        self.autocast, self.method = case.autocast, method
+        self.autocast, self.method, self.repeats = case.autocast, method, case.repeats
         self.model: nn.Module = model.train()
         self.forward: Any = self.model
         if method in ("lomem", "exact"):
@@ -137,7 +161,10 @@ class Training:
         elif method == "compile":
             self.forward = torch.compile(self.model)
         elif method == "checkpointing":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if not hasattr(model, "gradient_checkpointing_enable"):
+                self.forward = functools.partial(checkpoint, self.model, use_reentrant=False)
+            else:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
 
     def _autocast(self) -> torch.autocast:
@@ -149,14 +176,15 @@ class Training:
             return self.forward(**self.batch).loss  # type: ignore[no-any-return]
 
     def step(self) -> float:
-        """Takes a step; returns its seconds."""
+        """Takes a step, or as many as are timed together; returns the seconds of one."""
         # On several threads, time of the CPU would include that of threads that spin.
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         start = clock()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss().backward()
-        self.optimizer.step()
-        return clock() - start
+        for _ in range(self.repeats):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.loss().backward()
+            self.optimizer.step()
+        return (clock() - start) / self.repeats
 
     def saved_bytes(self) -> int:
         """Bytes that the forward pass keeps for the backward pass."""
@@ -261,7 +289,7 @@ def table(title: str, results: dict[str, Any]) -> list[str]:
     plain = results.get("plain")
     for method, result in results.items():
         cells = [METHODS[method], f"{result['saved_bytes'] / 2**20:.1f}", "", "", "", ""]
-        cells[3] = f"{1e3 * statistics.median(result['seconds']):.0f}"
+        cells[3] = f"{1e3 * statistics.median(result['seconds']):.3g}"
         if plain is not None and method != "plain":
             ratios = [a / b for a, b in zip(result["seconds"], plain["seconds"], strict=True)]
             low, high = interval_of_median(ratios)

@@ -256,21 +256,28 @@ class _Product(torch.autograd.Function):
 
 
 class _OfInput(torch.autograd.Function):
-    """An activation of several ops, which saves its input alone."""
+    """An activation that saves its input alone: ``h(scale * x) / scale``, by any function that computes it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, form: ActivationForm, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, activation: str, scale: float, function: Callable[..., Tensor]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.form = form
+        ctx.activation, ctx.scale = activation, scale
         return function(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (x,), form = ctx.saved_tensors, ctx.form
-        # The derivative of h(s x) / s is h'(s x). Neither s x nor what is computed from it is rounded to 16 bits.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        wide = x.to(dtype) * form.scale if form.scale != 1 else x.to(dtype)
-        return _derivative(name_of(form.kind, form.approximate), grad.to(dtype), wide).to(x.dtype), None, None
+        (x,), activation = ctx.saved_tensors, ctx.activation
+        if ctx.scale == 1 and not torch.is_grad_enabled() and x.device.type in _KERNELS and x.is_contiguous():
+            # The gradient of the gate of a unit whose other factor is 1: torch's own kernels take longer.
+            ones = x.new_ones(x.shape[-1:]).expand(x.shape)
+            mask = [True, False, False]
+            grad_x, *_ = torch.ops.lomem.gated_backward(grad, x, ones, activation, output_mask=mask)
+        else:
+            # The derivative of h(s x) / s is h'(s x). Neither s x nor what is computed from it is rounded to 16 bits.
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            wide = x.to(dtype) * ctx.scale if ctx.scale != 1 else x.to(dtype)
+            grad_x = _derivative(activation, grad.to(dtype), wide).to(x.dtype)
+        return grad_x, None, None, None
 
 
 class _Pairs(Redirect):
@@ -306,7 +313,10 @@ class _Pairs(Redirect):
         x, name = call.input, name_of(call.function, call.approximate)
         # Modes of modules around this one would give it few bits.
         with torch._C.DisableTorchFunction():
-            result = recomputed(Activated(name), x) if is_compiling() else func(*args, **kwargs)
+            if is_compiling():
+                result = recomputed(Activated(name), x)
+            else:
+                result = _OfInput.apply(x, name, 1, Activated(name))
         if is_compiling():
             self.activated.append((result, x, name))
             return result
@@ -459,9 +469,9 @@ class PairedActivation(OfActivation):
         with torch._C.DisableTorchFunction():
             if is_compiling():
                 return recomputed(original, x)
-            result = original(x) if form.torch_op else _OfInput.apply(x, form, original)
-        if form.torch_op:
             name = name_of(form.kind, self.current("approximate"))
+            result = _OfInput.apply(x, name, form.scale, original)
+        if form.torch_op:
             offer(result, (x,), Activated(name), self.lomem_takers, differentiable=True, activation=name)
         else:
             offer(result, (x,), _Again(original, x.device.type), self.lomem_takers, differentiable=True)

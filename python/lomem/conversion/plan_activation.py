@@ -65,9 +65,9 @@ def plan_activation(
         chain = follow(finder, ((call.result_id, call.result) for call in calls), known, saved=False)
         # An activation of several ops saves more than its input.
         kept = {i for i in c.own if ledger.saved[i].storage in inputs}
-        complete = all(
-            any(ledger.saved[i].storage is call.input for i in ledger.within([call.saved])) for call in calls
-        )
+        # Not in the ledger, which leaves out the model's inputs.
+        saved = finder.flows[0].recorder.saved
+        complete = all(any(saved[i].storage is call.input for i in call.saved) for call in calls)
         takers = max(chain.takers, 1)
         change = {name: (PairedActivation, PairedActivation.attributes(module, form, takers, chain.gated))}
         if complete and _pair(c, finder, chain, c.own - kept, change, exact=wishes.exact):

@@ -79,16 +79,41 @@ struct LibraryMath {
   }
 };
 
-/// The same in float32 without library functions: V is float, or a vector of floats of GCC's or Clang's vector
-/// extensions, and Words the same of std::uint32_t. Additions, multiplications and divisions alone, in a fixed order,
-/// so that every vector length gives the same bits.
+/// a * b + c for one float, rounded once.
+struct FusedFloat {
+  LOMEM_HOST_DEVICE static float multiply_add(float a, float b, float c) {
+    return std::fma(a, b, c);
+  }
+};
+
+/// The same in float32 without functions of exponentials: V is float, or a vector of floats of GCC's or Clang's vector
+/// extensions, and Words the same of std::uint32_t. Elementary operations in a fixed order, so that every vector length
+/// gives the same bits.
 ///
-/// For results of type T: where they are rounded to 16 bits, a relative error of 1e-5 is a fiftieth of the rounding,
-/// and fewer terms do.
-template <class T, class V, class Words>
+/// For results of type T: where they are rounded to 16 bits, a relative error of 1e-5 is a fiftieth of the rounding.
+/// Fewer terms do, by fused multiply-adds (`Fused`, as FusedFloat for V).
+template <class T, class V, class Words, class Fused = FusedFloat>
 struct PolynomialMath {
   using Scalar = float;
   static constexpr bool short_results = sizeof(T) == 2;
+
+  /// a * b + c. The last two may be constants.
+  template <class B, class C>
+  LOMEM_HOST_DEVICE static V multiply_add(V a, B b, C c) {
+    if constexpr (short_results) {
+      return Fused::multiply_add(a, vector(b), vector(c));
+    } else {
+      return a * b + c;
+    }
+  }
+  template <class X>
+  LOMEM_HOST_DEVICE static V vector(X x) {
+    if constexpr (std::is_same_v<X, V>) {
+      return x;
+    } else {
+      return V{} + x;
+    }
+  }
 
   LOMEM_HOST_DEVICE static V magnitude(V x) {
     return __builtin_bit_cast(V, __builtin_bit_cast(Words, x) & 0x7fffffffu);
@@ -99,18 +124,17 @@ struct PolynomialMath {
     // -u = k log(2) + r. Adding `rounder` leaves k in the low bits of the sum.
     constexpr float rounder = 0x1.8p23f;
     constexpr float log2_e = 1.44269504f;
-    const V exponent = u * -log2_e;
-    const V sum = exponent + rounder;
+    const V sum = multiply_add(u, -log2_e, rounder);
     const V k = sum - rounder;
     const Words shifted = __builtin_bit_cast(Words, sum) << 23;
     V result;
     if constexpr (short_results) {
-      // 2^f, where f = r / log(2), fitted to a relative error of 2.6e-6; the rounding of `exponent` adds up to 7e-6.
-      const V f = exponent - k;
-      V p = f * 9.5700691e-3f + 5.5917794e-2f;
-      p = p * f + 2.4024745e-1f;
-      p = p * f + 6.9312182e-1f;
-      p = p * f + 9.9999926e-1f;
+      // 2^f, where f = r / log(2), fitted to a relative error of 2.6e-6.
+      const V f = multiply_add(u, -log2_e, -k);
+      V p = multiply_add(f, 9.5700691e-3f, 5.5917794e-2f);
+      p = multiply_add(p, f, 2.4024745e-1f);
+      p = multiply_add(p, f, 6.9312182e-1f);
+      p = multiply_add(p, f, 9.9999926e-1f);
       result = __builtin_bit_cast(V, __builtin_bit_cast(Words, p) + shifted);  // adds k to the exponent
     } else {
       // The first part of log(2) has few bits, so that its product with k is exact. The coefficients are those of
@@ -133,14 +157,14 @@ struct PolynomialMath {
   /// 3.2e-8; beyond, the density is 0.
   LOMEM_HOST_DEVICE static V normal_cdf(V x, V density) {
     constexpr float c = short_results ? 0.31f : 0.35f;
-    const V t = 1.0f / (1.0f + c * magnitude(x));
+    const V t = 1.0f / multiply_add(magnitude(x), c, 1.0f);
     V p;
     if constexpr (short_results) {
-      p = t * -0.07392936f + 0.18045098f;
-      p = p * t + 0.01574401f;
-      p = p * t + 0.13343013f;
-      p = p * t + 0.12044120f;
-      p = p * t + 0.12386071f;
+      p = multiply_add(t, -0.07392936f, 0.18045098f);
+      p = multiply_add(p, t, 0.01574401f);
+      p = multiply_add(p, t, 0.13343013f);
+      p = multiply_add(p, t, 0.12044120f);
+      p = multiply_add(p, t, 0.12386071f);
     } else {
       p = t * -0.02914613f + 0.14397268f;
       p = p * t - 0.25571628f;

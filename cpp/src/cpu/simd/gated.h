@@ -39,6 +39,12 @@ void multiply(DType dtype, const void* a, const void* b, std::int64_t n, void* p
 
 // Gradients ------------------------------------------------------------------------------------------
 
+struct FusedFloats {
+  static Floats multiply_add(const Floats& a, const Floats& b, const Floats& c) {
+    return fused_multiply_add(a, b, c);
+  }
+};
+
 struct GatedFloats {
   Floats of_gate;
   Floats of_up;
@@ -46,7 +52,7 @@ struct GatedFloats {
 
 template <class Function, class T>
 inline GatedFloats gated_gradients(const Floats& grad, const Floats& gate, const Floats& up) {
-  const auto [value, slope] = value_and_slope<Function, PolynomialMath<T, Floats, Words>>(gate);
+  const auto [value, slope] = value_and_slope<Function, PolynomialMath<T, Floats, Words, FusedFloats>>(gate);
   return {gate_gradient<Function>(grad * up, slope), grad * value};
 }
 

@@ -366,10 +366,10 @@ struct VectorLanes {
   using Floats = cpu::Floats;
   using Words = cpu::Words;
 
-#if defined(__AVX512F__)
   static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
-    return bits_of<Floats>(_mm512_fmadd_ps(bits_of<__m512>(a), bits_of<__m512>(b), bits_of<__m512>(c)));
+    return fused_multiply_add(a, b, c);
   }
+#if defined(__AVX512F__)
   static Floats min_magnitude(const Floats& a, const Floats& b) {
     // The smaller magnitude, without sign; if one operand is NaN, the other one.
     return bits_of<Floats>(_mm512_range_ps(bits_of<__m512>(a), bits_of<__m512>(b), 0b1010));
@@ -394,9 +394,6 @@ struct VectorLanes {
     __m512 high_;
   };
 #else
-  static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
-    return bits_of<Floats>(_mm256_fmadd_ps(bits_of<__m256>(a), bits_of<__m256>(b), bits_of<__m256>(c)));
-  }
   static Floats min_magnitude(const Floats& a, const Floats& b) {
     const Floats magnitude = bits_of<Floats>(bits(a) & 0x7fffffffu);
     return bits_of<Floats>(_mm256_min_ps(bits_of<__m256>(magnitude), bits_of<__m256>(b)));
