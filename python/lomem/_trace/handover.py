@@ -49,6 +49,7 @@ __all__ = [
     "Rebuild",
     "current_hooks",
     "hold",
+    "is_offered",
     "in_a_region",
     "itself",
     "linear_of_offered",
@@ -185,8 +186,12 @@ def offer(
 def offer_itself(result: Tensor) -> None:
     """Notes that a producer saves its result. Linear layers gain nothing by that, but cheap ops may pass it on."""
     if not is_compiling():
-        # Without a reference to the result, which the table must not keep alive.
-        _offers[result] = Offer((), itself, result._version, current_hooks(), 0, differentiable=True)
+        _offers[result] = _of_itself(result, current_hooks())
+
+
+def _of_itself(result: Tensor, hooks: Any) -> Offer:
+    # Without a reference to the result, which the table must not keep alive.
+    return Offer((), itself, result._version, hooks, 0, differentiable=True)
 
 
 def hold(result: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -252,21 +257,31 @@ def _is_tracing_a_region() -> bool:
 _is_tracing_a_region._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def peek(result: Tensor) -> tuple[tuple[Tensor | None, ...], Offer] | None:
+def peek(result: Tensor, *, any_tensor: bool = False) -> tuple[tuple[Tensor | None, ...], Offer] | None:
     """The tensors that an op on an offered result may save in place of the result, and the offer; None for none.
 
     Copies and normalized inputs, which a linear layer takes, are not passed on: what an op makes of the result would be
     rebuilt with another rounding, and would have no second derivative.
+
+    Args:
+        result: The result.
+        any_tensor: Whether a result that nobody offers is offered itself.
     """
+    hooks = current_hooks()
     made: Offer | None = _offers.get(result)
-    if made is None or not made.differentiable or made.version != result._version:
-        return None
-    if made.hooks is not current_hooks() or not _share(made.hooks):
-        return None
-    tensors = made.tensors()
-    if tensors is None:
+    if made is None or not made.differentiable or made.version != result._version or made.hooks is not hooks:
+        made = None
+    tensors = None if made is None else made.tensors()
+    if any_tensor and tensors is None:
+        made, tensors = _of_itself(result, hooks), ()
+    if made is None or tensors is None or not _share(hooks):
         return None
     return tensors or (result,), made
+
+
+def is_offered(result: Tensor) -> bool:
+    """Whether the producer of a tensor has offered it."""
+    return result in _offers
 
 
 def offered(result: Any) -> tuple[Tensor, ...]:

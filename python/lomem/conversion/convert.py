@@ -34,6 +34,7 @@ def convert(
     activations: str = "2bit",
     norms: str = "auto",
     pairs: str = "auto",
+    dropouts: str = "auto",
     criterion: str = "derivative",
     exclude: Iterable[str] = (),
     check: bool = True,
@@ -48,6 +49,10 @@ def convert(
     activation that saves its input, a gated product like ``silu(gate) * up``, a norm's output scaled and shifted, a
     cast), the layer rebuilds it in the backward pass instead. A gated product saves gate and up. Results are unchanged,
     bit for bit, and gradients are exact.
+
+    Dropouts save a bit per element, and drop what they dropped before, for the same state of torch's random numbers.
+    A linear layer whose input is a cast or dropped-out copy of another tensor, as LoRA layers make one for each adapter,
+    saves that tensor, which others save or share, and makes the copy again.
 
     Where no linear layer saves the result of an activation, those that compute GELU (exact or tanh) or
     ``x * sigmoid(c * x)`` save 2 bits per element, or as many as ``activations`` says; so do calls of ``F.gelu`` and
@@ -75,7 +80,9 @@ def convert(
         bits: 16 allows only what is exact: pairs and norms, but no step functions. None allows both.
         activations: ``"1bit"``, ``"2bit"``, ... or ``"8bit"``; ``"keep"`` converts none.
         norms: ``"auto"``; ``"keep"`` converts none.
-        pairs: ``"auto"``; with ``"keep"``, no linear layer rebuilds the result of an activation, a product or a cast.
+        pairs: ``"auto"``; with ``"keep"``, no linear layer rebuilds the result of an activation, a product, a cast or a
+            dropout.
+        dropouts: ``"auto"``; ``"keep"`` converts none.
         criterion: Which step functions the activations use: those fitted to the ``"derivative"`` or to the
             ``"primitive"``, as in :func:`lomem.functional.gelu`, or the 2-bit ones published in the ``"paper"``.
         exclude: Names of modules to skip, with wildcards (``["*.layers.0.*"]``). Each must match a module.
@@ -94,7 +101,7 @@ def convert(
             (``NothingToConvertError``).
         RuntimeError: If the model does not run on the example inputs, or the check fails.
     """
-    wishes = _wishes(model, bits, activations, norms, pairs, criterion, exclude, tolerance)
+    wishes = _wishes(model, bits, activations, norms, pairs, dropouts, criterion, exclude, tolerance)
     given = example_inputs
     inputs = None if given is None else as_batch("lomem.convert", "example_inputs", given, ValueError)
     candidates, flow = plan(model, inputs, wishes)
@@ -163,7 +170,15 @@ _BITS = {f"{bits}bit": bits for bits in range(1, 9)}
 
 
 def _wishes(
-    model: Any, bits: Any, activations: Any, norms: Any, pairs: Any, criterion: Any, exclude: Any, tolerance: Any
+    model: Any,
+    bits: Any,
+    activations: Any,
+    norms: Any,
+    pairs: Any,
+    dropouts: Any,
+    criterion: Any,
+    exclude: Any,
+    tolerance: Any,
 ) -> Wishes:
     """Checks the arguments."""
     if not isinstance(model, nn.Module):
@@ -174,7 +189,7 @@ def _wishes(
         )
     if not (bits is None or (isinstance(bits, int) and bits == 16)):
         raise ValueError(f"lomem.convert: bits is {bits!r}, expected 16 or None")
-    for name, value in (("norms", norms), ("pairs", pairs)):
+    for name, value in (("norms", norms), ("pairs", pairs), ("dropouts", dropouts)):
         if value not in [*Auto]:
             raise ValueError(f"lomem.convert: {name} is {value!r}, expected 'auto' or 'keep'")
     if criterion not in [*Criterion]:
@@ -195,7 +210,8 @@ def _wishes(
             f"lomem.convert: {converted} modules of {type(model).__name__} are already converted, expected a plain "
             "model: call lomem.restore first"
         )
-    options = {"norms": norms == Auto.AUTO, "pairs": pairs == Auto.AUTO, "exact": bits == 16}
+    autos = {"norms": norms, "pairs": pairs, "dropouts": dropouts}
+    options = {name: value == Auto.AUTO for name, value in autos.items()} | {"exact": bits == 16}
     return Wishes(few, Criterion(criterion), **options, exclude=tuple(_patterns(model, exclude)))
 
 

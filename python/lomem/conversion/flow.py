@@ -23,7 +23,7 @@ from .._trace.keeps import COPIES
 from .._trace.recorder import Op, Recorder, Storage
 from .._trace.state import preserved
 from .modules import as_activation
-from .pairs import Step, StepKind, as_step, is_small
+from .pairs import UNARY, Step, StepKind, as_step, is_small
 
 __all__ = ["ActivationCall", "Call", "Flow", "StepCall", "modes", "runs", "trace", "untouched"]
 
@@ -102,7 +102,7 @@ class StepCall:
         operand_id: Identity of that operand.
         operand: Storage of that operand.
         gated: Whether it is a product with a factor as large.
-        small: Bytes of its small operands, if the op does not save them itself.
+        small: Bytes of its small operands, if the op does not save them itself; of a dropout, of a bit per element.
         result: Storage of the result.
         result_id: Identity of the result.
         end: Number of ops recorded when it returned.
@@ -168,11 +168,16 @@ class _Calls(TorchFunctionMode):
 
     def _step(self, step: Step, result: Tensor, saved: range) -> None:
         for i, operand in enumerate(step.operands):
-            if id(operand) in self.followed and result is not operand and step.passes_on(i):
+            # A copy of any tensor may be made again.
+            followed = step.kind in UNARY or id(operand) in self.followed
+            if followed and result is not operand and step.passes_on(i):
+                self.kept.append(operand)
                 others = [t for j, t in enumerate(step.operands) if j != i]
                 gated = any(not is_small(t, operand) for t in others)
                 summands = others if step.kind is StepKind.SUM else []
                 small = sum(t.numel() * t.element_size() for t in summands)
+                if step.kind is StepKind.DROPOUT:
+                    small = (operand.numel() + 7) // 8
                 storages = self._storage(operand), self._storage(result)
                 recorder = self.flow.recorder
                 of = step.kind, recorder.module, id(operand), storages[0], gated, small, storages[1]
@@ -214,7 +219,8 @@ class Flow:
         recorder: Its ops, storages and saved tensors.
         calls: Calls of the watched modules.
         activations: Calls of torch's GELU and SiLU that converted modules see; empty for runs without gradients.
-        steps: Calls of cheap ops on results that may be rebuilt; empty for runs without gradients.
+        steps: Calls of casts and dropouts, and of other cheap ops on results that may be rebuilt; empty for runs
+            without gradients.
         asked: Storages whose dtype a module read, or that it cast to their own dtype; empty for runs without gradients.
         escaped: Storages that outlive the run, in its output or stashed somewhere.
     """

@@ -28,6 +28,8 @@ class Kind(Text):
     NORM = "norm"
     ACTIVATION = "activation"
     CALL = "call"
+    DROPOUT = "dropout"
+    COPY = "copy"
 
 
 class Action(Text):
@@ -84,7 +86,7 @@ class Criterion(Text):
 
 
 class Auto(Text):
-    """The values of the options ``norms`` and ``pairs``."""
+    """The values of the options ``norms``, ``pairs`` and ``dropouts``."""
 
     AUTO = "auto"
     KEEP = KEEP
@@ -99,6 +101,7 @@ class Wishes:
         criterion: What their step functions are fitted to.
         norms: Whether norms are converted.
         pairs: Whether linear layers rebuild their input.
+        dropouts: Whether dropouts are converted.
         exact: Whether only exact conversions are made.
         exclude: Name patterns of modules that are not converted.
     """
@@ -107,12 +110,14 @@ class Wishes:
     criterion: Criterion
     norms: bool
     pairs: bool
+    dropouts: bool
     exact: bool
     exclude: tuple[str, ...]
 
     def keeps(self, kind: Kind) -> bool:
         """Whether conversion of a kind is turned off."""
-        return not self.norms if kind is Kind.NORM else self.bits is None
+        kept = {Kind.NORM: not self.norms, Kind.DROPOUT: not self.dropouts, Kind.COPY: not self.pairs}
+        return kept.get(kind, self.bits is None)
 
     def excludes(self, name: str) -> bool:
         """Whether a module is excluded by name."""

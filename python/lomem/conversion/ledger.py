@@ -21,7 +21,7 @@ class Candidate:
 
     Attributes:
         name: Name of the module.
-        kind: Whether it is a norm, an activation or calls of activations.
+        kind: Whether it is a norm, an activation, calls of activations, dropouts, or copies for linear layers.
         form: What it computes.
         action: How it would be converted; LEFT if it is already decided against.
         reason: Why, as a clause.
@@ -33,6 +33,7 @@ class Candidate:
         added: Bytes that it saves once converted.
         gain: Bytes that the model saves less because of it: its share of what several candidates free together.
         least: Its conversion must free more bytes than this, given the other conversions.
+        needs: Names of the modules whose dropouts must be converted with it.
         chained: Whether linear layers rebuild what cheap ops make of its result.
     """
 
@@ -49,6 +50,7 @@ class Candidate:
     added: int = 0
     gain: int = 0
     least: int = 0
+    needs: set[str] = field(default_factory=set)
     chained: bool = False
 
     def leave(self, reason: str) -> None:

@@ -24,6 +24,7 @@ from .live import Fixed, fixed, holds
 from .recognize import ActivationForm, LinearForm, NormForm
 
 __all__ = [
+    "FLOATS",
     "Activation",
     "ConvertedActivation",
     "FewBit",
@@ -212,7 +213,8 @@ _GELU = (F.gelu, _aten.gelu, _aten.gelu.default)
 _GELU_IN_PLACE = (_nn.gelu_, _aten.gelu_, _aten.gelu_.default)  # type: ignore[attr-defined]
 _SILU = (F.silu, _nn.silu, _aten.silu, _aten.silu.default)
 _SILU_IN_PLACE = (_nn.silu_, _aten.silu_, _aten.silu_.default)
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: The dtypes of lomem's ops.
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Activation(NamedTuple):
@@ -245,7 +247,7 @@ def as_activation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def _can_be_replaced(x: Tensor) -> bool:
-    if not needs_gradient(x) or x.dtype not in _DTYPES or x.layout != torch.strided or x.is_nested:
+    if not needs_gradient(x) or x.dtype not in FLOATS or x.layout != torch.strided or x.is_nested:
         return False
     return not is_transformed()
 

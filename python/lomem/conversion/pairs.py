@@ -19,11 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 
 from .._trace.autocast import autocast_dtype, autocast_to
-from .._trace.handover import Offer, hold, offer, peek, recomputed
+from .._trace.handover import Offer, hold, is_offered, offer, peek, recomputed
 from .exchange import Converted
 from .kinds import Criterion, Function, Text
 from .modules import (
+    FLOATS,
     Activation,
+    FewBit,
     OfActivation,
     Redirect,
     StepCalls,
@@ -34,7 +36,16 @@ from .modules import (
 )
 from .recognize import ActivationForm
 
-__all__ = ["PairCalls", "PairedActivation", "Step", "StepKind", "as_step", "is_small"]
+__all__ = [
+    "UNARY",
+    "ConvertedDropout",
+    "PairCalls",
+    "PairedActivation",
+    "Step",
+    "StepKind",
+    "as_step",
+    "is_small",
+]
 
 
 class StepKind(Text):
@@ -43,6 +54,7 @@ class StepKind(Text):
     PRODUCT = "product"
     SUM = "sum"
     CAST = "cast"
+    DROPOUT = "dropout"
 
 
 _aten = torch.ops.aten
@@ -87,7 +99,10 @@ _STEPS: dict[Any, StepKind] = {
         [Tensor.to, Tensor.type, Tensor.type_as, Tensor.double, Tensor.float, Tensor.bfloat16, Tensor.half],
         StepKind.CAST,
     ),
+    **dict.fromkeys([F.dropout, torch.dropout, _aten.dropout, _aten.dropout.default], StepKind.DROPOUT),
 }
+#: Those of one operand.
+UNARY = (StepKind.CAST, StepKind.DROPOUT)
 
 
 class Step(NamedTuple):
@@ -97,17 +112,19 @@ class Step(NamedTuple):
         kind: Which one.
         positions: Positions among the arguments of the operands that are tensors.
         operands: These tensors.
+        p: Of a dropout, the probability that an element is dropped.
     """
 
     kind: StepKind
     positions: tuple[int, ...]
     operands: tuple[Tensor, ...]
+    p: float = 0.0
 
     def passes_on(self, operand: int) -> bool:
         """Whether the result is as cheap to rebuild as one operand."""
         first = self.operands[operand]
         others = [t for i, t in enumerate(self.operands) if i != operand]
-        if self.kind is StepKind.CAST:
+        if self.kind in UNARY:
             return True
         if any(t.device != first.device for t in others) or first.shape != torch.broadcast_shapes(
             *(t.shape for t in self.operands)
@@ -127,12 +144,27 @@ def as_step(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Step | No
     kind = _STEPS.get(func)
     if kind is None or not args or any(isinstance(value, Tensor) for value in kwargs.values()):
         return None
-    found = range(1) if kind is StepKind.CAST else range(len(args))
+    p = _probability(args, kwargs) if kind is StepKind.DROPOUT else 0.0
+    found = range(1) if kind in UNARY else range(len(args))
     positions = tuple(i for i in found if isinstance(args[i], Tensor))
     operands = tuple(args[i] for i in positions)
-    if not operands or not (is_compiling() or all(type(t) in _ORDINARY and not t.is_inference() for t in operands)):
+    ordinary = is_compiling() or all(type(t) in _ORDINARY and not t.is_inference() for t in operands)
+    if not operands or p is None or not ordinary:
         return None
-    return Step(kind, positions, operands)
+    return Step(kind, positions, operands, p)
+
+
+def _probability(args: Sequence[Any], kwargs: dict[str, Any]) -> float | None:
+    """The probability of a dropout; None if it is off, in place, or drops everything."""
+    names = ("p", "training", "inplace")
+    options: dict[str, Any] = {"p": 0.5, "training": True, "inplace": False}
+    options |= {"training" if n == "train" else n: value for n, value in kwargs.items()}
+    options |= dict(zip(names, args[1:], strict=False))
+    p = options["p"]
+    x = args[0]
+    drops = options["training"] and not options["inplace"] and isinstance(p, int | float) and 0 < p < 1
+    usual = isinstance(x, Tensor) and x.dtype in FLOATS and x.layout == torch.strided and not x.is_nested
+    return p if drops and usual and options.keys() == {*names} else None
 
 
 def _value(activation: str, gate: Tensor) -> Tensor:
@@ -255,6 +287,36 @@ class _Product(torch.autograd.Function):
         return grad_factor, grad_other, None, *(None for _ in kept)
 
 
+class _Dropout(torch.autograd.Function):
+    """torch's dropout, which saves a bit per element; also returns these."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        result, mask = torch.ops.lomem.dropout_forward(x, p)
+        ctx.save_for_backward(mask)
+        ctx.p = p
+        ctx.mark_non_differentiable(mask)
+        return result, mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        (mask,) = ctx.saved_tensors
+        return torch.ops.lomem.dropout_apply(grad, mask, ctx.p), None
+
+
+def _drop(x: Tensor, p: float, takers: int) -> Tensor:
+    """Dropout whose result is offered to linear layers, to be rebuilt from the mask and from what x is."""
+    result, mask = _Dropout.apply(x, p)
+    found = peek(x, any_tensor=True) if takers else None
+    if found is not None:
+        kept, made = found
+        rebuild = _Replayed(made.rebuild, len(kept), lambda x, mask: torch.ops.lomem.dropout_apply(x, mask, p))
+        offer(result, (*kept, mask), rebuild, takers, differentiable=made.differentiable)
+        # If x needs no gradient, nobody saves the mask.
+        hold(result, (mask, *(t for t in kept if t is x)))
+    return result  # type: ignore[no-any-return]
+
+
 class _OfInput(torch.autograd.Function):
     """An activation that saves its input alone: ``h(scale * x) / scale``, by any function that computes it."""
 
@@ -287,11 +349,12 @@ class _Pairs(Redirect):
         bits: Number of bits that calls of GELU and SiLU save per element; None to have them offer their input.
         criterion: What their step functions are fitted to.
         takers: Number of linear layers expected to take a result.
+        dropouts: Whether dropouts save a bit per element.
     """
 
-    def __init__(self, bits: int | None, criterion: Criterion, takers: int) -> None:
+    def __init__(self, bits: int | None, criterion: Criterion, takers: int, dropouts: bool) -> None:
         super().__init__(bits or 2, criterion)
-        self.exact, self.takers = bits is None, takers
+        self.exact, self.takers, self.dropouts = bits is None, takers, dropouts
         #: Under a compiler: the results of activations, with their inputs and names.
         self.activated: list[tuple[Tensor, Tensor, str]] = []
 
@@ -305,7 +368,12 @@ class _Pairs(Redirect):
         step = as_step(func, args, kwargs)
         if step is None or not torch.is_grad_enabled() or is_transformed():
             return func(*args, **kwargs)
-        return self._compiled(step, func, args, kwargs) if is_compiling() else self._step(step, func, args, kwargs)
+        if is_compiling():
+            return self._compiled(step, func, args, kwargs)
+        if step.kind is StepKind.DROPOUT:
+            replaced = self.dropouts and self.lasts()
+            return _drop(step.operands[0], step.p, self.takers) if replaced else func(*args, **kwargs)
+        return self._step(step, func, args, kwargs)
 
     def _activation(self, call: Activation, func: Any, args: Any, kwargs: Any) -> Tensor:
         if not call.replaced or call.inplace or not self.lasts():
@@ -335,7 +403,7 @@ class _Pairs(Redirect):
 
     def _step(self, step: Step, func: Any, args: Any, kwargs: Any) -> Tensor:
         for i, operand in enumerate(step.operands):
-            found = peek(operand)
+            found = peek(operand, any_tensor=step.kind is StepKind.CAST)  # LoRA layers cast any tensor
             if found is not None and self.lasts() and step.passes_on(i):
                 return self._passed_on(step, i, *found, func, args, kwargs)
         return func(*args, **kwargs)  # type: ignore[no-any-return]
@@ -375,8 +443,9 @@ class _Pairs(Redirect):
         function = _replay(step, position, func, args, kwargs, result.dtype)
         rebuild = _Replayed(made.rebuild, len(kept), function)
         offer(result, (*kept, *others), rebuild, self.takers, differentiable=True)
-        # The producer saves the storage of its result, not the tensor. And nobody may save small operands.
-        hold(result, (*(t for t in kept if t is operand), *(t for t in others if is_small(t, operand))))
+        # A producer that saves its result saves the storage, not the tensor. And nobody may save small operands.
+        itself = kept if is_offered(operand) else ()
+        hold(result, (*(t for t in itself if t is operand), *(t for t in others if is_small(t, operand))))
         return result  # type: ignore[no-any-return]
 
 
@@ -409,11 +478,25 @@ class PairCalls(StepCalls):
     Attributes:
         lomem_bits: Number of bits per element that its calls of GELU and SiLU save; None has them offer their input.
         lomem_takers: Maximum number of linear layers called with one result.
+        lomem_dropouts: Whether its calls of dropout save a bit per element.
     """
 
     lomem_prefix = "Pair"
-    lomem_attributes = ("lomem_bits", "lomem_criterion", "lomem_takers")
+    lomem_attributes = ("lomem_bits", "lomem_criterion", "lomem_takers", "lomem_dropouts")
     lomem_takers: int = 1
+    lomem_dropouts: bool = False
+
+    @staticmethod
+    def attributes(
+        bits: int | None = None, criterion: Criterion | None = None, takers: int = 1, *, dropouts: bool = False
+    ) -> dict[str, Any]:
+        """The mixin's attributes for a module to be converted."""
+        return {
+            "lomem_bits": bits,
+            "lomem_criterion": criterion or FewBit.lomem_criterion,
+            "lomem_takers": takers,
+            "lomem_dropouts": dropouts,
+        }
 
     @classmethod
     def combined(
@@ -422,13 +505,13 @@ class PairCalls(StepCalls):
         """Calls save few bits if either says so."""
         few = attributes if attributes["lomem_bits"] is not None else others
         takers = max(attributes.get("lomem_takers", 1), others.get("lomem_takers", 1))
-        both = {"lomem_bits": few["lomem_bits"], "lomem_criterion": few["lomem_criterion"], "lomem_takers": takers}
-        return cls, both
+        dropouts = attributes.get("lomem_dropouts", False) or others.get("lomem_dropouts", False)
+        return cls, cls.attributes(few["lomem_bits"], few["lomem_criterion"], takers, dropouts=dropouts)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same result as the original."""
         passed = not torch.compiler.is_exporting() and may_redirect()
-        mode = _Pairs(self.lomem_bits, self.lomem_criterion, self.lomem_takers)
+        mode = _Pairs(self.lomem_bits, self.lomem_criterion, self.lomem_takers, self.lomem_dropouts)
         with mode if passed else contextlib.nullcontext():
             return super(StepCalls, self).forward(*args, **kwargs)
 
@@ -476,3 +559,30 @@ class PairedActivation(OfActivation):
         else:
             offer(result, (x,), _Again(original, x.device.type), self.lomem_takers, differentiable=True)
         return result
+
+
+class ConvertedDropout(Converted):
+    """A dropout that saves a bit per element; its result is the original one, bit for bit.
+
+    Attributes:
+        lomem_takers: Maximum number of linear layers called with one result, which rebuild it; 0 for none.
+    """
+
+    lomem_prefix = "Bit"
+    lomem_attributes = ("lomem_takers",)
+    lomem_takers: int = 0
+
+    @classmethod
+    def combined(
+        cls, attributes: Mapping[str, Any], others: Mapping[str, Any]
+    ) -> tuple[type[Converted], Mapping[str, Any]]:
+        """Offers its result if either says so."""
+        return cls, {"lomem_takers": max(attributes["lomem_takers"], others["lomem_takers"])}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Same result as the original."""
+        step = None
+        if len(args) == 1 and not kwargs and torch.is_grad_enabled() and not (is_compiling() or torch.jit.is_tracing()):
+            options = {"p": self.p, "training": self.training, "inplace": self.inplace}
+            step = None if is_transformed() else as_step(F.dropout, args, options)
+        return super().forward(*args, **kwargs) if step is None else _drop(args[0], step.p, self.lomem_takers)

@@ -12,7 +12,9 @@ from .finder import Finder, ways_of_its_own
 from .flow import Flow, runs
 from .kinds import Kind, Wishes
 from .ledger import Candidate
+from .pairs import StepKind
 from .plan_activation import plan_activation, plan_calls
+from .plan_copy import plan_copies, plan_dropouts
 from .plan_norm import plan_norm
 from .recognize import (
     ActivationForm,
@@ -89,6 +91,8 @@ def plan(model: nn.Module, inputs: Batch | None, wishes: Wishes) -> tuple[list[C
     leaves = dict(_leaves(model))
     watched = [n for n, m in leaves.items() if not isinstance(m, nn.Embedding)]
     flows = [] if inputs is None else runs(model, inputs, watched)
+    if flows and not wishes.dropouts:
+        flows[0].steps = [step for step in flows[0].steps if step.kind is not StepKind.DROPOUT]
     finder = Finder(model, flows) if flows else None
     found = []
     recognized = _recognize(leaves, flows)
@@ -108,6 +112,10 @@ def plan(model: nn.Module, inputs: Batch | None, wishes: Wishes) -> tuple[list[C
     if finder is not None:
         activation_modules = {name for name, what in recognized.items() if isinstance(what, ActivationForm)}
         found += plan_calls(finder, activation_modules.__contains__, known, wishes)
+        found += plan_dropouts(finder)
+        if wishes.pairs:
+            claimed = {name for c in found if not c.left for name in c.changes}
+            found += plan_copies(finder, claimed, known)
     if flows and flows[0].differentiates:
         for c in found:
             c.leave("the model computes gradients in its forward pass, and its result depends on them")

@@ -103,16 +103,16 @@ def _pair(c: Candidate, finder: Finder, chain: Chain, own: set[int], change: Own
     gain = freed(own | chain.drops) - chain.added
     if gain <= 0 or (not exact and gain < freed(c.own) - c.added):
         return False
-    c.own, c.others, c.added = own, chain.drops, chain.added
-    c.action, c.reason = Action.EXACT, _saying(chain)
+    c.own, c.others, c.added, c.needs = own, chain.drops, chain.added, chain.dropouts
+    c.action, c.reason = Action.EXACT, _saying(finder, chain)
     c.changes = {**chain.changes(finder), **change}
     return True
 
 
-def _saying(chain: Chain) -> str:
+def _saying(finder: Finder, chain: Chain) -> str:
     """A clause about a chain."""
-    layers = {name.rpartition(".")[2] for name in chain.linears}
-    rebuild = f"{' and '.join(sorted(layers))} rebuild{'s' * (len(layers) == 1)}"
+    layers, single = chain.rebuilders(finder)
+    rebuild = f"{layers} rebuild{'s' * single}"
     if chain.gated:
         product = "the product saves its factors, of which one is the activation's input"
         return f"{product}, and {rebuild} it" if layers else product
@@ -160,7 +160,7 @@ def _plan_calls(
         return c
     if wishes.pairs and not any(call.inplace for call in calls):
         chain = follow(finder, ((call.result_id, call.result) for call in calls), known, saved=False)
-        options = {"lomem_bits": None, "lomem_criterion": criterion, "lomem_takers": max(chain.takers, 1)}
+        options = PairCalls.attributes(None, criterion, max(chain.takers, 1))
         if _pair(c, finder, chain, set(), {name: (PairCalls, options)}, exact=wishes.exact):
             return c
     if wishes.exact:

@@ -169,11 +169,11 @@ def plan_norm(finder: Finder, name: str, form: NormForm, pairs: bool, known: Cal
     if chained:
         c.others = c.others | chain.drops
         c.added += chain.added
+        c.needs = chain.dropouts
         c.chained = True
         what = "its consumers save its output, from which" if c.sharing else "it saves its output, from which"
-        names = sorted({linear.rpartition(".")[2] for linear in chain.linears})
-        rebuild = "rebuilds its" if len(names) == 1 else "rebuild their"
-        c.reason = f"{what} {' and '.join(names)} {rebuild} input"
+        names, single = chain.rebuilders(finder)
+        c.reason = f"{what} {names} {'rebuilds its' if single else 'rebuild their'} input"
         c.changes.update(chain.changes(finder))
     plan = NormPlan(form, problem is None, output.low_precision, shared, takers, chained)
     c.changes[name] = (MSNorm, MSNorm.attributes(finder.modules[name], plan))

@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from .._trace.recorder import Storage
 from .exchange import Converted
 from .finder import Finder, ways_of_its_own
 from .flow import StepCall
 from .modules import SharedInput
-from .pairs import PairCalls, StepKind
+from .pairs import ConvertedDropout, PairCalls, StepKind
 
-__all__ = ["Chain", "follow"]
+__all__ = ["Chain", "dropout_change", "follow", "may_follow"]
 
 
 @dataclass
@@ -35,9 +37,21 @@ class Chain:
     added: int = 0
 
     @property
+    def dropouts(self) -> set[str]:
+        """Modules in which dropouts among the ops run."""
+        return {step.module for step in self.steps if step.kind is StepKind.DROPOUT and step.module is not None}
+
+    @property
     def modules(self) -> list[str]:
-        """Modules in which the cheap ops run."""
-        return sorted({step.module for step in self.steps if step.module is not None})
+        """Modules in which the other ops run."""
+        return sorted({s.module for s in self.steps if s.kind is not StepKind.DROPOUT and s.module is not None})
+
+    def rebuilders(self, finder: Finder) -> tuple[str, bool]:
+        """The linear layers as text, without the names of the modules around them, and whether it is a single one."""
+        names = sorted({_short(finder, name) for name in self.linears})
+        if len(names) > 3:
+            return f"{len(names)} linear layers", False
+        return ", ".join(names[:-2]) + ", " * (len(names) == 3) + " and ".join(names[-2:]), len(names) == 1
 
     @property
     def gated(self) -> bool:
@@ -47,9 +61,11 @@ class Chain:
     def changes(self, finder: Finder) -> dict[str, tuple[type[Converted], dict[str, Any]]]:
         """The changes to modules that the chain needs, without those of its source."""
         takers = max(self.takers, 1)
-        options = {"lomem_bits": None, "lomem_criterion": PairCalls.lomem_criterion, "lomem_takers": takers}
         result: dict[str, tuple[type[Converted], dict[str, Any]]]
-        result = {name: (PairCalls, dict(options)) for name in self.modules}
+        result = {name: (PairCalls, PairCalls.attributes(takers=takers)) for name in self.modules}
+        for name in self.dropouts:
+            mixin, attributes = dropout_change(finder.modules[name], takers)
+            result[name] = mixin, attributes if name not in result else mixin.combined(attributes, result[name][1])[1]
         for name in self.linears:
             form = finder.linear(name)
             assert form is not None
@@ -78,10 +94,9 @@ def follow(
     rebuilt: dict[int, Storage] = {i: s for i, s in sources if s is not None and s not in changed}
     first = set(rebuilt)
     for step in flow.steps:
-        if step.operand_id not in rebuilt or step.result is None or step.result in changed or step.module is None:
+        if step.operand_id not in rebuilt or step.result in changed or not may_follow(finder, step, known):
             continue
-        if known(step.module) or ways_of_its_own(finder.modules[step.module]) is not None:
-            continue
+        assert step.result is not None
         if step.kind is StepKind.CAST and step.result in flow.escaped:
             continue
         rebuilt[step.result_id] = step.result
@@ -103,8 +118,34 @@ def follow(
             takers[call.input_id] = takers.get(call.input_id, 0) + 1
     chain.takers = max(takers.values(), default=0)
     chain.steps = _needed(chain.steps, set(takers))
-    chain.added = sum(step.small for step in chain.steps)
+    chain.added = sum(step.small for step in chain.steps if step.kind is not StepKind.DROPOUT)
     return chain
+
+
+def may_follow(finder: Finder, step: StepCall, known: Callable[[str], bool]) -> bool:
+    """Whether a cheap op runs in a module that can pass on what its operand is rebuilt from."""
+    if step.result is None or step.module is None or known(step.module):
+        return False
+    return ways_of_its_own(finder.modules[step.module]) is None
+
+
+def dropout_change(module: nn.Module, takers: int) -> tuple[type[Converted], dict[str, Any]]:
+    """The change of a module in whose forward a dropout runs.
+
+    Args:
+        module: The module.
+        takers: Maximum number of linear layers that make a result again; 0 for none.
+    """
+    if type(module).forward is nn.Dropout.forward:
+        return ConvertedDropout, {"lomem_takers": takers}
+    return PairCalls, PairCalls.attributes(takers=takers, dropouts=True)
+
+
+def _short(finder: Finder, name: str) -> str:
+    parts = name.split(".")
+    # That of an adapter in a dict of adapters would be its own.
+    adapters = len(parts) > 2 and isinstance(finder.modules[".".join(parts[:-1])], nn.ModuleDict)
+    return ".".join(parts[-3:-1]) if adapters else parts[-1]
 
 
 def _needed(steps: list[StepCall], taken: set[int]) -> list[StepCall]:

@@ -15,14 +15,15 @@ __all__ = ["Decision", "Report"]
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision about one norm, activation or functional call.
+    """The decision about one norm, activation, dropout, functional call, or tensor that linear layers copy.
 
     Attributes:
         name: Qualified name of the module.
-        kind: ``"norm"``, ``"activation"`` or ``"call"`` (of ``F.gelu`` or ``F.silu`` in the module's forward).
+        kind: ``"norm"``, ``"activation"``, ``"dropout"``, ``"call"`` (of ``F.gelu`` or ``F.silu`` in the module's
+            forward), or ``"copy"`` (linear layers save casts or dropped-out copies of their input, as LoRA's do).
         module: Name of the module's class.
         computes: What it was recognized as.
-        action: What was done: ``"1bit"`` to ``"8bit"``, ``"inverted"``, ``"two outputs"``, ``"normalized"``, or
+        action: What was done: ``"1bit"`` to ``"8bit"``, ``"exact"``, ``"inverted"``, ``"two outputs"``, ``"normalized"``, or
             ``"left"`` (not converted).
         reason: Why, as a clause.
         saved_bytes: Reduction of the bytes saved for backward in the example run; 0 if the module is not converted or
@@ -51,7 +52,7 @@ class Report:
     """What :func:`lomem.convert` did.
 
     Attributes:
-        decisions: One for each norm, activation and functional call, in the order of the model's modules.
+        decisions: In the order of the model's modules.
         saved_before: Bytes saved for backward on the example inputs, in training mode; None if there was no run.
         saved_after: The same after the conversion.
         difference: Largest difference of an output from the original model's, relative to that output's norm; None if

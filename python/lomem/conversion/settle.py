@@ -13,6 +13,7 @@ from .ledger import Candidate
 __all__ = ["settle"]
 
 #: Among conversions that free the same bytes, exact ones are preferred, and among those the simplest.
+_ACTIVATIONS = (Kind.ACTIVATION, Kind.CALL)
 _RANKS = {Action.INVERTED: 0, Action.EXACT: 0, Action.TWO_OUTPUTS: 1, Action.NORMALIZED: 2}
 
 
@@ -45,14 +46,14 @@ def settle(found: list[Candidate], finder: Finder, excluded: Callable[[str], boo
             c.leave(_no_gain(c, chosen, finder) if inside is None else f"{inside} inside it is not converted")
         elif (alone := _alone(c, chosen)) is not None:
             c.reason = f"it saves less than before, though {alone}"
-        elif gain <= 0 and (around := [d.name for d, o in zip(candidates, options, strict=True) if i in o.needs]):
+        elif gain <= 0 and c.kind in _ACTIVATIONS and (around := [d.name for d, o in zip(candidates, options, strict=True) if i in o.needs]):
             c.reason = f"calls in {_some(around)} can only be replaced together with those in it"
 
 
 def _left_inside(c: Candidate, found: list[Candidate], finder: Finder, excluded: Callable[[str], bool]) -> str | None:
     """A module that is not converted, but whose calls would be replaced along with those of the module around it."""
     for d in found:
-        if d.kind is not Kind.NORM and d.left and c.contains(d.name):
+        if d.kind in _ACTIVATIONS and d.left and c.contains(d.name):
             unknown = d.name in finder.callers or d.name not in finder.ran
             if d.name in finder.reached or (excluded(d.name) and unknown):
                 return d.name
@@ -66,8 +67,9 @@ def _left_inside(c: Candidate, found: list[Candidate], finder: Finder, excluded:
 
 def _option(c: Candidate, candidates: list[Candidate], finder: Finder) -> Option:
     rank = _RANKS.get(c.action, 3 * len(candidates))
-    reached = [i for i, d in enumerate(candidates) if d.kind is not Kind.NORM and d.name in finder.reached]
+    reached = [i for i, d in enumerate(candidates) if d.kind in _ACTIVATIONS and d.name in finder.reached]
     needs = frozenset(i for i in reached if c.kind is Kind.CALL and c.contains(candidates[i].name))
+    needs |= {i for i, d in enumerate(candidates) if d.kind is Kind.DROPOUT and d.name in c.needs}
     return Option(frozenset(c.own | c.others), c.added, c.least, rank, needs)
 
 
