@@ -20,6 +20,7 @@ __all__ = [
     "REGELU2",
     "RESILU2",
     "StepFunction",
+    "dropout_apply",
     "gated",
     "ms_layer_norm",
     "ms_rms_norm",
@@ -134,6 +135,15 @@ def gated(gate: Tensor, up: Tensor | None = None, activation: str = "silu", *, l
             first, second = gate.chunk(2, -1)
             gate, up = (first, second) if layout == "gate_up" else (second, first)
     return _GATES[activation](gate) * up
+
+
+def dropout_apply(input: Tensor, mask: Tensor, p: float) -> Tensor:
+    """Dropout with a given mask: 1 bit per element in row-major order of ``input``, 1 for elements that are kept.
+
+    As torch on the CPU, where the factors are rounded to the dtype; on CUDA torch multiplies in float32.
+    """
+    kept = unpack_bits(mask, 1, input.numel()).reshape(input.shape)
+    return input * kept.to(input.dtype).div_(1 - p)
 
 
 class _MSNorm(torch.autograd.Function):

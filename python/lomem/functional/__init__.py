@@ -3,16 +3,24 @@
 For an invalid argument they raise a RuntimeError or ValueError that names the op, the argument, its value and what was
 expected; for an argument of the wrong type, torch raises its own error. They work under autocast, ``torch.compile``,
 ``torch.export``, ``torch.jit.trace``, checkpointing and saved-tensor hooks, on ``meta`` tensors and on tensor wrapper
-subclasses. For nested tensors with layout ``torch.jagged``, activations and norms call torch's own ops, which compute
-the exact gradient and save as much as usual; other nested, sparse and quantized tensors raise. Forward-mode
+subclasses. For nested tensors with layout ``torch.jagged``, activations, norms and dropout call torch's own ops, which
+compute the exact gradient and save as much as usual; other nested, sparse and quantized tensors raise. Forward-mode
 differentiation and ``torch.func`` gradients raise.
 """
 
-from . import activations, gated_units, linear, norms, packing
+from . import activations, dropouts, gated_units, linear, norms, packing
 from .activations import *  # noqa: F403
+from .dropouts import *  # noqa: F403
 from .gated_units import *  # noqa: F403
 from .linear import *  # noqa: F403
 from .norms import *  # noqa: F403
 from .packing import *  # noqa: F403
 
-__all__ = [*activations.__all__, *gated_units.__all__, *linear.__all__, *norms.__all__, *packing.__all__]
+__all__ = [
+    *activations.__all__,
+    *dropouts.__all__,
+    *gated_units.__all__,
+    *linear.__all__,
+    *norms.__all__,
+    *packing.__all__,
+]
