@@ -289,7 +289,8 @@ def table(title: str, results: dict[str, Any]) -> list[str]:
     plain = results.get("plain")
     for method, result in results.items():
         cells = [METHODS[method], f"{result['saved_bytes'] / 2**20:.1f}", "", "", "", ""]
-        cells[3] = f"{1e3 * statistics.median(result['seconds']):.3g}"
+        step = 1e3 * statistics.median(result["seconds"])
+        cells[3] = f"{step:,.0f}" if step >= 100 else f"{step:.3g}"
         if plain is not None and method != "plain":
             ratios = [a / b for a, b in zip(result["seconds"], plain["seconds"], strict=True)]
             low, high = interval_of_median(ratios)

@@ -274,12 +274,78 @@ class SharedActivation(nn.Module):
 class Dropped(Ungated):
     """Dropout with probability 0 returns its input itself."""
 
-    def __init__(self):
+    def __init__(self, p=0.0):
         super().__init__()
-        self.dropout = nn.Dropout(0.0)
+        self.dropout = nn.Dropout(p)
 
     def forward(self, x):
         return self.down(self.dropout(self.act(self.up(x))))
+
+
+class DroppedByCall(Ungated):
+    def forward(self, x):
+        return self.down(F.dropout(self.act(self.up(x)), 0.25, self.training))
+
+
+class DroppedGated(Gated):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.25)
+
+    def product(self, gate, up):
+        return self.dropout(super().product(gate, up))
+
+
+class Residual(nn.Module):
+    """Dropout whose result no linear layer takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(D, D), nn.Dropout(0.25)
+
+    def forward(self, x):
+        return x + self.dropout(self.linear(x))
+
+
+class WideAdapters(LowRank):
+    """Adapters in a wider dtype than the model's, each with a copy of its input, which may be dropped out."""
+
+    def __init__(self, p=0.0, wide=True):
+        super().__init__()
+        self.dropout, self.wide = nn.ModuleDict({name: nn.Dropout(p) for name in self.a}), wide
+
+    def to(self, dtype):
+        super().to(dtype)
+        wide = {2: torch.float32, 4: torch.float64}.get(dtype.itemsize, dtype) if self.wide else dtype
+        self.a.to(wide)
+        self.b.to(wide)
+        return self
+
+    def adapted(self, name, x):
+        copy = self.dropout[name](x.to(self.a[name].weight.dtype))
+        result = getattr(self, name)(x)
+        return (result + 0.5 * self.b[name](self.a[name](copy))).to(result.dtype)
+
+
+class AdaptersOfResult(WideAdapters):
+    """The adapters take what another op saves."""
+
+    def __init__(self, p=0.0, wide=True):
+        super().__init__(p, wide)
+        del self.a["down"], self.b["down"]
+
+    def forward(self, x):
+        h = torch.tanh(x)
+        return self.adapted("gate", h) + self.adapted("up", h)
+
+
+class AdaptersOfNorm(WideAdapters):
+    def __init__(self, p=0.0, wide=True):
+        super().__init__(p, wide)
+        self.stem, self.norm = nn.Linear(D, D), nn.LayerNorm(D)
+
+    def forward(self, x):
+        return super().forward(self.norm(self.stem(x)))
 
 
 class Encoder(nn.Module):
@@ -300,11 +366,13 @@ class Entry(NamedTuple):
         make: Function that makes it.
         saved: Numbers per row that it saves once converted, without its input and parameters; None if that depends.
         rounds: Whether a norm is converted, so that results differ by roundings.
+        bits: Bits per row that it saves besides.
     """
 
     make: Callable[[], nn.Module]
     saved: int | None
     rounds: bool = False
+    bits: int = 0
 
 
 #: Numbers saved per row: an activation saves its input; a product its factors, or the inputs of those.
@@ -322,6 +390,10 @@ PAIRS = {
     "shifted": Entry(Shifted, None),
     "fork": Entry(Fork, H + 2 * D),
     "dropout of nothing": Entry(Dropped, H),
+    "dropout": Entry(lambda: Dropped(0.25), H, bits=H),
+    "called dropout": Entry(DroppedByCall, H, bits=H),
+    "gated dropout": Entry(DroppedGated, 2 * H, bits=H),
+    "residual dropout": Entry(Residual, 0, bits=D),
     "gated silu": Entry(Gated, 2 * H),
     "gated gelu": Entry(lambda: Gated(nn.GELU), 2 * H),
     "gated gelu tanh": Entry(lambda: Gated(lambda: nn.GELU("tanh")), 2 * H),
@@ -341,6 +413,13 @@ PAIRS = {
     "transposed": Entry(Transposed, None),
     # The inputs of the outer matrices, of 4 numbers each.
     "adapters": Entry(LowRank, 2 * H + 12),
+    "wide adapters": Entry(WideAdapters, None),
+    "adapters of a dropout": Entry(lambda: WideAdapters(0.25, wide=False), 2 * H + 12, bits=2 * D + H),
+    "wide adapters of a dropout": Entry(lambda: WideAdapters(0.25), None),
+    "adapters of a result": Entry(lambda: AdaptersOfResult(0.25, wide=False), D + 8, bits=2 * D),
+    "wide adapters of a result": Entry(lambda: AdaptersOfResult(0.25), None),
+    "wide adapters of a norm": Entry(AdaptersOfNorm, None, True),
+    "adapters of a norm and a dropout": Entry(lambda: AdaptersOfNorm(0.25, wide=False), None, True),
     "experts": Entry(Experts, None),
     "reused": Entry(Reused, 3 * 2 * H + 2 * D),
     "reused gelu": Entry(lambda: Reused(Ungated), 3 * H + 2 * D),
@@ -348,6 +427,9 @@ PAIRS = {
     "modulated": Entry(Modulated, None, True),
     "modulated rms": Entry(lambda: Modulated(lambda d: nn.RMSNorm(d, eps=1e-6)), None, True),
 }
+
+#: Those that drop nothing at random, which function transforms and compilers do in their own ways.
+STEADY = [name for name in PAIRS if "dropout" not in name.removesuffix("dropout of nothing") and "of a result" not in name]
 
 #: Dtypes of weights and inputs (None for float32 under bfloat16 autocast), with the largest relative difference of a
 #: gradient from the plain model's, in the 2-norm: some roundings in that dtype, and in the norms' float32.
@@ -381,11 +463,18 @@ def randomized(model):
     return model
 
 
+def seed(*_: Any) -> None:
+    """A hook with which a model drops the same in every forward pass."""
+    torch.manual_seed(2)
+
+
 def _build(maker: Callable[[], nn.Module], dtype, options) -> tuple[nn.Module, nn.Module]:
     models = []
     for _ in range(2):
         torch.manual_seed(0)
         models.append(randomized(maker()).to(dtype or torch.float32))
+        if any(isinstance(m, nn.Dropout) and m.p > 0 or isinstance(m, DroppedByCall) for m in models[-1].modules()):
+            models[-1].register_forward_pre_hook(seed)
     plain, model = models
     with autocast(dtype):
         report = lomem.convert(model, batch(dtype), **options)

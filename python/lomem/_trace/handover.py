@@ -19,7 +19,8 @@ Three rules make it correct:
 - **Lifetimes.** Without hooks, autograd saves the producer's tensors themselves, and an offer holds weak references to
   them. With hooks, autograd may save something else, or nothing. An offer then holds strong references until the last
   of the linear layers seen in the example run takes them, or until a converted module runs under other hooks, which
-  means that the region is over.
+  means that the region is over. Only tensors that nobody offered, and whose copies are to be made again, are never kept
+  alive: the linear layer takes a copy while its caller still has the original.
 - **Versions.** An offer is void once the result, or a tensor that it is recomputed from, has been changed in place.
 
 Offers are passed on: a cheap op on an offered tensor (a product, a sum, a cast) offers its own result, to be recomputed
@@ -76,6 +77,7 @@ class Offer:
         differentiable: Whether gradients flow through the saved tensors to whatever the result depends on. Otherwise
             they are constants of the graph, and second derivatives would be wrong.
         activation: Name of the activation, if the result is that of the only saved tensor.
+        weak: Whether it never holds strong references.
         held: Tensors kept alive with the offer, see :func:`hold`.
     """
 
@@ -89,11 +91,13 @@ class Offer:
         *,
         differentiable: bool = False,
         activation: str | None = None,
+        weak: bool = False,
     ) -> None:
         self.rebuild, self.version, self.hooks, self.takers = rebuild, version, hooks, takers
         self.differentiable, self.activation = differentiable, activation
         self.held: tuple[Tensor, ...] = ()
-        self._weak = hooks is None
+        self.weak = weak
+        self._weak = hooks is None or weak
         self._versions = tuple(None if t is None else t._version for t in kept)
         self._kept: tuple[Any, ...] | None
         self._kept = tuple(None if t is None else TensorWeakRef(t) for t in kept) if self._weak else tuple(kept)
@@ -159,6 +163,7 @@ def offer(
     *,
     differentiable: bool = False,
     activation: str | None = None,
+    weak: bool = False,
 ) -> None:
     """Offers what a producer saves to the linear layers that are called with its result.
 
@@ -169,6 +174,7 @@ def offer(
         takers: Number of linear layers expected to take it.
         differentiable: Whether gradients flow through ``kept``, see :class:`Offer`.
         activation: Name of the activation, see :class:`Offer`.
+        weak: Whether ``kept`` is not kept alive, see :class:`Offer`.
     """
     if is_compiling():
         return
@@ -176,10 +182,10 @@ def offer(
     _end_others(hooks)
     if takers == 0:
         return
-    options: Any = {"differentiable": differentiable, "activation": activation}
+    options: Any = {"differentiable": differentiable, "activation": activation, "weak": weak}
     made = Offer(kept, rebuild, result._version, hooks, takers, **options)
     _offers[result] = made
-    if hooks is not None:
+    if hooks is not None and not weak:
         _open.offers.append(weakref.ref(made))
 
 
@@ -189,9 +195,9 @@ def offer_itself(result: Tensor) -> None:
         _offers[result] = _of_itself(result, current_hooks())
 
 
-def _of_itself(result: Tensor, hooks: Any) -> Offer:
+def _of_itself(result: Tensor, hooks: Any, *, weak: bool = False) -> Offer:
     # Without a reference to the result, which the table must not keep alive.
-    return Offer((), itself, result._version, hooks, 0, differentiable=True)
+    return Offer((), itself, result._version, hooks, 0, differentiable=True, weak=weak)
 
 
 def hold(result: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -273,7 +279,7 @@ def peek(result: Tensor, *, any_tensor: bool = False) -> tuple[tuple[Tensor | No
         made = None
     tensors = None if made is None else made.tensors()
     if any_tensor and tensors is None:
-        made, tensors = _of_itself(result, hooks), ()
+        made, tensors = _of_itself(result, hooks, weak=True), ()
     if made is None or tensors is None or not _share(hooks):
         return None
     return tensors or (result,), made

@@ -115,8 +115,9 @@ def convert(
         return report
     if not chosen:
         reasons = "; ".join(f"{n} x {d.module} ({d.reason})" for d, n, _ in report.groups()[:4])
+        kinds = "no norms, activations or dropouts"
         raise NothingToConvertError(
-            f"lomem.convert: found nothing to convert in {type(model).__name__}: {reasons or 'no norms or activations'}"
+            f"lomem.convert: found nothing to convert in {type(model).__name__}: {reasons or kinds}"
         )
     before = Outputs(model, inputs) if check and inputs is not None and not _is_fake(model) else None
     try:
@@ -202,8 +203,10 @@ def _wishes(
             f"lomem.convert: activations is {activations!r}, expected '2bit' with criterion='paper', which has "
             "only 2-bit step functions"
         )
-    if activations == norms == KEEP:
-        raise ValueError("lomem.convert: activations and norms are both 'keep', expected something to convert")
+    if {activations, norms, pairs, dropouts} == {KEEP}:
+        raise ValueError(
+            "lomem.convert: activations, norms, pairs and dropouts are all 'keep', expected something to convert"
+        )
     converted = sum(is_converted(module) for module in model.modules())
     if converted:
         raise ValueError(

@@ -311,7 +311,7 @@ def _drop(x: Tensor, p: float, takers: int) -> Tensor:
     if found is not None:
         kept, made = found
         rebuild = _Replayed(made.rebuild, len(kept), lambda x, mask: torch.ops.lomem.dropout_apply(x, mask, p))
-        offer(result, (*kept, mask), rebuild, takers, differentiable=made.differentiable)
+        offer(result, (*kept, mask), rebuild, takers, differentiable=True, weak=made.weak)
         # If x needs no gradient, nobody saves the mask.
         hold(result, (mask, *(t for t in kept if t is x)))
     return result  # type: ignore[no-any-return]
@@ -442,7 +442,7 @@ class _Pairs(Redirect):
             others = tuple(t.clone() for t in others)
         function = _replay(step, position, func, args, kwargs, result.dtype)
         rebuild = _Replayed(made.rebuild, len(kept), function)
-        offer(result, (*kept, *others), rebuild, self.takers, differentiable=True)
+        offer(result, (*kept, *others), rebuild, self.takers, differentiable=True, weak=made.weak)
         # A producer that saves its result saves the storage, not the tensor. And nobody may save small operands.
         itself = kept if is_offered(operand) else ()
         hold(result, (*(t for t in itself if t is operand), *(t for t in others if is_small(t, operand))))

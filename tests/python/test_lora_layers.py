@@ -1,0 +1,330 @@
+"""LoRA layers of peft in converted models: gradients and bytes, whatever their options, and however they are switched."""
+
+import copy
+
+import lomem
+import peft
+import pytest
+import torch
+from small_pairs import DTYPES, Gated, Ungated, autocast, batch, distance, gradients, living_bytes, saved_bytes, seed
+from small_pairs import D as WIDTH
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOLERANCE = DTYPES["float32"][1]
+
+
+class Attention(nn.Module):
+    """Three layers take one tensor, which a norm makes; a fourth takes what no norm and no activation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(WIDTH, eps=1e-6)
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (layer(h).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        a = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.o(a.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.norm, self.mlp = Attention(), nn.RMSNorm(WIDTH, eps=1e-6), Gated()
+
+    def forward(self, x):
+        x = self.attention(x)
+        return x + self.mlp(self.norm(x))
+
+
+class Stack(nn.Module):
+    """Two layers, so that the second one's norms have an input that needs a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(Layer(), Layer())
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+TARGETS = ["q", "k", "v", "o", "gate", "up", "down"]
+
+
+def adapted(model, adapters=("default",), dtype=None, **options):
+    options = {"r": 4, "target_modules": TARGETS, "lora_alpha": 8, "lora_dropout": 0.0} | options
+    model = peft.get_peft_model(model, peft.LoraConfig(**options), adapters[0], autocast_adapter_dtype=False)
+    for name in adapters[1:]:
+        model.add_adapter(name, peft.LoraConfig(**options | {"r": 3}))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for path, p in model.named_parameters():
+            if "lora_A" in path or "lora_B" in path:
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+                p.data = p.data.to(dtype or p.dtype)
+    model.register_forward_pre_hook(seed)  # every pass drops the same
+    return model.train()
+
+
+def pair_of(kind, dtype=torch.float32, adapters=("default",), adapter_dtype=None, **options):
+    """The same model twice, and a batch."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(adapted(kind().to(dtype), adapters, adapter_dtype or dtype, **options))
+    return (*models, batch(dtype))
+
+
+def assert_same(plain, model, x, dtype=torch.float32, tolerance=TOLERANCE, bitwise=True):
+    before, expected = gradients(plain, x, dtype=dtype)
+    after, grads = gradients(model, x, dtype=dtype)
+    if bitwise:
+        assert torch.equal(after, before)
+    assert distance(grads, expected) < tolerance
+    assert saved_bytes(model, x, dtype=dtype) <= saved_bytes(plain, x, dtype=dtype)
+    assert living_bytes(model, x, dtype=dtype) <= living_bytes(plain, x, dtype=dtype)
+
+
+#: Dtypes of the model and of its adapters, and whether autocast to bfloat16 is on.
+MIXES = {
+    "float32": (torch.float32, torch.float32, False),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, False),
+    "bfloat16 with float32": (torch.bfloat16, torch.float32, False),
+    "float32 autocast": (torch.float32, torch.float32, True),
+    "bfloat16 autocast": (torch.bfloat16, torch.bfloat16, True),
+    "bfloat16 with float32 autocast": (torch.bfloat16, torch.float32, True),
+}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("kind", [Gated, Ungated, Stack])
+def test_dtypes(kind, mix, p):
+    dtype, adapter_dtype, mixed = MIXES[mix]
+    plain, model, x = pair_of(kind, dtype, adapter_dtype=adapter_dtype, lora_dropout=p)
+    with autocast(None if mixed else dtype):
+        lomem.convert(model, x, bits=16)
+    low = mixed or dtype == torch.bfloat16
+    # The norms of the stack round otherwise than torch's, in a few places.
+    assert_same(plain, model, x, None if mixed else dtype, 2e-2 if low else 1e-5, bitwise=kind is not Stack)
+
+
+def bytes_of_a_stack(dtype, adapter_dtype, p):
+    """What a row of the stack cannot do without, by hand, besides rstd."""
+    wide, d, h, r = dtype.itemsize, WIDTH, 3 * WIDTH, 4
+    # The norms' outputs; queries, keys, values and the result of attention; gate and up.
+    activations = 2 * d * wide + 4 * d * wide + 2 * h * wide
+    low_rank = len(TARGETS) * r * adapter_dtype.itemsize
+    masks = (6 * d + h) // 8 if p else 0
+    return activations + low_rank + masks
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("mix", ["float32", "bfloat16", "bfloat16 with float32"])
+def test_bytes_of_a_stack(mix, p):
+    dtype, adapter_dtype, _ = MIXES[mix]
+    _, model, x = pair_of(Stack, dtype, adapter_dtype=adapter_dtype, lora_dropout=p)
+    lomem.convert(model, x)
+    rows = x[..., 0].numel()
+    # x is the model's input, so the first norm saves nothing of it; rstd of four norms, the logsumexp of each of the
+    # two heads and attention's two numbers of state of its random numbers, a few bytes each.
+    small = rows * (4 * 4 + 2 * 2 * 4) + 64
+    expected = 2 * rows * bytes_of_a_stack(dtype, adapter_dtype, p) + x.nbytes  # the result
+    assert expected <= living_bytes(model, x, dtype=dtype) <= expected + small
+
+
+#: Options of peft.LoraConfig.
+OPTIONS = {
+    "rank-stabilized": {"use_rslora": True},
+    "bias": {"bias": "lora_only"},
+    "bias of B": {"lora_bias": True},
+    "DoRA": {"use_dora": True},
+    "some": {"target_modules": ["q", "down"]},
+    "saved": {"target_modules": ["q", "v"], "modules_to_save": ["o"]},
+    "ranks": {"rank_pattern": {"q": 2, "gate": 7}},
+}
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(option, p, wide):
+    adapter_dtype = torch.float64 if wide else None
+    plain, model, x = pair_of(Stack, lora_dropout=p, adapter_dtype=adapter_dtype, **OPTIONS[option])
+    lomem.convert(model, x, bits=16)
+    assert_same(plain, model, x, tolerance=1e-5, bitwise=False)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_frozen_matrices(frozen, p):
+    plain, model, x = pair_of(Stack, lora_dropout=p)
+    for m in (plain, model):
+        for path, parameter in m.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and frozen not in path)
+    lomem.convert(model, x, bits=16)
+    assert_same(plain, model, x, tolerance=1e-5, bitwise=False)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("kind", [Gated, Ungated])
+def test_adapters_are_switched(kind, p):
+    plain, model, x = pair_of(kind, adapters=("one", "two"), lora_dropout=p)
+    lomem.convert(model, x, bits=16)
+    for choice in ("one", "two", ["one", "two"]):
+        for m in (plain, model):
+            m.base_model.set_adapter(choice)
+        assert_same(plain, model, x)
+    with plain.disable_adapter(), model.disable_adapter():
+        assert torch.equal(plain(x), model(x))
+    for m in (plain, model):
+        m.base_model.set_adapter("one")
+        m.requires_grad_(True)
+    assert_same(plain, model, x)
+    for m in (plain, model):
+        m.merge_adapter()
+    assert_same(plain, model, x)
+    for m in (plain, model):
+        m.unmerge_adapter()
+    assert_same(plain, model, x)
+    for m in (plain, model):
+        m.eval()
+    assert_same(plain, model, x)
+
+
+@pytest.mark.parametrize("kind", [Gated, Ungated])
+def test_adapters_are_added_after_conversion(kind):
+    torch.manual_seed(0)
+    plain, x = kind(), batch()
+    model = copy.deepcopy(plain)
+    lomem.convert(model, x, bits=16)
+    models = []
+    for m in (plain, model):
+        torch.manual_seed(0)
+        models.append(adapted(m, lora_dropout=0.25))
+    assert_same(*models, x)
+
+
+@pytest.mark.parametrize("kind", [Gated, Ungated])
+def test_adapters_with_full_gradients_of_the_layers_below(kind):
+    plain, model, x = pair_of(kind, lora_dropout=0.25)
+    for m in (plain, model):
+        m.requires_grad_(True)
+    lomem.convert(model, x, bits=16)
+    assert_same(plain, model, x)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.9, 0.5])
+def test_the_probability_is_changed(p):
+    plain, model, x = pair_of(Stack, lora_dropout=0.25)
+    lomem.convert(model, x, bits=16)
+    for m in (plain, model):
+        for module in m.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+    before, expected = gradients(plain, x)
+    after, grads = gradients(model, x)
+    assert torch.allclose(after, before, atol=1e-5)
+    assert distance(grads, expected) < 1e-5
+
+
+def test_saved_adapters_load_in_the_other_model(tmp_path):
+    plain, model, x = pair_of(Stack, lora_dropout=0.25)
+    lomem.convert(model, x)
+    model.save_pretrained(tmp_path / "converted")
+    plain.save_pretrained(tmp_path / "plain")
+    for source in ("converted", "plain"):
+        state = peft.load_peft_weights(str(tmp_path / source), device="cpu")
+        for m in (plain, model):
+            result = peft.set_peft_model_state_dict(m, state)
+            assert not result.unexpected_keys
+    torch.manual_seed(0)
+    fresh = peft.PeftModel.from_pretrained(Stack(), str(tmp_path / "converted")).eval()
+    assert torch.allclose(fresh(x), model.eval()(x), atol=1e-5)
+
+
+def test_the_report_says_what_is_made_again():
+    _, model, x = pair_of(Stack, torch.bfloat16, adapter_dtype=torch.float32, lora_dropout=0.25)
+    report = lomem.convert(model, x, dry_run=True)
+    copies = [d for d in report.converted if d.kind == "copy"]
+    assert any(d.name.endswith("attention.o") and "o.lora_A makes its copy" in d.reason for d in copies)
+    assert all(d.computes == "copies by cast and dropout" and d.action == "exact" for d in copies)
+    assert sum(d.kind == "dropout" and d.action == "exact" for d in report.decisions) == 2 * len(TARGETS)
+    assert any("lora_A" in d.reason for d in report.converted if d.kind == "norm")
+
+
+@pytest.mark.parametrize("keep", [{"dropouts": "keep"}, {"pairs": "keep"}, {"exclude": ["*.lora_dropout.*"]}])
+def test_what_is_kept(keep):
+    plain, model, x = pair_of(Stack, lora_dropout=0.25)
+    report = lomem.convert(model, x, bits=16, **keep)
+    assert not any(d.kind == ("copy" if "pairs" in keep else "dropout") for d in report.converted)
+    assert_same(plain, model, x, tolerance=1e-5, bitwise=False)
+
+
+def test_dropouts_alone():
+    plain, model, x = pair_of(Stack, lora_dropout=0.25)
+    report = lomem.convert(model, x, norms="keep", activations="keep", pairs="keep")
+    assert {d.kind for d in report.converted} == {"dropout"}
+    assert_same(plain, model, x)
+    with pytest.raises(ValueError, match=r"all 'keep', expected something to convert"):
+        lomem.convert(plain, x, norms="keep", activations="keep", pairs="keep", dropouts="keep")
+
+
+def test_an_input_changed_in_place_later_is_not_made_again():
+    # It would no longer be what the adapter was given.
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.q, self.k = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x):
+            h = self.stem(x)
+            y = self.q(h) + self.k(h)
+            h.add_(1)
+            return y
+
+    plain, model, x = pair_of(InPlace, lora_dropout=0.25)
+    lomem.convert(model, x)
+    _, expected = gradients(plain, x)
+    _, grads = gradients(model, x)
+    assert distance(grads, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers(reentrant):
+    class Checkpointed(Stack):
+        def forward(self, x):
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=reentrant)
+            return x
+
+    plain, model, x = pair_of(Checkpointed, torch.bfloat16, adapter_dtype=torch.float32, lora_dropout=0.25)
+    lomem.convert(model, x)
+    _, expected = gradients(plain, x, dtype=torch.bfloat16)
+    _, grads = gradients(model, x, dtype=torch.bfloat16)
+    assert distance(grads, expected) < 2e-2
+    assert living_bytes(model, x, dtype=torch.bfloat16) <= living_bytes(plain, x, dtype=torch.bfloat16)
+
+
+def test_compiled():
+    plain, model, x = pair_of(Stack, lora_dropout=0.25)
+    lomem.convert(model, x)
+    figures = []
+    for m in (plain, model):
+        layers = m.base_model.model  # without the hook, which no compiler can trace
+        torch.compiler.reset()
+        compiled = torch.compile(layers, backend="aot_eager_decomp_partition", fullgraph=True)
+
+        def run(_, x, compiled=compiled):
+            seed()
+            return compiled(x)
+
+        figures.append((gradients(layers, x, run)[1], saved_bytes(layers, x, run)))
+    torch.compiler.reset()
+    (expected, before), (grads, after) = figures
+    assert distance(grads, expected) < 1e-5
+    # The first norm saves its output in place of the model's input, which is not counted.
+    assert after <= before + x.nbytes
