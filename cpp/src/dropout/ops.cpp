@@ -71,7 +71,7 @@ std::tuple<at::Tensor, at::Tensor> dropout_forward_value(const at::Tensor& input
   // As torch does it, with its strides.
   at::Tensor noise = at::empty_like(input).bernoulli_(1 - p);
   at::Tensor mask = ops::step_codes(noise, {{0.5}}, 1);
-  return {input * noise.div_(1 - p), mask};
+  return {input.mul(noise.div_(1 - p)), mask};
 }
 
 // Shapes --------------------------------------------------------------------------------------------------------------
