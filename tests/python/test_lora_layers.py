@@ -6,6 +6,7 @@ import lomem
 import peft
 import pytest
 import torch
+import transformers
 from small_pairs import DTYPES, Gated, Ungated, autocast, batch, distance, gradients, living_bytes, saved_bytes, seed
 from small_pairs import D as WIDTH
 from torch import nn
@@ -244,6 +245,38 @@ def test_saved_adapters_load_in_the_other_model(tmp_path):
     torch.manual_seed(0)
     fresh = peft.PeftModel.from_pretrained(Stack(), str(tmp_path / "converted")).eval()
     assert torch.allclose(fresh(x), model.eval()(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_trained_by_a_trainer(tmp_path, bf16):
+    # As docs/convert.md says.
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    ids = torch.randint(0, 32, (12, 8), generator=torch.Generator().manual_seed(0))
+    options = transformers.TrainingArguments(
+        str(tmp_path), max_steps=6, per_device_train_batch_size=2, logging_steps=1, report_to=[], use_cpu=True, bf16=bf16
+    )
+    losses = []
+    for converted in (False, True):
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")
+        model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+        trainer = transformers.Trainer(model, options, train_dataset=[{"input_ids": i, "labels": i} for i in ids])
+        if converted:
+            batch = next(iter(trainer.get_train_dataloader()))
+            with trainer.accelerator.autocast():
+                report = lomem.convert(trainer.model, {name: value[:1] for name, value in batch.items()})
+            assert report.saved_after < 0.6 * report.saved_before
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    # Roundings of norms, and under autocast those of products.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3 if bf16 else 1e-4)
 
 
 def test_the_report_says_what_is_made_again():

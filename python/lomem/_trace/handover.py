@@ -263,22 +263,23 @@ def _is_tracing_a_region() -> bool:
 _is_tracing_a_region._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def peek(result: Tensor, *, any_tensor: bool = False) -> tuple[tuple[Tensor | None, ...], Offer] | None:
+def peek(result: Tensor, *, copies: bool = False) -> tuple[tuple[Tensor | None, ...], Offer] | None:
     """The tensors that an op on an offered result may save in place of the result, and the offer; None for none.
 
-    Copies and normalized inputs, which a linear layer takes, are not passed on: what an op makes of the result would be
-    rebuilt with another rounding, and would have no second derivative.
+    A norm's copies and normalized inputs, which a linear layer takes, are only passed on to copies for linear layers:
+    other ops would be computed with another rounding, and would have no second derivative.
 
     Args:
         result: The result.
-        any_tensor: Whether a result that nobody offers is offered itself.
+        copies: Whether the op is a cast or dropout, whose results linear layers make again. Then a result that nobody
+            offers is offered itself.
     """
     hooks = current_hooks()
     made: Offer | None = _offers.get(result)
-    if made is None or not made.differentiable or made.version != result._version or made.hooks is not hooks:
+    if made is None or not (made.differentiable or copies) or made.version != result._version or made.hooks is not hooks:
         made = None
     tensors = None if made is None else made.tensors()
-    if any_tensor and tensors is None:
+    if copies and tensors is None:
         made, tensors = _of_itself(result, hooks, weak=True), ()
     if made is None or tensors is None or not _share(hooks):
         return None

@@ -49,8 +49,8 @@ METHODS = {
     "lomem+checkpoint": "both and checkpointing",
 }
 _CONVERSIONS: dict[str, dict[str, Any]] = {
-    "activations": {"norms": "keep"},
-    "norms": {"activations": "keep"},
+    "activations": {"norms": "keep", "dropouts": "keep"},
+    "norms": {"activations": "keep", "dropouts": "keep"},
     "lomem": {},
     "exact": {"bits": 16},
     "lomem+checkpoint": {},
@@ -250,6 +250,18 @@ def _table(title: str, reports: dict[str, StepPeak]) -> Table:
     return table
 
 
+def _holders(reports: dict[str, StepPeak]) -> Table:
+    """What saves at least 1 % of what a method saves."""
+    table = Table(title="Where it goes", title_justify="left")
+    table.add_column("saved for backward by", overflow="fold")
+    for method in reports:
+        table.add_column(METHODS[method], justify="right")
+    large = [n for r in reports.values() for n, nbytes in r.holders.items() if 100 * nbytes >= r.saved_bytes]
+    for name in dict.fromkeys(large):
+        table.add_row(name, *(size(report.holders.get(name, 0)) for report in reports.values()))
+    return table
+
+
 def _kept(report: StepPeak) -> dict[str, Any]:
     # The timeline has an entry per op, too many for a file.
     return {name: value for name, value in report.to_dict().items() if name not in ("timeline", "phases")}
@@ -285,7 +297,11 @@ def main_memory(arguments: argparse.Namespace) -> int:
         memory.plot({METHODS[method]: report for method, report in reports.items()}, arguments.plot)
     # Printed last, since a reader may close the pipe.
     console().print(
-        _table(subject.name, reports), "Not included: workspaces inside ops and allocator rounding.", sep="\n"
+        _table(subject.name, reports),
+        "Not included: workspaces inside ops and allocator rounding.",
+        _holders(reports),
+        "Modules that save at least 1 %, with * for numbers; what several modules save is the first one's.",
+        sep="\n",
     )
     return 0
 

@@ -307,11 +307,11 @@ class _Dropout(torch.autograd.Function):
 def _drop(x: Tensor, p: float, takers: int) -> Tensor:
     """Dropout whose result is offered to linear layers, to be rebuilt from the mask and from what x is."""
     result, mask = _Dropout.apply(x, p)
-    found = peek(x, any_tensor=True) if takers else None
+    found = peek(x, copies=True) if takers else None
     if found is not None:
         kept, made = found
         rebuild = _Replayed(made.rebuild, len(kept), lambda x, mask: torch.ops.lomem.dropout_apply(x, mask, p))
-        offer(result, (*kept, mask), rebuild, takers, differentiable=True, weak=made.weak)
+        offer(result, (*kept, mask), rebuild, takers, differentiable=made.differentiable, weak=made.weak)
         # If x needs no gradient, nobody saves the mask.
         hold(result, (mask, *(t for t in kept if t is x)))
     return result  # type: ignore[no-any-return]
@@ -403,7 +403,7 @@ class _Pairs(Redirect):
 
     def _step(self, step: Step, func: Any, args: Any, kwargs: Any) -> Tensor:
         for i, operand in enumerate(step.operands):
-            found = peek(operand, any_tensor=step.kind is StepKind.CAST)  # LoRA layers cast any tensor
+            found = peek(operand, copies=step.kind is StepKind.CAST)
             if found is not None and self.lasts() and step.passes_on(i):
                 return self._passed_on(step, i, *found, func, args, kwargs)
         return func(*args, **kwargs)  # type: ignore[no-any-return]
@@ -442,7 +442,8 @@ class _Pairs(Redirect):
             others = tuple(t.clone() for t in others)
         function = _replay(step, position, func, args, kwargs, result.dtype)
         rebuild = _Replayed(made.rebuild, len(kept), function)
-        offer(result, (*kept, *others), rebuild, self.takers, differentiable=True, weak=made.weak)
+        options: Any = {"differentiable": made.differentiable, "weak": made.weak}
+        offer(result, (*kept, *others), rebuild, self.takers, **options)
         # A producer that saves its result saves the storage, not the tensor. And nobody may save small operands.
         itself = kept if is_offered(operand) else ()
         hold(result, (*(t for t in itself if t is operand), *(t for t in others if is_small(t, operand))))

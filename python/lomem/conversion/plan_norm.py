@@ -15,6 +15,7 @@ from .forms import NormForm
 from .kinds import Action, Kind
 from .ledger import Candidate
 from .modules import MSNorm, NormPlan, SharedInput
+from .pairs import UNARY
 from .plan_pair import Chain, follow
 
 __all__ = ["CONDITIONING", "plan_norm"]
@@ -151,11 +152,14 @@ def plan_norm(finder: Finder, name: str, form: NormForm, pairs: bool, known: Cal
         return c
     shared = problem is not None or (narrower and not output.low_precision)
     chain = Chain()
-    if pairs and problem is None and not (shared and linears):
+    if pairs and problem is None:
         chain = follow(finder, ((call.result_id, call.result) for call in output.calls), known, saved=True)
-        if chain.linears and shared:
+        if chain.linears and shared and not _made_from_copies(finder, chain, output.kept_dtype):
             # What is rebuilt from its output is as precise as that.
-            shared, output.kept_dtype = False, output.dtype
+            if linears:
+                chain = Chain()
+            else:
+                shared, output.kept_dtype = False, output.dtype
     if problem is not None:
         c.action, c.reason = Action.NORMALIZED, f"{problem}: linear layers save the normalized input"
     elif shared:
@@ -164,8 +168,9 @@ def plan_norm(finder: Finder, name: str, form: NormForm, pairs: bool, known: Cal
     else:
         c.action, c.reason = Action.INVERTED, "its consumers save its output"
     _account(c, finder, output, linears if shared else None)
-    takers = _takers(finder, name, linears) if shared else 0
     chained = bool(chain.linears)
+    # Those behind a chain do not take the norm's own offer, which is to last for them.
+    takers = _takers(finder, name, linears) + chained if shared else 0
     if chained:
         c.others = c.others | chain.drops
         c.added += chain.added
@@ -173,7 +178,8 @@ def plan_norm(finder: Finder, name: str, form: NormForm, pairs: bool, known: Cal
         c.chained = True
         what = "its consumers save its output, from which" if c.sharing else "it saves its output, from which"
         names, single = chain.rebuilders(finder)
-        c.reason = f"{what} {names} {'rebuilds its' if single else 'rebuild their'} input"
+        rebuild = f"{names} {'rebuilds its' if single else 'rebuild their'} input"
+        c.reason = f"{c.reason}, and {rebuild} from it" if shared else f"{what} {rebuild}"
         c.changes.update(chain.changes(finder))
     plan = NormPlan(form, problem is None, output.low_precision, shared, takers, chained)
     c.changes[name] = (MSNorm, MSNorm.attributes(finder.modules[name], plan))
@@ -182,6 +188,12 @@ def plan_norm(finder: Finder, name: str, form: NormForm, pairs: bool, known: Cal
         assert linear_form is not None
         c.changes[linear] = (SharedInput, SharedInput.attributes(finder.modules[linear], linear_form))
     return c
+
+
+def _made_from_copies(finder: Finder, chain: Chain, dtype: torch.dtype) -> bool:
+    """Whether linear layers only make copies of a norm's output again, none more precise than ``dtype``."""
+    saved, eps = finder.ledger.saved, torch.finfo(dtype).eps
+    return all(s.kind in UNARY for s in chain.steps) and all(torch.finfo(saved[i].dtype).eps >= eps for i in chain.drops)
 
 
 def _account(c: Candidate, finder: Finder, output: _Output, linears: dict[str, set[int]] | None) -> None:

@@ -81,6 +81,8 @@ class StepPeak(Report):
         forward_backward: Peak before the optimizer's step. It includes the optimizer's state.
         saved_bytes: Bytes that the forward pass saved for backward, as in :func:`lomem.memory.profile`.
         weight_copy_bytes: The part of them that is copies of weights in another dtype.
+        holders: These bytes by the module that saved them first, largest first. Numbers in names are replaced by ``*``,
+            so that equal layers are one holder.
         timeline: Bytes held while each op ran.
         phases: Index in the timeline at which each phase begins.
     """
@@ -92,6 +94,7 @@ class StepPeak(Report):
     forward_backward: Peak
     saved_bytes: int
     weight_copy_bytes: int
+    holders: dict[str, int]
     timeline: list[int]
     phases: dict[str, int]
 
@@ -116,7 +119,12 @@ class StepPeak(Report):
             ("saved for backward", f"{size(self.saved_bytes)}, {size(self.weight_copy_bytes)} of them weight copies"),
         ]
         title = f"A training step, {self.source} for {self.device}{under}"
-        return [Section(title, columns, rows), Section("Where", ("", ""), facts)]
+        holders = [(name, size(n)) for name, n in self.holders.items() if 100 * n >= self.saved_bytes]
+        return [
+            Section(title, columns, rows),
+            Section("Where", ("", ""), facts),
+            Section("Saved for backward by (at least 1 %)", ("module", "size"), holders),
+        ]
 
 
 def step_peak(
@@ -218,13 +226,16 @@ class _Step:
         self._run, self._optimizer, self._counts = run, optimizer, counts
         self._leaves = [*run.model.parameters(), *(t for t in run.inputs if t.requires_grad)]
         self._phases = {"forward": 0}
-        self._saved: set[Storage] = set()
+        self._saved: dict[Storage, str] = {}  # with the module that saved it first
 
     def run(self, recorder: Recorder | None) -> None:
         loss = self._run.forward()
         if recorder is not None:
             self._phases["backward"] = len(recorder.ops)
-            self._saved = {saved.storage for saved in recorder.saved}.intersection(recorder.living())
+            living = set(recorder.living())
+            for saved in recorder.saved:
+                if saved.storage in living:
+                    self._saved.setdefault(saved.storage, module_name(saved.module))
         self._run.backward(loss)
         if recorder is not None:
             self._phases["optimizer"] = len(recorder.ops)
@@ -257,9 +268,17 @@ class _Step:
             forward_backward=self._peak(recorder.ops, held, totals[:end]),
             saved_bytes=sum(s.nbytes for s in saved),
             weight_copy_bytes=sum(s.nbytes for s in saved if is_weight_copy(s)),
+            holders=self._holders(saved),
             timeline=totals,
             phases=self._phases,
         )
+
+    def _holders(self, saved: Iterable[Storage]) -> dict[str, int]:
+        holders: Counter[str] = Counter()
+        for storage in saved:
+            parts = self._saved[storage].split(".")
+            holders[".".join("*" if part.isdecimal() else part for part in parts)] += storage.nbytes
+        return dict(holders.most_common())
 
     def _gradients(self) -> list[Tensor]:
         return [leaf.grad for leaf in self._leaves if leaf.grad is not None]
