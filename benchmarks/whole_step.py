@@ -69,8 +69,13 @@ class Case:
     repeats: int = 1
 
 
-def smollm2(small: bool) -> tuple[Any, Batch]:
-    """A model of SmolLM2-135M's sizes, frozen, with LoRA."""
+def smollm2(small: bool, **options: Any) -> tuple[Any, Batch]:
+    """A model of SmolLM2-135M's sizes in bfloat16, frozen, with LoRA.
+
+    Args:
+        small: Whether it is to be tiny.
+        **options: Options of LoRA. By default the adapters have the model's dtype, so that nothing is cast.
+    """
     import peft
     import transformers
 
@@ -86,9 +91,9 @@ def smollm2(small: bool) -> tuple[Any, Batch]:
     )
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    lora = peft.LoraConfig(r=16, lora_alpha=16, target_modules=projections)
-    # The adapters in the model's dtype, so that nothing is cast.
-    model = peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+    wide = options.pop("autocast_adapter_dtype", False)
+    lora = peft.LoraConfig(r=16, lora_alpha=16, target_modules=projections, **options)
+    model = peft.get_peft_model(model, lora, autocast_adapter_dtype=wide)
     ids = torch.randint(0, config.vocab_size, (2, 16 if small else 256))
     return model, {"input_ids": ids, "labels": ids}
 
@@ -127,13 +132,17 @@ class _Pair(nn.Module):
 def pair(small: bool) -> tuple[Any, Batch]:
     """GELU of a million elements, and a linear layer."""
     features = 64 if small else 4096
-    input = torch.randn(16 if small else 256, features, dtype=torch.bfloat16)
-    return _Pair(features, torch.bfloat16), {"input": input.requires_grad_()}
+    x = torch.randn(16 if small else 256, features, dtype=torch.bfloat16)
+    return _Pair(features, torch.bfloat16), {"input": x.requires_grad_()}
 
 
 CASES = {
     "gelu-linear": Case("GELU of 1M elements and a linear layer, 4096 to 1024, bfloat16", pair, repeats=10),
     "smollm2-lora": Case("SmolLM2-135M, LoRA r16 on all linear layers, bfloat16, batch 2 x 256 tokens", smollm2),
+    "smollm2-lora-dropout": Case(
+        "SmolLM2-135M in bfloat16, LoRA r16 with dropout 0.1 in float32 (peft's default), batch 2 x 256 tokens",
+        functools.partial(smollm2, lora_dropout=0.1, autocast_adapter_dtype=True),
+    ),
     "vit-s": Case("ViT-S/16, full fine-tuning, float32, batch 16", vit_s),
     "vit-s-amp": Case("ViT-S/16, full fine-tuning, autocast to bfloat16, batch 16", vit_s, torch.bfloat16),
 }

@@ -429,7 +429,9 @@ PAIRS = {
 }
 
 #: Those that drop nothing at random, which function transforms and compilers do in their own ways.
-STEADY = [name for name in PAIRS if "dropout" not in name.removesuffix("dropout of nothing") and "of a result" not in name]
+STEADY = [
+    name for name in PAIRS if "dropout" not in name.removesuffix("dropout of nothing") and "of a result" not in name
+]
 
 #: Dtypes of weights and inputs (None for float32 under bfloat16 autocast), with the largest relative difference of a
 #: gradient from the plain model's, in the 2-norm: some roundings in that dtype, and in the norms' float32.
@@ -473,7 +475,7 @@ def _build(maker: Callable[[], nn.Module], dtype, options) -> tuple[nn.Module, n
     for _ in range(2):
         torch.manual_seed(0)
         models.append(randomized(maker()).to(dtype or torch.float32))
-        if any(isinstance(m, nn.Dropout) and m.p > 0 or isinstance(m, DroppedByCall) for m in models[-1].modules()):
+        if any((isinstance(m, nn.Dropout) and m.p > 0) or isinstance(m, DroppedByCall) for m in models[-1].modules()):
             models[-1].register_forward_pre_hook(seed)
     plain, model = models
     with autocast(dtype):

@@ -404,6 +404,27 @@ def test_module(layout, activation, device):
     assert not list(unit.parameters())
 
 
+def test_modules_of_one_activation(device):
+    both = operands((3, 66), torch.float32, device)[0]
+    gate, up = both.chunk(2, -1)
+    assert torch.equal(lomem.nn.SwiGLU()(both), F.silu(gate) * up)
+    assert torch.equal(lomem.nn.GeGLU()(gate, up), F.gelu(gate) * up)
+    assert torch.equal(lomem.nn.GeGLU("tanh", layout="up_gate")(both), F.gelu(up, approximate="tanh") * gate)
+    with pytest.raises(ValueError, match="GeGLU: approximate is 'erf', expected 'none' or 'tanh'"):
+        lomem.nn.GeGLU("erf")
+    assert repr(lomem.nn.GeGLU("tanh")) == "GeGLU('gelu_tanh', layout='gate_up')"
+
+
+@pytest.mark.parametrize("up", ["a row", "a number"])
+def test_backward_of_an_expanded_factor(up, device):
+    # Rows that overlap: as the gradient of an activation alone is computed.
+    gate, grad = operands((5, 33), torch.float32, device)
+    factor = operands((1, 33 if up == "a row" else 1), torch.float32, device)[0].expand(5, 33)
+    got = ops.gated_backward(grad, gate, factor, "gelu", output_mask=[True] * 3)
+    want = ops.gated_backward(grad, gate, factor.contiguous(), "gelu", output_mask=[True] * 3)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_module_is_glu(device):
     both = operands((3, 66), torch.float32, device)[0]
     got = lomem.nn.GatedUnit("sigmoid", layout="up_gate")(both)

@@ -1,4 +1,4 @@
-"""LoRA layers of peft in converted models: gradients and bytes, whatever their options, and however they are switched."""
+"""LoRA layers of peft in converted models: gradients and bytes, with all their options, and however they are used."""
 
 import copy
 
@@ -260,7 +260,13 @@ def test_trained_by_a_trainer(tmp_path, bf16):
     )
     ids = torch.randint(0, 32, (12, 8), generator=torch.Generator().manual_seed(0))
     options = transformers.TrainingArguments(
-        str(tmp_path), max_steps=6, per_device_train_batch_size=2, logging_steps=1, report_to=[], use_cpu=True, bf16=bf16
+        str(tmp_path),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=bf16,
     )
     losses = []
     for converted in (False, True):

@@ -255,9 +255,19 @@ def test_a_step_whose_peak_is_counted():
     assert (peak.phase, peak.op, peak.node) == ("backward", "aten.sum.dim_IntList", "AddmmBackward0")
     assert report.forward_backward == report.peak
     assert report.saved_bytes == H
+    assert report.holders == {"act": H}
     assert report.timeline[peak.index] == max(report.timeline) == peak.nbytes
     assert list(report.phases) == ["forward", "backward", "optimizer"]
     assert (report.source, report.device, report.autocast) == ("measured", "cpu", None)
+
+
+def test_equal_layers_are_one_holder():
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+    report = memory.step_peak(nn.Sequential(nn.Linear(8, 8), *layers), tiny_input())
+    # Each Tanh saves its result, which the next linear layer saves too; the second layer saves the first one's.
+    rows = tiny_input()[..., 0].numel()
+    assert report.holders == {"*.*": 4 * rows * 8 * 4}
+    assert sum(report.holders.values()) == report.saved_bytes
 
 
 def test_the_peak_can_be_in_the_optimizer():

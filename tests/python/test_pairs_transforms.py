@@ -7,7 +7,6 @@ import threading
 import weakref
 
 import lomem
-import peft
 import pytest
 import torch
 from lomem._trace import handover
@@ -17,10 +16,7 @@ from small_pairs import (
     PAIRS,
     STEADY,
     D,
-    Gated,
     Ungated,
-    autocast,
-    batch,
     distance,
     gradients,
     living_bytes,

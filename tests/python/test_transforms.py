@@ -599,6 +599,8 @@ MODULES = {
     f"{PUBLISHED[SILU2].module.__name__}-inplace": lambda: PUBLISHED[SILU2].module(inplace=True),
     "Dropout": lomem.nn.Dropout,
     "GatedUnit": lomem.nn.GatedUnit,
+    "GeGLU": lomem.nn.GeGLU,
+    "SwiGLU": lomem.nn.SwiGLU,
     "GatedUnit-gelu": lambda: lomem.nn.GatedUnit("gelu", layout="up_gate"),
     "MSLayerNorm": lambda: lomem.nn.MSLayerNorm(6),
     "MSLayerNorm-affine": lambda: lomem.nn.MSLayerNorm(6, elementwise_affine=True),

@@ -50,8 +50,8 @@ __all__ = [
     "Rebuild",
     "current_hooks",
     "hold",
-    "is_offered",
     "in_a_region",
+    "is_offered",
     "itself",
     "linear_of_offered",
     "offer",
@@ -276,7 +276,12 @@ def peek(result: Tensor, *, copies: bool = False) -> tuple[tuple[Tensor | None, 
     """
     hooks = current_hooks()
     made: Offer | None = _offers.get(result)
-    if made is None or not (made.differentiable or copies) or made.version != result._version or made.hooks is not hooks:
+    if (
+        made is None
+        or not (made.differentiable or copies)
+        or made.version != result._version
+        or made.hooks is not hooks
+    ):
         made = None
     tensors = None if made is None else made.tensors()
     if copies and tensors is None:

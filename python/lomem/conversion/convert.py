@@ -51,7 +51,7 @@ def convert(
     bit for bit, and gradients are exact.
 
     Dropouts save a bit per element, and drop what they dropped before, for the same state of torch's random numbers.
-    A linear layer whose input is a cast or dropped-out copy of another tensor, as LoRA layers make one for each adapter,
+    A linear layer whose input is a cast or dropped-out copy of another tensor, as LoRA layers make for each adapter,
     saves that tensor, which others save or share, and makes the copy again.
 
     Where no linear layer saves the result of an activation, those that compute GELU (exact or tanh) or

@@ -381,10 +381,8 @@ class _Pairs(Redirect):
         x, name = call.input, name_of(call.function, call.approximate)
         # Modes of modules around this one would give it few bits.
         with torch._C.DisableTorchFunction():
-            if is_compiling():
-                result = recomputed(Activated(name), x)
-            else:
-                result = _OfInput.apply(x, name, 1, Activated(name))
+            function = Activated(name)
+            result = recomputed(function, x) if is_compiling() else _OfInput.apply(x, name, 1, function)
         if is_compiling():
             self.activated.append((result, x, name))
             return result

@@ -193,7 +193,9 @@ def plan_norm(finder: Finder, name: str, form: NormForm, pairs: bool, known: Cal
 def _made_from_copies(finder: Finder, chain: Chain, dtype: torch.dtype) -> bool:
     """Whether linear layers only make copies of a norm's output again, none more precise than ``dtype``."""
     saved, eps = finder.ledger.saved, torch.finfo(dtype).eps
-    return all(s.kind in UNARY for s in chain.steps) and all(torch.finfo(saved[i].dtype).eps >= eps for i in chain.drops)
+    return all(s.kind in UNARY for s in chain.steps) and all(
+        torch.finfo(saved[i].dtype).eps >= eps for i in chain.drops
+    )
 
 
 def _account(c: Candidate, finder: Finder, output: _Output, linears: dict[str, set[int]] | None) -> None:

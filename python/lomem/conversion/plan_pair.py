@@ -65,7 +65,8 @@ class Chain:
         result = {name: (PairCalls, PairCalls.attributes(takers=takers)) for name in self.modules}
         for name in self.dropouts:
             mixin, attributes = dropout_change(finder.modules[name], takers)
-            result[name] = mixin, attributes if name not in result else mixin.combined(attributes, result[name][1])[1]
+            both = attributes if name not in result else mixin.combined(attributes, result[name][1])[1]
+            result[name] = mixin, dict(both)
         for name in self.linears:
             form = finder.linear(name)
             assert form is not None

@@ -46,7 +46,11 @@ def settle(found: list[Candidate], finder: Finder, excluded: Callable[[str], boo
             c.leave(_no_gain(c, chosen, finder) if inside is None else f"{inside} inside it is not converted")
         elif (alone := _alone(c, chosen)) is not None:
             c.reason = f"it saves less than before, though {alone}"
-        elif gain <= 0 and c.kind in _ACTIVATIONS and (around := [d.name for d, o in zip(candidates, options, strict=True) if i in o.needs]):
+        elif (
+            gain <= 0
+            and c.kind in _ACTIVATIONS
+            and (around := [d.name for d, o in zip(candidates, options, strict=True) if i in o.needs])
+        ):
             c.reason = f"calls in {_some(around)} can only be replaced together with those in it"
 
 

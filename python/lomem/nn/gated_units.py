@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from .. import functional as F
 
-__all__ = ["GatedUnit"]
+__all__ = ["GatedUnit", "GeGLU", "SwiGLU"]
 
 
 class GatedUnit(nn.Module):
     """Gated unit ``activation(gate) * up`` that saves ``gate`` and ``up`` alone; see :func:`lomem.functional.gated`.
 
-    SwiGLU is ``GatedUnit("silu")``, GeGLU ``GatedUnit("gelu")``, ReGLU ``GatedUnit("relu")``, and GLU
-    ``GatedUnit("sigmoid")``; with ``layout="up_gate"`` the latter replaces :class:`torch.nn.GLU` on the last dimension.
+    ReGLU is ``GatedUnit("relu")``, and GLU ``GatedUnit("sigmoid")``; with ``layout="up_gate"`` the latter replaces
+    :class:`torch.nn.GLU` on the last dimension. :class:`SwiGLU` and :class:`GeGLU` have names of their own.
 
     Args:
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"sigmoid"``.
@@ -38,3 +38,32 @@ class GatedUnit(nn.Module):
     def extra_repr(self) -> str:
         """Formats the arguments for ``repr``."""
         return f"{self.activation!r}, layout={self.layout!r}"
+
+
+class SwiGLU(GatedUnit):
+    """``silu(gate) * up`` (Shazeer, arXiv:2002.05202), as a :class:`GatedUnit`.
+
+    Args:
+        layout: Where the operands are in one tensor that holds both, see :class:`GatedUnit`.
+    """
+
+    def __init__(self, *, layout: str = "gate_up") -> None:
+        super().__init__("silu", layout=layout)
+
+
+class GeGLU(GatedUnit):
+    """``gelu(gate) * up`` (Shazeer, arXiv:2002.05202), as a :class:`GatedUnit`.
+
+    Args:
+        approximate: ``"none"`` or ``"tanh"``, as in :class:`torch.nn.GELU`.
+        layout: Where the operands are in one tensor that holds both, see :class:`GatedUnit`.
+
+    Raises:
+        ValueError: If an argument is unknown.
+    """
+
+    def __init__(self, approximate: str = "none", *, layout: str = "gate_up") -> None:
+        names = {"none": "gelu", "tanh": "gelu_tanh"}
+        if approximate not in names:
+            raise ValueError(f"lomem.nn.GeGLU: approximate is {approximate!r}, expected 'none' or 'tanh'")
+        super().__init__(names[approximate], layout=layout)
