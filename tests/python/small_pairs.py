@@ -414,7 +414,8 @@ PAIRS = {
     # The inputs of the outer matrices, of 4 numbers each.
     "adapters": Entry(LowRank, 2 * H + 12),
     "wide adapters": Entry(WideAdapters, None),
-    "adapters of a dropout": Entry(lambda: WideAdapters(0.25, wide=False), 2 * H + 12, bits=2 * D + H),
+    # What is dropped out of the model's input is saved: the input may be changed before the backward pass.
+    "adapters of a dropout": Entry(lambda: WideAdapters(0.25, wide=False), 2 * H + 12 + 2 * D, bits=2 * D + H),
     "wide adapters of a dropout": Entry(lambda: WideAdapters(0.25), None),
     "adapters of a result": Entry(lambda: AdaptersOfResult(0.25, wide=False), D + 8, bits=2 * D),
     "wide adapters of a result": Entry(lambda: AdaptersOfResult(0.25), None),

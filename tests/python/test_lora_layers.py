@@ -332,6 +332,119 @@ def test_an_input_changed_in_place_later_is_not_made_again():
     assert distance(grads, expected) < TOLERANCE
 
 
+def test_the_model_s_input_is_changed_before_the_backward_pass():
+    # And so is the weight: neither is saved by the plain model.
+    plain = nn.Sequential(nn.Dropout(0.3), nn.Linear(WIDTH, 4), nn.GELU(), nn.Linear(4, 4))
+    model = copy.deepcopy(plain)
+    x = batch().detach()
+    lomem.convert(model, x, bits=16)
+    results = []
+    for m in (plain, model):
+        mine = x.clone()
+        torch.manual_seed(0)
+        first, second = m(mine).square().sum(), m(mine).square().sum()
+        mine.zero_()
+        first.backward()
+        with torch.no_grad():
+            m[1].weight.mul_(0.5)
+        second.backward()
+        results.append({n: p.grad for n, p in m.named_parameters()})
+    assert distance(results[1], results[0]) < TOLERANCE
+
+
+class Strange(nn.Module):
+    """Casts that lead to no linear layer, beside a pair, because of which they are looked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.pair = nn.Linear(WIDTH, WIDTH), Ungated()
+        self.g = nn.Parameter(torch.rand(WIDTH, dtype=torch.float64))
+
+    def strange(self, h):
+        raise NotImplementedError
+
+    def forward(self, x):
+        y = self.strange(self.stem(x))
+        return self.pair.down(nn.functional.gelu(self.pair.up(x))) + y.float()
+
+
+class InPlaceLater(Strange):
+    def strange(self, h):
+        y = h.double() * self.g
+        h.add_(1)  # not y's copy
+        return y + h
+
+
+class AsksForTheType(Strange):
+    def strange(self, h):
+        return h if h.type() == "torch.HalfTensor" else h * 2
+
+
+class ToComplex(Strange):
+    def strange(self, h):
+        y = h.to(torch.complex128) * self.g
+        return y.real + 2 * (y * 1j).real.tanh()
+
+
+class ToIntegers(Strange):
+    def strange(self, h):
+        return h.to(torch.int32) * self.g + h
+
+
+class Loop(Strange):
+    def strange(self, h):
+        total = h
+        for _ in range(9):
+            total = total + (h.bfloat16() * self.g.bfloat16()).float()
+        return total
+
+
+@pytest.mark.parametrize("kind", [InPlaceLater, AsksForTheType, ToComplex, ToIntegers, Loop])
+def test_casts_that_lead_to_no_linear_layer(kind):
+    torch.manual_seed(0)
+    plain, x = kind(), batch()
+    model = copy.deepcopy(plain)
+    lomem.convert(model, x, bits=16)
+    assert_same(plain, model, x)
+
+
+class OneLayerForTwo(nn.Module):
+    """A layer takes dropped-out copies of two tensors, of which one is not saved by anybody and part of a larger one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.layer = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.dropout = nn.Dropout(0.25)
+
+    def forward(self, x):
+        y = self.layer(self.dropout(torch.tanh(self.first(x))))
+        large = self.second(x.repeat(1, 20, 1))
+        return y + self.layer(self.dropout(large[:, : x.shape[1]]))
+
+
+class FirstRow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layer = nn.Linear(WIDTH, WIDTH).bfloat16(), nn.Linear(WIDTH, 4)
+
+    def forward(self, x):
+        return self.layer(self.stem(x.bfloat16())[:, 0].float())
+
+
+@pytest.mark.parametrize("kind", [OneLayerForTwo, FirstRow])
+def test_parts_of_tensors(kind):
+    torch.manual_seed(0)
+    plain, x = kind(), batch(torch.float32, 4, 9, WIDTH)
+    model = copy.deepcopy(plain)
+    for m in (plain, model):
+        m.register_forward_pre_hook(seed)
+    try:
+        lomem.convert(model, x[:, :1] if kind is FirstRow else x)
+    except lomem.conversion.NothingToConvertError:
+        return
+    assert_same(plain, model, x)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers(reentrant):
     class Checkpointed(Stack):

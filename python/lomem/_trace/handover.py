@@ -267,7 +267,8 @@ def peek(result: Tensor, *, copies: bool = False) -> tuple[tuple[Tensor | None, 
     """The tensors that an op on an offered result may save in place of the result, and the offer; None for none.
 
     A norm's copies and normalized inputs, which a linear layer takes, are only passed on to copies for linear layers:
-    other ops would be computed with another rounding, and would have no second derivative.
+    other ops would be computed with another rounding, and would have no second derivative. Nor are copies of tensors
+    that nobody offered: an op that saves its own copy must not save the original, which may be changed in place.
 
     Args:
         result: The result.
@@ -276,15 +277,13 @@ def peek(result: Tensor, *, copies: bool = False) -> tuple[tuple[Tensor | None, 
     """
     hooks = current_hooks()
     made: Offer | None = _offers.get(result)
-    if (
-        made is None
-        or not (made.differentiable or copies)
-        or made.version != result._version
-        or made.hooks is not hooks
-    ):
+    if made is not None and (made.version != result._version or made.hooks is not hooks):
+        made = None
+    if made is not None and not (copies or (made.differentiable and not made.weak)):
         made = None
     tensors = None if made is None else made.tensors()
-    if copies and tensors is None:
+    # A part of a larger tensor would keep all of it alive.
+    if copies and tensors is None and result.untyped_storage().nbytes() <= result.numel() * result.element_size():
         made, tensors = _of_itself(result, hooks, weak=True), ()
     if made is None or tensors is None or not _share(hooks):
         return None
@@ -349,8 +348,9 @@ class _LinearOfOffered(torch.autograd.Function):
         rebuild: Rebuild,
         *kept: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(weight, *kept)
-        ctx.rebuild, ctx.input_dtype, ctx.dtype = rebuild, input.dtype, dtype
+        # As torch does: a weight that is not needed may be changed in place before the backward pass.
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
+        ctx.rebuild, ctx.input_dtype, ctx.dtype, ctx.weight_dtype = rebuild, input.dtype, dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         # If the producer saved a copy in the layer's dtype, the input need not be cast again.
         copy = kept[0] if rebuild is itself else None
@@ -368,7 +368,7 @@ class _LinearOfOffered(torch.autograd.Function):
             grad_input = (grad @ weight.to(ctx.dtype)).to(ctx.input_dtype)
         rows = _rows(grad)
         if ctx.needs_input_grad[1]:
-            grad_weight = (rows.T @ _rows(ctx.rebuild(*kept).to(ctx.dtype))).to(weight.dtype)
+            grad_weight = (rows.T @ _rows(ctx.rebuild(*kept).to(ctx.dtype))).to(ctx.weight_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, None, None, *(None for _ in kept)

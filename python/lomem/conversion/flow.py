@@ -131,6 +131,11 @@ def _names_dtype(func: Any, args: Any, kwargs: Any) -> bool:
     return func is not Tensor.to or any(isinstance(value, torch.dtype | Tensor) for value in values)
 
 
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is all that its storage holds."""
+    return tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
+
+
 def _address(tensor: Tensor) -> int | None:
     # The address of the storage object, which is the recorder's key.
     if tensor.layout != torch.strided or tensor.is_nested or torch._C._are_functorch_transforms_active():
@@ -169,7 +174,7 @@ class _Calls(TorchFunctionMode):
     def _step(self, step: Step, result: Tensor, saved: range) -> None:
         for i, operand in enumerate(step.operands):
             # A copy of any tensor may be made again.
-            followed = step.kind in UNARY or id(operand) in self.followed
+            followed = id(operand) in self.followed or (step.kind in UNARY and _is_whole(operand))
             if followed and result is not operand and step.passes_on(i):
                 self.kept.append(operand)
                 others = [t for j, t in enumerate(step.operands) if j != i]
@@ -206,7 +211,7 @@ class _Calls(TorchFunctionMode):
             storage = None if address is None else self.results.get(address)
             if storage is not None:
                 self.flow.asked.add((storage, module))
-        if step is not None and isinstance(result, Tensor):
+        if step is not None and step.makes(result):
             self._step(step, result, range(saved, len(recorder.saved)))
         return result
 

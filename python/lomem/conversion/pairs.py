@@ -120,6 +120,13 @@ class Step(NamedTuple):
     operands: tuple[Tensor, ...]
     p: float = 0.0
 
+    def makes(self, result: Any) -> bool:
+        """Whether the result is what can be rebuilt: a cast may also go to integers, or to another device."""
+        if self.kind is not StepKind.CAST:
+            return isinstance(result, Tensor)
+        (x,) = self.operands
+        return isinstance(result, Tensor) and {x.dtype, result.dtype} <= {*FLOATS} and result.device == x.device
+
     def passes_on(self, operand: int) -> bool:
         """Whether the result is as cheap to rebuild as one operand."""
         first = self.operands[operand]
@@ -142,6 +149,8 @@ def is_small(tensor: Tensor, than: Tensor) -> bool:
 def as_step(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Step | None:
     """Parses a call seen by a mode; None if it is no cheap op, or has unusual arguments."""
     kind = _STEPS.get(func)
+    if func is Tensor.type and len(args) + len(kwargs) == 1:
+        return None  # asks for the type
     if kind is None or not args or any(isinstance(value, Tensor) for value in kwargs.values()):
         return None
     p = _probability(args, kwargs) if kind is StepKind.DROPOUT else 0.0
@@ -312,8 +321,7 @@ def _drop(x: Tensor, p: float, takers: int) -> Tensor:
         kept, made = found
         rebuild = _Replayed(made.rebuild, len(kept), lambda x, mask: torch.ops.lomem.dropout_apply(x, mask, p))
         offer(result, (*kept, mask), rebuild, takers, differentiable=made.differentiable, weak=made.weak)
-        # If x needs no gradient, nobody saves the mask.
-        hold(result, (mask, *(t for t in kept if t is x)))
+        hold(result, (mask,))  # if x needs no gradient, nobody saves it
     return result  # type: ignore[no-any-return]
 
 
@@ -433,8 +441,8 @@ class _Pairs(Redirect):
                 result = func(*args, **kwargs)
         else:
             result = func(*args, **kwargs)
-        if result is operand:
-            return result  # type: ignore[no-any-return]  # a cast to its own dtype
+        if result is operand or not step.makes(result):
+            return result  # type: ignore[no-any-return]  # a cast to its own dtype, for example
         if step.kind is StepKind.SUM:
             # A sum does not save its operands, so they may be changed afterwards.
             others = tuple(t.clone() for t in others)

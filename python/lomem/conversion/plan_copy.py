@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 
 from torch import nn
 
+from .._trace.recorder import Storage
 from .finder import Finder, ways_of_its_own
 from .flow import StepCall
 from .kinds import Action, Kind
@@ -42,32 +43,52 @@ def plan_dropouts(finder: Finder) -> list[Candidate]:
 def plan_copies(finder: Finder, claimed: Collection[str], known: Callable[[str], bool]) -> list[Candidate]:
     """The candidates for linear layers that save a cast or dropped-out copy of a tensor, which they can make again.
 
-    LoRA layers do, each for itself. One candidate for all copies of a tensor, since it is saved once for all.
+    LoRA layers do, each for itself. There is one candidate for all copies of a tensor, since it is saved once for all,
+    and for all tensors that the same layers take.
 
     Args:
         finder: The runs.
         claimed: Names of linear layers that rebuild their input already.
         known: Whether a module is a norm or an activation, or excluded.
     """
-    flow, found = finder.flows[0], []
-    steps = [step for step in flow.steps if may_follow(finder, step, known)]
+    steps = [s for s in finder.flows[0].steps if s.kind in UNARY and may_follow(finder, s, known)]
     results = {step.result_id for step in steps}
-    roots = {s.operand_id: s for s in steps if s.kind in UNARY and s.operand_id not in results}
-    for root in roots.values():
-        if root.operand is None:
+    # Parameters, and inputs that a program fills again for the next batch, are changed in place.
+    outer = {s.operand_id: s.operand for s in steps if s.operand is not None and s.operand.label is None}
+    roots = {i: storage for i, storage in outer.items() if i not in results}
+    found = []
+    for group in _groups(finder, roots, known):
+        chain = follow(finder, group.items(), known, saved=True, copies=True)
+        calls = (call for name in chain.linears for call in finder.flows[0].calls_of(name))
+        # A layer that is converted makes all copies again that it is called with.
+        others = any(call.input_id in results and call.input_id not in chain.taken for call in calls)
+        if not chain.linears or others or set(chain.linears) & set(claimed):
             continue
-        chain = follow(finder, [(root.operand_id, root.operand)], known, saved=True)
-        if not chain.linears or set(chain.linears) & set(claimed):
-            continue
-        first = next(step for step in chain.steps if step.operand_id == root.operand_id)
+        first = chain.steps[0]
         assert first.module is not None
         c = Candidate(_layer(finder, first.module), Kind.COPY, _form(chain), Action.EXACT, _saying(finder, chain))
         c.own, c.added, c.needs = chain.drops, chain.added, chain.dropouts
-        if root.operand.label is None and root.operand not in finder.ledger.positions:
-            c.added += root.operand.nbytes
+        used = {step.operand_id for step in chain.steps}
+        kept = {storage for i, storage in group.items() if i in used and storage not in finder.ledger.positions}
+        c.added += sum(storage.nbytes for storage in kept)
         c.changes = chain.changes(finder)
         found.append(c)
     return found
+
+
+def _groups(finder: Finder, roots: dict[int, Storage], known: Callable[[str], bool]) -> list[dict[int, Storage]]:
+    """Tensors whose copies go to the same linear layers, together."""
+    groups: list[tuple[set[str], dict[int, Storage]]] = []
+    for i, storage in roots.items():
+        linears = set(follow(finder, [(i, storage)], known, saved=True, copies=True).linears)
+        if not linears:
+            continue
+        mine = {i: storage}
+        for other in [g for g in groups if g[0] & linears]:
+            groups.remove(other)
+            linears, mine = linears | other[0], other[1] | mine
+        groups.append((linears, mine))
+    return [group for _, group in groups]
 
 
 def _layer(finder: Finder, name: str) -> str:

@@ -13,7 +13,7 @@ from .exchange import Converted
 from .finder import Finder, ways_of_its_own
 from .flow import StepCall
 from .modules import SharedInput
-from .pairs import ConvertedDropout, PairCalls, StepKind
+from .pairs import UNARY, ConvertedDropout, PairCalls, StepKind
 
 __all__ = ["Chain", "dropout_change", "follow", "may_follow"]
 
@@ -27,6 +27,7 @@ class Chain:
         linears: Names of the linear layers that rebuild their input.
         drops: Positions in the ledger of what they and the cheap ops no longer save.
         takers: Maximum number of linear layers called with one result.
+        taken: Identities of the linear layers' inputs.
         added: Bytes of small operands that are saved in addition.
     """
 
@@ -34,6 +35,7 @@ class Chain:
     linears: list[str] = field(default_factory=list)
     drops: set[int] = field(default_factory=set)
     takers: int = 0
+    taken: set[int] = field(default_factory=set)
     added: int = 0
 
     @property
@@ -80,6 +82,7 @@ def follow(
     known: Callable[[str], bool],
     *,
     saved: bool,
+    copies: bool = False,
 ) -> Chain:
     """Follows results through cheap ops to linear layers.
 
@@ -89,6 +92,7 @@ def follow(
         known: Whether a module is a norm or an activation, or excluded: it takes no part.
         saved: Whether the sources themselves are saved anyway. Then neither linear layers that take them directly nor
             products of them gain anything.
+        copies: Whether to follow only casts and dropouts.
     """
     flow, ledger, chain = finder.flows[0], finder.ledger, Chain()
     changed = {storage for op in flow.recorder.ops for storage in op.written}
@@ -98,6 +102,8 @@ def follow(
         if step.operand_id not in rebuilt or step.result in changed or not may_follow(finder, step, known):
             continue
         assert step.result is not None
+        if copies and step.kind not in UNARY:
+            continue
         if step.kind is StepKind.CAST and step.result in flow.escaped:
             continue
         rebuilt[step.result_id] = step.result
@@ -118,7 +124,8 @@ def follow(
             chain.linears += [call.name] if call.name not in chain.linears else []
             takers[call.input_id] = takers.get(call.input_id, 0) + 1
     chain.takers = max(takers.values(), default=0)
-    chain.steps = _needed(chain.steps, set(takers))
+    chain.taken = set(takers)
+    chain.steps = _needed(chain.steps, chain.taken)
     chain.added = sum(step.small for step in chain.steps if step.kind is not StepKind.DROPOUT)
     return chain
 
