@@ -293,6 +293,13 @@ def test_the_report_says_what_is_made_again():
     assert all(d.computes == "copies by cast and dropout" and d.action == "exact" for d in copies)
     assert sum(d.kind == "dropout" and d.action == "exact" for d in report.decisions) == 2 * len(TARGETS)
     assert any("lora_A" in d.reason for d in report.converted if d.kind == "norm")
+    report = lomem.convert(model, x)
+    assert sum(report.holders.values()) == report.saved_after
+    # Layers are counted together; what the adapters' B saves is of rank 4.
+    rows = x[..., 0].numel()
+    assert report.holders["base_model.model.layers.*.mlp.down.lora_B.default"] == 2 * rows * 4 * 4
+    assert "base_model.model.layers.*.mlp.down.lora_B.default" in str(report)
+    assert not any("lora_A" in name for name in report.holders)
 
 
 @pytest.mark.parametrize("keep", [{"dropouts": "keep"}, {"pairs": "keep"}, {"exclude": ["*.lora_dropout.*"]}])
@@ -408,6 +415,19 @@ def test_casts_that_lead_to_no_linear_layer(kind):
     assert_same(plain, model, x)
 
 
+class CopiesWithoutGradient(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.second = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.dropouts = nn.ModuleList(nn.Dropout(0.25) for _ in range(2))
+
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.stem(x)
+            d = self.dropouts[0](h)
+        return self.first(d) + self.second(self.dropouts[1](h))
+
+
 class OneLayerForTwo(nn.Module):
     """A layer takes dropped-out copies of two tensors, of which one is not saved by anybody and part of a larger one."""
 
@@ -431,7 +451,7 @@ class FirstRow(nn.Module):
         return self.layer(self.stem(x.bfloat16())[:, 0].float())
 
 
-@pytest.mark.parametrize("kind", [OneLayerForTwo, FirstRow])
+@pytest.mark.parametrize("kind", [OneLayerForTwo, FirstRow, CopiesWithoutGradient])
 def test_parts_of_tensors(kind):
     torch.manual_seed(0)
     plain, x = kind(), batch(torch.float32, 4, 9, WIDTH)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, conversion, memory
+from .._trace.holders import large_holders
 from .._units import size
 from ..memory import StepPeak
 from . import presets
@@ -256,7 +257,7 @@ def _holders(reports: dict[str, StepPeak]) -> Table:
     table.add_column("saved for backward by", overflow="fold")
     for method in reports:
         table.add_column(METHODS[method], justify="right")
-    large = [n for r in reports.values() for n, nbytes in r.holders.items() if 100 * nbytes >= r.saved_bytes]
+    large = [name for report in reports.values() for name in large_holders(report.holders)]
     for name in dict.fromkeys(large):
         table.add_row(name, *(size(report.holders.get(name, 0)) for report in reports.values()))
     return table

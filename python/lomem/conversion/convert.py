@@ -124,13 +124,14 @@ def convert(
         exchange_all(modules, [c.changes for c in chosen])
         if inputs is None:
             return report
-        after = Ledger(trace(model, inputs, (), training=True, grad=True)).nbytes
+        ledger = Ledger(trace(model, inputs, (), training=True, grad=True))
+        after = ledger.nbytes
         assert report.saved_before is not None
         if after > report.saved_before:
             raise RuntimeError(
                 f"lomem.convert: the converted model saves {after} bytes, expected at most {report.saved_before}"
             )
-        report = dataclasses.replace(report, saved_after=after)
+        report = dataclasses.replace(report, saved_after=after, holders=ledger.holders())
         if before is None:
             return report
         if not before.repeatable:

@@ -22,7 +22,7 @@ from .._trace.hooks import hook_after, hook_before
 from .._trace.keeps import COPIES
 from .._trace.recorder import Op, Recorder, Storage
 from .._trace.state import preserved
-from .modules import as_activation
+from .modules import as_activation, is_transformed
 from .pairs import UNARY, Step, StepKind, as_step, is_small
 
 __all__ = ["ActivationCall", "Call", "Flow", "StepCall", "modes", "runs", "trace", "untouched"]
@@ -211,7 +211,8 @@ class _Calls(TorchFunctionMode):
             storage = None if address is None else self.results.get(address)
             if storage is not None:
                 self.flow.asked.add((storage, module))
-        if step is not None and step.makes(result):
+        # Where nothing is passed on, nothing is planned.
+        if step is not None and step.makes(result) and torch.is_grad_enabled() and not is_transformed():
             self._step(step, result, range(saved, len(recorder.saved)))
         return result
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .._trace.holders import holders_of
 from .._trace.recorder import Storage
 from .exchange import Converted
 from .flow import Flow
@@ -99,6 +100,11 @@ class Ledger:
     def nbytes(self) -> int:
         """Bytes saved in total."""
         return sum(storage.nbytes for storage in self.positions)
+
+    def holders(self) -> dict[str, int]:
+        """Bytes by the module that saved them first, see :func:`lomem._trace.holders.holders_of`."""
+        first = ((self.saved[positions[0]], storage.nbytes) for storage, positions in self.positions.items())
+        return holders_of((saved.module or "(the model)", nbytes) for saved, nbytes in first)
 
     def within(self, ranges: Iterable[range]) -> set[int]:
         """The positions in some ranges."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .._trace.holders import large_holders
 from .._units import size
 from .kinds import Action, Kind, Text
 
@@ -58,6 +59,8 @@ class Report:
         difference: Largest difference of an output from the original model's, relative to that output's norm; None if
             not checked, 0 if only activations were converted.
         notes: Further remarks.
+        holders: The bytes of ``saved_after`` by the module that saves them first, largest first; numbers in names are
+            replaced by ``*``, so that equal layers are one holder.
     """
 
     decisions: tuple[Decision, ...]
@@ -65,6 +68,10 @@ class Report:
     saved_after: int | None = None
     difference: float | None = None
     notes: tuple[str, ...] = ()
+    holders: dict[str, int] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"holders": {}} | state)  # pickles of earlier versions have none
 
     @property
     def converted(self) -> tuple[Decision, ...]:
@@ -131,4 +138,8 @@ class Report:
             where = d.name or "(the model)"
             also = f" and {number - 1} more" if number > 1 else ""
             lines.append(f"  {d.action}: {where}{also} [{d.module}, {d.computes}]: {d.reason}")
+        large = large_holders(self.holders)
+        if large:
+            lines.append("still saved, by module (* for numbers):")
+            lines += [f"  {size(nbytes)}: {name}" for name, nbytes in large.items()]
         return "\n".join(lines)

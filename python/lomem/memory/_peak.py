@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._trace.batch import as_batch
+from .._trace.holders import holders_of, large_holders
 from .._trace.recorder import Op, Recorder, Storage
 from .._trace.state import preserved
 from .._units import size
@@ -119,7 +120,7 @@ class StepPeak(Report):
             ("saved for backward", f"{size(self.saved_bytes)}, {size(self.weight_copy_bytes)} of them weight copies"),
         ]
         title = f"A training step, {self.source} for {self.device}{under}"
-        holders = [(name, size(n)) for name, n in self.holders.items() if 100 * n >= self.saved_bytes]
+        holders = [(name, size(n)) for name, n in large_holders(self.holders).items()]
         return [
             Section(title, columns, rows),
             Section("Where", ("", ""), facts),
@@ -268,17 +269,10 @@ class _Step:
             forward_backward=self._peak(recorder.ops, held, totals[:end]),
             saved_bytes=sum(s.nbytes for s in saved),
             weight_copy_bytes=sum(s.nbytes for s in saved if is_weight_copy(s)),
-            holders=self._holders(saved),
+            holders=holders_of((self._saved[s], s.nbytes) for s in saved),
             timeline=totals,
             phases=self._phases,
         )
-
-    def _holders(self, saved: Iterable[Storage]) -> dict[str, int]:
-        holders: Counter[str] = Counter()
-        for storage in saved:
-            parts = self._saved[storage].split(".")
-            holders[".".join("*" if part.isdecimal() else part for part in parts)] += storage.nbytes
-        return dict(holders.most_common())
 
     def _gradients(self) -> list[Tensor]:
         return [leaf.grad for leaf in self._leaves if leaf.grad is not None]
