@@ -6,10 +6,16 @@ import lomem
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from lomem.commands import presets
 from small_pairs import DTYPES, Gated, Ungated, autocast, batch, distance, gradients, living_bytes, saved_bytes, seed
 from small_pairs import D as WIDTH
+from test_handover import WAYS
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -429,7 +435,7 @@ class CopiesWithoutGradient(nn.Module):
 
 
 class OneLayerForTwo(nn.Module):
-    """A layer takes dropped-out copies of two tensors, of which one is not saved by anybody and part of a larger one."""
+    """A layer takes dropped-out copies of two tensors; one of these nobody saves, and it is part of a larger one."""
 
     def __init__(self):
         super().__init__()
@@ -500,3 +506,75 @@ def test_compiled():
     assert distance(grads, expected) < 1e-5
     # The first norm saves its output in place of the model's input, which is not counted.
     assert after <= before + x.nbytes
+
+
+# On bases in 4 bits, as QLoRA has them.
+
+
+def of_four_bits():
+    """Two models in bfloat16 whose linear layers have 4 bits, with adapters in float32 and dropout, and a batch."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = presets.quantize_linears(Stack().bfloat16(), TARGETS)
+        models.append(adapted(model, dtype=torch.float32, lora_dropout=0.25))
+    return (*models, batch(torch.bfloat16))
+
+
+#: Roundings in bfloat16, of norms above all.
+SHORT = DTYPES["bfloat16"][1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_is_around_bases_of_four_bits(way):
+    plain, model, x = of_four_bits()
+    report = lomem.convert(model, x)
+    assert {d.kind for d in report.converted} == {"norm", "activation", "dropout", "copy"}
+    _, expected = gradients(plain, x, WAYS[way], torch.bfloat16)
+    _, grads = gradients(model, x, WAYS[way], torch.bfloat16)
+    assert distance(grads, expected) < SHORT
+    assert living_bytes(model, x, WAYS[way], torch.bfloat16) <= living_bytes(plain, x, WAYS[way], torch.bfloat16)
+
+
+def test_bases_of_four_bits_are_compiled():
+    plain, model, x = of_four_bits()
+    lomem.convert(model, x)
+    results = []
+    for m in (plain, model):
+        layers = m.base_model.model
+        torch.compiler.reset()
+        compiled = torch.compile(layers, backend="aot_eager")
+
+        def run(_, x, compiled=compiled):
+            seed()
+            return compiled(x)
+
+        results.append(gradients(layers, x, run, torch.bfloat16)[1])
+    torch.compiler.reset()
+    assert distance(results[1], results[0]) < SHORT
+
+
+@pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "fully_shard"])
+def test_bases_of_four_bits_are_distributed(tmp_path, wrapper):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain, model, x = of_four_bits()
+        lomem.convert(model, x)
+        _, expected = gradients(model, x, dtype=torch.bfloat16)
+        if wrapper == "fully_shard":
+            mesh = init_device_mesh("cpu", (1,))
+            # Integers are not sharded, as in a QLoRA training.
+            packed = {p for p in model.parameters() if not p.is_floating_point()}
+            for layer in model.base_model.model.layers:
+                fully_shard(layer, mesh=mesh, ignored_params=packed)
+            wrapped = fully_shard(model, mesh=mesh, ignored_params=packed)
+        else:
+            wrapped = nn.parallel.DistributedDataParallel(model)
+        _, grads = gradients(wrapped, x, dtype=torch.bfloat16)
+        grads = {n.removeprefix("module."): g for n, g in grads.items()}
+        grads = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
+        assert distance(grads, expected) < 1e-6
+        # Against the plain model, to roundings.
+        assert distance(grads, gradients(plain, x, dtype=torch.bfloat16)[1]) < SHORT
+    finally:
+        dist.destroy_process_group()
