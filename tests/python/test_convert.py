@@ -217,6 +217,9 @@ def test_inputs_come_as_a_tensor_a_tuple_or_a_dict():
         assert len(lomem.convert(Keywords(), inputs).converted) == 4
 
 
+KEEP_ALL = dict.fromkeys(["activations", "norms", "pairs", "dropouts"], "keep")
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -235,8 +238,11 @@ def test_inputs_come_as_a_tensor_a_tuple_or_a_dict():
             lambda model, x: lomem.convert(model, x, activations="3bit", criterion="paper"),
             "activations is '3bit', expected '2bit' with criterion='paper'",
         ),
-        (lambda model, x: lomem.convert(model, x, norms="keep", activations="keep"), "expected something to convert"),
-        (lambda model, x: lomem.convert(model[0], x), "found nothing to convert in Linear: no norms or activations"),
+        (lambda model, x: lomem.convert(model, x, **KEEP_ALL), "expected something to convert"),
+        (
+            lambda model, x: lomem.convert(model[0], x),
+            "found nothing to convert in Linear: no norms, activations or dropouts",
+        ),
         (lambda model, x: lomem.convert(model, x[..., :3]), "run on example_inputs in training mode: RuntimeError"),
         (lambda model, x: lomem.convert(model, {"y": x}), "run on example_inputs in training mode: TypeError"),
         (lambda model, x: lomem.convert(model, x, exclude=5), "exclude has 5, expected names of modules"),

@@ -185,7 +185,7 @@ def test_gradients_and_living_bytes(way, block, dtype, ill):
     before, expected = living_and_gradients(plain, x, dtype)
     with autocast(dtype):
         report = lomem.convert(model, x, activations="keep")
-    kinds = {d.action for d in report.converted}
+    kinds = {d.action for d in report.converted if d.kind == "norm"}
     # The last norm's output goes to a single linear layer.
     two = block is PostNorm and dtype is None
     assert kinds == {"normalized"} if ill else kinds == ({"inverted", "two outputs"} if two else {"inverted"})

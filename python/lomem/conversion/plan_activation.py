@@ -65,9 +65,9 @@ def plan_activation(
         chain = follow(finder, ((call.result_id, call.result) for call in calls), known, saved=False)
         # An activation of several ops saves more than its input.
         kept = {i for i in c.own if ledger.saved[i].storage in inputs}
-        # Not in the ledger, which leaves out the model's inputs.
-        saved = finder.flows[0].recorder.saved
-        complete = all(any(saved[i].storage is call.input for i in call.saved) for call in calls)
+        # With linear layers behind it, it may also be a model's input that it saves, which the ledger leaves out.
+        saved = dict(enumerate(finder.flows[0].recorder.saved)) if chain.linears else ledger.saved
+        complete = all(any(i in saved and saved[i].storage is call.input for i in call.saved) for call in calls)
         takers = max(chain.takers, 1)
         change = {name: (PairedActivation, PairedActivation.attributes(module, form, takers, chain.gated))}
         if complete and _pair(c, finder, chain, c.own - kept, change, exact=wishes.exact):
