@@ -45,7 +45,7 @@ def test_the_table_compares_steps_of_the_same_round():
     }
     lines = whole_step.table("A model", results)
     assert lines[-3:-1] == [
-        "| plain | 4.0 |  | 6000 |  |  |",
+        "| plain | 4.0 |  | 6,000 |  |  |",
         "| `lomem.convert` | 3.0 | -25.0 % | 7500 | 1.250 | 1.250 to 1.250 |",
     ]
 
@@ -69,22 +69,18 @@ def test_the_script(tmp_path):
 def test_the_committed_results():
     """The table is that of the figures, and the fewer bytes do not come from another model."""
     path = ROOT / "benchmarks/results/whole-step.json"
-    if not path.exists():
-        pytest.skip("nothing was measured yet")
     contents = json.loads(path.read_text())
     assert path.with_suffix(".md").read_text() == whole_step.markdown(contents)
     assert contents["cases"].keys() <= whole_step.CASES.keys()
     for case in contents["cases"].values():
         assert list(case["methods"]) == list(whole_step.METHODS)
         saved = {method: result["saved_bytes"] for method, result in case["methods"].items()}
-        assert saved["checkpointing"] < saved["lomem"] <= saved["exact"] < saved["plain"]
+        assert saved["checkpointing"] <= saved["lomem"] <= saved["exact"] < saved["plain"]
 
 
 def test_saved_bytes_of_plain_training():
     """ViT-S in float32, to the byte, counted from its layers."""
     path = ROOT / "benchmarks/results/whole-step.json"
-    if not path.exists():
-        pytest.skip("nothing was measured yet")
     saved = json.loads(path.read_text())["cases"]["vit-s"]["methods"]["plain"]["saved_bytes"]
     rows, d, heads = 16 * 197, 384, 6
     norm = 4 * rows * (d + 2)  # input, mean, standard deviation
