@@ -46,7 +46,7 @@ def test_the_table_compares_steps_of_the_same_round():
     lines = whole_step.table("A model", results)
     assert lines[-3:-1] == [
         "| plain | 4.0 |  | 6,000 |  |  |",
-        "| `lomem.convert` | 3.0 | -25.0 % | 7500 | 1.250 | 1.250 to 1.250 |",
+        "| `lomem.convert` | 3.0 | -25.0 % | 7,500 | 1.250 | 1.250 to 1.250 |",
     ]
 
 
