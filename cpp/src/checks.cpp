@@ -347,6 +347,36 @@ void check_linear(
   }
 }
 
+void check_lora(
+    const char* op, const at::Tensor& input, const at::Tensor& lora_a, const at::Tensor& lora_b, double scaling,
+    const std::optional<at::Tensor>& bias, double p, std::optional<at::ScalarType> dtype) {
+  check_float_tensor(op, "input", input);
+  check_float_tensor(op, "lora_a", lora_a);
+  check_float_tensor(op, "lora_b", lora_b);
+  check_optional_float_tensor(op, "bias", bias);
+  check_same_device(op, "lora_a", lora_a, "input", input);
+  TORCH_CHECK(lora_a.dim() == 2, op, ": lora_a has shape ", lora_a.sym_sizes(), ", expected (rank, in_features)");
+  TORCH_CHECK(
+      input.dim() >= 1 && input.sym_size(-1) == lora_a.sym_size(1), op, ": input has shape ", input.sym_sizes(),
+      ", expected a last dimension of ", lora_a.sym_size(1), ", the in_features of lora_a");
+  check_same_device(op, "lora_b", lora_b, "input", input);
+  check_same_dtype(op, "lora_b", lora_b, "lora_a", lora_a);
+  TORCH_CHECK(lora_b.dim() == 2, op, ": lora_b has shape ", lora_b.sym_sizes(), ", expected (out_features, rank)");
+  TORCH_CHECK(
+      lora_b.sym_size(1) == lora_a.sym_size(0), op, ": lora_b has shape ", lora_b.sym_sizes(), ", expected rank ",
+      lora_a.sym_size(0), ", that of lora_a");
+  if (has_tensor(bias)) {
+    check_same_device(op, "bias", *bias, "input", input);
+    check_same_dtype(op, "bias", *bias, "lora_a", lora_a);
+    TORCH_CHECK(
+        bias->dim() == 1 && bias->sym_size(0) == lora_b.sym_size(0), op, ": bias has shape ", bias->sym_sizes(),
+        ", expected [", lora_b.sym_size(0), "], the out_features of lora_b");
+  }
+  TORCH_CHECK_VALUE(std::isfinite(scaling), op, ": scaling is ", scaling, ", expected a finite number");
+  TORCH_CHECK_VALUE(0 <= p && p < 1, op, ": p is ", p, ", expected a number in [0, 1)");
+  TORCH_CHECK(!dtype || is_supported_float(*dtype), op, ": dtype is ", dtype_name(*dtype), ", expected ", float_dtypes);
+}
+
 c10::SymInt leading_rows(const at::Tensor& tensor) {
   c10::SymInt rows = 1;
   for (const auto& size : tensor.sym_sizes().slice(0, tensor.dim() - 1)) {

@@ -117,6 +117,11 @@ c10::SymInt check_weight_grad(
     const char* op, const at::Tensor& grad_output, const at::Tensor& compressed,
     const std::optional<at::Tensor>& indices, const at::Tensor& seed, bool picks_rows);
 
+/// Checks the arguments of a low-rank adapter.
+void check_lora(
+    const char* op, const at::Tensor& input, const at::Tensor& lora_a, const at::Tensor& lora_b, double scaling,
+    const std::optional<at::Tensor>& bias, double p, std::optional<at::ScalarType> dtype);
+
 /// Product of all sizes but the last.
 c10::SymInt leading_rows(const at::Tensor& tensor);
 

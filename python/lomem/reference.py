@@ -21,6 +21,7 @@ __all__ = [
     "RESILU2",
     "StepFunction",
     "gated",
+    "lora",
     "ms_layer_norm",
     "ms_rms_norm",
     "pack_bits",
@@ -134,6 +135,21 @@ def gated(gate: Tensor, up: Tensor | None = None, activation: str = "silu", *, l
             first, second = gate.chunk(2, -1)
             gate, up = (first, second) if layout == "gate_up" else (second, first)
     return _GATES[activation](gate) * up
+
+
+def lora(
+    input: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float = 1.0,
+    *,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """See :func:`lomem.functional.lora`."""
+    dropped = F.dropout(input.to(lora_a.dtype), p, training)
+    return F.linear(F.linear(dropped, lora_a), lora_b, bias) * scaling
 
 
 class _MSNorm(torch.autograd.Function):

@@ -126,6 +126,7 @@ GOOD_ARGUMENTS = {
     "gated": (FLOAT_VALUES, FLOAT_VALUES, "silu"),
     "gated_backward": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES, "silu"),
     "gated_linear": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES[1], "silu"),
+    "lora": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES),
     "ms_layer_norm": (FLOAT_VALUES, [4], FLOAT_VALUES[1], FLOAT_VALUES[1]),
     "ms_layer_norm_forward": (FLOAT_VALUES, [4], FLOAT_VALUES[1], FLOAT_VALUES[1]),
     "ms_layer_norm_backward": (
@@ -194,6 +195,7 @@ class TestOddTensors:
         "step_activation": lambda x: LF.step_activation(x, torch.sigmoid, [0.0], [0.0, 1.0]),
         "gated": lambda x: LF.gated(x, FLOAT_VALUES),
         "gated_linear": lambda x: LF.gated_linear(x, FLOAT_VALUES, FLOAT_VALUES),
+        "lora": lambda x: LF.lora(x, FLOAT_VALUES, FLOAT_VALUES),
         "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (4,)),
         "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (4,)),
         "pack_bits": lambda x: LF.pack_bits(x, 1),
@@ -281,7 +283,7 @@ def test_cuda_in_a_build_without_cuda():
         "unpack_bits": (X.to(torch.uint8), 2, 128),
     }
     # Of torch's ops, which have kernels of their own.
-    composite = {*PUBLISHED, "step_activation", "hard_activation", "gated_linear"}
+    composite = {*PUBLISHED, "step_activation", "hard_activation", "gated_linear", "lora"}
     composite.update(name for name in ARGUMENTS if name.startswith("randomized_linear"))
     assert {f"lomem::{name}" for name in composite.union(calls)} == {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lomem::")
@@ -638,6 +640,19 @@ def gated_arguments(draw, kind):
     return (gate, up, activation), options
 
 
+@st.composite
+def lora_arguments(draw):
+    """An input and an adapter that mostly match."""
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    x = draw(tensors(shape=draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))))
+    rank, out_features = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    a = draw(tensors(shape=[rank, x.shape[-1] if x.dim() else 1], dtype=dtype))
+    b = draw(tensors(shape=[out_features, rank], dtype=dtype))
+    bias = draw(st.one_of(st.none(), tensors(shape=[out_features], dtype=dtype)))
+    p = draw(st.one_of(st.just(0.0), st.sampled_from([0.1, 0.9, -0.1, 1.0, math.nan])))
+    return (x, a, b, draw(st.one_of(st.floats(0, 1), floats))), {"bias": bias, "p": p}
+
+
 boundaries = st.one_of(st.lists(floats, max_size=300), st.lists(st.floats(allow_nan=False), max_size=9).map(sorted))
 optional_floats = st.one_of(st.none(), floats)
 ARGUMENTS = {
@@ -655,6 +670,7 @@ ARGUMENTS = {
     "gated": gated_arguments("forward"),
     "gated_backward": gated_arguments("backward"),
     "gated_linear": gated_arguments("linear"),
+    "lora": lora_arguments(),
     "ms_layer_norm": norm_arguments(2, floats),
     "ms_layer_norm_forward": norm_arguments(2, floats),
     "ms_layer_norm_backward": norm_arguments(2, floats, backward=True),

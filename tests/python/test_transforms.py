@@ -77,6 +77,14 @@ def samples(device):
             ((image0[..., 1:], None, linear[:, :2].clone().requires_grad_(), None, "gelu"), {}),
             ((x0, x, linear.clone(), None, "relu"), {}),
         ],
+        # (p = 0: each call would drop others.)
+        "lora": [
+            ((x, linear[:2].clone().requires_grad_(), linear[:, :2].clone().requires_grad_(), 0.5), {}),
+            ((image[..., :2], linear[:3, :2].clone().requires_grad_(), linear[:, :3].clone()), {"bias": bias[:5]}),
+            ((x0, linear[:2].clone(), linear[:, :2].clone().requires_grad_(), 2.0), {"dtype": torch.bfloat16}),
+            ((x, linear[:2].bfloat16(), linear[:, :2].bfloat16()), {}),
+            ((x0, linear[:2].clone(), linear[:, :2].clone()), {}),
+        ],
         "ms_layer_norm": [
             ((x, [6], weight, bias), {}),
             ((x, [4, 6]), {"eps": 1e-3}),
@@ -569,6 +577,7 @@ FUNCTIONS = {
     "gated": lambda x: LF.gated(x, of_last((6,), x).expand(4, 6)),
     "gated-fused": lambda x: LF.gated(x, activation="gelu", layout="interleaved"),
     "gated_linear": lambda x: LF.gated_linear(x, None, of_last((3,), x).expand(5, 3)),
+    "lora": lambda x: LF.lora(x, of_last((6,), x).expand(2, 6), of_last((2,), x).expand(5, 2), 0.5),
     "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (6,)),
     "ms_layer_norm-affine": lambda x: LF.ms_layer_norm(x, (6,), of_last((6,), x), of_last((6,), x, [3.0, 0.0, 9.0])),
     "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (6,)),
@@ -590,6 +599,7 @@ MODULES = {
     f"{PUBLISHED[SILU2].module.__name__}-inplace": lambda: PUBLISHED[SILU2].module(inplace=True),
     "GatedUnit": lomem.nn.GatedUnit,
     "GatedUnit-gelu": lambda: lomem.nn.GatedUnit("gelu", layout="up_gate"),
+    "LoRALinear": lambda: lomem.nn.LoRALinear(nn.Linear(6, 5), 2, bias=True),
     "MSLayerNorm": lambda: lomem.nn.MSLayerNorm(6),
     "MSLayerNorm-affine": lambda: lomem.nn.MSLayerNorm(6, elementwise_affine=True),
     "MSLayerNorm-bfloat16": lambda: lomem.nn.MSLayerNorm(6, elementwise_affine=True, output_dtype=torch.bfloat16),
@@ -609,7 +619,7 @@ def run_and_differentiate(f, x, *parameters):
     """f(x) and its gradients, of ones."""
     leaf = x.detach().requires_grad_()
     y = f(leaf * 1)
-    wanted = [leaf, *parameters]
+    wanted = [leaf, *(p for p in parameters if p.requires_grad)]
     return y.detach(), *torch.autograd.grad(y, wanted, torch.ones_like(y))
 
 

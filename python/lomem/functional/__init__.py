@@ -8,11 +8,19 @@ the exact gradient and save as much as usual; other nested, sparse and quantized
 differentiation and ``torch.func`` gradients raise.
 """
 
-from . import activations, gated_units, linear, norms, packing
+from . import activations, adapters, gated_units, linear, norms, packing
 from .activations import *  # noqa: F403
+from .adapters import *  # noqa: F403
 from .gated_units import *  # noqa: F403
 from .linear import *  # noqa: F403
 from .norms import *  # noqa: F403
 from .packing import *  # noqa: F403
 
-__all__ = [*activations.__all__, *gated_units.__all__, *linear.__all__, *norms.__all__, *packing.__all__]
+__all__ = [
+    *activations.__all__,
+    *adapters.__all__,
+    *gated_units.__all__,
+    *linear.__all__,
+    *norms.__all__,
+    *packing.__all__,
+]
