@@ -38,10 +38,10 @@ def lora(
         training: Whether anything is dropped.
 
     Returns:
-        A tensor of shape ``(*, out_features)``, in the dtype of ``lora_a``, or under autocast in that of autocast. Saved
-        for backward: ``input`` if ``lora_a`` requires a gradient; its product with ``lora_a``, of shape ``(*, rank)``,
-        if ``lora_b`` does; 1 bit per element of ``input`` if ``p`` is not 0; and the weights. Second derivatives are
-        exact.
+        A tensor of shape ``(*, out_features)``, in the dtype of ``lora_a``, or under autocast in that of autocast.
+        Saved for backward: ``input`` if ``lora_a`` requires a gradient; its product with ``lora_a``, of shape
+        ``(*, rank)``, if ``lora_b`` does; 1 bit per element of ``input`` if ``p`` is not 0; and the weights. Second
+        derivatives are exact.
 
     Raises:
         RuntimeError: If shapes, dtypes or devices do not match.

@@ -19,8 +19,8 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class LoRALinear(nn.Module):
     """A linear layer with frozen parameters and a trainable low-rank adapter beside it (LoRA, arXiv:2106.09685).
 
-    The result is ``base(input) + lora(input)``, rounded to the dtype of the base's result: that of peft's layer, bit for
-    bit where the base's weight is a floating-point tensor. See :func:`lomem.functional.lora` for what is saved.
+    The result is ``base(input) + lora(input)``, rounded to the dtype of the base's result: that of peft's layer, bit
+    for bit where the base's weight is a floating-point tensor. See :func:`lomem.functional.lora` for what is saved.
 
     The state dict has the base's under ``base_layer.``, and ``lora_A.weight``, ``lora_B.weight`` and, with ``bias``,
     ``lora_B.bias``. These are the names in peft's adapter files; in a peft model they have the name of the adapter in
