@@ -3,6 +3,8 @@
 #include "ops.h"
 
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/bernoulli.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mul.h>
 #include <c10/core/ScalarType.h>
@@ -31,12 +33,21 @@ at::Tensor rounded(const at::Tensor& input, at::ScalarType dtype, at::ScalarType
 }  // namespace
 
 Dropped drop(const at::Tensor& input, double p, at::ScalarType dtype, at::ScalarType result) {
-  return {rounded(input, dtype, result), at::Tensor()};
+  if (p == 0) {
+    return {rounded(input, dtype, result), at::Tensor()};
+  }
+  const at::Tensor cast = input.to(dtype);
+  const at::Tensor noise = at::bernoulli(at::empty_like(cast), 1 - p);
+  return {(cast * noise.div(1 - p)).to(result), ops::step_codes(noise, {{0.5}}, 1)};
 }
 
 at::Tensor dropped_again(
     const at::Tensor& input, const at::Tensor& mask, double p, at::ScalarType dtype, at::ScalarType result) {
-  return rounded(input, dtype, result);
+  if (!mask.defined()) {
+    return rounded(input, dtype, result);
+  }
+  const at::Tensor noise = ops::unpack_bits(mask, 1, input.sym_numel()).view_symint(input.sym_sizes()).to(dtype);
+  return (input.to(dtype) * noise.div(1 - p)).to(result);
 }
 
 at::Tensor scaled(const at::Tensor& tensor, double scaling) {
