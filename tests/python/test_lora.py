@@ -422,7 +422,8 @@ def step(layer, x, autocast, frozen):
         if "lora_" in name:
             parameter.requires_grad_(("a" if "lora_A" in name else "b") not in frozen)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-        y = layer(x)
+        # (Not a leaf: autocast caches casts of those, for base and adapter together.)
+        y = layer(x * 1)
     leaves = [t for t in (x, *layer.parameters()) if t.requires_grad]
     return y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)
 
