@@ -266,6 +266,23 @@ GatedKind check_gated_linear(
   return kind;
 }
 
+DropoutSaves check_dropout_options(const char* op, double p, std::string_view saves) {
+  TORCH_CHECK_VALUE(0 <= p && p < 1, op, ": p is ", p, ", expected a number in [0, 1)");
+  TORCH_CHECK_VALUE(saves == "mask", op, ": saves is '", saves, "', expected 'mask'");
+  return DropoutSaves::mask;
+}
+
+void check_dropout(const char* op, const at::Tensor& input, double p) {
+  check_float_tensor(op, "input", input);
+  check_dropout_options(op, p, "mask");
+}
+
+void check_dropout_apply(const char* op, const at::Tensor& input, const at::Tensor& mask, double p) {
+  check_dropout(op, input, p);
+  check_packed(op, "mask", mask, input.sym_numel(), 1);
+  check_same_device(op, "mask", mask, "input", input);
+}
+
 NormSizes check_norm_forward(
     const char* op, const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
     const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, std::optional<double> eps,
@@ -373,7 +390,7 @@ void check_lora(
         ", expected [", lora_b.sym_size(0), "], the out_features of lora_b");
   }
   TORCH_CHECK_VALUE(std::isfinite(scaling), op, ": scaling is ", scaling, ", expected a finite number");
-  TORCH_CHECK_VALUE(0 <= p && p < 1, op, ": p is ", p, ", expected a number in [0, 1)");
+  check_dropout_options(op, p, "mask");
   TORCH_CHECK(!dtype || is_supported_float(*dtype), op, ": dtype is ", dtype_name(*dtype), ", expected ", float_dtypes);
 }
 

@@ -69,6 +69,18 @@ GatedKind check_gated_linear(
     const char* op, const at::Tensor& gate, const std::optional<at::Tensor>& up, const at::Tensor& weight,
     const std::optional<at::Tensor>& bias, std::string_view activation, std::string_view layout);
 
+/// What dropout saves for the backward pass.
+enum class DropoutSaves { mask };
+
+/// Checks the probability of an element to be dropped, and what is saved.
+DropoutSaves check_dropout_options(const char* op, double p, std::string_view saves);
+
+/// Checks the arguments of dropout.
+void check_dropout(const char* op, const at::Tensor& input, double p);
+
+/// Checks the arguments of dropout with a given mask.
+void check_dropout_apply(const char* op, const at::Tensor& input, const at::Tensor& mask, double p);
+
 /// Sizes derived from an input and its normalized_shape.
 struct NormSizes {
   c10::SymInt rows = 1;

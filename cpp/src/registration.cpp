@@ -63,7 +63,7 @@ void implement(torch::Library& m, Traits trait, const Kernel& kernel) {
 
 /// Applies the check of checks.cpp for an argument of this name.
 void check_argument(const char* op, const std::string& name, const at::Tensor& tensor) {
-  if (name == "codes" || name == "packed") {
+  if (name == "codes" || name == "packed" || name == "mask") {
     check_byte_tensor(op, name.c_str(), tensor);
   } else if (name == "seed" || name == "indices") {
     check_strided(op, name.c_str(), tensor);

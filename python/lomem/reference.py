@@ -20,6 +20,7 @@ __all__ = [
     "REGELU2",
     "RESILU2",
     "StepFunction",
+    "dropout_apply",
     "gated",
     "lora",
     "ms_layer_norm",
@@ -150,6 +151,15 @@ def lora(
     """See :func:`lomem.functional.lora`."""
     dropped = F.dropout(input.to(lora_a.dtype), p, training)
     return F.linear(F.linear(dropped, lora_a), lora_b, bias) * scaling
+
+
+def dropout_apply(input: Tensor, mask: Tensor, p: float) -> Tensor:
+    """Dropout with a given mask: 1 bit per element in row-major order of ``input``, 1 for elements that are kept.
+
+    As torch on the CPU, where the factors are rounded to the dtype; on CUDA torch multiplies in float32.
+    """
+    kept = unpack_bits(mask, 1, input.numel()).reshape(input.shape)
+    return input * kept.to(input.dtype).div_(1 - p)
 
 
 class _MSNorm(torch.autograd.Function):

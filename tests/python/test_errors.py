@@ -123,6 +123,9 @@ GOOD_ARGUMENTS = {
     "step_codes": (FLOAT_VALUES, [0.0], 1),
     "band_codes": (FLOAT_VALUES, 0.0, 1.0),
     "step_activation_backward": (FLOAT_VALUES, BYTE_VALUES[0], [0.0] * 4, 2),
+    "dropout": (FLOAT_VALUES, 0.5),
+    "dropout_forward": (FLOAT_VALUES, 0.5),
+    "dropout_apply": (FLOAT_VALUES, BYTE_VALUES[0, :2], 0.5),
     "gated": (FLOAT_VALUES, FLOAT_VALUES, "silu"),
     "gated_backward": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES, "silu"),
     "gated_linear": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES[1], "silu"),
@@ -193,6 +196,7 @@ class TestOddTensors:
         "relu": LF.relu,
         "threshold": lambda x: LF.threshold(x, 0.1, 0.2),
         "step_activation": lambda x: LF.step_activation(x, torch.sigmoid, [0.0], [0.0, 1.0]),
+        "dropout": LF.dropout,
         "gated": lambda x: LF.gated(x, FLOAT_VALUES),
         "gated_linear": lambda x: LF.gated_linear(x, FLOAT_VALUES, FLOAT_VALUES),
         "lora": lambda x: LF.lora(x, FLOAT_VALUES, FLOAT_VALUES),
@@ -271,6 +275,8 @@ def test_cuda_in_a_build_without_cuda():
         "step_codes": (X, [0.0], 1),
         "band_codes": (X, 0.0, 1.0),
         "step_activation_backward": (X, torch.zeros(8, dtype=torch.uint8), [0.0] * 4, 2),
+        "dropout_forward": (X, 0.5),
+        "dropout_apply": (X, torch.zeros(4, dtype=torch.uint8), 0.5),
         "gated": (X, X, "silu"),
         "gated_backward": (X, X, X, "silu"),
         "ms_layer_norm": (X, [8]),
@@ -283,7 +289,7 @@ def test_cuda_in_a_build_without_cuda():
         "unpack_bits": (X.to(torch.uint8), 2, 128),
     }
     # Of torch's ops, which have kernels of their own.
-    composite = {*PUBLISHED, "step_activation", "hard_activation", "gated_linear", "lora"}
+    composite = {*PUBLISHED, "step_activation", "hard_activation", "dropout", "gated_linear", "lora"}
     composite.update(name for name in ARGUMENTS if name.startswith("randomized_linear"))
     assert {f"lomem::{name}" for name in composite.union(calls)} == {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lomem::")
@@ -581,6 +587,13 @@ def unpack_arguments(draw):
 
 
 @st.composite
+def dropout_arguments(draw, *, with_mask=False):
+    x = draw(tensors())
+    mask = [draw(tensors(shape=[(x.numel() + 7) // 8], dtype=torch.uint8))] if with_mask else []
+    return (x, *mask, draw(floats))
+
+
+@st.composite
 def family_arguments(draw):
     function, count = draw(st.sampled_from([*FEW_BIT.items(), ("relu", 0)]))
     parameters = [draw(floats) for _ in range(count if draw(st.integers(0, 9)) else 3)]
@@ -667,6 +680,9 @@ ARGUMENTS = {
     "step_codes": st.tuples(tensors(), boundaries, widths),
     "band_codes": st.tuples(tensors(), floats, floats),
     "step_activation_backward": step_arguments(),
+    "dropout": dropout_arguments(),
+    "dropout_forward": dropout_arguments(),
+    "dropout_apply": dropout_arguments(with_mask=True),
     "gated": gated_arguments("forward"),
     "gated_backward": gated_arguments("backward"),
     "gated_linear": gated_arguments("linear"),

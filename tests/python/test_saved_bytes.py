@@ -179,6 +179,15 @@ def test_dropout_between_breaks_the_sharing_by_its_own_copy_only(device):
     assert sum(s.nbytes() == unit for s in saved.storages) == (3 if device.type == "cpu" else 2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_keeps_one_bit_an_element(dtype, device):
+    for n in [*range(10), 1000, 1001, 1007]:
+        x = torch.randn(n, device=device).to(dtype).requires_grad_()
+        with saved_for_backward() as saved:
+            lomem.functional.dropout(x, 0.1)
+        assert (saved.nbytes, saved.tensors) == ((n + 7) // 8, 1), n
+
+
 def test_float32_output_on_request(device):
     # For a post-LN residual stream: no loss of digits, and what linears keep is theirs again.
     norm = lomem.nn.MSLayerNorm(WIDTH, output_dtype=torch.float32).to(device)

@@ -58,6 +58,14 @@ def samples(device):
         "step_codes": [((x0, [-1.0, 0.5], 2), {}), ((image0, [0.0], 7), {})],
         "band_codes": [((x0, -1.0, 0.5), {}), ((image0, 0.0, 9.0), {})],
         "step_activation_backward": [((x, ops.step_codes(x0, [-6.0, 0.0, 6.0], 2), [0.0, -0.1, 1.1, 1.0], 2), {})],
+        # (Of those that draw, the results of two calls are compared: only nothing is the same.)
+        "dropout": [((x, 0.0), {}), ((image, 0.0), {}), ((x0, 0.0), {})],
+        "dropout_forward": [((x0, 0.0), {}), ((image0, 0.0), {})],
+        "dropout_apply": [
+            ((x, ops.dropout_forward(x0, 0.4)[1], 0.4), {}),
+            ((image, ops.dropout_forward(image0, 0.4)[1], 0.4), {}),
+            ((x0, ops.dropout_forward(x0, 0.4)[1], 0.1), {}),
+        ],
         "gated": [
             ((x, x0, "silu"), {}),
             ((x, None, "gelu_tanh"), {"layout": "interleaved"}),
@@ -574,6 +582,7 @@ FUNCTIONS = {
     f"{GELU2}-tanh": lambda x: gelu2(x, "tanh"),
     f"{GELU2}-fast": lambda x: gelu2(x, fast=True),
     f"{SILU2}-fast": lambda x: silu2(x, fast=True),
+    "dropout": lambda x: LF.dropout(x, 0.5),
     "gated": lambda x: LF.gated(x, of_last((6,), x).expand(4, 6)),
     "gated-fused": lambda x: LF.gated(x, activation="gelu", layout="interleaved"),
     "gated_linear": lambda x: LF.gated_linear(x, None, of_last((3,), x).expand(5, 3)),
@@ -597,6 +606,7 @@ MODULES = {
     "StepActivation": lambda: lomem.nn.StepActivation(swish, *STEPS),
     f"{PUBLISHED[GELU2].module.__name__}-fast": lambda: PUBLISHED[GELU2].module("tanh", fast=True),
     f"{PUBLISHED[SILU2].module.__name__}-inplace": lambda: PUBLISHED[SILU2].module(inplace=True),
+    "Dropout": lomem.nn.Dropout,
     "GatedUnit": lomem.nn.GatedUnit,
     "GatedUnit-gelu": lambda: lomem.nn.GatedUnit("gelu", layout="up_gate"),
     "LoRALinear": lambda: lomem.nn.LoRALinear(nn.Linear(6, 5), 2, bias=True),
@@ -679,8 +689,9 @@ def test_weights_on_meta_have_no_values(module):
     assert norm.weight.grad.is_meta
 
 
-# (The seed of randomized_linear is a plain tensor, which this subclass does not mix with its own.)
-@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"randomized_linear"}))
+# (The seed of randomized_linear is a plain tensor, which this subclass does not mix with its own; two calls of dropout
+# differ.)
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"dropout", "randomized_linear"}))
 def test_functions_of_wrapper_subclasses(name):
     a, b = torch.randn(4, 6), torch.randn(4, 6)
     pairs = run_and_differentiate(FUNCTIONS[name], TwoTensor(a, b))
@@ -734,7 +745,7 @@ def test_trace(name, training, requires_grad):
     """With its checks, which run the module again without gradients and compare graphs."""
     model = nn.Sequential(nn.Linear(6, 6), MODULES[name]()).train(training)
     x = torch.randn(4, 6, requires_grad=requires_grad)
-    check = name != "RandomizedLinear" or not training  # a seed is drawn: no two calls are alike
+    check = name not in ("Dropout", "RandomizedLinear") or not training  # random: no two calls are alike
     traced = torch.jit.trace(model, x, check_trace=check)
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
@@ -744,7 +755,11 @@ def test_trace(name, training, requires_grad):
     y = torch.randn(5, 6)
     want = run_and_differentiate(like, y, *like.parameters())
     for other in (traced, torch.jit.load(buffer)):
-        assert torch.equal(other(y), model(y))
+        results = []
+        for f in (other, model):
+            torch.manual_seed(1)
+            results.append(f(y))
+        assert torch.equal(*results)
         got = run_and_differentiate(other, y, *other.parameters())
         if check:
             torch.testing.assert_close(got, want)

@@ -1,8 +1,9 @@
-// The torch-free core: packing, step functions, norm formulas, fast activations, gated units. Headers only.
+// The torch-free core: packing, step functions, norm formulas, fast activations, gated units, dropout. Headers only.
 #pragma once
 
 #include <lomem/config.h>
 #include <lomem/core/activation.h>
+#include <lomem/core/dropout.h>
 #include <lomem/core/dtype.h>
 #include <lomem/core/fast_forward.h>
 #include <lomem/core/gated.h>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <lomem/nn/activations.h>
+#include <lomem/nn/dropout.h>
 #include <lomem/nn/gated.h>
 #include <lomem/nn/linear.h>
 #include <lomem/nn/lora.h>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <lomem/ops/activations.h>
+#include <lomem/ops/dropout.h>
 #include <lomem/ops/gated.h>
 #include <lomem/ops/linear.h>
 #include <lomem/ops/lora.h>

@@ -3,8 +3,6 @@
 #include "ops.h"
 
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/bernoulli.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mul.h>
 #include <c10/core/ScalarType.h>
@@ -36,18 +34,13 @@ Dropped drop(const at::Tensor& input, double p, at::ScalarType dtype, at::Scalar
   if (p == 0) {
     return {rounded(input, dtype, result), at::Tensor()};
   }
-  const at::Tensor cast = input.to(dtype);
-  const at::Tensor noise = at::bernoulli(at::empty_like(cast), 1 - p);
-  return {(cast * noise.div(1 - p)).to(result), ops::step_codes(noise, {{0.5}}, 1)};
+  auto [output, mask] = ops::dropout_forward(input.to(dtype), p);
+  return {output.to(result), mask};
 }
 
 at::Tensor dropped_again(
     const at::Tensor& input, const at::Tensor& mask, double p, at::ScalarType dtype, at::ScalarType result) {
-  if (!mask.defined()) {
-    return rounded(input, dtype, result);
-  }
-  const at::Tensor noise = ops::unpack_bits(mask, 1, input.sym_numel()).view_symint(input.sym_sizes()).to(dtype);
-  return (input.to(dtype) * noise.div(1 - p)).to(result);
+  return mask.defined() ? ops::dropout_apply(input.to(dtype), mask, p).to(result) : rounded(input, dtype, result);
 }
 
 at::Tensor scaled(const at::Tensor& tensor, double scaling) {
@@ -66,9 +59,11 @@ at::Tensor lora_value(
     const at::Tensor& input, const at::Tensor& lora_a, const at::Tensor& lora_b, double scaling,
     const OptionalTensor& bias, double p, OptionalDtype dtype) {
   check_lora(ops::lora.name, input, lora_a, lora_b, scaling, bias, p, dtype);
-  const at::ScalarType product_dtype = lora_a.scalar_type();
-  const Dropped dropped = drop(input, p, dtype.value_or(product_dtype), product_dtype);
-  return scaled_update(at::linear(dropped.input, lora_a), lora_b, bias, scaling);
+  const at::ScalarType result = lora_a.scalar_type();
+  const at::ScalarType dropped_in = dtype.value_or(result);
+  const at::Tensor dropped = p == 0 ? rounded(input, dropped_in, result)
+                                    : ops::dropout(input.to(dropped_in), p, "mask").to(result);
+  return scaled_update(at::linear(dropped, lora_a), lora_b, bias, scaling);
 }
 
 TORCH_LIBRARY_IMPL(lomem, CompositeExplicitAutograd, m) {

@@ -31,6 +31,7 @@ inline void check_launch(const char* op, const at::Tensor& /*tensor*/, cudaError
 
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/native_dropout_backward.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
@@ -44,6 +45,7 @@ inline void check_launch(const char* op, const at::Tensor& /*tensor*/, cudaError
 // Registered under the other name: the tensors are on the CPU.
 #define CUDA CPU
 #include "../../../cpp/cuda/activations.cpp"
+#include "../../../cpp/cuda/dropout.cpp"
 #include "../../../cpp/cuda/gated.cpp"
 #include "../../../cpp/cuda/norms.cpp"
 #include "../../../cpp/cuda/packing.cpp"

@@ -1,0 +1,96 @@
+// Kernels of dropout of every instruction set against the scalar formula, byte for byte: every size and alignment.
+#include <random>
+
+#include "guarded.h"
+#include "kernel_tables.h"
+
+namespace {
+
+class DropoutKernels : public KernelTest {};
+INSTANTIATE_FOR_EVERY_TABLE(DropoutKernels);
+
+std::vector<std::uint8_t> random_bytes(std::size_t n, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::vector<std::uint8_t> result(n);
+  for (std::uint8_t& byte : result) {
+    byte = static_cast<std::uint8_t>(generator());
+  }
+  return result;
+}
+
+template <class T>
+void check_masked(const Table& table, const std::vector<T>& x, double scale, std::size_t misalignment, bool stream) {
+  const std::size_t n = x.size();
+  const auto mask = random_bytes((n + 7) / 8, static_cast<unsigned>(n) + 1);
+  std::vector<T> want(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    const bool kept = (mask[i / 8] >> (i % 8) & 1) != 0;
+    want[i] = lomem::scaled_if(kept, x[i], static_cast<lomem::compute_t<T>>(scale));
+  }
+  const AtPageEnd<T> input(x);
+  const AtPageEnd<std::uint8_t> bits(mask);
+  Guarded<T> product(n, misalignment);
+  table->mask_multiply(
+      Element<T>::dtype, input.data(), bits.data(), scale, static_cast<std::int64_t>(n), product.data(), stream);
+  ASSERT_TRUE(same_bytes(product.values(), want)) << n << " elements of " << sizeof(T) << " bytes";
+  product.expect_intact();
+  // In place.
+  Guarded<T> both(n, misalignment);
+  both.assign(x);
+  table->mask_multiply(
+      Element<T>::dtype, both.data(), bits.data(), scale, static_cast<std::int64_t>(n), both.data(), stream);
+  ASSERT_TRUE(same_bytes(both.values(), want)) << n << " elements of " << sizeof(T) << " bytes, in place";
+  both.expect_intact();
+}
+
+TEST_P(DropoutKernels, EverySize) {
+  for_each_element_type([&](auto element) {
+    using T = typename decltype(element)::type;
+    for (const std::size_t n : awkward_sizes()) {
+      const auto x = random_elements<T>(n, 3, static_cast<unsigned>(n));
+      check_masked(GetParam(), x, 1 / (1 - 0.1 * static_cast<double>(n % 10)), n % 3, n % 2 == 0);
+    }
+  });
+}
+
+TEST_P(DropoutKernels, EverySixteenBitPattern) {
+  for_each_sixteen_bit_type([&](auto element) {
+    using T = typename decltype(element)::type;
+    // (Of a NaN, only that it is one is the same for all.)
+    std::vector<T> numbers;
+    for (const T x : all_patterns<T>()) {
+      if (std::isfinite(lomem::to_compute(x))) {
+        numbers.push_back(x);
+      }
+    }
+    check_masked(GetParam(), numbers, 1.109375, 0, false);
+  });
+}
+
+TEST_P(DropoutKernels, NotANumberAndInfinity) {
+  for_each_element_type([&](auto element) {
+    using T = typename decltype(element)::type;
+    const double infinity = std::numeric_limits<double>::infinity();
+    const T values[] = {Element<T>::from(infinity), Element<T>::from(-infinity), Element<T>::from(std::nan(""))};
+    std::vector<T> x;
+    for (int i = 0; i < 120; ++i) {
+      x.push_back(values[i % 3]);
+    }
+    for (const std::uint8_t mask : {0x00, 0xff}) {
+      const std::vector<std::uint8_t> bits(x.size() / 8, mask);
+      std::vector<T> product(x.size());
+      GetParam()->mask_multiply(
+          Element<T>::dtype, x.data(), bits.data(), 2.0, static_cast<std::int64_t>(x.size()), product.data(), false);
+      for (std::size_t i = 0; i < x.size(); ++i) {
+        const auto got = lomem::to_compute(product[i]);
+        if (mask == 0 || i % 3 == 2) {
+          ASSERT_TRUE(std::isnan(got)) << i;
+        } else {
+          ASSERT_EQ(got, lomem::to_compute(x[i])) << i;
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
