@@ -12,6 +12,7 @@
 
 #include "../checks.h"
 #include "../op.h"
+#include "../packing/ops.h"
 
 namespace lomem {
 
@@ -51,18 +52,18 @@ at::Tensor drawn_mask(const at::Tensor& input, double p) {
   const bool bytes = input.scalar_type() != at::kDouble;
   const at::Tensor kept =
       at::empty(input.sizes(), input.options().dtype(bytes ? at::kByte : at::kDouble)).bernoulli_(1 - p);
-  return bytes ? ops::pack_bits(kept, 1) : ops::step_codes(kept, {{0.5}}, 1);
+  return bytes ? packed_mask(kept) : ops::step_codes(kept, {{0.5}}, 1);
 }
 
 std::tuple<at::Tensor, at::Tensor> dropout_forward_value(const at::Tensor& input, double p) {
   check_dropout(ops::dropout_forward.name, input, p);
   if (draws_nothing(input, p)) {
     const at::Tensor kept = at::full(input.sizes(), 1, input.options().dtype(at::kByte));
-    return {input.clone(), ops::pack_bits(kept, 1)};
+    return {input.clone(), packed_mask(kept)};
   }
   if (!input.is_cpu()) {
     auto [output, kept] = at::native_dropout(input, p, /*train=*/true);
-    return {output, ops::pack_bits(kept.view(at::kByte), 1)};
+    return {output, packed_mask(kept)};
   }
   if (input.is_contiguous()) {
     at::Tensor mask = drawn_mask(input, p);
@@ -71,7 +72,7 @@ std::tuple<at::Tensor, at::Tensor> dropout_forward_value(const at::Tensor& input
   // As torch does it, with its strides.
   at::Tensor noise = at::empty_like(input).bernoulli_(1 - p);
   at::Tensor mask = ops::step_codes(noise, {{0.5}}, 1);
-  return {input * noise.div_(1 - p), mask};
+  return {input.mul(noise.div_(1 - p)), mask};
 }
 
 // Shapes --------------------------------------------------------------------------------------------------------------
