@@ -268,8 +268,8 @@ GatedKind check_gated_linear(
 
 DropoutSaves check_dropout_options(const char* op, double p, std::string_view saves) {
   TORCH_CHECK_VALUE(0 <= p && p < 1, op, ": p is ", p, ", expected a number in [0, 1)");
-  TORCH_CHECK_VALUE(saves == "mask", op, ": saves is '", saves, "', expected 'mask'");
-  return DropoutSaves::mask;
+  TORCH_CHECK_VALUE(saves == "mask" || saves == "seed", op, ": saves is '", saves, "', expected 'mask' or 'seed'");
+  return saves == "mask" ? DropoutSaves::mask : DropoutSaves::seed;
 }
 
 void check_dropout(const char* op, const at::Tensor& input, double p) {
@@ -281,6 +281,12 @@ void check_dropout_apply(const char* op, const at::Tensor& input, const at::Tens
   check_dropout(op, input, p);
   check_packed(op, "mask", mask, input.sym_numel(), 1);
   check_same_device(op, "mask", mask, "input", input);
+}
+
+void check_seeded_dropout_apply(const char* op, const at::Tensor& input, const at::Tensor& seed, double p) {
+  check_dropout(op, input, p);
+  TORCH_CHECK(seed.defined(), op, ": seed is undefined, expected a tensor");
+  check_seed(op, seed, "input", input);
 }
 
 NormSizes check_norm_forward(

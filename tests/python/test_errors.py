@@ -126,6 +126,8 @@ GOOD_ARGUMENTS = {
     "dropout": (FLOAT_VALUES, 0.5),
     "dropout_forward": (FLOAT_VALUES, 0.5),
     "dropout_apply": (FLOAT_VALUES, BYTE_VALUES[0, :2], 0.5),
+    "seeded_dropout_forward": (FLOAT_VALUES, 0.5),
+    "seeded_dropout_apply": (FLOAT_VALUES, torch.tensor(3), 0.5),
     "gated": (FLOAT_VALUES, FLOAT_VALUES, "silu"),
     "gated_backward": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES, "silu"),
     "gated_linear": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES[1], "silu"),
@@ -146,7 +148,10 @@ GOOD_ARGUMENTS = {
     "unpack_bits": (BYTE_VALUES[0], 2, 16),
 }
 TENSOR_ARGUMENTS = [
-    (name, i) for name, values in GOOD_ARGUMENTS.items() for i, value in enumerate(values) if torch.is_tensor(value)
+    (name, i)
+    for name, values in GOOD_ARGUMENTS.items()
+    for i, value in enumerate(values)
+    if torch.is_tensor(value) and value.dtype != torch.int64  # (A seed's errors are others.)
 ]
 REGISTERED = {name.removeprefix("lomem::") for name in torch._C._dispatch_get_all_op_names() if "lomem::" in name}
 
@@ -277,6 +282,8 @@ def test_cuda_in_a_build_without_cuda():
         "step_activation_backward": (X, torch.zeros(8, dtype=torch.uint8), [0.0] * 4, 2),
         "dropout_forward": (X, 0.5),
         "dropout_apply": (X, torch.zeros(4, dtype=torch.uint8), 0.5),
+        "seeded_dropout_forward": (X, 0.5),
+        "seeded_dropout_apply": (X, torch.tensor(3), 0.5),
         "gated": (X, X, "silu"),
         "gated_backward": (X, X, X, "silu"),
         "ms_layer_norm": (X, [8]),
@@ -587,10 +594,14 @@ def unpack_arguments(draw):
 
 
 @st.composite
-def dropout_arguments(draw, *, with_mask=False):
+def dropout_arguments(draw, kept=None):
     x = draw(tensors())
-    mask = [draw(tensors(shape=[(x.numel() + 7) // 8], dtype=torch.uint8))] if with_mask else []
-    return (x, *mask, draw(floats))
+    p = draw(floats)
+    if kept == "mask":
+        return (x, draw(tensors(shape=[(x.numel() + 7) // 8], dtype=torch.uint8)), p)
+    if kept == "seed":
+        return (x, torch.tensor(draw(small)) if draw(st.integers(0, 9)) else draw(tensors()), p)
+    return (x, p)
 
 
 @st.composite
@@ -682,7 +693,9 @@ ARGUMENTS = {
     "step_activation_backward": step_arguments(),
     "dropout": dropout_arguments(),
     "dropout_forward": dropout_arguments(),
-    "dropout_apply": dropout_arguments(with_mask=True),
+    "dropout_apply": dropout_arguments("mask"),
+    "seeded_dropout_forward": dropout_arguments(),
+    "seeded_dropout_apply": dropout_arguments("seed"),
     "gated": gated_arguments("forward"),
     "gated_backward": gated_arguments("backward"),
     "gated_linear": gated_arguments("linear"),

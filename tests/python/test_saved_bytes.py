@@ -186,6 +186,9 @@ def test_dropout_keeps_one_bit_an_element(dtype, device):
         with saved_for_backward() as saved:
             lomem.functional.dropout(x, 0.1)
         assert (saved.nbytes, saved.tensors) == ((n + 7) // 8, 1), n
+        with saved_for_backward() as saved:
+            lomem.functional.dropout(x, 0.1, saves="seed")
+        assert (saved.nbytes, saved.tensors) == (8, 1), n
 
 
 def test_float32_output_on_request(device):

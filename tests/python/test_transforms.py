@@ -66,6 +66,8 @@ def samples(device):
             ((image, ops.dropout_forward(image0, 0.4)[1], 0.4), {}),
             ((x0, ops.dropout_forward(x0, 0.4)[1], 0.1), {}),
         ],
+        "seeded_dropout_forward": [((x0, 0.0), {}), ((image0, 0.0), {})],
+        "seeded_dropout_apply": [((x, seed, 0.4), {}), ((image, seed, 0.1), {}), ((x0, seed, 0.1), {})],
         "gated": [
             ((x, x0, "silu"), {}),
             ((x, None, "gelu_tanh"), {"layout": "interleaved"}),
@@ -583,6 +585,7 @@ FUNCTIONS = {
     f"{GELU2}-fast": lambda x: gelu2(x, fast=True),
     f"{SILU2}-fast": lambda x: silu2(x, fast=True),
     "dropout": lambda x: LF.dropout(x, 0.5),
+    "dropout-seed": lambda x: LF.dropout(x, 0.5, saves="seed"),
     "gated": lambda x: LF.gated(x, of_last((6,), x).expand(4, 6)),
     "gated-fused": lambda x: LF.gated(x, activation="gelu", layout="interleaved"),
     "gated_linear": lambda x: LF.gated_linear(x, None, of_last((3,), x).expand(5, 3)),
@@ -607,6 +610,7 @@ MODULES = {
     f"{PUBLISHED[GELU2].module.__name__}-fast": lambda: PUBLISHED[GELU2].module("tanh", fast=True),
     f"{PUBLISHED[SILU2].module.__name__}-inplace": lambda: PUBLISHED[SILU2].module(inplace=True),
     "Dropout": lomem.nn.Dropout,
+    "Dropout-seed": lambda: lomem.nn.Dropout(saves="seed"),
     "GatedUnit": lomem.nn.GatedUnit,
     "GatedUnit-gelu": lambda: lomem.nn.GatedUnit("gelu", layout="up_gate"),
     "LoRALinear": lambda: lomem.nn.LoRALinear(nn.Linear(6, 5), 2, bias=True),
@@ -691,7 +695,7 @@ def test_weights_on_meta_have_no_values(module):
 
 # (The seed of randomized_linear is a plain tensor, which this subclass does not mix with its own; two calls of dropout
 # differ.)
-@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"dropout", "randomized_linear"}))
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"dropout", "dropout-seed", "randomized_linear"}))
 def test_functions_of_wrapper_subclasses(name):
     a, b = torch.randn(4, 6), torch.randn(4, 6)
     pairs = run_and_differentiate(FUNCTIONS[name], TwoTensor(a, b))
@@ -745,7 +749,9 @@ def test_trace(name, training, requires_grad):
     """With its checks, which run the module again without gradients and compare graphs."""
     model = nn.Sequential(nn.Linear(6, 6), MODULES[name]()).train(training)
     x = torch.randn(4, 6, requires_grad=requires_grad)
-    check = name not in ("Dropout", "RandomizedLinear") or not training  # random: no two calls are alike
+    check = (
+        name not in ("Dropout", "Dropout-seed", "RandomizedLinear") or not training
+    )  # random: no two calls are alike
     traced = torch.jit.trace(model, x, check_trace=check)
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
@@ -758,6 +764,7 @@ def test_trace(name, training, requires_grad):
         results = []
         for f in (other, model):
             torch.manual_seed(1)
+            lomem.random.manual_seed(1)
             results.append(f(y))
         assert torch.equal(*results)
         got = run_and_differentiate(other, y, *other.parameters())
