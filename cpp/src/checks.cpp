@@ -400,6 +400,23 @@ void check_lora(
   TORCH_CHECK(!dtype || is_supported_float(*dtype), op, ": dtype is ", dtype_name(*dtype), ", expected ", float_dtypes);
 }
 
+void check_lora_weight_grad(
+    const char* op, const at::Tensor& grad_product, const at::Tensor& input, const std::optional<at::Tensor>& mask,
+    double p, at::ScalarType dtype) {
+  check_float_tensor(op, "grad_product", grad_product);
+  TORCH_CHECK(grad_product.dim() >= 1, op, ": grad_product has no dimensions, expected at least 1");
+  check_dropout(op, input, p);
+  check_same_device(op, "input", input, "grad_product", grad_product);
+  const c10::SymInt rows = leading_rows(grad_product);
+  TORCH_CHECK(
+      input.dim() >= 1 && known_or(leading_rows(input).sym_eq(rows), true), op, ": input has shape ", input.sym_sizes(),
+      ", expected ", rows, " rows, as grad_product has");
+  if (has_tensor(mask)) {
+    check_dropout_apply(op, input, *mask, p);
+  }
+  TORCH_CHECK(is_supported_float(dtype), op, ": dtype is ", dtype_name(dtype), ", expected ", float_dtypes);
+}
+
 c10::SymInt leading_rows(const at::Tensor& tensor) {
   c10::SymInt rows = 1;
   for (const auto& size : tensor.sym_sizes().slice(0, tensor.dim() - 1)) {

@@ -137,6 +137,11 @@ void check_lora(
     const char* op, const at::Tensor& input, const at::Tensor& lora_a, const at::Tensor& lora_b, double scaling,
     const std::optional<at::Tensor>& bias, double p, std::optional<at::ScalarType> dtype);
 
+/// Checks the arguments of the gradient of its first weight.
+void check_lora_weight_grad(
+    const char* op, const at::Tensor& grad_product, const at::Tensor& input, const std::optional<at::Tensor>& mask,
+    double p, at::ScalarType dtype);
+
 /// Product of all sizes but the last.
 c10::SymInt leading_rows(const at::Tensor& tensor);
 

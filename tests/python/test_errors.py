@@ -132,6 +132,7 @@ GOOD_ARGUMENTS = {
     "gated_backward": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES, "silu"),
     "gated_linear": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES[1], "silu"),
     "lora": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES),
+    "lora_weight_grad": (FLOAT_VALUES, FLOAT_VALUES, BYTE_VALUES.flatten()[:2], 0.5, torch.float32),
     "ms_layer_norm": (FLOAT_VALUES, [4], FLOAT_VALUES[1], FLOAT_VALUES[1]),
     "ms_layer_norm_forward": (FLOAT_VALUES, [4], FLOAT_VALUES[1], FLOAT_VALUES[1]),
     "ms_layer_norm_backward": (
@@ -296,7 +297,15 @@ def test_cuda_in_a_build_without_cuda():
         "unpack_bits": (X.to(torch.uint8), 2, 128),
     }
     # Of torch's ops, which have kernels of their own.
-    composite = {*PUBLISHED, "step_activation", "hard_activation", "dropout", "gated_linear", "lora"}
+    composite = {
+        *PUBLISHED,
+        "step_activation",
+        "hard_activation",
+        "dropout",
+        "gated_linear",
+        "lora",
+        "lora_weight_grad",
+    }
     composite.update(name for name in ARGUMENTS if name.startswith("randomized_linear"))
     assert {f"lomem::{name}" for name in composite.union(calls)} == {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lomem::")
@@ -677,6 +686,16 @@ def lora_arguments(draw):
     return (x, a, b, draw(st.one_of(st.floats(0, 1), floats))), {"bias": bias, "p": p}
 
 
+@st.composite
+def lora_weight_grad_arguments(draw):
+    """Gradients, inputs and masks that mostly match."""
+    x = draw(tensors(shape=draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))))
+    grad = draw(tensors(shape=[*x.shape[:-1], draw(st.integers(0, 3))], dtype=torch.float32))
+    mask = draw(st.one_of(st.none(), tensors(shape=[(x.numel() + 7) // 8], dtype=torch.uint8)))
+    p = draw(st.sampled_from([0.0, 0.5, 0.5, 0.5, 1.0, math.nan]))
+    return (grad, x, mask, p, draw(dtypes))
+
+
 boundaries = st.one_of(st.lists(floats, max_size=300), st.lists(st.floats(allow_nan=False), max_size=9).map(sorted))
 optional_floats = st.one_of(st.none(), floats)
 ARGUMENTS = {
@@ -700,6 +719,7 @@ ARGUMENTS = {
     "gated_backward": gated_arguments("backward"),
     "gated_linear": gated_arguments("linear"),
     "lora": lora_arguments(),
+    "lora_weight_grad": lora_weight_grad_arguments(),
     "ms_layer_norm": norm_arguments(2, floats),
     "ms_layer_norm_forward": norm_arguments(2, floats),
     "ms_layer_norm_backward": norm_arguments(2, floats, backward=True),

@@ -256,13 +256,15 @@ def test_compile(autocast, dynamic, backend, device):
     def f(x, a, b, scaling, bias=None):
         return LF.lora(x * 2, a, b, scaling, bias=bias).cos()
 
+    torch._dynamo.reset()  # else cases before count as versions of the same code
     compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend=backend)
     for rows in (4, 5, 9):
         tensors = operands((rows, 3, IN), torch.bfloat16, torch.float32, device, bias=True)
         got, want = run(compiled, tensors, autocast), run(f, tensors, autocast)
-        # A compiler may keep in float32 what eager code rounds to bfloat16; with autocast, everything.
         for mine, theirs in zip(got, want, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.15 if autocast else 0.05)
+            # A compiler may keep in float32 what eager code rounds to bfloat16: a few units of the largest terms.
+            error = (mine.float() - theirs.float()).abs().max()
+            assert error <= 8 * EPS[torch.bfloat16] * theirs.float().abs().max()
 
 
 def test_compile_without_gradients(device):
@@ -277,12 +279,12 @@ def test_compiled_code_saves_no_more(p, device):
     tensors = operands((ROWS, 16 * IN), torch.bfloat16, torch.float32, device)
     x, a, b = tensors.values()
     saved = []
-    for f in (LF.lora, torch.compile(LF.lora, fullgraph=True, backend="aot_eager")):
+    # (With a partitioner, which decides what to save.)
+    for f in (LF.lora, torch.compile(LF.lora, fullgraph=True, backend="aot_eager_decomp_partition")):
         with saved_for_backward([x, a, b]) as of_f:
             f(x, a, b, p=p)
         saved.append(of_f.nbytes)
-    # Besides the input, the product; a compiler saves that, or a copy of it in another order.
-    assert saved[1] <= 2 * saved[0]
+    assert saved[1] <= saved[0]
 
 
 def test_export_keeps_the_op(device):
@@ -299,14 +301,19 @@ def test_export_keeps_the_op(device):
 def test_checkpointing(autocast, p, use_reentrant, device):
     tensors = operands((ROWS, IN), torch.bfloat16, torch.float32, device)
 
-    def f(x, a, b, scaling, bias):
-        return (
-            checkpoint(LF.lora, x, a, b, scaling, p=p, use_reentrant=False)
-            if not use_reentrant
-            else checkpoint(lambda x, a, b: LF.lora(x, a, b, scaling, p=p), x, a, b, use_reentrant=True)
-        )
+    def f(x, a, b):
+        return LF.lora(x, a, b, 0.5, p=p)
 
-    assert_same(run(f, tensors, autocast), run(LF.lora, tensors, autocast, p=p))
+    results = []
+    for call in (f, lambda *args: checkpoint(f, *args, use_reentrant=use_reentrant)):
+        torch.manual_seed(2)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            y = call(*tensors.values())
+        y.float().square().sum().backward()
+        results.append((y.detach(), *(t.grad for t in tensors.values())))
+        for t in tensors.values():
+            t.grad = None
+    assert_same(*results)
 
 
 @of_p
@@ -327,6 +334,14 @@ def test_changes_in_place_are_noticed(device):
     tensors["x"].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap(device):
+    x, a, b = (t.detach() for t in operands((3, ROWS, IN), torch.float32, torch.float32, device).values())
+    torch.testing.assert_close(torch.func.vmap(lambda x: LF.lora(x, a, b))(x), LF.lora(x, a, b))
+    with raises("lomem::lora: p is 0.1 inside torch.func.vmap, expected 0", NotImplementedError):
+        torch.func.vmap(lambda x: LF.lora(x, a, b, p=0.1))(x)
 
 
 def test_transforms_raise(device):
@@ -381,6 +396,22 @@ def test_errors(message):
 def test_error_of_the_dtype():
     with raises("lomem::lora: dtype is int32, expected float64, float32, bfloat16 or float16"):
         ops.lora(X, A, B, dtype=torch.int32)
+
+
+def test_errors_of_the_weight_gradient():
+    mask = torch.zeros(4, dtype=torch.uint8)
+    for message, arguments in {
+        "input has shape [3, 8], expected 4 rows, as grad_product has": (A.new_ones(4, 2), X[1:], None, 0.0),
+        "input is on meta, expected cpu, the device of grad_product": (A.new_ones(4, 2), X.to("meta"), None, 0.0),
+        "grad_product has no dimensions, expected at least 1": (A[0, 0], X, None, 0.0),
+        "mask has 3 bytes, expected 4 for 32 elements of 1 bits": (A.new_ones(4, 2), X, mask[1:], 0.5),
+    }.items():
+        with raises(f"lomem::lora_weight_grad: {message}"):
+            ops.lora_weight_grad(*arguments, torch.float32)
+    with raises("lomem::lora_weight_grad: p is 1, expected a number in [0, 1)", ValueError):
+        ops.lora_weight_grad(A.new_ones(4, 2), X, mask, 1.0, torch.float32)
+    with raises("lomem::lora_weight_grad: dtype is int32, expected float64, float32, bfloat16 or float16"):
+        ops.lora_weight_grad(A.new_ones(4, 2), X, mask, 0.5, torch.int32)
 
 
 # The module. -------------------------------------------------------------------------------------------------------

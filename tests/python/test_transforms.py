@@ -95,6 +95,11 @@ def samples(device):
             ((x, linear[:2].bfloat16(), linear[:, :2].bfloat16()), {}),
             ((x0, linear[:2].clone(), linear[:, :2].clone()), {}),
         ],
+        "lora_weight_grad": [
+            ((x0[:, :2], x0.bfloat16(), None, 0.0, torch.float32), {}),
+            ((x[:, :2], x, torch.full((3,), 77, dtype=torch.uint8, device=device), 0.5, torch.bfloat16), {}),
+            ((image0, image0, None, 0.0, torch.float32), {}),
+        ],
         "ms_layer_norm": [
             ((x, [6], weight, bias), {}),
             ((x, [4, 6]), {"eps": 1e-3}),

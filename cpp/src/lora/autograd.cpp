@@ -84,8 +84,8 @@ struct Lora : torch::autograd::Function<Lora> {
       return gradients;
     }
     if (wants_a) {
-      const at::Tensor dropped = dropped_again(input, mask, p, dtype, grad_product.scalar_type());
-      gradients[1] = grad_product.t().mm(as_rows(dropped));
+      gradients[1] =
+          ops::lora_weight_grad(grad_product, input, mask.defined() ? OptionalTensor(mask) : std::nullopt, p, dtype);
     }
     if (wants_input) {
       const auto input_dtype = static_cast<at::ScalarType>(ctx->saved_data["input_dtype"].toInt());
@@ -113,8 +113,44 @@ at::Tensor lora_autograd(
   return ops::lora(input, lora_a, lora_b, scaling, bias, p, dtype);
 }
 
+// The gradient of lora_a
+// -----------------------------------------------------------------------------------------------
+
+at::Tensor weight_grad(
+    const at::Tensor& grad_product, const at::Tensor& input, const OptionalTensor& mask, double p,
+    at::ScalarType dtype) {
+  const at::Tensor dropped = dropped_again(input, mask.value_or(at::Tensor()), p, dtype, grad_product.scalar_type());
+  return as_rows(grad_product).t().mm(as_rows(dropped));
+}
+
+at::Tensor lora_weight_grad_value(
+    const at::Tensor& grad_product, const at::Tensor& input, const OptionalTensor& mask, double p,
+    at::ScalarType dtype) {
+  check_lora_weight_grad(ops::lora_weight_grad.name, grad_product, input, mask, p, dtype);
+  return weight_grad(grad_product, input, mask, p, dtype);
+}
+
+at::Tensor lora_weight_grad_autograd(
+    const at::Tensor& grad_product, const at::Tensor& input, const OptionalTensor& mask, double p,
+    at::ScalarType dtype) {
+  constexpr const char* op = ops::lora_weight_grad.name;
+  check_lora_weight_grad(op, grad_product, input, mask, p, dtype);
+  check_no_tangent(op, "grad_product", grad_product);
+  check_no_tangent(op, "input", input);
+  if (needs_grad(grad_product, input)) {
+    return weight_grad(grad_product, input, mask, p, dtype);
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return ops::lora_weight_grad(grad_product, input, mask, p, dtype);
+}
+
+TORCH_LIBRARY_IMPL(lomem, CompositeExplicitAutograd, m) {
+  m.impl("lora_weight_grad", &lora_weight_grad_value);
+}
+
 TORCH_LIBRARY_IMPL(lomem, Autograd, m) {
   m.impl("lora", &lora_autograd);
+  m.impl("lora_weight_grad", &lora_weight_grad_autograd);
 }
 
 }  // namespace

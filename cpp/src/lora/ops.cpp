@@ -61,8 +61,8 @@ at::Tensor lora_value(
   check_lora(ops::lora.name, input, lora_a, lora_b, scaling, bias, p, dtype);
   const at::ScalarType result = lora_a.scalar_type();
   const at::ScalarType dropped_in = dtype.value_or(result);
-  const at::Tensor dropped = p == 0 ? rounded(input, dropped_in, result)
-                                    : ops::dropout(input.to(dropped_in), p, "mask").to(result);
+  const at::Tensor dropped =
+      p == 0 ? rounded(input, dropped_in, result) : ops::dropout(input.to(dropped_in), p, "mask").to(result);
   return scaled_update(at::linear(dropped, lora_a), lora_b, bias, scaling);
 }
 
@@ -81,6 +81,19 @@ at::Tensor lora_autocast(
     return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), weight, device);
   };
   return ops::lora(input, cast(lora_a), cast(lora_b), scaling, cast(bias), p, dtype.value_or(lora_a.scalar_type()));
+}
+
+// torch.func.vmap has a say in what is random: torch's ops ask it, and a loop over calls of this one would not.
+at::Tensor lora_vmap(
+    const at::Tensor& input, const at::Tensor& lora_a, const at::Tensor& lora_b, double scaling,
+    const OptionalTensor& bias, double p, OptionalDtype dtype) {
+  TORCH_CHECK_NOT_IMPLEMENTED(p == 0, ops::lora.name, ": p is ", p, " inside torch.func.vmap, expected 0");
+  c10::impl::ExcludeDispatchKeyGuard outside(c10::DispatchKey::FuncTorchVmapMode);
+  return ops::lora(input, lora_a, lora_b, scaling, bias, p, dtype);
+}
+
+TORCH_LIBRARY_IMPL(lomem, FuncTorchVmapMode, m) {
+  m.impl("lora", &lora_vmap);
 }
 
 TORCH_LIBRARY_IMPL(lomem, AutocastCPU, m) {
