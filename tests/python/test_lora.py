@@ -550,6 +550,35 @@ def test_saved_bytes_of_modules(make_norm, autocast, device):
     assert saved.nbytes == h.nbytes + rstd + casts + 3 * (ROWS * RANK * computed + ROWS * IN // 8)
 
 
+class Block(nn.Module):
+    """A norm and three adapted layers behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(IN, dtype=torch.bfloat16).requires_grad_(False)
+        base = [nn.Linear(IN, IN, dtype=torch.bfloat16) for _ in range(3)]
+        self.layers = nn.ModuleList(layer_of(linear, dropout=0.1) for linear in base)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + sum(layer(h) for layer in self.layers)
+
+
+def test_norms_before_adapters_are_converted():
+    """Theirs is the one copy that is saved of the norm's output, so that the norm need not save its input."""
+    model = nn.Sequential(nn.Linear(IN, IN, dtype=torch.bfloat16), Block(), Block())
+    x = torch.randn(ROWS, IN, dtype=torch.bfloat16, requires_grad=True)
+    saved = []
+    for convert in (False, True):
+        if convert:
+            lomem.convert(model, x)
+        with saved_for_backward([x, *model.parameters()]) as of_model:
+            model(x)
+        saved.append(of_model.nbytes)
+    # The inputs of two norms. (One float32 a row is as much as torch's two numbers in bfloat16.)
+    assert saved[0] - saved[1] == 2 * x.nbytes
+
+
 def test_initial_values(device):
     base = nn.Linear(IN, OUT, device=device)
     layer = lomem.nn.LoRALinear(base, RANK, bias=True)
