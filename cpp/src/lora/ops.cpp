@@ -22,10 +22,15 @@ at::Tensor lora(
 namespace detail {
 namespace {
 
+/// tensor.to(dtype), or the tensor itself. (Ops below autograd must not return their arguments, as `to` does.)
+at::Tensor cast(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+}
+
 /// input.to(dtype).to(result): in one cast, or none, where the first one would be exact.
 at::Tensor rounded(const at::Tensor& input, at::ScalarType dtype, at::ScalarType result) {
   const bool is_exact = c10::promoteTypes(input.scalar_type(), dtype) == dtype;
-  return is_exact ? input.to(result) : input.to(dtype).to(result);
+  return cast(is_exact ? input : cast(input, dtype), result);
 }
 
 }  // namespace
@@ -34,13 +39,13 @@ Dropped drop(const at::Tensor& input, double p, at::ScalarType dtype, at::Scalar
   if (p == 0) {
     return {rounded(input, dtype, result), at::Tensor()};
   }
-  auto [output, mask] = ops::dropout_forward(input.to(dtype), p);
-  return {output.to(result), mask};
+  auto [output, mask] = ops::dropout_forward(cast(input, dtype), p);
+  return {cast(output, result), mask};
 }
 
 at::Tensor dropped_again(
     const at::Tensor& input, const at::Tensor& mask, double p, at::ScalarType dtype, at::ScalarType result) {
-  return mask.defined() ? ops::dropout_apply(input.to(dtype), mask, p).to(result) : rounded(input, dtype, result);
+  return mask.defined() ? cast(ops::dropout_apply(cast(input, dtype), mask, p), result) : rounded(input, dtype, result);
 }
 
 at::Tensor scaled(const at::Tensor& tensor, double scaling) {
@@ -62,7 +67,7 @@ at::Tensor lora_value(
   const at::ScalarType result = lora_a.scalar_type();
   const at::ScalarType dropped_in = dtype.value_or(result);
   const at::Tensor dropped =
-      p == 0 ? rounded(input, dropped_in, result) : ops::dropout(input.to(dropped_in), p, "mask").to(result);
+      p == 0 ? rounded(input, dropped_in, result) : cast(ops::dropout(cast(input, dropped_in), p, "mask"), result);
   return scaled_update(at::linear(dropped, lora_a), lora_b, bias, scaling);
 }
 
@@ -77,10 +82,12 @@ at::Tensor lora_autocast(
     const at::Tensor& input, const at::Tensor& lora_a, const at::Tensor& lora_b, double scaling,
     const OptionalTensor& bias, double p, OptionalDtype dtype) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-  const auto cast = [](const auto& weight) {
+  const auto cast_weight = [](const auto& weight) {
     return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), weight, device);
   };
-  return ops::lora(input, cast(lora_a), cast(lora_b), scaling, cast(bias), p, dtype.value_or(lora_a.scalar_type()));
+  return ops::lora(
+      input, cast_weight(lora_a), cast_weight(lora_b), scaling, cast_weight(bias), p,
+      dtype.value_or(lora_a.scalar_type()));
 }
 
 // torch.func.vmap has a say in what is random: torch's ops ask it, and a loop over calls of this one would not.
