@@ -39,7 +39,7 @@ LIMIT_OF_LINES = 800
 EVERYDAY = frozenset({"gelu", "relu", "sigmoid", "silu", "tanh"})
 
 #: Ops with the name of their family, which is that of its headers and kernels too.
-FAMILIES = frozenset({"dropout", "gated"})
+FAMILIES = frozenset({"dropout", "gated", "lora"})
 
 FOLDERS = ("benchmarks", "cmake", "cpp", "examples", "python", "tests", "tools")
 SUFFIXES = (".cmake", ".cpp", ".cu", ".cuh", ".def", ".h", ".py", ".pyi", ".toml")

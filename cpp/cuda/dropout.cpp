@@ -1,5 +1,5 @@
-// Dropout on CUDA with a given mask, by torch's kernel.
-#include <ATen/ops/native_dropout_backward.h>
+// Dropout on CUDA with a given mask or seed.
+#include <ATen/ops/empty_like.h>
 #include <lomem/core/dropout.h>
 #include <torch/library.h>
 
@@ -10,19 +10,41 @@
 namespace lomem::detail {
 namespace {
 
+double dropout_scale_of(at::ScalarType dtype, double p) {
+  return visit_dtype(
+      to_dtype(dtype), [&](auto element) -> double { return dropout_scale<typename decltype(element)::type>(p); });
+}
+
 at::Tensor dropout_apply_cuda(const at::Tensor& input, const at::Tensor& mask, double p) {
-  check_dropout_apply(ops::dropout_apply.name, input, mask, p);
+  constexpr const char* op = ops::dropout_apply.name;
+  check_dropout_apply(op, input, mask, p);
   const CudaScope scope(input);
   const at::Tensor dense = input.contiguous();
-  const at::Tensor kept = ops::unpack_bits(mask, 1, dense.numel()).view(at::kBool).view(dense.sizes());
-  const double scale = visit_dtype(to_dtype(dense.scalar_type()), [&](auto element) -> double {
-    return dropout_scale<typename decltype(element)::type>(p);
-  });
-  return at::native_dropout_backward(dense, kept, scale);
+  const at::Tensor packed = mask.contiguous();
+  at::Tensor output = at::empty_like(dense);
+  const cudaError_t error = cuda::mask_multiply(
+      to_dtype(dense.scalar_type()), dense.const_data_ptr(), packed.const_data_ptr<uint8_t>(),
+      dropout_scale_of(dense.scalar_type(), p), dense.numel(), output.mutable_data_ptr(), current_stream(dense));
+  check_launch(op, dense, error);
+  return output;
+}
+
+at::Tensor seeded_dropout_apply_cuda(const at::Tensor& input, const at::Tensor& seed, double p) {
+  constexpr const char* op = ops::seeded_dropout_apply.name;
+  check_seeded_dropout_apply(op, input, seed, p);
+  const CudaScope scope(input);
+  const at::Tensor dense = input.contiguous();
+  at::Tensor output = at::empty_like(dense);
+  const cudaError_t error = cuda::seed_multiply(
+      to_dtype(dense.scalar_type()), dense.const_data_ptr(), seed.const_data_ptr<int64_t>(), dropout_threshold(p),
+      dropout_scale_of(dense.scalar_type(), p), dense.numel(), output.mutable_data_ptr(), current_stream(dense));
+  check_launch(op, dense, error);
+  return output;
 }
 
 TORCH_LIBRARY_IMPL(lomem, CUDA, m) {
   m.impl("dropout_apply", &dropout_apply_cuda);
+  m.impl("seeded_dropout_apply", &seeded_dropout_apply_cuda);
 }
 
 }  // namespace

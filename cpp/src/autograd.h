@@ -38,6 +38,18 @@ inline void check_no_tangent(const char* op, const char* argument, const Optiona
       " has a forward-mode tangent, expected none: forward-mode automatic differentiation is not supported");
 }
 
+/// A tensor as a matrix: all dimensions but the last are rows.
+inline at::Tensor as_rows(const at::Tensor& tensor) {
+  return tensor.reshape_symint({leading_rows(tensor), tensor.sym_size(-1)});
+}
+
+/// The sizes of a tensor with another last one.
+inline c10::SymDimVector with_last(c10::SymIntArrayRef sizes, const c10::SymInt& last) {
+  c10::SymDimVector result(sizes.begin(), sizes.end());
+  result.back() = last;
+  return result;
+}
+
 using NodePointer = decltype(torch::autograd::Edge::function);
 
 /// The node of a torch::autograd::Function, with a fixed name: torch's own node demangles its type name at every call.

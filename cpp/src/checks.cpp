@@ -268,8 +268,8 @@ GatedKind check_gated_linear(
 
 DropoutSaves check_dropout_options(const char* op, double p, std::string_view saves) {
   TORCH_CHECK_VALUE(0 <= p && p < 1, op, ": p is ", p, ", expected a number in [0, 1)");
-  TORCH_CHECK_VALUE(saves == "mask", op, ": saves is '", saves, "', expected 'mask'");
-  return DropoutSaves::mask;
+  TORCH_CHECK_VALUE(saves == "mask" || saves == "seed", op, ": saves is '", saves, "', expected 'mask' or 'seed'");
+  return saves == "mask" ? DropoutSaves::mask : DropoutSaves::seed;
 }
 
 void check_dropout(const char* op, const at::Tensor& input, double p) {
@@ -281,6 +281,12 @@ void check_dropout_apply(const char* op, const at::Tensor& input, const at::Tens
   check_dropout(op, input, p);
   check_packed(op, "mask", mask, input.sym_numel(), 1);
   check_same_device(op, "mask", mask, "input", input);
+}
+
+void check_seeded_dropout_apply(const char* op, const at::Tensor& input, const at::Tensor& seed, double p) {
+  check_dropout(op, input, p);
+  TORCH_CHECK(seed.defined(), op, ": seed is undefined, expected a tensor");
+  check_seed(op, seed, "input", input);
 }
 
 NormSizes check_norm_forward(
@@ -362,6 +368,53 @@ void check_linear(
         bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), op, ": bias has shape ", bias->sym_sizes(),
         ", expected [", weight.sym_size(0), "], the out_features of weight");
   }
+}
+
+void check_lora(
+    const char* op, const at::Tensor& input, const at::Tensor& lora_a, const at::Tensor& lora_b, double scaling,
+    const std::optional<at::Tensor>& bias, double p, std::optional<at::ScalarType> dtype) {
+  check_float_tensor(op, "input", input);
+  check_float_tensor(op, "lora_a", lora_a);
+  check_float_tensor(op, "lora_b", lora_b);
+  check_optional_float_tensor(op, "bias", bias);
+  check_same_device(op, "lora_a", lora_a, "input", input);
+  TORCH_CHECK(lora_a.dim() == 2, op, ": lora_a has shape ", lora_a.sym_sizes(), ", expected (rank, in_features)");
+  TORCH_CHECK(
+      input.dim() >= 1 && input.sym_size(-1) == lora_a.sym_size(1), op, ": input has shape ", input.sym_sizes(),
+      ", expected a last dimension of ", lora_a.sym_size(1), ", the in_features of lora_a");
+  check_same_device(op, "lora_b", lora_b, "input", input);
+  check_same_dtype(op, "lora_b", lora_b, "lora_a", lora_a);
+  TORCH_CHECK(lora_b.dim() == 2, op, ": lora_b has shape ", lora_b.sym_sizes(), ", expected (out_features, rank)");
+  TORCH_CHECK(
+      lora_b.sym_size(1) == lora_a.sym_size(0), op, ": lora_b has shape ", lora_b.sym_sizes(), ", expected rank ",
+      lora_a.sym_size(0), ", that of lora_a");
+  if (has_tensor(bias)) {
+    check_same_device(op, "bias", *bias, "input", input);
+    check_same_dtype(op, "bias", *bias, "lora_a", lora_a);
+    TORCH_CHECK(
+        bias->dim() == 1 && bias->sym_size(0) == lora_b.sym_size(0), op, ": bias has shape ", bias->sym_sizes(),
+        ", expected [", lora_b.sym_size(0), "], the out_features of lora_b");
+  }
+  TORCH_CHECK_VALUE(std::isfinite(scaling), op, ": scaling is ", scaling, ", expected a finite number");
+  check_dropout_options(op, p, "mask");
+  TORCH_CHECK(!dtype || is_supported_float(*dtype), op, ": dtype is ", dtype_name(*dtype), ", expected ", float_dtypes);
+}
+
+void check_lora_weight_grad(
+    const char* op, const at::Tensor& grad_product, const at::Tensor& input, const std::optional<at::Tensor>& mask,
+    double p, at::ScalarType dtype) {
+  check_float_tensor(op, "grad_product", grad_product);
+  TORCH_CHECK(grad_product.dim() >= 1, op, ": grad_product has no dimensions, expected at least 1");
+  check_dropout(op, input, p);
+  check_same_device(op, "input", input, "grad_product", grad_product);
+  const c10::SymInt rows = leading_rows(grad_product);
+  TORCH_CHECK(
+      input.dim() >= 1 && known_or(leading_rows(input).sym_eq(rows), true), op, ": input has shape ", input.sym_sizes(),
+      ", expected ", rows, " rows, as grad_product has");
+  if (has_tensor(mask)) {
+    check_dropout_apply(op, input, *mask, p);
+  }
+  TORCH_CHECK(is_supported_float(dtype), op, ": dtype is ", dtype_name(dtype), ", expected ", float_dtypes);
 }
 
 c10::SymInt leading_rows(const at::Tensor& tensor) {

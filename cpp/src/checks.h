@@ -70,7 +70,7 @@ GatedKind check_gated_linear(
     const std::optional<at::Tensor>& bias, std::string_view activation, std::string_view layout);
 
 /// What dropout saves for the backward pass.
-enum class DropoutSaves { mask };
+enum class DropoutSaves { mask, seed };
 
 /// Checks the probability of an element to be dropped, and what is saved.
 DropoutSaves check_dropout_options(const char* op, double p, std::string_view saves);
@@ -80,6 +80,9 @@ void check_dropout(const char* op, const at::Tensor& input, double p);
 
 /// Checks the arguments of dropout with a given mask.
 void check_dropout_apply(const char* op, const at::Tensor& input, const at::Tensor& mask, double p);
+
+/// Checks the arguments of dropout with a given seed.
+void check_seeded_dropout_apply(const char* op, const at::Tensor& input, const at::Tensor& seed, double p);
 
 /// Sizes derived from an input and its normalized_shape.
 struct NormSizes {
@@ -128,6 +131,16 @@ void check_compression(
 c10::SymInt check_weight_grad(
     const char* op, const at::Tensor& grad_output, const at::Tensor& compressed,
     const std::optional<at::Tensor>& indices, const at::Tensor& seed, bool picks_rows);
+
+/// Checks the arguments of a low-rank adapter.
+void check_lora(
+    const char* op, const at::Tensor& input, const at::Tensor& lora_a, const at::Tensor& lora_b, double scaling,
+    const std::optional<at::Tensor>& bias, double p, std::optional<at::ScalarType> dtype);
+
+/// Checks the arguments of the gradient of its first weight.
+void check_lora_weight_grad(
+    const char* op, const at::Tensor& grad_product, const at::Tensor& input, const std::optional<at::Tensor>& mask,
+    double p, at::ScalarType dtype);
 
 /// Product of all sizes but the last.
 c10::SymInt leading_rows(const at::Tensor& tensor);

@@ -22,11 +22,14 @@ __all__ = [
     "StepFunction",
     "dropout_apply",
     "gated",
+    "lora",
     "ms_layer_norm",
     "ms_rms_norm",
     "pack_bits",
+    "philox_words",
     "regelu2",
     "resilu2",
+    "seeded_dropout_apply",
     "step_activation",
     "step_activation_backward",
     "step_codes",
@@ -137,6 +140,21 @@ def gated(gate: Tensor, up: Tensor | None = None, activation: str = "silu", *, l
     return _GATES[activation](gate) * up
 
 
+def lora(
+    input: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float = 1.0,
+    *,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """See :func:`lomem.functional.lora`."""
+    dropped = F.dropout(input.to(lora_a.dtype), p, training)
+    return F.linear(F.linear(dropped, lora_a), lora_b, bias) * scaling
+
+
 def dropout_apply(input: Tensor, mask: Tensor, p: float) -> Tensor:
     """Dropout with a given mask: 1 bit per element in row-major order of ``input``, 1 for elements that are kept.
 
@@ -144,6 +162,32 @@ def dropout_apply(input: Tensor, mask: Tensor, p: float) -> Tensor:
     """
     kept = unpack_bits(mask, 1, input.numel()).reshape(input.shape)
     return input * kept.to(input.dtype).div_(1 - p)
+
+
+def philox_words(seed: int, count: int) -> Tensor:
+    """The first words of a seed's stream, as int64: Philox4x32-10 (Salmon et al., SC 2011), whose key is the seed.
+
+    Block ``i``, of words ``4 * i`` to ``4 * i + 3``, is that of counter ``i``.
+    """
+    low = 0xFFFFFFFF
+    index = torch.arange((count + 3) // 4)
+    a, b, c, d = index & low, index >> 32, torch.zeros_like(index), torch.zeros_like(index)
+    first, second = seed & low, seed >> 32 & low
+    for _ in range(10):
+        # (Products of two numbers of 32 bits wrap around to negative ones, whose bits are right.)
+        x, y = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (y >> 32 & low) ^ b ^ first, y & low, (x >> 32 & low) ^ d ^ second, x & low
+        first, second = (first + 0x9E3779B9) & low, (second + 0xBB67AE85) & low
+    return torch.stack([a, b, c, d], 1).flatten()[:count]
+
+
+def seeded_dropout_apply(input: Tensor, seed: Tensor, p: float) -> Tensor:
+    """Dropout with a given seed: an element is kept if its word of the stream is at least ``p * 2**32``, rounded."""
+    dtype = _compute_dtype(input.dtype)
+    words = philox_words(int(seed), input.numel()).to(input.device).reshape(input.shape)
+    kept = words >= min(int(p * 2**32 + 0.5), 2**32 - 1)
+    scale = torch.ones((), dtype=dtype).div_(1 - p).to(input.device)
+    return (input.to(dtype) * (kept * scale)).to(input.dtype)
 
 
 class _MSNorm(torch.autograd.Function):

@@ -315,6 +315,27 @@ def test_gated_units_are_measured_where_they_are_asked_for():
     assert set(bench_report.GATED) == set(bench.GATED_FUNCTIONS)
 
 
+@pytest.mark.parametrize("name", bench_report.LORA)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_cases_of_adapters(dtype, name):
+    plan = plan_of()._replace(shapes=[(12, 24)], dtypes=[dtype])
+    (case,) = bench.make_cases(name, plan)
+    size = bench.DTYPES[dtype].itemsize
+    assert {name: (c.forward_bytes, c.backward_bytes) for name, c in case.contenders.items()} == dict.fromkeys(
+        ("lomem", "torch"), (2 * size, 3 * size)
+    )
+    x, a, b = inputs = case.make_inputs()
+    assert (x.shape, a.shape, b.shape) == ((12, 24), (bench.RANK, 24), (24, bench.RANK))
+    assert (x.dtype, a.dtype) == (bench.DTYPES[dtype], torch.float32)
+    results = []
+    for contender in case.contenders.values():
+        torch.manual_seed(0)
+        results.append((contender.function(*inputs), *bench.make_calls(contender, [inputs], [x])["backward"]()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert not set(bench_report.LORA) & set(bench_report.select(None))
+    assert bench_report.select(["lora"]) == list(bench_report.LORA)
+
+
 def test_few_bit_cases_are_measured_where_they_are_asked_for():
     assert not set(bench_report.FEW_BIT) & set(bench_report.select(None))
     assert bench_report.select(["few-bit"]) == list(bench_report.FEW_BIT)
@@ -358,7 +379,7 @@ def test_defaults_and_names():
         ("--device meta", "--device is meta, expected cpu or cuda"),
         (
             "--only relu",
-            "--only is relu, expected some of activations, few-bit, gated, norms, gelu, gelu-tanh, silu, gelu-3bit, ",
+            "--only is relu, expected some of activations, few-bit, gated, lora, norms, gelu, gelu-tanh, silu, gelu",
         ),
         ("--from nothing.json", "--from is nothing.json, expected a file that exists"),
         ("--from some.json --threads 2", "--threads is given with --from, expected only one of them"),

@@ -126,9 +126,13 @@ GOOD_ARGUMENTS = {
     "dropout": (FLOAT_VALUES, 0.5),
     "dropout_forward": (FLOAT_VALUES, 0.5),
     "dropout_apply": (FLOAT_VALUES, BYTE_VALUES[0, :2], 0.5),
+    "seeded_dropout_forward": (FLOAT_VALUES, 0.5),
+    "seeded_dropout_apply": (FLOAT_VALUES, torch.tensor(3), 0.5),
     "gated": (FLOAT_VALUES, FLOAT_VALUES, "silu"),
     "gated_backward": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES, "silu"),
     "gated_linear": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES[1], "silu"),
+    "lora": (FLOAT_VALUES, FLOAT_VALUES, FLOAT_VALUES),
+    "lora_weight_grad": (FLOAT_VALUES, FLOAT_VALUES, BYTE_VALUES.flatten()[:2], 0.5, torch.float32),
     "ms_layer_norm": (FLOAT_VALUES, [4], FLOAT_VALUES[1], FLOAT_VALUES[1]),
     "ms_layer_norm_forward": (FLOAT_VALUES, [4], FLOAT_VALUES[1], FLOAT_VALUES[1]),
     "ms_layer_norm_backward": (
@@ -145,7 +149,10 @@ GOOD_ARGUMENTS = {
     "unpack_bits": (BYTE_VALUES[0], 2, 16),
 }
 TENSOR_ARGUMENTS = [
-    (name, i) for name, values in GOOD_ARGUMENTS.items() for i, value in enumerate(values) if torch.is_tensor(value)
+    (name, i)
+    for name, values in GOOD_ARGUMENTS.items()
+    for i, value in enumerate(values)
+    if torch.is_tensor(value) and value.dtype != torch.int64  # (A seed's errors are others.)
 ]
 REGISTERED = {name.removeprefix("lomem::") for name in torch._C._dispatch_get_all_op_names() if "lomem::" in name}
 
@@ -198,6 +205,7 @@ class TestOddTensors:
         "dropout": LF.dropout,
         "gated": lambda x: LF.gated(x, FLOAT_VALUES),
         "gated_linear": lambda x: LF.gated_linear(x, FLOAT_VALUES, FLOAT_VALUES),
+        "lora": lambda x: LF.lora(x, FLOAT_VALUES, FLOAT_VALUES),
         "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (4,)),
         "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (4,)),
         "pack_bits": lambda x: LF.pack_bits(x, 1),
@@ -275,6 +283,8 @@ def test_cuda_in_a_build_without_cuda():
         "step_activation_backward": (X, torch.zeros(8, dtype=torch.uint8), [0.0] * 4, 2),
         "dropout_forward": (X, 0.5),
         "dropout_apply": (X, torch.zeros(4, dtype=torch.uint8), 0.5),
+        "seeded_dropout_forward": (X, 0.5),
+        "seeded_dropout_apply": (X, torch.tensor(3), 0.5),
         "gated": (X, X, "silu"),
         "gated_backward": (X, X, X, "silu"),
         "ms_layer_norm": (X, [8]),
@@ -287,7 +297,15 @@ def test_cuda_in_a_build_without_cuda():
         "unpack_bits": (X.to(torch.uint8), 2, 128),
     }
     # Of torch's ops, which have kernels of their own.
-    composite = {*PUBLISHED, "step_activation", "hard_activation", "dropout", "gated_linear"}
+    composite = {
+        *PUBLISHED,
+        "step_activation",
+        "hard_activation",
+        "dropout",
+        "gated_linear",
+        "lora",
+        "lora_weight_grad",
+    }
     composite.update(name for name in ARGUMENTS if name.startswith("randomized_linear"))
     assert {f"lomem::{name}" for name in composite.union(calls)} == {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lomem::")
@@ -585,10 +603,14 @@ def unpack_arguments(draw):
 
 
 @st.composite
-def dropout_arguments(draw, *, with_mask=False):
+def dropout_arguments(draw, kept=None):
     x = draw(tensors())
-    mask = [draw(tensors(shape=[(x.numel() + 7) // 8], dtype=torch.uint8))] if with_mask else []
-    return (x, *mask, draw(floats))
+    p = draw(floats)
+    if kept == "mask":
+        return (x, draw(tensors(shape=[(x.numel() + 7) // 8], dtype=torch.uint8)), p)
+    if kept == "seed":
+        return (x, torch.tensor(draw(small)) if draw(st.integers(0, 9)) else draw(tensors()), p)
+    return (x, p)
 
 
 @st.composite
@@ -651,6 +673,29 @@ def gated_arguments(draw, kind):
     return (gate, up, activation), options
 
 
+@st.composite
+def lora_arguments(draw):
+    """An input and an adapter that mostly match."""
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    x = draw(tensors(shape=draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))))
+    rank, out_features = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    a = draw(tensors(shape=[rank, x.shape[-1] if x.dim() else 1], dtype=dtype))
+    b = draw(tensors(shape=[out_features, rank], dtype=dtype))
+    bias = draw(st.one_of(st.none(), tensors(shape=[out_features], dtype=dtype)))
+    p = draw(st.one_of(st.just(0.0), st.sampled_from([0.1, 0.9, -0.1, 1.0, math.nan])))
+    return (x, a, b, draw(st.one_of(st.floats(0, 1), floats))), {"bias": bias, "p": p}
+
+
+@st.composite
+def lora_weight_grad_arguments(draw):
+    """Gradients, inputs and masks that mostly match."""
+    x = draw(tensors(shape=draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))))
+    grad = draw(tensors(shape=[*x.shape[:-1], draw(st.integers(0, 3))], dtype=torch.float32))
+    mask = draw(st.one_of(st.none(), tensors(shape=[(x.numel() + 7) // 8], dtype=torch.uint8)))
+    p = draw(st.sampled_from([0.0, 0.5, 0.5, 0.5, 1.0, math.nan]))
+    return (grad, x, mask, p, draw(dtypes))
+
+
 boundaries = st.one_of(st.lists(floats, max_size=300), st.lists(st.floats(allow_nan=False), max_size=9).map(sorted))
 optional_floats = st.one_of(st.none(), floats)
 ARGUMENTS = {
@@ -667,10 +712,14 @@ ARGUMENTS = {
     "step_activation_backward": step_arguments(),
     "dropout": dropout_arguments(),
     "dropout_forward": dropout_arguments(),
-    "dropout_apply": dropout_arguments(with_mask=True),
+    "dropout_apply": dropout_arguments("mask"),
+    "seeded_dropout_forward": dropout_arguments(),
+    "seeded_dropout_apply": dropout_arguments("seed"),
     "gated": gated_arguments("forward"),
     "gated_backward": gated_arguments("backward"),
     "gated_linear": gated_arguments("linear"),
+    "lora": lora_arguments(),
+    "lora_weight_grad": lora_weight_grad_arguments(),
     "ms_layer_norm": norm_arguments(2, floats),
     "ms_layer_norm_forward": norm_arguments(2, floats),
     "ms_layer_norm_backward": norm_arguments(2, floats, backward=True),

@@ -98,6 +98,11 @@ class PeftLinear(nn.Module):
         return self.base(x) + lora.to(x.dtype)
 
 
+def adapted(dtype=None):
+    """The same by lomem."""
+    return lomem.nn.LoRALinear(nn.Linear(WIDTH, WIDTH, dtype=dtype), 4)
+
+
 def activation_copies(norm, consumers, x, autocast):
     """bf16 copies of the activation that norm and consumers keep together, input included."""
     parameters = [*norm.parameters(), *consumers.parameters()]
@@ -120,6 +125,9 @@ CASES = {
     "AMP, peft casts to fp32": (PeftLinear, torch.float32, True, 3, 2),
     # Here the fp32 cast that peft's linear keeps is as large as what is shared: no gain.
     "bf16 base, fp32 LoRA": (lambda: PeftLinear(torch.bfloat16), torch.bfloat16, False, 3, 3),
+    # lomem's adapters keep no cast. Under AMP, torch's norm emits fp32.
+    "bf16 base, lomem's fp32 LoRA": (lambda: adapted(torch.bfloat16), torch.bfloat16, False, 2, 1),
+    "AMP, lomem's LoRA": (adapted, torch.float32, True, 4, 1),
 }
 
 
@@ -178,6 +186,9 @@ def test_dropout_keeps_one_bit_an_element(dtype, device):
         with saved_for_backward() as saved:
             lomem.functional.dropout(x, 0.1)
         assert (saved.nbytes, saved.tensors) == ((n + 7) // 8, 1), n
+        with saved_for_backward() as saved:
+            lomem.functional.dropout(x, 0.1, saves="seed")
+        assert (saved.nbytes, saved.tensors) == (8, 1), n
 
 
 def test_float32_output_on_request(device):

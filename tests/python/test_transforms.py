@@ -66,6 +66,8 @@ def samples(device):
             ((image, ops.dropout_forward(image0, 0.4)[1], 0.4), {}),
             ((x0, ops.dropout_forward(x0, 0.4)[1], 0.1), {}),
         ],
+        "seeded_dropout_forward": [((x0, 0.0), {}), ((image0, 0.0), {})],
+        "seeded_dropout_apply": [((x, seed, 0.4), {}), ((image, seed, 0.1), {}), ((x0, seed, 0.1), {})],
         "gated": [
             ((x, x0, "silu"), {}),
             ((x, None, "gelu_tanh"), {"layout": "interleaved"}),
@@ -84,6 +86,19 @@ def samples(device):
             ((x, x0, linear.clone().requires_grad_(), bias[:5], "silu"), {}),
             ((image0[..., 1:], None, linear[:, :2].clone().requires_grad_(), None, "gelu"), {}),
             ((x0, x, linear.clone(), None, "relu"), {}),
+        ],
+        # (p = 0: each call would drop others.)
+        "lora": [
+            ((x, linear[:2].clone().requires_grad_(), linear[:, :2].clone().requires_grad_(), 0.5), {}),
+            ((image[..., :2], linear[:3, :2].clone().requires_grad_(), linear[:, :3].clone()), {"bias": bias[:5]}),
+            ((x0, linear[:2].clone(), linear[:, :2].clone().requires_grad_(), 2.0), {"dtype": torch.bfloat16}),
+            ((x, linear[:2].bfloat16(), linear[:, :2].bfloat16()), {}),
+            ((x0, linear[:2].clone(), linear[:, :2].clone()), {}),
+        ],
+        "lora_weight_grad": [
+            ((x0[:, :2], x0.bfloat16(), None, 0.0, torch.float32), {}),
+            ((x[:, :2], x, torch.full((3,), 77, dtype=torch.uint8, device=device), 0.5, torch.bfloat16), {}),
+            ((image0, image0, None, 0.0, torch.float32), {}),
         ],
         "ms_layer_norm": [
             ((x, [6], weight, bias), {}),
@@ -575,9 +590,11 @@ FUNCTIONS = {
     f"{GELU2}-fast": lambda x: gelu2(x, fast=True),
     f"{SILU2}-fast": lambda x: silu2(x, fast=True),
     "dropout": lambda x: LF.dropout(x, 0.5),
+    "dropout-seed": lambda x: LF.dropout(x, 0.5, saves="seed"),
     "gated": lambda x: LF.gated(x, of_last((6,), x).expand(4, 6)),
     "gated-fused": lambda x: LF.gated(x, activation="gelu", layout="interleaved"),
     "gated_linear": lambda x: LF.gated_linear(x, None, of_last((3,), x).expand(5, 3)),
+    "lora": lambda x: LF.lora(x, of_last((6,), x).expand(2, 6), of_last((2,), x).expand(5, 2), 0.5),
     "ms_layer_norm": lambda x: LF.ms_layer_norm(x, (6,)),
     "ms_layer_norm-affine": lambda x: LF.ms_layer_norm(x, (6,), of_last((6,), x), of_last((6,), x, [3.0, 0.0, 9.0])),
     "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (6,)),
@@ -598,10 +615,12 @@ MODULES = {
     f"{PUBLISHED[GELU2].module.__name__}-fast": lambda: PUBLISHED[GELU2].module("tanh", fast=True),
     f"{PUBLISHED[SILU2].module.__name__}-inplace": lambda: PUBLISHED[SILU2].module(inplace=True),
     "Dropout": lomem.nn.Dropout,
+    "Dropout-seed": lambda: lomem.nn.Dropout(saves="seed"),
     "GatedUnit": lomem.nn.GatedUnit,
     "GeGLU": lomem.nn.GeGLU,
     "SwiGLU": lomem.nn.SwiGLU,
     "GatedUnit-gelu": lambda: lomem.nn.GatedUnit("gelu", layout="up_gate"),
+    "LoRALinear": lambda: lomem.nn.LoRALinear(nn.Linear(6, 5), 2, bias=True),
     "MSLayerNorm": lambda: lomem.nn.MSLayerNorm(6),
     "MSLayerNorm-affine": lambda: lomem.nn.MSLayerNorm(6, elementwise_affine=True),
     "MSLayerNorm-bfloat16": lambda: lomem.nn.MSLayerNorm(6, elementwise_affine=True, output_dtype=torch.bfloat16),
@@ -621,7 +640,7 @@ def run_and_differentiate(f, x, *parameters):
     """f(x) and its gradients, of ones."""
     leaf = x.detach().requires_grad_()
     y = f(leaf * 1)
-    wanted = [leaf, *parameters]
+    wanted = [leaf, *(p for p in parameters if p.requires_grad)]
     return y.detach(), *torch.autograd.grad(y, wanted, torch.ones_like(y))
 
 
@@ -683,7 +702,7 @@ def test_weights_on_meta_have_no_values(module):
 
 # (The seed of randomized_linear is a plain tensor, which this subclass does not mix with its own; two calls of dropout
 # differ.)
-@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"dropout", "randomized_linear"}))
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"dropout", "dropout-seed", "randomized_linear"}))
 def test_functions_of_wrapper_subclasses(name):
     a, b = torch.randn(4, 6), torch.randn(4, 6)
     pairs = run_and_differentiate(FUNCTIONS[name], TwoTensor(a, b))
@@ -737,7 +756,9 @@ def test_trace(name, training, requires_grad):
     """With its checks, which run the module again without gradients and compare graphs."""
     model = nn.Sequential(nn.Linear(6, 6), MODULES[name]()).train(training)
     x = torch.randn(4, 6, requires_grad=requires_grad)
-    check = name not in ("Dropout", "RandomizedLinear") or not training  # random: no two calls are alike
+    check = (
+        name not in ("Dropout", "Dropout-seed", "RandomizedLinear") or not training
+    )  # random: no two calls are alike
     traced = torch.jit.trace(model, x, check_trace=check)
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
@@ -750,6 +771,7 @@ def test_trace(name, training, requires_grad):
         results = []
         for f in (other, model):
             torch.manual_seed(1)
+            lomem.random.manual_seed(1)
             results.append(f(y))
         assert torch.equal(*results)
         got = run_and_differentiate(other, y, *other.parameters())

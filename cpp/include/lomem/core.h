@@ -9,5 +9,6 @@
 #include <lomem/core/gated.h>
 #include <lomem/core/norm.h>
 #include <lomem/core/packing.h>
+#include <lomem/core/philox.h>
 #include <lomem/core/step.h>
 #include <lomem/version.h>

@@ -5,4 +5,5 @@
 #include <lomem/nn/dropout.h>
 #include <lomem/nn/gated.h>
 #include <lomem/nn/linear.h>
+#include <lomem/nn/lora.h>
 #include <lomem/nn/norms.h>

@@ -6,6 +6,7 @@
 #include <lomem/ops/dropout.h>
 #include <lomem/ops/gated.h>
 #include <lomem/ops/linear.h>
+#include <lomem/ops/lora.h>
 #include <lomem/ops/norms.h>
 #include <lomem/ops/packing.h>
 #include <lomem/ops/step_function.h>

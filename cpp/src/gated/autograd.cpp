@@ -117,10 +117,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gated_backward_autograd(
 
 // The linear layer behind a unit --------------------------------------------------------------------------------------
 
-at::Tensor as_rows(const at::Tensor& tensor) {
-  return tensor.reshape_symint({leading_rows(tensor), tensor.sym_size(-1)});
-}
-
 struct GatedLinear : torch::autograd::Function<GatedLinear> {
   static constexpr bool is_traceable = true;
 

@@ -62,12 +62,6 @@ bool is_column_major(const at::Tensor& matrix) {
          matrix.sym_stride(1).sym_eq(matrix.sym_size(0)).maybe_as_bool().value_or(false);
 }
 
-c10::SymDimVector with_last(c10::SymIntArrayRef sizes, const c10::SymInt& last) {
-  c10::SymDimVector result(sizes.begin(), sizes.end());
-  result.back() = last;
-  return result;
-}
-
 /// at::linear and its gradients except for the weight's, bit for bit, using the ops that at::linear calls if the weight
 /// requires a gradient. (Below autograd, at::linear itself calls different ops for some layouts, because it checks
 /// which tensors require a gradient.)

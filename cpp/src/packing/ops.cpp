@@ -6,6 +6,7 @@
 
 #include "../checks.h"
 #include "../op.h"
+#include "ops.h"
 
 namespace lomem {
 
@@ -18,6 +19,11 @@ at::Tensor unpack_bits(const at::Tensor& packed, int64_t bits, int64_t numel) {
 }
 
 namespace detail {
+
+at::Tensor packed_mask(const at::Tensor& mask) {
+  return ops::pack_bits(mask.view(at::kByte), 1);
+}
+
 namespace {
 
 at::Tensor pack_bits_meta(const at::Tensor& codes, int64_t bits) {

@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _C, __version__, functional
+from .. import _C, __version__, functional, reference
 from ..functional.norms import LAYER_NORM, RMS_NORM
 from . import _reused_memory, bench_report
-from .bench_report import ACTIVATIONS, FEW_BIT, GATED, NORMS, Record, Results
+from .bench_report import ACTIVATIONS, FEW_BIT, GATED, LORA, NORMS, Record, Results
 from .plotting import check_folder, check_plot
 
 try:
@@ -64,7 +64,8 @@ class Plan(NamedTuple):
     def command(self) -> str:
         """The command line that runs this plan."""
         activations, norms = (
-            [case for case in self.cases if case in family] for family in ((*ACTIVATIONS, *FEW_BIT, *GATED), NORMS)
+            [case for case in self.cases if case in family]
+            for family in ((*ACTIVATIONS, *FEW_BIT, *GATED), (*LORA, *NORMS))
         )
         options = {
             "device": str(self.device),
@@ -232,6 +233,38 @@ def gated_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
     return Case(name, (elements,), dtype, lambda: make() + make(), contenders)
 
 
+#: Rank of the adapters.
+RANK = 16
+
+
+def lora_case(name: str, shape: tuple[int, int], dtype: str, plan: Plan) -> Case:
+    """A linear layer of this width with a frozen weight, and an adapter in float32 beside it."""
+    columns = shape[1]
+    p = 0.1 if name.endswith("dropout") else 0.0
+    weight = torch.randn(columns, columns, device=plan.device).mul_(columns**-0.5).to(DTYPES[dtype])
+
+    def make_inputs() -> tuple[Tensor, ...]:
+        x = torch.randn(shape, device=plan.device).to(DTYPES[dtype])
+        wide = torch.promote_types(x.dtype, torch.float32)
+        adapter = (torch.randn(size, device=plan.device).mul_(0.1) for size in ((RANK, columns), (columns, RANK)))
+        return (x.requires_grad_(), *(t.to(wide).requires_grad_() for t in adapter))
+
+    def layer_with(adapter: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def layer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            result = F.linear(x, weight)
+            return (result + adapter(x, a, b, 2.0, p=p)).to(result.dtype)
+
+        return layer
+
+    # Input and result, gradients of both, and the input again for the adapter's gradient: the products are what costs.
+    size = DTYPES[dtype].itemsize
+    functions = {"lomem": layer_with(functional.lora), "torch": layer_with(reference.lora)}
+    if plan.compiled:
+        functions["torch.compile"] = torch.compile(layer_with(reference.lora), dynamic=False)
+    contenders = {name: Contender(function, 2 * size, 3 * size) for name, function in functions.items()}
+    return Case(name, shape, dtype, make_inputs, contenders)
+
+
 def activation_input(elements: int, dtype: str, plan: Plan) -> Callable[[], tuple[Tensor]]:
     """Returns a function that makes inputs with values on every step."""
     return lambda: (torch.randn(elements, device=plan.device).mul_(2).to(DTYPES[dtype]).requires_grad_(),)
@@ -297,6 +330,8 @@ def make_cases(name: str, plan: Plan) -> Iterator[Case]:
         yield from (gated_case(name, *kind, plan) for kind in itertools.product(plan.elements, plan.dtypes))
     elif name in FEW_BIT:
         yield from (few_bit_case(name, *kind, plan) for kind in itertools.product(plan.elements, plan.dtypes))
+    elif name in LORA:
+        yield from (lora_case(name, *kind, plan) for kind in itertools.product(plan.shapes, plan.dtypes))
     else:
         yield from (norm_case(name, *kind, plan) for kind in itertools.product(plan.shapes, plan.dtypes))
 

@@ -29,8 +29,9 @@ FEW_BIT = ("gelu-3bit", "gelu-4bit", "gelu-8bit")
 NORMS = ("layer-norm", "layer-norm-affine", "rms-norm", "rms-norm-affine")
 #: Not measured by default either.
 GATED = ("swiglu", "geglu", "geglu-tanh", "reglu", "glu")
+LORA = ("lora-linear", "lora-linear-dropout")
 #: Names for groups of cases.
-FAMILIES = {"activations": ACTIVATIONS, "few-bit": FEW_BIT, "gated": GATED, "norms": NORMS}
+FAMILIES = {"activations": ACTIVATIONS, "few-bit": FEW_BIT, "gated": GATED, "lora": LORA, "norms": NORMS}
 
 #: One contender in one pass of one case. (Functional syntax, since `pass` cannot be a field name.)
 Record = TypedDict(
@@ -67,8 +68,8 @@ class Results(NamedTuple):
 
 
 def select(only: Iterable[str] | None) -> list[str]:
-    """The requested cases; by default all except those of FEW_BIT and GATED."""
-    known = [*ACTIVATIONS, *FEW_BIT, *GATED, *NORMS]
+    """The requested cases; by default all except those of FEW_BIT, GATED and LORA."""
+    known = [*ACTIVATIONS, *FEW_BIT, *GATED, *LORA, *NORMS]
     if only is None:
         return [*ACTIVATIONS, *NORMS]
     wanted: set[str] = set()

@@ -8,8 +8,9 @@ compute the exact gradient and save as much as usual; other nested, sparse and q
 differentiation and ``torch.func`` gradients raise.
 """
 
-from . import activations, dropouts, gated_units, linear, norms, packing
+from . import activations, adapters, dropouts, gated_units, linear, norms, packing
 from .activations import *  # noqa: F403
+from .adapters import *  # noqa: F403
 from .dropouts import *  # noqa: F403
 from .gated_units import *  # noqa: F403
 from .linear import *  # noqa: F403
@@ -18,6 +19,7 @@ from .packing import *  # noqa: F403
 
 __all__ = [
     *activations.__all__,
+    *adapters.__all__,
     *dropouts.__all__,
     *gated_units.__all__,
     *linear.__all__,

@@ -43,6 +43,43 @@ void check_masked(const Table& table, const std::vector<T>& x, double scale, std
   both.expect_intact();
 }
 
+/// Elements of which the first one is number `first` of a tensor.
+template <class T>
+void check_seeded(
+    const Table& table, const std::vector<T>& x, std::uint64_t seed, std::int64_t first, double p,
+    std::size_t misalignment, bool stream) {
+  const std::size_t n = x.size();
+  const std::uint32_t threshold = lomem::dropout_threshold(p);
+  const auto scale = lomem::dropout_scale<T>(p);
+  std::vector<T> want(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    const bool kept = lomem::philox_word(seed, static_cast<std::uint64_t>(first) + i) >= threshold;
+    want[i] = lomem::scaled_if(kept, x[i], scale);
+  }
+  const AtPageEnd<T> input(x);
+  Guarded<T> product(n, misalignment);
+  table->seed_multiply(
+      Element<T>::dtype, input.data(), seed, first, threshold, scale, static_cast<std::int64_t>(n), product.data(),
+      stream);
+  ASSERT_TRUE(same_bytes(product.values(), want)) << n << " elements of " << sizeof(T) << " bytes from " << first;
+  product.expect_intact();
+}
+
+TEST_P(DropoutKernels, SeedsOfEverySize) {
+  for_each_element_type([&](auto element) {
+    using T = typename decltype(element)::type;
+    for (const std::size_t n : awkward_sizes()) {
+      const auto x = random_elements<T>(n, 3, static_cast<unsigned>(n));
+      const std::uint64_t seed = 0x9e3779b97f4a7c15 * n;
+      check_seeded(GetParam(), x, seed, 0, 0.1 * static_cast<double>(n % 10), n % 3, n % 2 == 0);
+      check_seeded(GetParam(), x, seed, static_cast<std::int64_t>(8 * n), 0.5, n % 3, n % 2 == 0);
+      // Numbers of blocks around and beyond 2^32.
+      check_seeded(GetParam(), x, ~seed, (std::int64_t{1} << 34) - 64, 0.3, n % 3, n % 2 == 0);
+      check_seeded(GetParam(), x, ~seed, std::int64_t{1} << 55, 0.3, n % 3, n % 2 == 0);
+    }
+  });
+}
+
 TEST_P(DropoutKernels, EverySize) {
   for_each_element_type([&](auto element) {
     using T = typename decltype(element)::type;

@@ -1,6 +1,7 @@
 // The launchers of the CUDA kernels (lomem/cuda/kernels.h) with the bodies of the kernels executed on the CPU.
 #include <lomem/cuda/kernels.h>
 #include <lomem/cuda/norm_plan.h>
+#include <lomem/cuda/dropout.cuh>
 #include <lomem/cuda/gated.cuh>
 #include <lomem/cuda/packing.cuh>
 #include <lomem/cuda/step.cuh>
@@ -59,6 +60,26 @@ cudaError_t step_backward(
           StepBackward<T, decltype(width)::value>(
               static_cast<const T*>(grad_output), codes, levels, n, static_cast<T*>(grad_input))));
     });
+  });
+}
+
+cudaError_t mask_multiply(
+    DType dtype, const void* x, const std::uint8_t* mask, double scale, std::int64_t n, void* product,
+    cudaStream_t /*stream*/) {
+  return visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return status(
+        host.body(MaskedMultiply(static_cast<const T*>(x), StoredMask{mask}, scale, n, static_cast<T*>(product))));
+  });
+}
+
+cudaError_t seed_multiply(
+    DType dtype, const void* x, const std::int64_t* seed, std::uint32_t threshold, double scale, std::int64_t n,
+    void* product, cudaStream_t /*stream*/) {
+  return visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return status(host.body(
+        MaskedMultiply(static_cast<const T*>(x), SeededMask{seed, threshold}, scale, n, static_cast<T*>(product))));
   });
 }
 

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 #include <lomem/cuda/kernels.h>
 #include <lomem/cuda/norm_plan.h>
+#include <lomem/cuda/dropout.cuh>
 #include <lomem/cuda/gated.cuh>
 #include <lomem/cuda/packing.cuh>
 #include <lomem/cuda/step.cuh>
@@ -242,6 +243,59 @@ void check_gated(
         expect_nearly_same(y.values(), host_y, 64);
         expect_nearly_same(gradients.values(), host_gradients, 64);
       });
+}
+
+template <class T>
+void check_dropout() {
+  for (const std::int64_t n : sizes()) {
+    for (int misaligned = -1; misaligned < 3; ++misaligned) {
+      const auto values = random_elements<T>(n, 2, static_cast<unsigned>(n));
+      std::vector<std::uint8_t> bits(lomem::packed_bytes(n, 1));
+      for (std::size_t i = 0; i < bits.size(); ++i) {
+        bits[i] = static_cast<std::uint8_t>(i * 151 + 7);
+      }
+      const std::vector<std::int64_t> seed = {0x123456789abcdef};
+      DeviceBuffer<T> x(n, misaligned == 0 ? 1 : 0);
+      x.assign(values);
+      DeviceBuffer<std::uint8_t> mask(bits.size(), misaligned == 1 ? 1 : 0);
+      mask.assign(bits);
+      DeviceBuffer<std::int64_t> device_seed(1);
+      device_seed.assign(seed);
+      DeviceBuffer<T> masked(n, misaligned == 2 ? 1 : 0);
+      DeviceBuffer<T> seeded(n, misaligned == 2 ? 1 : 0);
+      std::vector<T> want_masked(n), want_seeded(n);
+      const double scale = 1 / 0.7;
+      const std::uint32_t threshold = lomem::dropout_threshold(0.3);
+      execute_on_host(MaskedMultiply(values.data(), StoredMask{bits.data()}, scale, n, want_masked.data()));
+      execute_on_host(MaskedMultiply(values.data(), SeededMask{seed.data(), threshold}, scale, n, want_seeded.data()));
+      on_all_streams(
+          [&](cudaStream_t stream) {
+            const cudaError_t error =
+                mask_multiply(Element<T>::dtype, x.data(), mask.data(), scale, n, masked.data(), stream);
+            return error != cudaSuccess ? error
+                                        : seed_multiply(
+                                              Element<T>::dtype, x.data(), device_seed.data(), threshold, scale, n,
+                                              seeded.data(), stream);
+          },
+          [&] {
+            masked.poison();
+            seeded.poison();
+          },
+          [&] {
+            EXPECT_EQ(bytes_of(masked.values()), bytes_of(want_masked)) << n;
+            EXPECT_EQ(bytes_of(seeded.values()), bytes_of(want_seeded)) << n;
+          });
+    }
+  }
+}
+
+TEST_F(EveryDevice, Dropout) {
+  on_every_device([] {
+    check_dropout<double>();
+    check_dropout<float>();
+    check_dropout<lomem::bfloat16>();
+    check_dropout<lomem::float16>();
+  });
 }
 
 TEST_F(EveryDevice, Gated) {

@@ -31,7 +31,6 @@ inline void check_launch(const char* op, const at::Tensor& /*tensor*/, cudaError
 
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/native_dropout_backward.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>

@@ -467,6 +467,48 @@ void fuzz_norm(
   });
 }
 
+/// Products with a mask in memory, and with that of a seed.
+void fuzz_dropout(Choices& choices) {
+  const DType dtype = choices.dtype();
+  const std::size_t n = choices.number(most_elements);
+  const std::size_t offset = choices.number(most_bytes_off) * lomem::element_size(dtype);
+  const bool stream = choices.flag();
+  const bool seeded = choices.flag();
+  const double scale = 1 + choices.byte() / 64.0;
+  const auto first = static_cast<std::int64_t>(8 * choices.number(60000));
+  std::uint64_t seed = 0;
+  std::memcpy(&seed, choices.bytes(sizeof(seed)).data(), sizeof(seed));
+  const std::uint32_t threshold = choices.byte() * 0x1010101u;
+  const Bytes x = choices.elements(dtype, n);
+  Bytes mask = choices.bytes(lomem::packed_bytes(n, 1));
+  for (std::size_t i = 0; seeded && i < mask.size(); ++i) {
+    mask[i] = lomem::mask_of_seed(seed, static_cast<std::uint64_t>(first) / 8 + i, threshold);
+  }
+  Bytes want;
+  lomem::visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    auto elements = elements_of<T>(x);
+    for (std::size_t i = 0; i < n; ++i) {
+      elements[i] = lomem::scaled_if((mask[i / 8] >> (i % 8) & 1) != 0, elements[i], static_cast<compute_t<T>>(scale));
+    }
+    want = with_one_nan(dtype, bytes_of(elements));
+  });
+  for_each_table([&](const KernelTable& table) {
+    Memory source(x, offset);
+    Memory bits(mask, 0);
+    Memory result(x.size(), offset);
+    if (seeded) {
+      table.seed_multiply(
+          dtype, source.data(), seed, first, threshold, scale, static_cast<std::int64_t>(n), result.data(), stream);
+    } else {
+      table.mask_multiply(
+          dtype, source.data(), static_cast<const std::uint8_t*>(bits.data()), scale, static_cast<std::int64_t>(n),
+          result.data(), stream);
+    }
+    expect_same(table, "product with a mask", with_one_nan(dtype, result.written(table)), want);
+  });
+}
+
 /// Gradients of a gated unit, which are the scalar formulas'.
 void fuzz_gated(Choices& choices) {
   const DType dtype = choices.dtype();
@@ -514,6 +556,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   Choices choices(data, size);
   std::vector<void (*)(Choices&)> targets = {
       &fuzz_decode,
+      &fuzz_dropout,
       &fuzz_gated,
       &fuzz_packing,
       &fuzz_search,

@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 #include <lomem/nn/dropout.h>
 #include <lomem/ops/dropout.h>
+#include <lomem/ops/linear.h>
 
+#include <cmath>
 #include <limits>
 #include <sstream>
 
@@ -56,6 +58,32 @@ TEST(Dropout, GivesTheSameAgainFromItsMask) {
   EXPECT_TRUE(torch::equal(lomem::dropout_apply(x.t().contiguous().t(), mask, 0.3), output));
 }
 
+TEST(Dropout, OfASeedSavesTheSeed) {
+  for (const torch::ScalarType dtype : dtypes) {
+    const auto x = torch::randn({64, 64}).to(dtype);
+    EXPECT_LE(saved_bytes([](const torch::Tensor& x) { return lomem::dropout(x, 0.1, true, "seed"); }, x), 64);
+    const auto state = generator_state();
+    const auto leaf = x.detach().requires_grad_();
+    const auto output = lomem::dropout(leaf, 0.3, true, "seed");
+    EXPECT_TRUE(torch::equal(generator_state(), state));
+    const auto gradient = torch::autograd::grad({output.sum()}, {leaf})[0];
+    EXPECT_TRUE(torch::equal(gradient != 0, output != 0)) << dtype;
+    const double rate = (output == 0).to(torch::kDouble).mean().item<double>();
+    EXPECT_NEAR(rate, 0.3, 6 * std::sqrt(0.3 * 0.7 / 4096)) << dtype;  // six standard deviations
+  }
+}
+
+TEST(Dropout, GivesTheSameAgainFromItsSeed) {
+  const auto x = torch::randn({5, 33}).to(torch::kHalf);
+  lomem::manual_seed(3);
+  const auto [output, seed] = lomem::seeded_dropout_forward(x, 0.3);
+  EXPECT_TRUE(torch::equal(lomem::seeded_dropout_apply(x, seed, 0.3), output));
+  EXPECT_TRUE(torch::equal(lomem::seeded_dropout_apply(x.t().contiguous().t(), seed, 0.3), output));
+  EXPECT_FALSE(torch::equal(std::get<0>(lomem::seeded_dropout_forward(x, 0.3)), output));
+  lomem::manual_seed(3);
+  EXPECT_TRUE(torch::equal(lomem::dropout(x, 0.3, true, "seed"), output));
+}
+
 TEST(Dropout, DoesNothingInEvaluation) {
   const auto x = torch::randn({4, 5});
   EXPECT_TRUE(lomem::dropout(x, 0.5, false).is_same(x));
@@ -76,6 +104,11 @@ TEST(Dropout, Module) {
   std::ostringstream text;
   text << module;
   EXPECT_EQ(text.str(), "lomem::nn::Dropout(p=0.25, saves=mask)");
+  torch::manual_seed(5);
+  lomem::nn::Dropout first(lomem::nn::DropoutOptions(0.25).saves("seed"));
+  const auto want = first(x);
+  torch::manual_seed(5);
+  EXPECT_TRUE(torch::equal(lomem::nn::Dropout(lomem::nn::DropoutOptions(0.25).saves("seed"))(x), want));
 }
 
 TEST(Dropout, ErrorsNameOpArgumentAndBothValues) {
@@ -84,6 +117,12 @@ TEST(Dropout, ErrorsNameOpArgumentAndBothValues) {
   EXPECT_EQ(
       error_of([&] { lomem::dropout(x, std::numeric_limits<double>::quiet_NaN(), false); }),
       "lomem::dropout: p is nan, expected a number in [0, 1)");
+  EXPECT_EQ(
+      error_of([&] { lomem::dropout(x, 0.5, true, "bits"); }),
+      "lomem::dropout: saves is 'bits', expected 'mask' or 'seed'");
+  EXPECT_EQ(
+      error_of([&] { lomem::seeded_dropout_apply(x, torch::zeros({3}), 0.5); }),
+      "lomem::seeded_dropout_apply: seed is of dtype float32 and shape [3], expected int64 and []");
   EXPECT_EQ(
       error_of([&] { lomem::dropout(x.to(torch::kInt)); }),
       "lomem::dropout: input has dtype int32, expected float64, float32, bfloat16 or float16");

@@ -1,9 +1,11 @@
-// Dropout: kept elements are multiplied by 1 / (1 - p), the others by 0.
+// Dropout: kept elements are multiplied by 1 / (1 - p), the others by 0. Which ones are kept is a mask, or follows from
+// a seed.
 #pragma once
 
 #include <lomem/config.h>
 #include <lomem/core/dtype.h>
 #include <lomem/core/packing.h>
+#include <lomem/core/philox.h>
 
 #include <cstdint>
 
@@ -28,17 +30,28 @@ LOMEM_HOST_DEVICE constexpr T scaled_if(bool kept, T x, compute_t<T> scale) {
   return from_compute<T>(to_compute(x) * (kept ? scale : compute_t<T>(0)));
 }
 
-/// product[i] = x[i] * (bit i of mask ? scale : 0), for i in [0, n). The mask is in the layout of packing.h, with 1
-/// bit.
-template <class T>
-LOMEM_HOST_DEVICE constexpr void mask_multiply(
-    const T* x, const std::uint8_t* mask, compute_t<T> scale, std::int64_t n, T* product) {
-  for (std::int64_t begin = 0; begin < n; begin += group_size) {
-    const int count = static_cast<int>(n - begin < group_size ? n - begin : group_size);
-    for (int j = 0; j < count; ++j) {
-      product[begin + j] = scaled_if(unpack_word<1>(mask[begin / group_size], j) != 0, x[begin + j], scale);
-    }
+/// Of a seed, an element is kept if its word of the stream is at least this: p * 2^32, rounded.
+LOMEM_HOST_DEVICE constexpr std::uint32_t dropout_threshold(double p) {
+  const double nearest = p * 0x1p32 + 0.5;
+  return nearest < 0x1p32 ? static_cast<std::uint32_t>(nearest) : 0xffffffffu;
+}
+
+LOMEM_HOST_DEVICE constexpr bool is_kept(std::uint64_t word, std::uint32_t threshold) {
+  return static_cast<std::uint32_t>(word) >= threshold;
+}
+
+/// The mask of a seed for the eight elements from number 8 * group on, counted in row-major order: word i of the stream
+/// is that of element i.
+LOMEM_HOST_DEVICE constexpr std::uint8_t mask_of_seed(
+    std::uint64_t seed, std::uint64_t group, std::uint32_t threshold) {
+  unsigned mask = 0;
+  for (int half = 0; half < 2; ++half) {
+    const PhiloxBlock<std::uint64_t> block = philox_block(seed, 2 * group + static_cast<unsigned>(half));
+    const unsigned bits = (is_kept(block.first, threshold) ? 1u : 0u) | (is_kept(block.second, threshold) ? 2u : 0u) |
+                          (is_kept(block.third, threshold) ? 4u : 0u) | (is_kept(block.fourth, threshold) ? 8u : 0u);
+    mask |= bits << (4 * half);
   }
+  return static_cast<std::uint8_t>(mask);
 }
 
 }  // namespace lomem

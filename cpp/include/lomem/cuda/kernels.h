@@ -44,6 +44,17 @@ LOMEM_API cudaError_t step_backward(
     DType dtype, const void* grad_output, const std::uint8_t* codes, const double* levels, int bits, std::int64_t n,
     void* grad_input, cudaStream_t stream);
 
+/// product[i] = x[i] * (bit i of mask ? scale : 0) for n elements. `scale` is rounded once to the arithmetic type of
+/// `dtype`.
+LOMEM_API cudaError_t mask_multiply(
+    DType dtype, const void* x, const std::uint8_t* mask, double scale, std::int64_t n, void* product,
+    cudaStream_t stream);
+
+/// The same with the mask of a seed in device memory (core/dropout.h).
+LOMEM_API cudaError_t seed_multiply(
+    DType dtype, const void* x, const std::int64_t* seed, std::uint32_t threshold, double scale, std::int64_t n,
+    void* product, cudaStream_t stream);
+
 /// output = activation(gate) * up, contiguous. The activation is rounded to the dtype before the product.
 LOMEM_API cudaError_t gated_forward(const GatedOperands& operands, void* output, cudaStream_t stream);
 

@@ -3,6 +3,7 @@
 
 #include <lomem/config.h>
 #include <lomem/ops/dropout.h>
+#include <lomem/ops/linear.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/pimpl.h>
 
@@ -12,7 +13,8 @@
 
 namespace lomem::nn {
 
-/// Options of Dropout: the probability of an element to be dropped, in [0, 1), and what is saved: "mask".
+/// Options of Dropout: the probability of an element to be dropped, in [0, 1), and what is saved: "mask"
+/// or "seed".
 struct DropoutOptions {
   DropoutOptions(double p = 0.5) : p_(p) {}  // NOLINT
 
@@ -20,10 +22,15 @@ struct DropoutOptions {
   TORCH_ARG(std::string, saves) = "mask";
 };
 
-/// lomem::dropout as a module, a replacement for torch::nn::Dropout; never in place.
+/// lomem::dropout as a module, a replacement for torch::nn::Dropout; never in place. Constructing one that saves seeds
+/// restarts the stream of seeds, as nn::RandomizedLinear does.
 class DropoutImpl : public torch::nn::Cloneable<DropoutImpl> {
  public:
-  explicit DropoutImpl(DropoutOptions options = {}) : options(std::move(options)) {}
+  explicit DropoutImpl(DropoutOptions options = {}) : options(std::move(options)) {
+    if (this->options.saves() == "seed") {
+      lomem::detail::begin_random_stream();
+    }
+  }
 
   void reset() override {}
   void pretty_print(std::ostream& stream) const override {

@@ -1,4 +1,4 @@
-// Dropout that saves 1 bit per element. These are the same ops as torch.ops.lomem in Python.
+// Dropout that saves 1 bit per element, or a seed. These are the same ops as torch.ops.lomem in Python.
 //
 // Every function throws a c10::Error that names the op, the argument, its value and the expected value.
 #pragma once
@@ -15,6 +15,10 @@ namespace lomem {
 /// at::dropout(input, p, training), bit for bit for the same state of torch's generator, which is left in the same
 /// state. float64, float32, bfloat16 or float16; 0 <= p < 1. Saved for backward is a mask of 1 bit per element. If
 /// `training` is false or p is 0, the result is `input` itself, as torch's. Gradients can be differentiated again.
+///
+/// With `saves` = "seed", saved are 8 bytes: a seed, from which the backward pass draws the mask again. The seed is the
+/// next one of lomem's own stream (manual_seed in ops/linear.h); no generator of torch is advanced, and the elements
+/// that are dropped are others than torch's, the same on all devices.
 LOMEM_API at::Tensor dropout(
     const at::Tensor& input, double p = 0.5, bool training = true, std::string_view saves = "mask");
 
@@ -25,5 +29,12 @@ LOMEM_API std::tuple<at::Tensor, at::Tensor> dropout_forward(const at::Tensor& i
 /// Dropout of `input` with the mask that dropout_forward returned for a tensor of this shape: the same result once
 /// more, or, for the gradient of the result, the gradient of the input. The result is row-major. Differentiable.
 LOMEM_API at::Tensor dropout_apply(const at::Tensor& input, const at::Tensor& mask, double p);
+
+/// The result of dropout with a seed, and the seed, which it draws: 0-d int64, never read on the host but for the CPU.
+/// Not differentiable.
+LOMEM_API std::tuple<at::Tensor, at::Tensor> seeded_dropout_forward(const at::Tensor& input, double p);
+
+/// Dropout of `input` with a seed. As dropout_apply.
+LOMEM_API at::Tensor seeded_dropout_apply(const at::Tensor& input, const at::Tensor& seed, double p);
 
 }  // namespace lomem

@@ -276,6 +276,23 @@ void count_activations(DType dtype, int bits, bool misaligned) {
   }
 }
 
+void count_dropout(DType dtype, bool misaligned) {
+  constexpr std::int64_t n = tensor_elements;
+  const auto size = static_cast<std::int64_t>(lomem::element_size(dtype));
+  const std::string end = std::string(" ") + name_of(dtype) + (misaligned ? " misaligned" : "");
+  const Mapping results((n + 64) * size);
+  const std::int64_t offset = misaligned ? size : 0;
+  const std::uint8_t* input = normal_numbers(dtype) + offset;
+  count("mask_multiply" + end, n, 2 * n * size + n / 8, 2, [&] {
+    return mask_multiply(dtype, input, random_bytes(), 2, n, results.data() + offset, nullptr);
+  });
+  count("seed_multiply" + end, n, 2 * n * size, 2, [&] {
+    return seed_multiply(
+        dtype, input, reinterpret_cast<const std::int64_t*>(random_bytes()), 1u << 31, 2, n, results.data() + offset,
+        nullptr);
+  });
+}
+
 void count_forward(DType dtype, bool misaligned) {
   constexpr std::int64_t n = tensor_elements;
   const auto size = static_cast<std::int64_t>(lomem::element_size(dtype));
@@ -455,6 +472,10 @@ int main() {
   for (const int bits : {1, 2, 4}) {
     count_activations(DType::bfloat16, bits, true);
   }
+  for (const DType dtype : dtypes) {
+    count_dropout(dtype, false);
+  }
+  count_dropout(DType::bfloat16, true);
   for (const DType dtype : dtypes) {
     count_gated(dtype, Operands::apart, false);
   }

@@ -41,6 +41,8 @@ void launch_activations() {
       step_backward(dtype, bytes, bytes, numbers.data(), bits, 100, bytes, nullptr);
     }
     band_encode(dtype, bytes, 100, 0, 1, bytes, nullptr);
+    mask_multiply(dtype, bytes, bytes, 2, 100, bytes, nullptr);
+    seed_multiply(dtype, bytes, reinterpret_cast<const std::int64_t*>(bytes), 5, 2, 100, bytes, nullptr);
     for (const lomem::GatedActivation activation : gates) {
       lomem::GatedOperands operands{activation, dtype, 3, 8, bytes, bytes, 8, 8};
       gated_forward(operands, bytes, nullptr);

@@ -280,6 +280,46 @@ void sweep_backward(Random& random) {
   }
 }
 
+/// Products with a mask in memory, and with that of a seed.
+void sweep_dropout(Random& random) {
+  const DType dtype = pick_dtype(random);
+  const std::int64_t n = pick_size(random);
+  SCOPED_TRACE(name_of(dtype) + " " + std::to_string(n));
+  const double scale = 1 + std::fabs(random.normal());
+  const std::int64_t seed = random.below(1 << 30) * 0x123456789 - 12345;
+  const auto threshold = static_cast<std::uint32_t>(random.below(std::int64_t{1} << 32));
+  std::vector<std::uint8_t> bits(n);
+  for (std::uint8_t& bit : bits) {
+    bit = static_cast<std::uint8_t>(random.below(2));
+  }
+  const std::vector<std::uint8_t> packed = oracle::pack(bits, 1);
+  Bytes mask(static_cast<std::int64_t>(packed.size()), random.below(4));
+  cudaMemcpy(mask.data(), packed.data(), packed.size(), cudaMemcpyHostToDevice);
+  Bytes seed_bytes(sizeof(seed));
+  cudaMemcpy(seed_bytes.data(), &seed, sizeof(seed), cudaMemcpyHostToDevice);
+  DeviceArray x(dtype, n, random.one_in(3) ? random.below(8) : 0);
+  x.assign([&](std::int64_t) { return random.normal(); });
+  for (const bool seeded : {false, true}) {
+    DeviceArray product(dtype, n, random.one_in(3) ? random.below(8) : 0);
+    ASSERT_EQ(
+        seeded ? seed_multiply(
+                     dtype, x.data(), reinterpret_cast<const std::int64_t*>(seed_bytes.data()), threshold, scale, n,
+                     product.data(), nullptr)
+               : mask_multiply(dtype, x.data(), mask.data(), scale, n, product.data(), nullptr),
+        cudaSuccess);
+    product.read();
+    for (std::int64_t i = 0; i < n; ++i) {
+      const bool kept =
+          seeded ? lomem::philox_word(static_cast<std::uint64_t>(seed), static_cast<std::uint64_t>(i)) >= threshold
+                 : bits[i] != 0;
+      // The scale is rounded to the type that computes, the product to it and to the dtype.
+      const double want = kept ? x[i] * as_compared(dtype, scale) : 0;
+      const double compute = dtype == DType::float64 ? std::ldexp(1, -53) : std::ldexp(1, -24);
+      ASSERT_NEAR(product[i], want, kept ? spacing_at(dtype, want) / 2 + compute * std::fabs(want) : 0) << i;
+    }
+  }
+}
+
 /// A gated unit whose operands are apart, halves or pairs, of rows that are some elements apart.
 void sweep_gated(Random& random) {
   const DType dtype = pick_dtype(random);
@@ -352,6 +392,13 @@ TEST(Sweep, Gated) {
   for (int k = 0; k < number_of_cases(); ++k) {
     Random random(3000 + k);
     sweep_gated(random);
+  }
+}
+
+TEST(Sweep, Dropout) {
+  for (int k = 0; k < number_of_cases(); ++k) {
+    Random random(4000 + k);
+    sweep_dropout(random);
   }
 }
 
