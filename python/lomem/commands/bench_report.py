@@ -29,8 +29,9 @@ FEW_BIT = ("gelu-3bit", "gelu-4bit", "gelu-8bit")
 NORMS = ("layer-norm", "layer-norm-affine", "rms-norm", "rms-norm-affine")
 #: Not measured by default either.
 GATED = ("swiglu", "geglu", "geglu-tanh", "reglu", "glu")
+DROPOUT = ("dropout",)
 #: Names for groups of cases.
-FAMILIES = {"activations": ACTIVATIONS, "few-bit": FEW_BIT, "gated": GATED, "norms": NORMS}
+FAMILIES = {"activations": ACTIVATIONS, "dropout": DROPOUT, "few-bit": FEW_BIT, "gated": GATED, "norms": NORMS}
 
 #: One contender in one pass of one case. (Functional syntax, since `pass` cannot be a field name.)
 Record = TypedDict(
@@ -67,14 +68,14 @@ class Results(NamedTuple):
 
 
 def select(only: Iterable[str] | None) -> list[str]:
-    """The requested cases; by default all except those of FEW_BIT and GATED."""
-    known = [*ACTIVATIONS, *FEW_BIT, *GATED, *NORMS]
+    """The requested cases; by default all except those of FEW_BIT, GATED and DROPOUT."""
+    known = [*ACTIVATIONS, *FEW_BIT, *GATED, *DROPOUT, *NORMS]
     if only is None:
         return [*ACTIVATIONS, *NORMS]
     wanted: set[str] = set()
     for name in only:
         if name not in known and name not in FAMILIES:
-            raise ValueError(f"--only is {name}, expected some of {', '.join([*FAMILIES, *known])}")
+            raise ValueError(f"--only is {name}, expected some of {', '.join(dict.fromkeys([*FAMILIES, *known]))}")
         wanted.update(FAMILIES.get(name, (name,)))
     return [name for name in known if name in wanted]
 
