@@ -36,7 +36,7 @@ at::Tensor seeded_dropout_apply_cuda(const at::Tensor& input, const at::Tensor& 
   const at::Tensor dense = input.contiguous();
   at::Tensor output = at::empty_like(dense);
   const cudaError_t error = cuda::seed_multiply(
-      to_dtype(dense.scalar_type()), dense.const_data_ptr(), seed.const_data_ptr<int64_t>(), dropout_threshold(p),
+      to_dtype(dense.scalar_type()), dense.const_data_ptr(), seed.const_data_ptr<int64_t>(), dropout_bound(p),
       dropout_scale_of(dense.scalar_type(), p), dense.numel(), output.mutable_data_ptr(), current_stream(dense));
   check_launch(op, dense, error);
   return output;

@@ -1,4 +1,4 @@
-"""Random seeds of randomized layers and of dropout that saves seeds, drawn from lomem's own stream: torch's generators are never advanced.
+"""Random seeds of randomized layers, drawn from lomem's own stream: torch's generators are never advanced.
 
 Each call of a randomized layer that compresses its input draws one seed. The seed depends on three things: the initial
 seed of torch's default CPU generator at that time (which is read, never advanced), the start of the stream, and the

@@ -336,6 +336,24 @@ def test_cases_of_adapters(dtype, name):
     assert bench_report.select(["lora"]) == list(bench_report.LORA)
 
 
+def test_cases_of_dropout():
+    plan = plan_of()
+    (case,) = bench.make_cases("dropout", plan._replace(elements=[1024], dtypes=["bf16"]))
+    assert {name: (c.forward_bytes, c.backward_bytes) for name, c in case.contenders.items()} == {
+        "lomem": (4 + 1 / 8, 4 + 1 / 8),
+        "lomem seed": (4, 4),
+        "torch": (6, 6),
+    }
+    results = []
+    for contender in case.contenders.values():
+        torch.manual_seed(0)
+        results.append(contender.function(torch.ones(1024, dtype=torch.bfloat16)))
+    assert torch.equal(results[0], results[2])
+    assert 50 < int((results[1] == 0).sum()) < 160
+    assert not set(bench_report.DROPOUT) & set(bench_report.select(None))
+    assert bench_report.select(["dropout"]) == list(bench_report.DROPOUT)
+
+
 def test_few_bit_cases_are_measured_where_they_are_asked_for():
     assert not set(bench_report.FEW_BIT) & set(bench_report.select(None))
     assert bench_report.select(["few-bit"]) == list(bench_report.FEW_BIT)
@@ -379,7 +397,7 @@ def test_defaults_and_names():
         ("--device meta", "--device is meta, expected cpu or cuda"),
         (
             "--only relu",
-            "--only is relu, expected some of activations, few-bit, gated, lora, norms, gelu, gelu-tanh, silu, gelu",
+            "--only is relu, expected some of activations, dropout, few-bit, gated, lora, norms, gelu, gelu-tanh, si",
         ),
         ("--from nothing.json", "--from is nothing.json, expected a file that exists"),
         ("--from some.json --threads 2", "--threads is given with --from, expected only one of them"),

@@ -1,8 +1,6 @@
 // Gradients of dropout, computed from its mask or seed.
 #include "../autograd.h"
 
-#include "../linear/random_seed.h"
-
 namespace lomem::detail {
 namespace {
 
@@ -37,8 +35,6 @@ struct Dropout : torch::autograd::Function<Dropout<Kind>> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, double p) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [output, kept] = Kind::forward(input, p);
-    // The seed comes from the op too, so that it always matches the output, whatever a checkpoint or a compiler
-    // recomputes or saves.
     ctx->save_for_backward({kept});
     ctx->saved_data["p"] = p;
     return output;
@@ -54,9 +50,6 @@ at::Tensor dropout_autograd(const at::Tensor& input, double p, std::string_view 
   check_dropout(op, input, p);
   const bool with_seed = check_dropout_options(op, p, saves) == DropoutSaves::seed;
   check_no_tangent(op, "input", input);
-  if (with_seed) {
-    prepare_seeds(input.device());
-  }
   if (!needs_grad(input)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return ops::dropout(input, p, saves);

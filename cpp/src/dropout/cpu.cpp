@@ -44,9 +44,9 @@ at::Tensor seeded_dropout_apply_cpu(const at::Tensor& input, const at::Tensor& s
   const double scale =
       visit_dtype(dtype, [&](auto element) -> double { return dropout_scale<typename decltype(element)::type>(p); });
   const auto number = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
-  const uint32_t threshold = dropout_threshold(p);
+  const uint32_t bound = dropout_bound(p);
   return multiplied(input, [&](const char* source, int64_t begin, int64_t end, char* target, bool stream) {
-    cpu::seed_multiply(dtype, source, number, begin, threshold, scale, end - begin, target, stream);
+    cpu::seed_multiply(dtype, source, number, begin, bound, scale, end - begin, target, stream);
   });
 }
 

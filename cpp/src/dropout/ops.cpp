@@ -12,7 +12,6 @@
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "../linear/random_seed.h"
 #include "../op.h"
 #include "../packing/ops.h"
 
@@ -89,12 +88,12 @@ std::tuple<at::Tensor, at::Tensor> dropout_forward_value(const at::Tensor& input
 }
 
 std::tuple<at::Tensor, at::Tensor> seeded_dropout_forward_value(const at::Tensor& input, double p) {
-  constexpr const char* op = ops::seeded_dropout_forward.name;
-  check_dropout(op, input, p);
+  check_dropout(ops::seeded_dropout_forward.name, input, p);
   if (draws_nothing(input, p)) {
     return {input.clone(), at::zeros({}, input.options().dtype(at::kLong))};
   }
-  at::Tensor seed = draw_seed(op, input.device());
+  // From torch's generator, whose state a checkpoint restores for its second forward pass, which draws the same seed.
+  at::Tensor seed = at::empty({}, input.options().dtype(at::kLong)).random_();
   const at::Tensor output = ops::seeded_dropout_apply(input, seed, p);
   return {input.is_contiguous() ? output : at::empty_like(input).copy_(output), seed};
 }

@@ -21,8 +21,8 @@ def preserved(model: nn.Module, optimizer: Optimizer | None = None, inputs: Iter
     """Restores the model, the optimizer, the inputs and the random state after the block, even if it raises.
 
     What a training step may change (buffers, the optimizer's parameters and state) is copied to the CPU, and copied
-    back bit for bit into the same tensors. Gradients are set aside: inside the block there are none. Attributes of
-    modules are restored, but not changes inside their values (a list that the forward pass appends to).
+    back bit for bit into the same tensors. Gradients are set aside: inside the block there are none. Attributes and
+    hooks of modules are restored, but not changes inside other values (a list that the forward pass appends to).
     """
     held = [p for group in optimizer.param_groups for p in group["params"]] if optimizer is not None else []
     parameters = list(dict.fromkeys([*model.parameters(), *held]))
@@ -90,22 +90,36 @@ def _written_back(tensor: Tensor, value: Tensor, version: int | None) -> None:
         _set(tensor, value)
 
 
+#: Where a module keeps its hooks. Its forward pass may add some, as those of transformers do in the first run.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
 def module_state(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    """Attributes, parameters and buffers of a module, for :func:`restore_module`."""
+    """Attributes, parameters, buffers and hooks of a module, for :func:`restore_module`."""
     if isinstance(module, torch.jit.ScriptModule):
         return (dict(vars(module)), script_attributes(module))
-    return dict(vars(module)), dict(module._parameters), dict(module._buffers)
+    hooks = [dict(vars(module)[name]) for name in _HOOKS]
+    return dict(vars(module)), dict(module._parameters), dict(module._buffers), *hooks
 
 
 def restore_module(module: nn.Module, attributes: dict[str, Any], *tensors: dict[str, Any]) -> None:
-    """Restores a module's attributes, parameters and buffers."""
+    """Restores a module's attributes, parameters, buffers and hooks."""
     if isinstance(module, torch.jit.ScriptModule):
         for name, value in tensors[0].items():
             module._c.setattr(name, value)
         held = [(vars(module), attributes)]
     else:
-        parameters, buffers = tensors
+        parameters, buffers, *hooks = tensors
         held = [(vars(module), attributes), (module._parameters, parameters), (module._buffers, buffers)]
+        held += [(attributes[name], before) for name, before in zip(_HOOKS, hooks, strict=True)]
     for now, before in held:
         for name in [name for name in now if name not in before]:
             del now[name]

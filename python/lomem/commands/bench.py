@@ -34,7 +34,7 @@ from torch import Tensor
 from .. import _C, __version__, functional, reference
 from ..functional.norms import LAYER_NORM, RMS_NORM
 from . import _reused_memory, bench_report
-from .bench_report import ACTIVATIONS, FEW_BIT, GATED, LORA, NORMS, Record, Results
+from .bench_report import ACTIVATIONS, DROPOUT, FEW_BIT, GATED, LORA, NORMS, Record, Results
 from .plotting import check_folder, check_plot
 
 try:
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
         """The command line that runs this plan."""
         activations, norms = (
             [case for case in self.cases if case in family]
-            for family in ((*ACTIVATIONS, *FEW_BIT, *GATED), (*LORA, *NORMS))
+            for family in ((*ACTIVATIONS, *FEW_BIT, *GATED, *DROPOUT), (*LORA, *NORMS))
         )
         options = {
             "device": str(self.device),
@@ -265,6 +265,19 @@ def lora_case(name: str, shape: tuple[int, int], dtype: str, plan: Plan) -> Case
     return Case(name, shape, dtype, make_inputs, contenders)
 
 
+def dropout_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
+    """Dropout of a tenth of the elements, that saves a mask of 1 bit per element, or a seed."""
+    size = DTYPES[dtype].itemsize
+    # What torch saves: a mask of bools on a GPU, and of the dtype of the input on a CPU.
+    mask = size if plan.device.type == "cpu" else 1
+    contenders = {
+        "lomem": Contender(partial(functional.dropout, p=0.1), 2 * size + 1 / 8, 2 * size + 1 / 8),
+        "lomem seed": Contender(partial(functional.dropout, p=0.1, saves="seed"), 2 * size, 2 * size),
+        "torch": Contender(partial(F.dropout, p=0.1), 2 * size + mask, 2 * size + mask),
+    }
+    return Case(name, (elements,), dtype, activation_input(elements, dtype, plan), contenders)
+
+
 def activation_input(elements: int, dtype: str, plan: Plan) -> Callable[[], tuple[Tensor]]:
     """Returns a function that makes inputs with values on every step."""
     return lambda: (torch.randn(elements, device=plan.device).mul_(2).to(DTYPES[dtype]).requires_grad_(),)
@@ -324,16 +337,13 @@ def peers_of_norms(columns: int, *, layer: bool) -> dict[str, Callable[..., Tens
 
 def make_cases(name: str, plan: Plan) -> Iterator[Case]:
     """Yields the cases of one function for every size and dtype."""
-    if name in ACTIVATIONS:
-        yield from (activation_case(name, *kind, plan) for kind in itertools.product(plan.elements, plan.dtypes))
-    elif name in GATED:
-        yield from (gated_case(name, *kind, plan) for kind in itertools.product(plan.elements, plan.dtypes))
-    elif name in FEW_BIT:
-        yield from (few_bit_case(name, *kind, plan) for kind in itertools.product(plan.elements, plan.dtypes))
-    elif name in LORA:
-        yield from (lora_case(name, *kind, plan) for kind in itertools.product(plan.shapes, plan.dtypes))
-    else:
-        yield from (norm_case(name, *kind, plan) for kind in itertools.product(plan.shapes, plan.dtypes))
+    flat = {ACTIVATIONS: activation_case, GATED: gated_case, DROPOUT: dropout_case, FEW_BIT: few_bit_case}
+    for family, make in flat.items():
+        if name in family:
+            yield from (make(name, *kind, plan) for kind in itertools.product(plan.elements, plan.dtypes))
+    if name in (*LORA, *NORMS):
+        of_rows = lora_case if name in LORA else norm_case
+        yield from (of_rows(name, *kind, plan) for kind in itertools.product(plan.shapes, plan.dtypes))
 
 
 def make_calls(contender: Contender, inputs: list[tuple[Tensor, ...]], gradients: list[Tensor]) -> dict[str, Call]:

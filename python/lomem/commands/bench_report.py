@@ -29,9 +29,17 @@ FEW_BIT = ("gelu-3bit", "gelu-4bit", "gelu-8bit")
 NORMS = ("layer-norm", "layer-norm-affine", "rms-norm", "rms-norm-affine")
 #: Not measured by default either.
 GATED = ("swiglu", "geglu", "geglu-tanh", "reglu", "glu")
+DROPOUT = ("dropout",)
 LORA = ("lora-linear", "lora-linear-dropout")
 #: Names for groups of cases.
-FAMILIES = {"activations": ACTIVATIONS, "few-bit": FEW_BIT, "gated": GATED, "lora": LORA, "norms": NORMS}
+FAMILIES = {
+    "activations": ACTIVATIONS,
+    "dropout": DROPOUT,
+    "few-bit": FEW_BIT,
+    "gated": GATED,
+    "lora": LORA,
+    "norms": NORMS,
+}
 
 #: One contender in one pass of one case. (Functional syntax, since `pass` cannot be a field name.)
 Record = TypedDict(
@@ -68,14 +76,14 @@ class Results(NamedTuple):
 
 
 def select(only: Iterable[str] | None) -> list[str]:
-    """The requested cases; by default all except those of FEW_BIT, GATED and LORA."""
-    known = [*ACTIVATIONS, *FEW_BIT, *GATED, *LORA, *NORMS]
+    """The requested cases; by default all except those of FEW_BIT, GATED, DROPOUT and LORA."""
+    known = [*ACTIVATIONS, *FEW_BIT, *GATED, *DROPOUT, *LORA, *NORMS]
     if only is None:
         return [*ACTIVATIONS, *NORMS]
     wanted: set[str] = set()
     for name in only:
         if name not in known and name not in FAMILIES:
-            raise ValueError(f"--only is {name}, expected some of {', '.join([*FAMILIES, *known])}")
+            raise ValueError(f"--only is {name}, expected some of {', '.join(dict.fromkeys([*FAMILIES, *known]))}")
         wanted.update(FAMILIES.get(name, (name,)))
     return [name for name in known if name in wanted]
 

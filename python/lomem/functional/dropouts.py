@@ -22,9 +22,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, saves: str 
         training: If false, or if ``p`` is 0, the result is ``input`` itself, as in torch.
         saves: ``"mask"``: 1 bit per element. The result equals ``F.dropout(input, p, training)`` bit for bit for the
             same state of torch's generator, which is left in the same state too. ``"seed"``: 8 bytes, from which the
-            backward pass draws the mask again. The seed is the next one of lomem's own stream, see
-            :mod:`lomem.random`: no generator of torch is advanced, and other elements are dropped than torch drops, the
-            same ones on every device.
+            backward pass draws the mask again. The seed is one number of torch's generator, so other elements are
+            dropped than torch drops; which ones follows from the seed alone, on every device.
 
     Returns:
         A tensor of the shape and dtype of ``input``, also under autocast. Gradients are exact, and can be

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import _C
 from .. import functional as F
 
 __all__ = ["Dropout"]
@@ -13,8 +12,6 @@ __all__ = ["Dropout"]
 
 class Dropout(nn.Dropout):
     """:class:`torch.nn.Dropout` that saves 1 bit per element, or a seed; see :func:`lomem.functional.dropout`.
-
-    Building a module that saves seeds restarts the stream of seeds, see :mod:`lomem.random`.
 
     Args:
         p: Probability of an element to be dropped, in [0, 1).
@@ -30,8 +27,6 @@ class Dropout(nn.Dropout):
             raise ValueError("lomem.nn.Dropout: inplace is True, expected False: the input is not overwritten")
         # Calling the op on the meta device checks the arguments here rather than in the first forward pass.
         F.dropout(torch.empty(2, device="meta"), p, saves=saves)
-        if saves == "seed":
-            _C.begin_random_stream()
         super().__init__(p)
         self.saves = saves
 

@@ -32,22 +32,22 @@ TEST(Dropout, DropsByMultiplication) {
   EXPECT_TRUE(std::isnan(lomem::scaled_if(false, std::nanf(""), 2.0f)));
 }
 
-TEST(Dropout, ThresholdsAreProbabilities) {
-  static_assert(lomem::dropout_threshold(0.0) == 0);
-  static_assert(lomem::dropout_threshold(0.5) == 0x80000000u);
-  static_assert(lomem::dropout_threshold(0.1) == 429496730u);
-  static_assert(lomem::dropout_threshold(1 - 0x1p-53) == 0xffffffffu);
-  static_assert(lomem::dropout_threshold(0x1p-33) == 1);
-  static_assert(lomem::dropout_threshold(0x1p-34) == 0);
+TEST(Dropout, BoundsAreProbabilities) {
+  static_assert(lomem::dropout_bound(0.0) == 0);
+  static_assert(lomem::dropout_bound(0.5) == 0x80000000u);
+  static_assert(lomem::dropout_bound(0.1) == 429496730u);
+  static_assert(lomem::dropout_bound(1 - 0x1p-53) == 0xffffffffu);
+  static_assert(lomem::dropout_bound(0x1p-33) == 1);
+  static_assert(lomem::dropout_bound(0x1p-34) == 0);
 }
 
 TEST(Dropout, TheMaskOfASeedHasAWordForEachElement) {
   for (const std::uint64_t seed : {std::uint64_t{0}, std::uint64_t{0x299f31d0a4093822}, ~std::uint64_t{0}}) {
-    for (const std::uint32_t threshold : {0u, 1u, 0x1999999au, 0x80000000u, 0xffffffffu}) {
+    for (const std::uint32_t bound : {0u, 1u, 0x1999999au, 0x80000000u, 0xffffffffu}) {
       for (const std::uint64_t group : {std::uint64_t{0}, std::uint64_t{3}, std::uint64_t{1} << 40}) {
-        const std::uint8_t mask = lomem::mask_of_seed(seed, group, threshold);
+        const std::uint8_t mask = lomem::mask_of_seed(seed, group, bound);
         for (std::uint64_t j = 0; j < 8; ++j) {
-          EXPECT_EQ((mask >> j & 1) != 0, lomem::philox_word(seed, 8 * group + j) >= threshold);
+          EXPECT_EQ((mask >> j & 1) != 0, lomem::philox_word(seed, 8 * group + j) >= bound);
         }
       }
     }

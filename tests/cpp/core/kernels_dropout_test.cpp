@@ -49,18 +49,17 @@ void check_seeded(
     const Table& table, const std::vector<T>& x, std::uint64_t seed, std::int64_t first, double p,
     std::size_t misalignment, bool stream) {
   const std::size_t n = x.size();
-  const std::uint32_t threshold = lomem::dropout_threshold(p);
+  const std::uint32_t bound = lomem::dropout_bound(p);
   const auto scale = lomem::dropout_scale<T>(p);
   std::vector<T> want(n);
   for (std::size_t i = 0; i < n; ++i) {
-    const bool kept = lomem::philox_word(seed, static_cast<std::uint64_t>(first) + i) >= threshold;
+    const bool kept = lomem::philox_word(seed, static_cast<std::uint64_t>(first) + i) >= bound;
     want[i] = lomem::scaled_if(kept, x[i], scale);
   }
   const AtPageEnd<T> input(x);
   Guarded<T> product(n, misalignment);
   table->seed_multiply(
-      Element<T>::dtype, input.data(), seed, first, threshold, scale, static_cast<std::int64_t>(n), product.data(),
-      stream);
+      Element<T>::dtype, input.data(), seed, first, bound, scale, static_cast<std::int64_t>(n), product.data(), stream);
   ASSERT_TRUE(same_bytes(product.values(), want)) << n << " elements of " << sizeof(T) << " bytes from " << first;
   product.expect_intact();
 }

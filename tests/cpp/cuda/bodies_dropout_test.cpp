@@ -45,12 +45,12 @@ TYPED_TEST(DropoutBodies, MultiplyByAMask) {
       bits[i] = static_cast<std::uint8_t>(i * 151 + 7);
     }
     const std::int64_t seed = n * 0x123456789abc - 5;
-    const std::uint32_t threshold = lomem::dropout_threshold(0.3);
+    const std::uint32_t bound = lomem::dropout_bound(0.3);
     for (int misaligned = -1; misaligned < 2; ++misaligned) {
       check<TypeParam>(
           n, StoredMask{bits.data()}, misaligned, [&](std::int64_t i) { return (bits[i / 8] >> (i % 8) & 1) != 0; });
-      check<TypeParam>(n, SeededMask{&seed, threshold}, misaligned, [&](std::int64_t i) {
-        return lomem::philox_word(static_cast<std::uint64_t>(seed), static_cast<std::uint64_t>(i)) >= threshold;
+      check<TypeParam>(n, SeededMask{&seed, bound}, misaligned, [&](std::int64_t i) {
+        return lomem::philox_word(static_cast<std::uint64_t>(seed), static_cast<std::uint64_t>(i)) >= bound;
       });
     }
   }

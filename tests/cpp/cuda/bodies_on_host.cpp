@@ -74,12 +74,12 @@ cudaError_t mask_multiply(
 }
 
 cudaError_t seed_multiply(
-    DType dtype, const void* x, const std::int64_t* seed, std::uint32_t threshold, double scale, std::int64_t n,
+    DType dtype, const void* x, const std::int64_t* seed, std::uint32_t bound, double scale, std::int64_t n,
     void* product, cudaStream_t /*stream*/) {
   return visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     return status(host.body(
-        MaskedMultiply(static_cast<const T*>(x), SeededMask{seed, threshold}, scale, n, static_cast<T*>(product))));
+        MaskedMultiply(static_cast<const T*>(x), SeededMask{seed, bound}, scale, n, static_cast<T*>(product))));
   });
 }
 

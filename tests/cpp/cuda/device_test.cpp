@@ -265,17 +265,17 @@ void check_dropout() {
       DeviceBuffer<T> seeded(n, misaligned == 2 ? 1 : 0);
       std::vector<T> want_masked(n), want_seeded(n);
       const double scale = 1 / 0.7;
-      const std::uint32_t threshold = lomem::dropout_threshold(0.3);
+      const std::uint32_t bound = lomem::dropout_bound(0.3);
       execute_on_host(MaskedMultiply(values.data(), StoredMask{bits.data()}, scale, n, want_masked.data()));
-      execute_on_host(MaskedMultiply(values.data(), SeededMask{seed.data(), threshold}, scale, n, want_seeded.data()));
+      execute_on_host(MaskedMultiply(values.data(), SeededMask{seed.data(), bound}, scale, n, want_seeded.data()));
       on_all_streams(
           [&](cudaStream_t stream) {
             const cudaError_t error =
                 mask_multiply(Element<T>::dtype, x.data(), mask.data(), scale, n, masked.data(), stream);
-            return error != cudaSuccess ? error
-                                        : seed_multiply(
-                                              Element<T>::dtype, x.data(), device_seed.data(), threshold, scale, n,
-                                              seeded.data(), stream);
+            return error != cudaSuccess
+                       ? error
+                       : seed_multiply(
+                             Element<T>::dtype, x.data(), device_seed.data(), bound, scale, n, seeded.data(), stream);
           },
           [&] {
             masked.poison();

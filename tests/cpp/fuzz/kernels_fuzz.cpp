@@ -478,11 +478,11 @@ void fuzz_dropout(Choices& choices) {
   const auto first = static_cast<std::int64_t>(8 * choices.number(60000));
   std::uint64_t seed = 0;
   std::memcpy(&seed, choices.bytes(sizeof(seed)).data(), sizeof(seed));
-  const std::uint32_t threshold = choices.byte() * 0x1010101u;
+  const std::uint32_t bound = choices.byte() * 0x1010101u;
   const Bytes x = choices.elements(dtype, n);
   Bytes mask = choices.bytes(lomem::packed_bytes(n, 1));
   for (std::size_t i = 0; seeded && i < mask.size(); ++i) {
-    mask[i] = lomem::mask_of_seed(seed, static_cast<std::uint64_t>(first) / 8 + i, threshold);
+    mask[i] = lomem::mask_of_seed(seed, static_cast<std::uint64_t>(first) / 8 + i, bound);
   }
   Bytes want;
   lomem::visit_dtype(dtype, [&](auto element) {
@@ -499,7 +499,7 @@ void fuzz_dropout(Choices& choices) {
     Memory result(x.size(), offset);
     if (seeded) {
       table.seed_multiply(
-          dtype, source.data(), seed, first, threshold, scale, static_cast<std::int64_t>(n), result.data(), stream);
+          dtype, source.data(), seed, first, bound, scale, static_cast<std::int64_t>(n), result.data(), stream);
     } else {
       table.mask_multiply(
           dtype, source.data(), static_cast<const std::uint8_t*>(bits.data()), scale, static_cast<std::int64_t>(n),

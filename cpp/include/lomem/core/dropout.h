@@ -31,24 +31,23 @@ LOMEM_HOST_DEVICE constexpr T scaled_if(bool kept, T x, compute_t<T> scale) {
 }
 
 /// Of a seed, an element is kept if its word of the stream is at least this: p * 2^32, rounded.
-LOMEM_HOST_DEVICE constexpr std::uint32_t dropout_threshold(double p) {
+LOMEM_HOST_DEVICE constexpr std::uint32_t dropout_bound(double p) {
   const double nearest = p * 0x1p32 + 0.5;
   return nearest < 0x1p32 ? static_cast<std::uint32_t>(nearest) : 0xffffffffu;
 }
 
-LOMEM_HOST_DEVICE constexpr bool is_kept(std::uint64_t word, std::uint32_t threshold) {
-  return static_cast<std::uint32_t>(word) >= threshold;
+LOMEM_HOST_DEVICE constexpr bool is_kept(std::uint64_t word, std::uint32_t bound) {
+  return static_cast<std::uint32_t>(word) >= bound;
 }
 
 /// The mask of a seed for the eight elements from number 8 * group on, counted in row-major order: word i of the stream
 /// is that of element i.
-LOMEM_HOST_DEVICE constexpr std::uint8_t mask_of_seed(
-    std::uint64_t seed, std::uint64_t group, std::uint32_t threshold) {
+LOMEM_HOST_DEVICE constexpr std::uint8_t mask_of_seed(std::uint64_t seed, std::uint64_t group, std::uint32_t bound) {
   unsigned mask = 0;
   for (int half = 0; half < 2; ++half) {
     const PhiloxBlock<std::uint64_t> block = philox_block(seed, 2 * group + static_cast<unsigned>(half));
-    const unsigned bits = (is_kept(block.first, threshold) ? 1u : 0u) | (is_kept(block.second, threshold) ? 2u : 0u) |
-                          (is_kept(block.third, threshold) ? 4u : 0u) | (is_kept(block.fourth, threshold) ? 8u : 0u);
+    const unsigned bits = (is_kept(block.first, bound) ? 1u : 0u) | (is_kept(block.second, bound) ? 2u : 0u) |
+                          (is_kept(block.third, bound) ? 4u : 0u) | (is_kept(block.fourth, bound) ? 8u : 0u);
     mask |= bits << (4 * half);
   }
   return static_cast<std::uint8_t>(mask);

@@ -23,10 +23,10 @@ struct StoredMask {
 /// The mask of a seed in device memory.
 struct SeededMask {
   const std::int64_t* seed;
-  std::uint32_t threshold;
+  std::uint32_t bound;
 
   LOMEM_HOST_DEVICE std::uint8_t at(std::int64_t unit) const {
-    return mask_of_seed(static_cast<std::uint64_t>(*seed), static_cast<std::uint64_t>(unit), threshold);
+    return mask_of_seed(static_cast<std::uint64_t>(*seed), static_cast<std::uint64_t>(unit), bound);
   }
 };
 

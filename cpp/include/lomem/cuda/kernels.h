@@ -52,7 +52,7 @@ LOMEM_API cudaError_t mask_multiply(
 
 /// The same with the mask of a seed in device memory (core/dropout.h).
 LOMEM_API cudaError_t seed_multiply(
-    DType dtype, const void* x, const std::int64_t* seed, std::uint32_t threshold, double scale, std::int64_t n,
+    DType dtype, const void* x, const std::int64_t* seed, std::uint32_t bound, double scale, std::int64_t n,
     void* product, cudaStream_t stream);
 
 /// output = activation(gate) * up, contiguous. The activation is rounded to the dtype before the product.

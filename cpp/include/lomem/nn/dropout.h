@@ -3,7 +3,6 @@
 
 #include <lomem/config.h>
 #include <lomem/ops/dropout.h>
-#include <lomem/ops/linear.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/pimpl.h>
 
@@ -22,15 +21,10 @@ struct DropoutOptions {
   TORCH_ARG(std::string, saves) = "mask";
 };
 
-/// lomem::dropout as a module, a replacement for torch::nn::Dropout; never in place. Constructing one that saves seeds
-/// restarts the stream of seeds, as nn::RandomizedLinear does.
+/// lomem::dropout as a module, a replacement for torch::nn::Dropout; never in place.
 class DropoutImpl : public torch::nn::Cloneable<DropoutImpl> {
  public:
-  explicit DropoutImpl(DropoutOptions options = {}) : options(std::move(options)) {
-    if (this->options.saves() == "seed") {
-      lomem::detail::begin_random_stream();
-    }
-  }
+  explicit DropoutImpl(DropoutOptions options = {}) : options(std::move(options)) {}
 
   void reset() override {}
   void pretty_print(std::ostream& stream) const override {

@@ -16,9 +16,9 @@ namespace lomem {
 /// state. float64, float32, bfloat16 or float16; 0 <= p < 1. Saved for backward is a mask of 1 bit per element. If
 /// `training` is false or p is 0, the result is `input` itself, as torch's. Gradients can be differentiated again.
 ///
-/// With `saves` = "seed", saved are 8 bytes: a seed, from which the backward pass draws the mask again. The seed is the
-/// next one of lomem's own stream (manual_seed in ops/linear.h); no generator of torch is advanced, and the elements
-/// that are dropped are others than torch's, the same on all devices.
+/// With `saves` = "seed", saved are 8 bytes: a seed, from which the backward pass draws the mask again. The seed comes
+/// from torch's generator, one number of which it takes, so other elements are dropped than torch drops. Which ones
+/// follows from the seed alone, on every device.
 LOMEM_API at::Tensor dropout(
     const at::Tensor& input, double p = 0.5, bool training = true, std::string_view saves = "mask");
 

@@ -57,12 +57,12 @@ struct WideProduct {
   }
 };
 
-/// A bit for each word that is at least `bound`.
-inline std::uint32_t at_least(const Words& x, std::uint32_t bound) {
+/// A bit for each word that is at least `least`.
+inline std::uint32_t at_least(const Words& x, std::uint32_t least) {
 #if defined(__AVX512F__)
-  return _mm512_cmpge_epu32_mask(bits_of<__m512i>(x), _mm512_set1_epi32(static_cast<int>(bound)));
+  return _mm512_cmpge_epu32_mask(bits_of<__m512i>(x), _mm512_set1_epi32(static_cast<int>(least)));
 #else
-  const auto above = x >= bound - Words{};
+  const auto above = x >= least - Words{};
 #if defined(__AVX2__)
   return static_cast<std::uint32_t>(_mm256_movemask_ps(bits_of<__m256>(above)));
 #elif defined(__SSE2__) && !defined(__AVX__)
@@ -92,8 +92,8 @@ inline std::uint32_t spread_pairs(std::uint32_t bits) {
 class SeededMask {
  public:
   /// `first`, a multiple of 8, is the number of element 0.
-  SeededMask(std::uint64_t seed, std::int64_t first, std::uint32_t threshold)
-      : seed_(seed), first_block_(static_cast<std::uint64_t>(first) / 4), threshold_(threshold) {
+  SeededMask(std::uint64_t seed, std::int64_t first, std::uint32_t bound)
+      : seed_(seed), first_block_(static_cast<std::uint64_t>(first) / 4), bound_(bound) {
     for (int lane = 0; lane < wide_lanes; ++lane) {
       offsets_[lane] = static_cast<std::uint64_t>(lane);
     }
@@ -114,12 +114,12 @@ class SeededMask {
   /// Of two words of each block, at the place of the first two.
   std::uint32_t kept(const WideWords& low, const WideWords& high) const {
     const WideWords both = (low & std::uint64_t{0xffffffff}) | high << 32;
-    return spread_pairs(at_least(bits_of<Words>(both), threshold_));
+    return spread_pairs(at_least(bits_of<Words>(both), bound_));
   }
 
   std::uint64_t seed_;
   std::uint64_t first_block_;
-  std::uint32_t threshold_;
+  std::uint32_t bound_;
   WideWords offsets_;
 };
 
@@ -192,12 +192,12 @@ void mask_multiply(
 }
 
 void seed_multiply(
-    DType dtype, const void* x, std::uint64_t seed, std::int64_t first, std::uint32_t threshold, double scale,
+    DType dtype, const void* x, std::uint64_t seed, std::int64_t first, std::uint32_t bound, double scale,
     std::int64_t n, void* product, bool stream) {
   visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     multiply_masked(
-        static_cast<const T*>(x), SeededMask(seed, first, threshold), static_cast<compute_t<T>>(scale), n,
+        static_cast<const T*>(x), SeededMask(seed, first, bound), static_cast<compute_t<T>>(scale), n,
         static_cast<T*>(product), stream);
   });
 }

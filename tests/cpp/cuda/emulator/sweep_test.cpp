@@ -287,7 +287,7 @@ void sweep_dropout(Random& random) {
   SCOPED_TRACE(name_of(dtype) + " " + std::to_string(n));
   const double scale = 1 + std::fabs(random.normal());
   const std::int64_t seed = random.below(1 << 30) * 0x123456789 - 12345;
-  const auto threshold = static_cast<std::uint32_t>(random.below(std::int64_t{1} << 32));
+  const auto bound = static_cast<std::uint32_t>(random.below(std::int64_t{1} << 32));
   std::vector<std::uint8_t> bits(n);
   for (std::uint8_t& bit : bits) {
     bit = static_cast<std::uint8_t>(random.below(2));
@@ -303,14 +303,14 @@ void sweep_dropout(Random& random) {
     DeviceArray product(dtype, n, random.one_in(3) ? random.below(8) : 0);
     ASSERT_EQ(
         seeded ? seed_multiply(
-                     dtype, x.data(), reinterpret_cast<const std::int64_t*>(seed_bytes.data()), threshold, scale, n,
+                     dtype, x.data(), reinterpret_cast<const std::int64_t*>(seed_bytes.data()), bound, scale, n,
                      product.data(), nullptr)
                : mask_multiply(dtype, x.data(), mask.data(), scale, n, product.data(), nullptr),
         cudaSuccess);
     product.read();
     for (std::int64_t i = 0; i < n; ++i) {
       const bool kept =
-          seeded ? lomem::philox_word(static_cast<std::uint64_t>(seed), static_cast<std::uint64_t>(i)) >= threshold
+          seeded ? lomem::philox_word(static_cast<std::uint64_t>(seed), static_cast<std::uint64_t>(i)) >= bound
                  : bits[i] != 0;
       // The scale is rounded to the type that computes, the product to it and to the dtype.
       const double want = kept ? x[i] * as_compared(dtype, scale) : 0;
