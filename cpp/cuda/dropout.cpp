@@ -1,5 +1,5 @@
 // Dropout on CUDA with a given mask or seed.
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty.h>
 #include <lomem/core/dropout.h>
 #include <torch/library.h>
 
@@ -21,7 +21,7 @@ at::Tensor dropout_apply_cuda(const at::Tensor& input, const at::Tensor& mask, d
   const CudaScope scope(input);
   const at::Tensor dense = input.contiguous();
   const at::Tensor packed = mask.contiguous();
-  at::Tensor output = at::empty_like(dense);
+  at::Tensor output = at::empty(dense.sizes(), dense.options());
   const cudaError_t error = cuda::mask_multiply(
       to_dtype(dense.scalar_type()), dense.const_data_ptr(), packed.const_data_ptr<uint8_t>(),
       dropout_scale_of(dense.scalar_type(), p), dense.numel(), output.mutable_data_ptr(), current_stream(dense));
@@ -34,7 +34,7 @@ at::Tensor seeded_dropout_apply_cuda(const at::Tensor& input, const at::Tensor& 
   check_seeded_dropout_apply(op, input, seed, p);
   const CudaScope scope(input);
   const at::Tensor dense = input.contiguous();
-  at::Tensor output = at::empty_like(dense);
+  at::Tensor output = at::empty(dense.sizes(), dense.options());
   const cudaError_t error = cuda::seed_multiply(
       to_dtype(dense.scalar_type()), dense.const_data_ptr(), seed.const_data_ptr<int64_t>(), dropout_bound(p),
       dropout_scale_of(dense.scalar_type(), p), dense.numel(), output.mutable_data_ptr(), current_stream(dense));
