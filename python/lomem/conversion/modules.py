@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -505,17 +506,31 @@ class MSNorm(Converted):
 
 
 class SharedInput(Converted):
-    """A linear layer that saves what its producer offers instead of its input."""
+    """A linear layer that saves what its producer offers instead of its input.
+
+    Attributes:
+        lomem_linear: What it computes.
+        lomem_fixed: The state with which it was recognized.
+        lomem_copies: Whether it makes copies again of tensors that nobody offered.
+    """
 
     lomem_prefix = "SharedInput"
-    lomem_attributes = ("lomem_linear", "lomem_fixed")
+    lomem_attributes = ("lomem_linear", "lomem_fixed", "lomem_copies")
     lomem_linear: LinearForm | None = None
     lomem_fixed: Fixed = ()
+    lomem_copies: bool = False
 
     @staticmethod
-    def attributes(module: nn.Module, form: LinearForm) -> dict[str, Any]:
+    def attributes(module: nn.Module, form: LinearForm, *, copies: bool = False) -> dict[str, Any]:
         """The mixin's attributes for a module to be converted."""
-        return {"lomem_linear": form, "lomem_fixed": fixed(module)}
+        return {"lomem_linear": form, "lomem_fixed": fixed(module), "lomem_copies": copies}
+
+    @classmethod
+    def combined(
+        cls, attributes: Mapping[str, Any], others: Mapping[str, Any]
+    ) -> tuple[type[Converted], Mapping[str, Any]]:
+        """Makes copies again if either says so."""
+        return cls, {**attributes, "lomem_copies": attributes["lomem_copies"] or others["lomem_copies"]}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same result as the original."""
@@ -529,6 +544,8 @@ class SharedInput(Converted):
         weight = getattr(self, form.weight)
         bias = getattr(self, form.bias) if form.bias is not None else None
         kept, made = taken
+        if made.weak and not self.lomem_copies:
+            return super().forward(*args, **kwargs)  # it may be changed in place, or nobody else may save it
         device = x.device.type
         low = None if x.dtype == torch.float64 else autocast_dtype(device)
         dtype = low or x.dtype

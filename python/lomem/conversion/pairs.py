@@ -321,7 +321,8 @@ def _drop(x: Tensor, p: float, takers: int) -> Tensor:
         kept, made = found
         rebuild = _Replayed(made.rebuild, len(kept), lambda x, mask: torch.ops.lomem.dropout_apply(x, mask, p))
         offer(result, (*kept, mask), rebuild, takers, differentiable=made.differentiable, weak=made.weak)
-        hold(result, (mask,))  # if x needs no gradient, nobody saves it
+        # If x needs no gradient, nobody saves the mask. And a producer of x may save the storage, not the tensor.
+        hold(result, (mask, *(t for t in kept if t is x)))
     return result  # type: ignore[no-any-return]
 
 
@@ -357,12 +358,15 @@ class _Pairs(Redirect):
         bits: Number of bits that calls of GELU and SiLU save per element; None to have them offer their input.
         criterion: What their step functions are fitted to.
         takers: Number of linear layers expected to take a result.
+        activations: Whether calls of GELU and SiLU are replaced.
         dropouts: Whether dropouts save a bit per element.
     """
 
-    def __init__(self, bits: int | None, criterion: Criterion, takers: int, dropouts: bool) -> None:
+    def __init__(
+        self, bits: int | None, criterion: Criterion, takers: int, *, activations: bool, dropouts: bool
+    ) -> None:
         super().__init__(bits or 2, criterion)
-        self.exact, self.takers, self.dropouts = bits is None, takers, dropouts
+        self.exact, self.takers, self.activations, self.dropouts = bits is None, takers, activations, dropouts
         #: Under a compiler: the results of activations, with their inputs and names.
         self.activated: list[tuple[Tensor, Tensor, str]] = []
 
@@ -370,6 +374,8 @@ class _Pairs(Redirect):
         kwargs = kwargs or {}
         call = as_activation(func, args, kwargs)
         if call is not None:
+            if not self.activations:
+                return func(*args, **kwargs)
             if not self.exact:
                 return super().__torch_function__(func, types, args, kwargs)
             return self._activation(call, func, args, kwargs)
@@ -485,23 +491,31 @@ class PairCalls(StepCalls):
     Attributes:
         lomem_bits: Number of bits per element that its calls of GELU and SiLU save; None has them offer their input.
         lomem_takers: Maximum number of linear layers called with one result.
+        lomem_activations: Whether its calls of GELU and SiLU are replaced.
         lomem_dropouts: Whether its calls of dropout save a bit per element.
     """
 
     lomem_prefix = "Pair"
-    lomem_attributes = ("lomem_bits", "lomem_criterion", "lomem_takers", "lomem_dropouts")
+    lomem_attributes = ("lomem_bits", "lomem_criterion", "lomem_takers", "lomem_activations", "lomem_dropouts")
     lomem_takers: int = 1
+    lomem_activations: bool = True
     lomem_dropouts: bool = False
 
     @staticmethod
     def attributes(
-        bits: int | None = None, criterion: Criterion | None = None, takers: int = 1, *, dropouts: bool = False
+        bits: int | None = None,
+        criterion: Criterion | None = None,
+        takers: int = 1,
+        *,
+        activations: bool = False,
+        dropouts: bool = False,
     ) -> dict[str, Any]:
         """The mixin's attributes for a module to be converted."""
         return {
             "lomem_bits": bits,
             "lomem_criterion": criterion or FewBit.lomem_criterion,
             "lomem_takers": takers,
+            "lomem_activations": activations,
             "lomem_dropouts": dropouts,
         }
 
@@ -512,13 +526,18 @@ class PairCalls(StepCalls):
         """Calls save few bits if either says so."""
         few = attributes if attributes["lomem_bits"] is not None else others
         takers = max(attributes.get("lomem_takers", 1), others.get("lomem_takers", 1))
-        dropouts = attributes.get("lomem_dropouts", False) or others.get("lomem_dropouts", False)
-        return cls, cls.attributes(few["lomem_bits"], few["lomem_criterion"], takers, dropouts=dropouts)
+        # Those of StepCalls, which have no such attribute, replace calls of activations.
+        options = {
+            "activations": attributes.get("lomem_activations", True) or others.get("lomem_activations", True),
+            "dropouts": attributes.get("lomem_dropouts", False) or others.get("lomem_dropouts", False),
+        }
+        return cls, cls.attributes(few["lomem_bits"], few["lomem_criterion"], takers, **options)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same result as the original."""
         passed = not torch.compiler.is_exporting() and may_redirect()
-        mode = _Pairs(self.lomem_bits, self.lomem_criterion, self.lomem_takers, self.lomem_dropouts)
+        options = {"activations": self.lomem_activations, "dropouts": self.lomem_dropouts}
+        mode = _Pairs(self.lomem_bits, self.lomem_criterion, self.lomem_takers, **options)
         with mode if passed else contextlib.nullcontext():
             return super(StepCalls, self).forward(*args, **kwargs)
 

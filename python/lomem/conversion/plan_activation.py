@@ -160,7 +160,7 @@ def _plan_calls(
         return c
     if wishes.pairs and not any(call.inplace for call in calls):
         chain = follow(finder, ((call.result_id, call.result) for call in calls), known, saved=False)
-        options = PairCalls.attributes(None, criterion, max(chain.takers, 1))
+        options = PairCalls.attributes(None, criterion, max(chain.takers, 1), activations=True)
         if _pair(c, finder, chain, set(), {name: (PairCalls, options)}, exact=wishes.exact):
             return c
     if wishes.exact:

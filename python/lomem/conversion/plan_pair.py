@@ -29,6 +29,7 @@ class Chain:
         takers: Maximum number of linear layers called with one result.
         taken: Identities of the linear layers' inputs.
         added: Bytes of small operands that are saved in addition.
+        copies: Whether it starts from tensors that nobody offers.
     """
 
     steps: list[StepCall] = field(default_factory=list)
@@ -37,6 +38,7 @@ class Chain:
     takers: int = 0
     taken: set[int] = field(default_factory=set)
     added: int = 0
+    copies: bool = False
 
     @property
     def dropouts(self) -> set[str]:
@@ -72,7 +74,7 @@ class Chain:
         for name in self.linears:
             form = finder.linear(name)
             assert form is not None
-            result[name] = SharedInput, SharedInput.attributes(finder.modules[name], form)
+            result[name] = SharedInput, SharedInput.attributes(finder.modules[name], form, copies=self.copies)
         return result
 
 
@@ -92,9 +94,9 @@ def follow(
         known: Whether a module is a norm or an activation, or excluded: it takes no part.
         saved: Whether the sources themselves are saved anyway. Then neither linear layers that take them directly nor
             products of them gain anything.
-        copies: Whether to follow only casts and dropouts.
+        copies: Whether to follow only casts and dropouts, of tensors that nobody offers.
     """
-    flow, ledger, chain = finder.flows[0], finder.ledger, Chain()
+    flow, ledger, chain = finder.flows[0], finder.ledger, Chain(copies=copies)
     changed = {storage for op in flow.recorder.ops for storage in op.written}
     rebuilt: dict[int, Storage] = {i: s for i, s in sources if s is not None and s not in changed}
     first = set(rebuilt)
@@ -104,7 +106,7 @@ def follow(
         assert step.result is not None
         if copies and step.kind not in UNARY:
             continue
-        if step.kind is StepKind.CAST and step.result in flow.escaped:
+        if step.kind in UNARY and step.result in flow.escaped:
             continue
         rebuilt[step.result_id] = step.result
         chain.steps.append(step)
