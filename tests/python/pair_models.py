@@ -88,11 +88,11 @@ MODELS = {
     "mixtral": Model(
         _text("Mixtral", "ForCausalLM", **DECODER, num_local_experts=4, experts_implementation="eager"), language
     ),
-    "electra": Model(_text("Electra", "ForSequenceClassification", **TEXT, embedding_size=32), classes),
+    "electra": Model(_text("Electra", "ForSequenceClassification", **TEXT, embedding_size=32), classes, 3),
     "albert": Model(_text("Albert", "ForSequenceClassification", **TEXT, embedding_size=16), classes, 1),
     "mpnet": Model(_text("MPNet", "ForSequenceClassification", **WIDE), classes),
-    "roformer": Model(_text("RoFormer", "ForSequenceClassification", **TEXT, embedding_size=32), classes),
-    "convbert": Model(_text("ConvBert", "ForSequenceClassification", **TEXT, embedding_size=32), classes),
+    "roformer": Model(_text("RoFormer", "ForSequenceClassification", **TEXT, embedding_size=32), classes, 3),
+    "convbert": Model(_text("ConvBert", "ForSequenceClassification", **TEXT, embedding_size=32), classes, 3),
     # Its GELU is not a single op, and of a wider dtype.
     "esm": Model(
         _text("Esm", "ForSequenceClassification", **WIDE, pad_token_id=0, mask_token_id=3, token_dropout=False),
@@ -103,7 +103,6 @@ MODELS = {
     "xlnet": Model(
         _text("XLNet", "ForSequenceClassification", vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=64),
         classes,
-        0,
     ),
     "bart": Model(_text("Bart", "ForConditionalGeneration", **SEQUENCES), sequences),
     "blenderbot": Model(_text("Blenderbot", "ForConditionalGeneration", **SEQUENCES), sequences),

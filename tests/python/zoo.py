@@ -100,13 +100,13 @@ ZOO = {
     ),
     "gpt_neox": Entry(lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**TEXT)), language, 2, 5),
     # The embeddings' norm is followed by a dropout, which saves no input.
-    "bert": Entry(lambda: tf.BertForSequenceClassification(tf.BertConfig(**TEXT)), classes, 2, 4),
+    "bert": Entry(lambda: tf.BertForSequenceClassification(tf.BertConfig(**TEXT)), classes, 2, 5),
     # The classifier also comes after a dropout.
     "roberta": Entry(
         lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**TEXT | {"max_position_embeddings": 80})),
         classes,
         2,
-        3,
+        4,
     ),
     "distilbert": Entry(
         lambda: tf.DistilBertForSequenceClassification(
@@ -114,7 +114,7 @@ ZOO = {
         ),
         classes,
         2,
-        4,
+        5,
     ),
     "vit": Entry(lambda: tf.ViTForImageClassification(tf.ViTConfig(**IMAGE)), images, 2, 5),
     "deit": Entry(lambda: tf.DeiTForImageClassification(tf.DeiTConfig(**IMAGE)), images, 2, 5),

@@ -107,6 +107,7 @@ class StepCall:
         result_id: Identity of the result.
         end: Number of ops recorded when it returned.
         saved: Positions of what autograd saved during the call.
+        whole: Whether the operand is all that its storage holds.
     """
 
     kind: StepKind
@@ -119,6 +120,7 @@ class StepCall:
     result_id: int
     end: int
     saved: range
+    whole: bool
 
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
@@ -174,7 +176,7 @@ class _Calls(TorchFunctionMode):
     def _step(self, step: Step, result: Tensor, saved: range) -> None:
         for i, operand in enumerate(step.operands):
             # A copy of any tensor may be made again.
-            followed = id(operand) in self.followed or (step.kind in UNARY and _is_whole(operand))
+            followed = id(operand) in self.followed or step.kind in UNARY
             if followed and result is not operand and step.passes_on(i):
                 self.kept.append(operand)
                 others = [t for j, t in enumerate(step.operands) if j != i]
@@ -186,7 +188,9 @@ class _Calls(TorchFunctionMode):
                 storages = self._storage(operand), self._storage(result)
                 recorder = self.flow.recorder
                 of = step.kind, recorder.module, id(operand), storages[0], gated, small, storages[1]
-                self.flow.steps.append(StepCall(*of, self._follow(result), len(recorder.ops), saved))
+                self.flow.steps.append(
+                    StepCall(*of, self._follow(result), len(recorder.ops), saved, _is_whole(operand))
+                )
                 return
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -32,7 +32,8 @@ def plan_dropouts(finder: Finder) -> list[Candidate]:
         # What it saves besides its operand.
         saved = finder.ledger.saved
         c.own = {i for step in mine for i in finder.ledger.within([step.saved]) if saved[i].storage is not step.operand}
-        c.added = sum(step.small for step in mine)
+        # One that needs no gradient saves no mask, unless a linear layer does.
+        c.added = sum(step.small for step in mine if finder.ledger.within([step.saved]))
         problem = ways_of_its_own(module)
         if problem is not None:
             c.leave(problem)
@@ -54,7 +55,7 @@ def plan_copies(finder: Finder, claimed: Collection[str], known: Callable[[str],
     steps = [s for s in finder.flows[0].steps if s.kind in UNARY and may_follow(finder, s, known)]
     results = {step.result_id for step in steps}
     # Parameters, and inputs that a program fills again for the next batch, are changed in place.
-    outer = {s.operand_id: s.operand for s in steps if s.operand is not None and s.operand.label is None}
+    outer = {s.operand_id: s.operand for s in steps if s.whole and s.operand is not None and s.operand.label is None}
     roots = {i: storage for i, storage in outer.items() if i not in results}
     found = []
     for group in _groups(finder, roots, known):

@@ -128,7 +128,8 @@ def follow(
     chain.takers = max(takers.values(), default=0)
     chain.taken = set(takers)
     chain.steps = _needed(chain.steps, chain.taken)
-    chain.added = sum(step.small for step in chain.steps if step.kind is not StepKind.DROPOUT)
+    # The mask of a dropout that needs a gradient is saved by itself.
+    chain.added = sum(s.small for s in chain.steps if s.kind is not StepKind.DROPOUT or not ledger.within([s.saved]))
     return chain
 
 
