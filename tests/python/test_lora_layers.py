@@ -471,6 +471,48 @@ def test_parts_of_tensors(kind):
     assert_same(plain, model, x)
 
 
+def test_a_layer_that_rebuilds_its_input_takes_an_unplanned_copy():
+    # The layer is converted for the activation before it. The cast is not planned, since its source is changed later.
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.stem, self.layer = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+
+        def forward(self, x):
+            y = self.layer(nn.functional.gelu(self.up(x)))
+            h = self.stem(x)
+            y = y + self.layer(h.to(torch.float32, copy=True))
+            h.add_(1)
+            return y
+
+    torch.manual_seed(0)
+    plain, x = Net(), batch()
+    model = copy.deepcopy(plain)
+    assert lomem.convert(model, x, bits=16).converted
+    assert_same(plain, model, x)
+
+
+def test_hooks_that_a_first_run_adds_are_added_once():
+    # As transformers' models do that return hidden states.
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.seen = Ungated(), []
+
+        def forward(self, x):
+            if not hasattr(self, "installed"):
+                self.installed = True
+                self.body.register_forward_hook(lambda module, args, result: self.seen.append(result.detach()))
+            self.seen.clear()
+            return self.body(x)
+
+    model, x = Hooked(), batch()
+    lomem.convert(model, x)
+    assert not model.body._forward_hooks
+    model(x)
+    assert len(model.seen) == 1
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers(reentrant):
     class Checkpointed(Stack):
