@@ -131,8 +131,10 @@ def test_the_papers_table(monkeypatch, tmp_path, capsys):
     for reports in (full, lora, four_bit):
         saved = {method: report["saved_bytes"] for method, report in reports.items()}
         gains = [saved["plain"] - saved[method] for method in ("activations", "norms", "lomem")]
-        # The parts add up, and dropouts come on top.
-        assert gains[2] >= gains[0] + gains[1] > gains[0] > 0
+        # The parts add up; of the model with dropout, this and copies for adapters come on top.
+        assert gains[2] > gains[0] + gains[1] if reports is lora else gains[2] == gains[0] + gains[1]
+        assert gains[0] > 0
+        assert gains[1] > 0
     # One cast in place of three is part of what the norms gain.
     assert full["norms"]["saved_bytes"] < full["one-cast"]["saved_bytes"] < full["plain"]["saved_bytes"]
     assert lora["no peft cast"]["saved_bytes"] < lora["lomem"]["saved_bytes"]

@@ -19,8 +19,8 @@ Three rules make it correct:
 - **Lifetimes.** Without hooks, autograd saves the producer's tensors themselves, and an offer holds weak references to
   them. With hooks, autograd may save something else, or nothing. An offer then holds strong references until the last
   of the linear layers seen in the example run takes them, or until a converted module runs under other hooks, which
-  means that the region is over. Only tensors that nobody offered, and whose copies are to be made again, are never kept
-  alive: the linear layer takes a copy while its caller still has the original.
+  means that the region is over. Offers of copies of tensors that nobody offered hold weak references even then: a cast
+  would otherwise keep its operand alive as long as its result.
 - **Versions.** An offer is void once the result, or a tensor that it is recomputed from, has been changed in place.
 
 Offers are passed on: a cheap op on an offered tensor (a product, a sum, a cast) offers its own result, to be recomputed
@@ -52,6 +52,7 @@ __all__ = [
     "hold",
     "in_a_region",
     "is_offered",
+    "is_whole",
     "itself",
     "linear_of_offered",
     "offer",
@@ -282,12 +283,16 @@ def peek(result: Tensor, *, copies: bool = False) -> tuple[tuple[Tensor | None, 
     if made is not None and not (copies or (made.differentiable and not made.weak)):
         made = None
     tensors = None if made is None else made.tensors()
-    # A part of a larger tensor would keep all of it alive.
-    if copies and tensors is None and result.untyped_storage().nbytes() <= result.numel() * result.element_size():
+    if copies and tensors is None and is_whole(result):
         made, tensors = _of_itself(result, hooks, weak=True), ()
     if made is None or tensors is None or not _share(hooks):
         return None
     return tensors or (result,), made
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is all that its storage holds. Saving a part of a larger one would keep all of it alive."""
+    return tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
 
 
 def is_offered(result: Tensor) -> bool:

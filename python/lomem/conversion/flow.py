@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .._trace.batch import Batch
+from .._trace.handover import is_whole
 from .._trace.hooks import hook_after, hook_before
 from .._trace.keeps import COPIES
 from .._trace.recorder import Op, Recorder, Storage
@@ -133,11 +134,6 @@ def _names_dtype(func: Any, args: Any, kwargs: Any) -> bool:
     return func is not Tensor.to or any(isinstance(value, torch.dtype | Tensor) for value in values)
 
 
-def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor is all that its storage holds."""
-    return tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
-
-
 def _address(tensor: Tensor) -> int | None:
     # The address of the storage object, which is the recorder's key.
     if tensor.layout != torch.strided or tensor.is_nested or torch._C._are_functorch_transforms_active():
@@ -188,9 +184,7 @@ class _Calls(TorchFunctionMode):
                 storages = self._storage(operand), self._storage(result)
                 recorder = self.flow.recorder
                 of = step.kind, recorder.module, id(operand), storages[0], gated, small, storages[1]
-                self.flow.steps.append(
-                    StepCall(*of, self._follow(result), len(recorder.ops), saved, _is_whole(operand))
-                )
+                self.flow.steps.append(StepCall(*of, self._follow(result), len(recorder.ops), saved, is_whole(operand)))
                 return
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
