@@ -10,6 +10,10 @@
 
 namespace lomem {
 
+at::Tensor draw_seed(const at::Tensor& like) {
+  return detail::ops::draw_seed(like);
+}
+
 at::Tensor randomized_linear(
     const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const RandomizedLinearArgs& args) {

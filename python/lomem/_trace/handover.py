@@ -79,6 +79,7 @@ class Offer:
             they are constants of the graph, and second derivatives would be wrong.
         activation: Name of the activation, if the result is that of the only saved tensor.
         weak: Whether it never holds strong references.
+        grouped: Whether tensors come back from groups (:mod:`lomem._trace.groups`), not exactly.
         held: Tensors kept alive with the offer, see :func:`hold`.
     """
 
@@ -93,9 +94,10 @@ class Offer:
         differentiable: bool = False,
         activation: str | None = None,
         weak: bool = False,
+        grouped: bool = False,
     ) -> None:
         self.rebuild, self.version, self.hooks, self.takers = rebuild, version, hooks, takers
-        self.differentiable, self.activation = differentiable, activation
+        self.differentiable, self.activation, self.grouped = differentiable, activation, grouped
         self.held: tuple[Tensor, ...] = ()
         self.weak = weak
         self._weak = hooks is None or weak
@@ -165,6 +167,7 @@ def offer(
     differentiable: bool = False,
     activation: str | None = None,
     weak: bool = False,
+    grouped: bool = False,
 ) -> None:
     """Offers what a producer saves to the linear layers that are called with its result.
 
@@ -176,6 +179,7 @@ def offer(
         differentiable: Whether gradients flow through ``kept``, see :class:`Offer`.
         activation: Name of the activation, see :class:`Offer`.
         weak: Whether ``kept`` is not kept alive, see :class:`Offer`.
+        grouped: Whether ``rebuild`` brings tensors back from groups, see :class:`Offer`.
     """
     if is_compiling():
         return
@@ -183,7 +187,7 @@ def offer(
     _end_others(hooks)
     if takers == 0:
         return
-    options: Any = {"differentiable": differentiable, "activation": activation, "weak": weak}
+    options: Any = {"differentiable": differentiable, "activation": activation, "weak": weak, "grouped": grouped}
     made = Offer(kept, rebuild, result._version, hooks, takers, **options)
     _offers[result] = made
     if hooks is not None and not weak:
@@ -269,7 +273,8 @@ def peek(result: Tensor, *, copies: bool = False) -> tuple[tuple[Tensor | None, 
 
     A norm's copies and normalized inputs, which a linear layer takes, are only passed on to copies for linear layers:
     other ops would be computed with another rounding, and would have no second derivative. Nor are copies of tensors
-    that nobody offered: an op that saves its own copy must not save the original, which may be changed in place.
+    that nobody offered: an op that saves its own copy must not save the original, which may be changed in place. What
+    comes back from groups is rounded anyway, and is passed on to all.
 
     Args:
         result: The result.
@@ -280,12 +285,13 @@ def peek(result: Tensor, *, copies: bool = False) -> tuple[tuple[Tensor | None, 
     made: Offer | None = _offers.get(result)
     if made is not None and (made.version != result._version or made.hooks is not hooks):
         made = None
-    if made is not None and not (copies or (made.differentiable and not made.weak)):
+    if made is not None and not (copies or made.grouped or (made.differentiable and not made.weak)):
         made = None
     tensors = None if made is None else made.tensors()
     if copies and tensors is None and is_whole(result):
         made, tensors = _of_itself(result, hooks, weak=True), ()
-    if made is None or tensors is None or not _share(hooks):
+    # Several copies of what is in groups are still smaller than the result.
+    if made is None or tensors is None or not (made.grouped or _share(hooks)):
         return None
     return tensors or (result,), made
 

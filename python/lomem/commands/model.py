@@ -44,6 +44,9 @@ METHODS = {
     "norms": "+ norms",
     "lomem": "both",
     "exact": "only exact (bits=16)",
+    "8bit-pairs": "8 bits, norms exact",
+    "8bit": "8 bits (bits=8)",
+    "4bit": "4 bits (bits=4)",
     "gated-mlp": "gate and up saved, product rebuilt",
     "one-cast": "norms cast once",
     "checkpoint": "checkpointing",
@@ -54,6 +57,9 @@ _CONVERSIONS: dict[str, dict[str, Any]] = {
     "norms": {"activations": "keep", "dropouts": "keep"},
     "lomem": {},
     "exact": {"bits": 16},
+    "8bit-pairs": {"bits": 8, "norms": "auto"},
+    "8bit": {"bits": 8},
+    "4bit": {"bits": 4},
     "lomem+checkpoint": {},
 }
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .. import _C
 from .._trace.batch import as_batch
 from .check import Outputs, verify
 from .exchange import exchange_all, give_all_back, give_back, is_converted, original_class, wrapped_since
@@ -31,9 +32,9 @@ def convert(
     example_inputs: Any = None,
     *,
     bits: int | None = None,
-    activations: str = "2bit",
-    norms: str = "auto",
-    pairs: str = "auto",
+    activations: str | None = None,
+    norms: str | None = None,
+    pairs: str | None = None,
     dropouts: str = "auto",
     criterion: str = "derivative",
     exclude: Iterable[str] = (),
@@ -77,11 +78,17 @@ def convert(
         example_inputs: A small batch of the kind that the model is trained with: a tensor, a tuple of arguments or a
             dict of keyword arguments. Without it, norms are left unconverted and there are no pairs, since consumers
             are unknown.
-        bits: 16 allows only what is exact: pairs and norms, but no step functions. None allows both.
-        activations: ``"1bit"``, ``"2bit"``, ... or ``"8bit"``; ``"keep"`` converts none.
-        norms: ``"auto"``; ``"keep"`` converts none.
-        pairs: ``"auto"``; with ``"keep"``, no linear layer rebuilds the result of an activation, a product, a cast or a
-            dropout.
+        bits: One dial for the next three options. 16 allows only what is exact: pairs and norms, but no step functions.
+            8, 4 and 2 stand for that many bits for activations, and for 8, 4 and 4 bits for pairs and norms. None, the
+            default, stands for exact pairs and norms, and 2 bits for activations.
+        activations: ``"1bit"``, ``"2bit"``, ... or ``"8bit"``, where no linear layer saves the result; ``"keep"``
+            converts none. None, as for the next two, leaves it to ``bits``.
+        norms: ``"auto"``; ``"8bit"`` or ``"4bit"`` has norms whose output only linear layers save keep their normalized
+            input in groups (:func:`lomem.functional.quantize_groups`), from which these layers rebuild their input;
+            ``"keep"`` converts none.
+        pairs: ``"auto"``; ``"8bit"`` or ``"4bit"`` has pairs keep what they start from in groups, an activation's input
+            or gate and up; with ``"keep"``, no linear layer rebuilds the result of an activation, a product, a cast or
+            a dropout.
         dropouts: ``"auto"``; ``"keep"`` converts none.
         criterion: Which step functions the activations use: those fitted to the ``"derivative"`` or to the
             ``"primitive"``, as in :func:`lomem.functional.gelu`, or the 2-bit ones published in the ``"paper"``.
@@ -120,6 +127,8 @@ def convert(
             f"lomem.convert: found nothing to convert in {type(model).__name__}: {reasons or kinds}"
         )
     before = Outputs(model, inputs) if check and inputs is not None and not _is_fake(model) else None
+    if wishes.pair_groups is not None or wishes.norm_groups is not None:
+        _C.begin_random_stream()  # so that a program that sets torch's seed draws the same seeds each time
     try:
         exchange_all(modules, [c.changes for c in chosen])
         if inputs is None:
@@ -169,6 +178,9 @@ def restore(model: nn.Module) -> int:
 
 
 _BITS = {f"{bits}bit": bits for bits in range(1, 9)}
+_GROUPS = {"8bit": 8, "4bit": 4}
+#: What the dial stands for: activations, and both norms and pairs.
+_DIAL = {None: ("2bit", "auto"), 16: ("2bit", "auto"), 8: ("8bit", "8bit"), 4: ("4bit", "4bit"), 2: ("2bit", "4bit")}
 
 
 def _wishes(
@@ -185,15 +197,22 @@ def _wishes(
     """Checks the arguments."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"lomem.convert: model is a {type(model).__name__}, expected a torch.nn.Module")
+    if isinstance(bits, bool) or not (bits is None or isinstance(bits, int)) or bits not in _DIAL:
+        raise ValueError(f"lomem.convert: bits is {bits!r}, expected 16, 8, 4, 2 or None")
+    few_bits, groups = _DIAL[bits]
+    activations = few_bits if activations is None else activations
+    norms, pairs = (groups if value is None else value for value in (norms, pairs))
     if activations not in (*_BITS, KEEP):
         raise ValueError(
             f"lomem.convert: activations is {activations!r}, expected '1bit', '2bit', ... '8bit' or 'keep'"
         )
-    if not (bits is None or (isinstance(bits, int) and bits == 16)):
-        raise ValueError(f"lomem.convert: bits is {bits!r}, expected 16 or None")
-    for name, value in (("norms", norms), ("pairs", pairs), ("dropouts", dropouts)):
-        if value not in [*Auto]:
-            raise ValueError(f"lomem.convert: {name} is {value!r}, expected 'auto' or 'keep'")
+    for name, value in (("norms", norms), ("pairs", pairs)):
+        if value not in [*Auto, *_GROUPS]:
+            raise ValueError(f"lomem.convert: {name} is {value!r}, expected 'auto', '8bit', '4bit' or 'keep'")
+        if bits == 16 and value in _GROUPS:
+            raise ValueError(f"lomem.convert: {name} is {value!r}, expected 'auto' or 'keep' with bits=16")
+    if dropouts not in [*Auto]:
+        raise ValueError(f"lomem.convert: dropouts is {dropouts!r}, expected 'auto' or 'keep'")
     if criterion not in [*Criterion]:
         raise ValueError(f"lomem.convert: criterion is {criterion!r}, expected 'derivative', 'primitive' or 'paper'")
     if not (tolerance is None or (isinstance(tolerance, int | float) and tolerance >= 0)):
@@ -214,9 +233,17 @@ def _wishes(
             f"lomem.convert: {converted} modules of {type(model).__name__} are already converted, expected a plain "
             "model: call lomem.restore first"
         )
-    autos = {"norms": norms, "pairs": pairs, "dropouts": dropouts}
-    options = {name: value == Auto.AUTO for name, value in autos.items()} | {"exact": bits == 16}
-    return Wishes(few, Criterion(criterion), **options, exclude=tuple(_patterns(model, exclude)))
+    return Wishes(
+        few,
+        Criterion(criterion),
+        norms=norms != KEEP,
+        pairs=pairs != KEEP,
+        dropouts=dropouts != KEEP,
+        exact=bits == 16,
+        exclude=tuple(_patterns(model, exclude)),
+        pair_groups=_GROUPS.get(pairs),
+        norm_groups=_GROUPS.get(norms),
+    )
 
 
 def _patterns(model: nn.Module, exclude: Any) -> list[str]:

@@ -48,11 +48,18 @@ class Action(Text):
     SIX_BITS = "6bit"
     SEVEN_BITS = "7bit"
     EIGHT_BITS = "8bit"
+    FOUR_BIT_GROUPS = "4bit groups"
+    EIGHT_BIT_GROUPS = "8bit groups"
 
     @classmethod
     def of_bits(cls, bits: int) -> Action:
         """The action for an activation that saves this many bits per element."""
         return cls(f"{bits}bit")
+
+    @classmethod
+    def of_groups(cls, bits: int) -> Action:
+        """The action for what is kept in groups, with this many bits per element."""
+        return cls(f"{bits}bit groups")
 
 
 class Function(Text):
@@ -104,6 +111,9 @@ class Wishes:
         dropouts: Whether dropouts are converted.
         exact: Whether only exact conversions are made.
         exclude: Name patterns of modules that are not converted.
+        pair_groups: Bits per element, in groups, in which pairs keep what they start from; None to keep it as it is.
+        norm_groups: Bits per element, in groups, in which norms save their normalized input; None to save what linear
+            layers save anyway.
     """
 
     bits: int | None
@@ -113,6 +123,8 @@ class Wishes:
     dropouts: bool
     exact: bool
     exclude: tuple[str, ...]
+    pair_groups: int | None = None
+    norm_groups: int | None = None
 
     def keeps(self, kind: Kind) -> bool:
         """Whether conversion of a kind is turned off."""

@@ -114,6 +114,10 @@ class Ledger:
         """The positions of some storages."""
         return {i for storage in storages for i in self.positions.get(storage, ())}
 
+    def freed(self, drops: set[int]) -> int:
+        """Bytes that are no longer saved if nothing at some positions is."""
+        return sum(s.nbytes for s in self.storages(drops) if drops.issuperset(self.positions[s]))
+
     def storages(self, positions: Iterable[int]) -> set[Storage]:
         """The storages at some positions."""
         return {self.saved[i].storage for i in positions}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import functional as LF
 from .._trace.autocast import autocast_dtype, autocast_to
+from .._trace.groups import FromGroups, Load, can_store, store
 from .._trace.handover import current_hooks, in_a_region, itself, linear_of_offered, offer, offer_itself, take
 from ..functional.norms import LAYER_NORM, RMS_NORM, NormOps
 from ..steps import StepFunction
@@ -310,6 +311,8 @@ class NormPlan:
             inverted, or under autocast if some consumers need full precision.
         takers: Maximum number of linear layers called with one result.
         chained: Whether cheap ops between the norm and linear layers pass its output on.
+        storage: Number of bits per element in which the normalized input is saved, from which linear layers rebuild
+            their input; None for none of the kind.
     """
 
     form: NormForm
@@ -318,6 +321,7 @@ class NormPlan:
     shared: bool
     takers: int = 0
     chained: bool = False
+    storage: int | None = None
 
     def dtype(self, input: Tensor, weight: Tensor | None) -> torch.dtype | None:
         """Dtype of the result; None for the op's own choice, which is the autocast dtype under autocast."""
@@ -386,6 +390,11 @@ def _affine(kept: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return output if bias is None else output + bias
 
 
+def _affine_in(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The same in the dtype of the norm's result, whatever that of the weights."""
+    return lambda kept, weight, bias: _affine(kept, weight, bias).to(dtype)
+
+
 class _NormOfTwoOutputs(torch.autograd.Function):
     """A norm that returns its result, which it does not save, and the tensor that it saves instead.
 
@@ -423,17 +432,72 @@ class _NormOfTwoOutputs(torch.autograd.Function):
         if plan.inverted:
             grads = plan.backward(grad, kept, rstd, weight, bias, ctx.dtype, needs)
         else:
-            # gamma is handled outside the op, since it may be 0.
-            outer = tuple(range(grad.dim() - len(plan.form.shape)))
-            wide = grad if grad.dtype == torch.float64 else grad.float()
-            # _sum, since sum(()) would sum over everything.
-            grad_weight = _sum(wide * kept, outer).to(weight.dtype) if needs[1] else None
-            grad_bias = _sum(wide, outer).to(bias.dtype) if needs[2] else None
-            if weight is not None:
-                wide = wide * weight
-            grad_input, *_ = plan.backward(wide, kept, rstd, None, None, ctx.dtype, [needs[0], False, False])
-            grads = grad_input, grad_weight, grad_bias
+            grads = _gradients(plan, grad, kept, rstd, weight, bias, ctx.dtype, needs)
         return (*grads, None, None, None, None)
+
+
+def _gradients(
+    plan: NormPlan,
+    grad: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias, from the normalized input."""
+    # gamma is handled outside the op, since it may be 0.
+    outer = tuple(range(grad.dim() - len(plan.form.shape)))
+    wide = grad if grad.dtype == torch.float64 else grad.float()
+    grad_weight = grad_bias = None
+    # _sum, since sum(()) would sum over everything.
+    if weight is not None and needs[1]:
+        grad_weight = _sum(wide * normalized, outer).to(weight.dtype)
+    if bias is not None and needs[2]:
+        grad_bias = _sum(wide, outer).to(bias.dtype)
+    if weight is not None:
+        wide = wide * weight
+    grad_input, *_ = plan.backward(wide, normalized, rstd, None, None, dtype, [needs[0], False, False])
+    return grad_input, grad_weight, grad_bias
+
+
+class _NormInGroups(torch.autograd.Function):
+    """A norm that saves its normalized input in groups, and returns these after its result.
+
+    Not its output: the normalized input could not be recovered from that where a weight is smaller than others by more
+    than the step of the codes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        plan: NormPlan,
+        eps: float | None,
+        dtype: torch.dtype,
+        loads: list[Load],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert plan.storage is not None
+        normalized, rstd = plan.forward(x, None, None, eps, dtype)
+        plain = weight is None and bias is None
+        result = normalized if plain else plan.public(x, weight, bias, eps, dtype)
+        (codes, scales), load = store(normalized, plan.storage)
+        loads.append(load)
+        ctx.save_for_backward(codes, scales, rstd, weight, bias)
+        ctx.plan, ctx.dtype, ctx.load = plan, x.dtype, load
+        ctx.mark_non_differentiable(codes, scales)
+        return result, codes, scales
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        codes, scales, rstd, weight, bias = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        normalized = ctx.load(codes, scales)
+        return *_gradients(ctx.plan, grad, normalized, rstd, weight, bias, ctx.dtype, needs), None, None, None, None
 
 
 class MSNorm(Converted):
@@ -488,6 +552,13 @@ class MSNorm(Converted):
         dtype: torch.dtype | None,
     ) -> Tensor:
         device = x.device.type
+        if plan.storage is not None and needs_gradient(x, weight, bias) and can_store(x) and not is_transformed():
+            with autocast_to(device, None):
+                loads: list[Load] = []
+                full = dtype or autocast_dtype(device) or x.dtype
+                result, *kept = _NormInGroups.apply(x, weight, bias, plan, eps, full, loads)
+            offer(result, (*kept, weight, bias), FromGroups(_affine_in(full), *loads), plan.takers, grouped=True)
+            return result  # type: ignore[no-any-return]
         if plan.shared and needs_gradient(x, weight, bias) and not is_compiling():
             full = dtype or autocast_dtype(device) or x.dtype
             kept_dtype = plan.kept_dtype(device, full)
@@ -550,7 +621,7 @@ class SharedInput(Converted):
         low = None if x.dtype == torch.float64 else autocast_dtype(device)
         dtype = low or x.dtype
         # Do not use a copy that is less precise than this layer.
-        copy = kept[0] if not made.differentiable else x
+        copy = x if made.differentiable or made.grouped else kept[0]
         few = torch.finfo(copy.dtype).eps > torch.finfo(dtype).eps  # type: ignore[union-attr]
         if few or not needs_gradient(weight) or (low is None and weight.dtype != x.dtype):
             return super().forward(*args, **kwargs)

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 
 from .._trace.autocast import autocast_dtype, autocast_to
+from .._trace.groups import FromGroups, can_store, store
 from .._trace.handover import Offer, hold, is_offered, offer, peek, recomputed
 from .exchange import Converted
 from .kinds import Criterion, Function, Text
@@ -276,6 +277,30 @@ class _Gated(torch.autograd.Function):
         return grad_activated, grad_up, None, None
 
 
+class _GatedFromGroups(torch.autograd.Function):
+    """The same where both factors are kept in groups: it saves ``kept``, from which ``again.loads`` bring them back."""
+
+    @staticmethod
+    def forward(ctx: Any, activated: Tensor, up: Tensor, again: FromGroups, activation: str, *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
+        ctx.again, ctx.activation = again, activation
+        return activated * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        kept, (load_gate, load_up) = ctx.saved_tensors, ctx.again.loads
+        needs_activated, needs_up, *_ = ctx.needs_input_grad
+        up = load_up(*kept[2:])
+        grad_activated = grad * up if needs_activated else None
+        grad_up = None
+        if needs_up:
+            mask = [False, True, False]
+            gate = load_gate(*kept[:2])
+            _, grad_up, _ = torch.ops.lomem.gated_backward(grad, gate, up, ctx.activation, output_mask=mask)
+        return grad_activated, grad_up, None, None, *(None for _ in kept)
+
+
 class _Product(torch.autograd.Function):
     """A product that saves what its first factor is rebuilt from instead of that factor."""
 
@@ -294,6 +319,15 @@ class _Product(torch.autograd.Function):
         grad_factor = (grad * other).to(ctx.dtype) if needs[0] else None
         grad_other = (grad * ctx.rebuild(*kept)).sum_to_size(other.shape).to(other.dtype) if needs[1] else None
         return grad_factor, grad_other, None, *(None for _ in kept)
+
+
+class _ProductFromGroups(_Product):
+    """The same where that is brought back from groups, which second derivatives would not go through."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _Product.backward(ctx, grad)
 
 
 class _Dropout(torch.autograd.Function):
@@ -320,7 +354,8 @@ def _drop(x: Tensor, p: float, takers: int) -> Tensor:
     if found is not None:
         kept, made = found
         rebuild = _Replayed(made.rebuild, len(kept), lambda x, mask: torch.ops.lomem.dropout_apply(x, mask, p))
-        offer(result, (*kept, mask), rebuild, takers, differentiable=made.differentiable, weak=made.weak)
+        options: Any = {"differentiable": made.differentiable, "weak": made.weak, "grouped": made.grouped}
+        offer(result, (*kept, mask), rebuild, takers, **options)
         # If x needs no gradient, nobody saves the mask. And a producer of x may save the storage, not the tensor.
         hold(result, (mask, *(t for t in kept if t is x)))
     return result  # type: ignore[no-any-return]
@@ -330,14 +365,18 @@ class _OfInput(torch.autograd.Function):
     """An activation that saves its input alone: ``h(scale * x) / scale``, by any function that computes it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: str, scale: float, function: Callable[..., Tensor]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.activation, ctx.scale = activation, scale
+    def forward(
+        ctx: Any, x: Tensor, activation: str, scale: float, function: Callable[..., Tensor], *groups: Any
+    ) -> Tensor:
+        # With groups, it saves these tensors, from which the first of groups brings x back.
+        ctx.save_for_backward(*(groups[1:] or (x,)))
+        ctx.activation, ctx.scale, ctx.load = activation, scale, groups[0] if groups else None
         return function(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (x,), activation = ctx.saved_tensors, ctx.activation
+        kept, activation = ctx.saved_tensors, ctx.activation
+        x = kept[0] if ctx.load is None else ctx.load(*kept)
         if ctx.scale == 1 and not torch.is_grad_enabled() and x.device.type in _KERNELS and x.is_contiguous():
             # The gradient of the gate of a unit whose other factor is 1: torch's own kernels take longer.
             ones = x.new_ones(x.shape[-1:]).expand(x.shape)
@@ -348,7 +387,51 @@ class _OfInput(torch.autograd.Function):
             dtype = torch.promote_types(x.dtype, torch.float32)
             wide = x.to(dtype) * ctx.scale if ctx.scale != 1 else x.to(dtype)
             grad_x = _derivative(activation, grad.to(dtype), wide).to(x.dtype)
-        return grad_x, None, None, None
+        return grad_x, None, None, None, *(() if ctx.load is None else (None, None, None))
+
+
+class _OfGroups(_OfInput):
+    """The same where the input is kept in groups, which second derivatives would not go through."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _OfInput.backward(ctx, grad)
+
+
+def _of_input(
+    x: Tensor,
+    name: str,
+    scale: float,
+    function: Callable[..., Tensor],
+    again: Callable[..., Tensor],
+    takers: int,
+    storage: int | None,
+    *,
+    torch_op: bool,
+) -> Tensor:
+    """An activation whose result is offered, to be rebuilt from its input or from what is kept of that.
+
+    Args:
+        x: The input.
+        name: Name of the activation.
+        scale: It is ``h(scale * x) / scale``.
+        function: Computes it.
+        again: Computes it once more, in a backward pass.
+        takers: Number of linear layers expected to take the result.
+        storage: Bits per element in which the input is kept; None to keep it as it is.
+        torch_op: Whether it is a single torch op.
+    """
+    options: dict[str, Any] = {"activation": name if torch_op else None}
+    with torch._C.DisableTorchFunction():  # modes of modules around this one would give it few bits
+        if storage is None or not can_store(x):
+            result = _OfInput.apply(x, name, scale, function)
+            offer(result, (x,), again, takers, differentiable=True, **options)
+        else:
+            kept, load = store(x, storage)
+            result = _OfGroups.apply(x, name, scale, function, load, *kept)
+            offer(result, kept, FromGroups(again, load), takers, grouped=True, **options)
+    return result  # type: ignore[no-any-return]
 
 
 class _Pairs(Redirect):
@@ -360,13 +443,22 @@ class _Pairs(Redirect):
         takers: Number of linear layers expected to take a result.
         activations: Whether calls of GELU and SiLU are replaced.
         dropouts: Whether dropouts save a bit per element.
+        storage: Number of bits per element in which inputs of GELU and SiLU are kept; None to keep them as they are.
     """
 
     def __init__(
-        self, bits: int | None, criterion: Criterion, takers: int, *, activations: bool, dropouts: bool
+        self,
+        bits: int | None,
+        criterion: Criterion,
+        takers: int,
+        *,
+        activations: bool,
+        dropouts: bool,
+        storage: int | None,
     ) -> None:
         super().__init__(bits or 2, criterion)
         self.exact, self.takers, self.activations, self.dropouts = bits is None, takers, activations, dropouts
+        self.storage = storage
         #: Under a compiler: the results of activations, with their inputs and names.
         self.activated: list[tuple[Tensor, Tensor, str]] = []
 
@@ -393,14 +485,13 @@ class _Pairs(Redirect):
         if not call.replaced or call.inplace or not self.lasts():
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         x, name = call.input, name_of(call.function, call.approximate)
+        function = Activated(name)
+        if not is_compiling():
+            return _of_input(x, name, 1, function, function, self.takers, self.storage, torch_op=True)
         # Modes of modules around this one would give it few bits.
         with torch._C.DisableTorchFunction():
-            function = Activated(name)
-            result = recomputed(function, x) if is_compiling() else _OfInput.apply(x, name, 1, function)
-        if is_compiling():
-            self.activated.append((result, x, name))
-            return result
-        offer(result, (x,), Activated(name), self.takers, differentiable=True, activation=name)
+            result = recomputed(function, x)
+        self.activated.append((result, x, name))
         return result
 
     def _compiled(self, step: Step, func: Any, args: Any, kwargs: Any) -> Tensor:
@@ -435,14 +526,11 @@ class _Pairs(Redirect):
         if step.kind is StepKind.PRODUCT and len(others) == 1:
             (other,) = others
             if _is_gated(operand, other, made):
-                (gate,), name = kept, made.activation
-                assert name is not None
-                result = _Gated.apply(operand, other, gate, name)
-                offer(result, (gate, other), _GatedAgain(name), self.takers, differentiable=True)
-                return result  # type: ignore[no-any-return]
+                return self._gated(operand, other, kept, made)
             # Otherwise torch's own product saves nothing that is not saved anyway.
             if other.requires_grad and kept[0] is not operand:
-                result = _Product.apply(operand, other, made.rebuild, *kept)
+                product = _ProductFromGroups if made.grouped else _Product
+                result = product.apply(operand, other, made.rebuild, *kept)
             else:
                 result = func(*args, **kwargs)
         else:
@@ -454,7 +542,7 @@ class _Pairs(Redirect):
             others = tuple(t.clone() for t in others)
         function = _replay(step, position, func, args, kwargs, result.dtype)
         rebuild = _Replayed(made.rebuild, len(kept), function)
-        options: Any = {"differentiable": made.differentiable, "weak": made.weak}
+        options: Any = {"differentiable": made.differentiable, "weak": made.weak, "grouped": made.grouped}
         offer(result, (*kept, *others), rebuild, self.takers, **options)
         # A producer that saves its result saves the storage, not the tensor. And nobody may save small operands.
         itself = kept if is_offered(operand) else ()
@@ -462,8 +550,27 @@ class _Pairs(Redirect):
         return result  # type: ignore[no-any-return]
 
 
+    def _gated(self, activated: Tensor, up: Tensor, kept: tuple[Tensor | None, ...], made: Offer) -> Tensor:
+        name = made.activation
+        assert name is not None
+        again = _GatedAgain(name)
+        if not made.grouped:
+            (gate,) = kept
+            result = _Gated.apply(activated, up, gate, name)
+            offer(result, (gate, up), again, self.takers, differentiable=True)
+            return result  # type: ignore[no-any-return]
+        assert isinstance(made.rebuild, FromGroups)
+        (load,) = made.rebuild.loads
+        more, load_up = store(up, load.bits)
+        from_groups = FromGroups(again, load, load_up)
+        result = _GatedFromGroups.apply(activated, up, from_groups, name, *kept, *more)
+        offer(result, (*kept, *more), from_groups, self.takers, grouped=True)
+        return result  # type: ignore[no-any-return]
+
+
 def _is_gated(operand: Tensor, other: Tensor, made: Offer) -> bool:
     alike = other.shape == operand.shape and other.dtype == operand.dtype
+    alike &= not made.grouped or can_store(other)
     return made.activation is not None and alike
 
 
@@ -493,13 +600,23 @@ class PairCalls(StepCalls):
         lomem_takers: Maximum number of linear layers called with one result.
         lomem_activations: Whether its calls of GELU and SiLU are replaced.
         lomem_dropouts: Whether its calls of dropout save a bit per element.
+        lomem_storage: Number of bits per element in which the inputs of its calls of GELU and SiLU are kept; None to
+            keep them as they are.
     """
 
     lomem_prefix = "Pair"
-    lomem_attributes = ("lomem_bits", "lomem_criterion", "lomem_takers", "lomem_activations", "lomem_dropouts")
+    lomem_attributes = (
+        "lomem_bits",
+        "lomem_criterion",
+        "lomem_takers",
+        "lomem_activations",
+        "lomem_dropouts",
+        "lomem_storage",
+    )
     lomem_takers: int = 1
     lomem_activations: bool = True
     lomem_dropouts: bool = False
+    lomem_storage: int | None = None
 
     @staticmethod
     def attributes(
@@ -509,6 +626,7 @@ class PairCalls(StepCalls):
         *,
         activations: bool = False,
         dropouts: bool = False,
+        storage: int | None = None,
     ) -> dict[str, Any]:
         """The mixin's attributes for a module to be converted."""
         return {
@@ -517,6 +635,7 @@ class PairCalls(StepCalls):
             "lomem_takers": takers,
             "lomem_activations": activations,
             "lomem_dropouts": dropouts,
+            "lomem_storage": storage,
         }
 
     @classmethod
@@ -530,14 +649,21 @@ class PairCalls(StepCalls):
         options = {
             "activations": attributes.get("lomem_activations", True) or others.get("lomem_activations", True),
             "dropouts": attributes.get("lomem_dropouts", False) or others.get("lomem_dropouts", False),
+            "storage": attributes.get("lomem_storage") or others.get("lomem_storage"),
         }
         return cls, cls.attributes(few["lomem_bits"], few["lomem_criterion"], takers, **options)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same result as the original."""
         passed = not torch.compiler.is_exporting() and may_redirect()
-        options = {"activations": self.lomem_activations, "dropouts": self.lomem_dropouts}
-        mode = _Pairs(self.lomem_bits, self.lomem_criterion, self.lomem_takers, **options)
+        mode = _Pairs(
+            self.lomem_bits,
+            self.lomem_criterion,
+            self.lomem_takers,
+            activations=self.lomem_activations,
+            dropouts=self.lomem_dropouts,
+            storage=self.lomem_storage,
+        )
         with mode if passed else contextlib.nullcontext():
             return super(StepCalls, self).forward(*args, **kwargs)
 
@@ -546,12 +672,15 @@ class PairedActivation(OfActivation):
     """An activation that saves its input, as ever, and offers it."""
 
     lomem_prefix = "Pair"
-    lomem_attributes = ("lomem_activation", "lomem_takers", "lomem_gated", "lomem_fixed")
+    lomem_attributes = ("lomem_activation", "lomem_takers", "lomem_gated", "lomem_storage", "lomem_fixed")
     lomem_takers: int = 1
     lomem_gated: bool = False
+    lomem_storage: int | None = None
 
     @staticmethod
-    def attributes(module: nn.Module, form: ActivationForm, takers: int, gated: bool) -> dict[str, Any]:
+    def attributes(
+        module: nn.Module, form: ActivationForm, takers: int, gated: bool, storage: int | None
+    ) -> dict[str, Any]:
         """The mixin's attributes for a module to be converted.
 
         Args:
@@ -559,11 +688,13 @@ class PairedActivation(OfActivation):
             form: What it computes.
             takers: Maximum number of linear layers called with one result, or one product of it.
             gated: Whether a product takes its result.
+            storage: Number of bits per element in which its input is kept; None to keep it as it is.
         """
         return {
             "lomem_activation": form,
             "lomem_takers": takers,
             "lomem_gated": gated,
+            "lomem_storage": storage,
             "lomem_fixed": fixed_of_activation(module, form),
         }
 
@@ -574,17 +705,14 @@ class PairedActivation(OfActivation):
             return original(*args, **kwargs)
         if is_compiling() and self.lomem_gated:
             return original(x)  # a product is recomputed as a whole, see _Pairs
-        # Modes of modules around this one would give it few bits.
-        with torch._C.DisableTorchFunction():
-            if is_compiling():
+        if is_compiling():
+            # Modes of modules around this one would give it few bits.
+            with torch._C.DisableTorchFunction():
                 return recomputed(original, x)
-            name = name_of(form.kind, self.current("approximate"))
-            result = _OfInput.apply(x, name, form.scale, original)
-        if form.torch_op:
-            offer(result, (x,), Activated(name), self.lomem_takers, differentiable=True, activation=name)
-        else:
-            offer(result, (x,), _Again(original, x.device.type), self.lomem_takers, differentiable=True)
-        return result
+        name = name_of(form.kind, self.current("approximate"))
+        again = Activated(name) if form.torch_op else _Again(original, x.device.type)
+        options = {"torch_op": form.torch_op}
+        return _of_input(x, name, form.scale, original, again, self.lomem_takers, self.lomem_storage, **options)
 
 
 class ConvertedDropout(Converted):

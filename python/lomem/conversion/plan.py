@@ -154,4 +154,4 @@ def _norm_candidate(
         c = Candidate(name, Kind.NORM, form)
         c.leave(problem or "")
         return c
-    return plan_norm(finder, name, form, wishes.pairs, known)
+    return plan_norm(finder, name, form, wishes.pairs, known, wishes.norm_groups)

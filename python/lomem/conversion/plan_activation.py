@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
+from .._trace.groups import stored_bytes
 from .exchange import Converted
 from .finder import CALLS, Finder, ways_of_its_own
 from .forms import ActivationForm
@@ -62,15 +63,24 @@ def plan_activation(
     # A scale that is read at each call may change before the backward pass.
     if wishes.pairs and not form.inplace and form.scale_name is None:
         inputs = {call.input for call in calls if call.input is not None}
-        chain = follow(finder, ((call.result_id, call.result) for call in calls), known, saved=False)
+        results = {call.result_id: call.result for call in calls}
+        chain = follow(finder, results.items(), known, saved=False)
         # An activation of several ops saves more than its input.
         kept = {i for i in c.own if ledger.saved[i].storage in inputs}
         # With linear layers behind it, it may also be a model's input that it saves, which the ledger leaves out.
         saved = dict(enumerate(finder.flows[0].recorder.saved)) if chain.linears else ledger.saved
         complete = all(any(i in saved and saved[i].storage is call.input for i in call.saved) for call in calls)
         takers = max(chain.takers, 1)
-        change = {name: (PairedActivation, PairedActivation.attributes(module, form, takers, chain.gated))}
-        if complete and _pair(c, finder, chain, c.own - kept, change, exact=wishes.exact):
+
+        def change(groups: int | None) -> OwnChange:
+            attributes = PairedActivation.attributes(module, form, takers, chain.gated, groups)
+            return {name: (PairedActivation, attributes)}
+
+        groups = None
+        if wishes.pair_groups is not None and kept:
+            factors = set(results) if form.torch_op else set()
+            groups = _in_groups(finder, chain, [call.numel for call in calls], factors, wishes.pair_groups)
+        if complete and _pair(c, finder, chain, c.own - kept, change, groups, exact=wishes.exact):
             return c
     if wishes.exact:
         c.leave(_NOT_EXACT)
@@ -85,27 +95,73 @@ def _packed_bytes(numel: int, bits: int) -> int:
     return (numel * bits + 7) // 8
 
 
-def _pair(c: Candidate, finder: Finder, chain: Chain, own: set[int], change: OwnChange, *, exact: bool) -> bool:
-    """Makes a candidate an exact one if that frees at least as much as codes.
+class _Groups(NamedTuple):
+    """What a pair keeps in groups.
+
+    Attributes:
+        bits: Bits per element.
+        drops: Positions in the ledger of the factors of products, which are kept in groups as the inputs are.
+        added: Bytes that inputs and factors take.
+    """
+
+    bits: int
+    drops: set[int]
+    added: int
+
+
+def _in_groups(finder: Finder, chain: Chain, numels: Iterable[int], results: set[int], bits: int) -> _Groups:
+    """Plans to keep in groups what a chain starts from.
+
+    Args:
+        finder: The runs.
+        chain: Where the results of an activation go.
+        numels: Numbers of elements of its inputs.
+        results: Identities of the results whose products keep both factors in groups.
+        bits: Bits per element.
+    """
+    ledger = finder.ledger
+    products = [step for step in chain.steps if step.gated and step.operand_id in results]
+    drops = {i for s in products for i in ledger.within([s.saved]) if ledger.saved[i].storage is not s.operand}
+    sizes = [s.result.nbytes // s.result.dtype.itemsize for s in products if s.result is not None]
+    return _Groups(bits, drops, sum(stored_bytes(numel, bits) for numel in (*numels, *sizes)))
+
+
+def _pair(
+    c: Candidate,
+    finder: Finder,
+    chain: Chain,
+    own: set[int],
+    change: Callable[[int | None], OwnChange],
+    groups: _Groups | None,
+    *,
+    exact: bool,
+) -> bool:
+    """Makes a candidate a pair if that frees at least as much as codes.
 
     Args:
         c: The candidate, planned with codes.
         finder: The runs.
         chain: Where its results go.
         own: What it saves besides its input.
-        change: The change of the candidate's own module.
+        change: The change of the candidate's own module, for a number of bits per element in which its input is kept.
+        groups: What it may keep in groups.
         exact: Whether codes are not allowed.
     """
-
-    def freed(drops: set[int]) -> int:
-        return sum(s.nbytes for s in finder.ledger.storages(drops) if drops.issuperset(finder.ledger.positions[s]))
-
+    freed = finder.ledger.freed
+    codes = freed(c.own) - c.added
     gain = freed(own | chain.drops) - chain.added
-    if gain <= 0 or (not exact and gain < freed(c.own) - c.added):
+    others, added, saying, bits = chain.drops, chain.added, _saying(finder, chain), None
+    if groups is not None:
+        fewer = chain.drops | groups.drops
+        gain_in_groups = freed(c.own | fewer) - chain.added - groups.added
+        if gain_in_groups > gain:
+            gain, own, others, added, bits = gain_in_groups, c.own, fewer, chain.added + groups.added, groups.bits
+            saying += f"; {'both factors are' if groups.drops else 'its input is'} kept in {bits} bits per element"
+    if gain <= 0 or (not exact and gain < codes):
         return False
-    c.own, c.others, c.added, c.needs = own, chain.drops, chain.added, chain.dropouts
-    c.action, c.reason = Action.EXACT, _saying(finder, chain)
-    c.changes = {**chain.changes(finder), **change}
+    c.own, c.others, c.added, c.needs = own, others, added, chain.dropouts
+    c.action, c.reason = Action.EXACT if bits is None else Action.of_groups(bits), saying
+    c.changes = {**chain.changes(finder), **change(bits)}
     return True
 
 
@@ -159,9 +215,18 @@ def _plan_calls(
         c.leave(_why_no_calls(finder, name))
         return c
     if wishes.pairs and not any(call.inplace for call in calls):
-        chain = follow(finder, ((call.result_id, call.result) for call in calls), known, saved=False)
-        options = PairCalls.attributes(None, criterion, max(chain.takers, 1), activations=True)
-        if _pair(c, finder, chain, set(), {name: (PairCalls, options)}, exact=wishes.exact):
+        results = {call.result_id: call.result for call in calls}
+        chain = follow(finder, results.items(), known, saved=False)
+
+        def change(groups: int | None) -> OwnChange:
+            options = {"activations": True, "storage": groups}
+            return {name: (PairCalls, PairCalls.attributes(None, criterion, max(chain.takers, 1), **options))}
+
+        groups = None
+        if wishes.pair_groups is not None:
+            numels = [call.numel for call in calls]
+            groups = _in_groups(finder, chain, numels, set(results), wishes.pair_groups)
+        if _pair(c, finder, chain, set(), change, groups, exact=wishes.exact):
             return c
     if wishes.exact:
         c.leave(_NOT_EXACT)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
+from .._trace.groups import stored_bytes
 from .._trace.keeps import KEEPS, saves_operands
 from .._trace.recorder import Op, Storage
 from .finder import Finder
@@ -118,17 +119,27 @@ class _Output:
         """Number of elements of the outputs that require a gradient."""
         return sum(call.numel for call in self.calls if call.requires_grad)
 
-    def added(self, form: NormForm, weight: Tensor | None) -> int:
-        """Bytes that the norm saves once converted: its output or a substitute, rstd, and 1 + weight."""
-        calls = sum(call.requires_grad for call in self.calls)
+    def added(self, form: NormForm, weight: Tensor | None, groups: int | None = None) -> int:
+        """Bytes that the norm saves once converted: its output or a substitute, rstd, and 1 + weight.
+
+        Args:
+            form: What it computes.
+            weight: Its weight.
+            groups: Bits per element, in groups, of the substitute.
+        """
+        numels = [call.numel for call in self.calls if call.requires_grad]
+        calls = len(numels)
         rstd = 8 if self.dtype == torch.float64 else 4
-        size = self.numel * self.kept_dtype.itemsize + self.numel // torch.Size(form.shape).numel() * rstd
+        size = self.numel * self.kept_dtype.itemsize if groups is None else sum(stored_bytes(n, groups) for n in numels)
+        size += self.numel // torch.Size(form.shape).numel() * rstd
         if weight is not None and form.one_plus:
             size += calls * weight.numel() * (8 if weight.dtype == torch.float64 else 4)
         return size
 
 
-def plan_norm(finder: Finder, name: str, form: NormForm, pairs: bool, known: Callable[[str], bool]) -> Candidate:
+def plan_norm(
+    finder: Finder, name: str, form: NormForm, pairs: bool, known: Callable[[str], bool], groups: int | None = None
+) -> Candidate:
     """The candidate for a norm.
 
     Args:
@@ -137,7 +148,50 @@ def plan_norm(finder: Finder, name: str, form: NormForm, pairs: bool, known: Cal
         form: What it computes.
         pairs: Whether linear layers may rebuild what cheap ops make of its output.
         known: Whether a module is a norm or an activation, or excluded.
+        groups: Bits per element, in groups, in which its normalized input may be saved; None for none of the kind.
     """
+    c = _plan_exactly(finder, name, form, pairs, known)
+    if groups is None or _refusal(finder, name, form) is not None:
+        return c
+    return _in_groups(finder, c, form, pairs, known, groups)
+
+
+def _in_groups(
+    finder: Finder, exact: Candidate, form: NormForm, pairs: bool, known: Callable[[str], bool], bits: int
+) -> Candidate:
+    """The candidate that saves the normalized input in groups, if that is fewer bytes, otherwise the exact one."""
+    name, module = exact.name, finder.modules[exact.name]
+    output = _Output(finder, name)
+    chain = follow(finder, ((call.result_id, call.result) for call in output.calls), known, saved=False)
+    if not chain.linears or (chain.steps and not pairs):
+        return exact
+    weight = None if form.gamma is None else getattr(module, form.gamma)
+    c = Candidate(name, Kind.NORM, form, Action.of_groups(bits), "", chained=True)
+    c.own = finder.ledger.within(call.saved for call in output.calls)
+    c.others, c.needs = chain.drops, chain.dropouts
+    c.added = output.added(form, weight, bits) + chain.added
+    freed = finder.ledger.freed
+    # The norm's own input may be saved by others; whether it is makes no difference between the two.
+    least = 0 if exact.left else freed(exact.own | exact.others) - exact.added
+    if freed(c.own | c.others) - c.added <= least:
+        return exact
+    c.least = exact.least
+    names, single = chain.rebuilders(finder)
+    c.reason = f"it saves its normalized input in {bits} bits per element, from which {names} "
+    c.reason += "rebuilds its input" if single else "rebuild their input"
+    # Under a compiler, it is converted as it would be exactly.
+    plan: NormPlan | None = None if exact.left else exact.changes[name][1]["lomem_norm"]
+    takers = _takers(finder, name, chain.linears) + bool(chain.steps)
+    inverted, shared = (False, True) if plan is None else (plan.inverted, plan.shared)
+    plan = NormPlan(form, inverted, output.low_precision, shared, takers, True, bits)
+    c.changes = {**chain.changes(finder), name: (MSNorm, MSNorm.attributes(module, plan))}
+    return c
+
+
+def _plan_exactly(
+    finder: Finder, name: str, form: NormForm, pairs: bool, known: Callable[[str], bool]
+) -> Candidate:
+    """The candidate for a norm that saves no more than linear layers do anyway, see :func:`plan_norm`."""
     c = Candidate(name, Kind.NORM, form)
     refusal = _refusal(finder, name, form)
     if refusal is not None:

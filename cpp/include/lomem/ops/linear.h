@@ -44,6 +44,9 @@ LOMEM_API at::Tensor randomized_linear(
 /// the position of that generator, so that torch::manual_seed followed by the same program gives the same seeds.
 LOMEM_API void manual_seed(uint64_t seed);
 
+/// The next seed of the stream, 0-d int64 on the device of `like`, for ops that take one. Not differentiable.
+LOMEM_API at::Tensor draw_seed(const at::Tensor& like);
+
 /// Start of the stream and number of seeds drawn since, to resume from there.
 LOMEM_API std::pair<uint64_t, uint64_t> random_state();
 LOMEM_API void set_random_state(std::pair<uint64_t, uint64_t> state);

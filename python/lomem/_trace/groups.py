@@ -1,0 +1,79 @@
+"""Keeps tensors in 8 or 4 bits per element, in groups with a scale each, and brings them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .seeds import draw_seed
+
+__all__ = ["GROUP", "FromGroups", "Load", "can_store", "store", "stored_bytes"]
+
+#: Number of elements that share a scale.
+GROUP = 128
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: Types of devices that lomem has kernels for.
+_KERNELS = ("cpu", "cuda", "meta")
+
+
+def stored_bytes(numel: int, bits: int) -> int:
+    """Bytes that a tensor takes in groups: its codes, and scales in bfloat16."""
+    return (numel * bits + 7) // 8 + 2 * -(-numel // GROUP)
+
+
+def can_store(tensor: Tensor) -> bool:
+    """Whether a tensor can be kept in groups."""
+    ordinary = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_inference()
+    return not is_compiling() and ordinary and tensor.dtype in _FLOATS and tensor.device.type in _KERNELS
+
+
+class Load:
+    """Brings a tensor back from its codes and scales.
+
+    Attributes:
+        bits: Bits per element.
+    """
+
+    def __init__(self, like: Tensor, bits: int) -> None:
+        self.bits, self._size, self._dtype = bits, like.shape, like.dtype
+        self._stride = like.stride()
+
+    def __call__(self, codes: Tensor, scales: Tensor) -> Tensor:
+        return torch.ops.lomem.dequantize_groups(  # type: ignore[no-any-return]
+            codes, scales, self._size, self._stride, self._dtype, self.bits, group_size=GROUP
+        )
+
+
+def store(tensor: Tensor, bits: int) -> tuple[tuple[Tensor, Tensor], Load]:
+    """Codes and scales of a tensor, rounded at random, and how to bring it back.
+
+    The expectation of what comes back is the tensor. Each call draws one seed.
+    """
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        x = tensor.detach()
+        # Without gaps and overlaps; strides are kept otherwise.
+        dense = x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
+        x = x if dense else x.contiguous()
+        codes, scales = torch.ops.lomem.quantize_groups(x, bits, draw_seed(x), group_size=GROUP)
+        return (codes, scales), Load(x, bits)
+
+
+class FromGroups:
+    """A function of tensors that are kept in groups: ``function(loads[0](codes, scales), ...)``.
+
+    Args:
+        function: The function.
+        loads: How to bring back its arguments, the first ones given. Others are passed on as they are.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], *loads: Load) -> None:
+        self.function, self.loads = function, loads
+
+    def __call__(self, *kept: Any) -> Tensor:
+        pairs = 2 * len(self.loads)
+        brought = (load(*kept[2 * i : 2 * i + 2]) for i, load in enumerate(self.loads))
+        return self.function(*brought, *kept[pairs:])
