@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Largest relative error of all gradients together. A stored number has an error of at most a step, the largest number
-#: of its group / 127: for normal numbers, a standard deviation of 0.01. Small models have few numbers to average over.
-ERROR = 0.03
+#: Largest relative error of all gradients together. A number that is brought back has an error of at most half a step,
+#: and a step is the largest number of its group / 127: for normal numbers, a standard deviation of 0.007. Small models
+#: have few numbers to average over.
+ERROR = 0.02
 
 
 @functools.cache
@@ -83,7 +84,7 @@ def test_bytes_alive(name, dtype, bits):
     rows, saved = x[..., 0].numel(), PAIRS[name].saved
     inputs = saved // H  # of activations and products, of rows * H numbers each
     numel = rows * H
-    each = (numel * bits + 7) // 8 + 2 * -(-numel // 128)
+    each = (numel * bits + 7) // 8 + 2 * -(-numel // 128) + 8  # and a seed
     result = rows * D * dtype.itemsize
     others = rows * (saved % H) * dtype.itemsize
     # The model's result is alive too.
@@ -139,7 +140,7 @@ def test_second_derivatives(name):
     if name in WITHOUT:
         assert distance(second_derivatives(model, x), second_derivatives(plain, x)) < 1e-10
         return
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         second_derivatives(model, x)
 
 

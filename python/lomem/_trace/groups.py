@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ _KERNELS = ("cpu", "cuda", "meta")
 
 
 def stored_bytes(numel: int, bits: int) -> int:
-    """Bytes that a tensor takes in groups: its codes, and scales in bfloat16."""
-    return (numel * bits + 7) // 8 + 2 * -(-numel // GROUP)
+    """Bytes that a tensor takes in groups: its codes, scales in bfloat16, and a seed."""
+    return (numel * bits + 7) // 8 + 2 * -(-numel // GROUP) + 8
 
 
 def can_store(tensor: Tensor) -> bool:
@@ -32,7 +32,7 @@ def can_store(tensor: Tensor) -> bool:
 
 
 class Load:
-    """Brings a tensor back from its codes and scales.
+    """Brings a tensor back from its codes, their scales, and the seed of its dither.
 
     Attributes:
         bits: Bits per element.
@@ -42,38 +42,42 @@ class Load:
         self.bits, self._size, self._dtype = bits, like.shape, like.dtype
         self._stride = like.stride()
 
-    def __call__(self, codes: Tensor, scales: Tensor) -> Tensor:
+    def __call__(self, codes: Tensor, scales: Tensor, seed: Tensor) -> Tensor:
         return torch.ops.lomem.dequantize_groups(  # type: ignore[no-any-return]
-            codes, scales, self._size, self._stride, self._dtype, self.bits, group_size=GROUP
+            codes, scales, self._size, self._stride, self._dtype, self.bits, seed, group_size=GROUP
         )
 
 
-def store(tensor: Tensor, bits: int) -> tuple[tuple[Tensor, Tensor], Load]:
-    """Codes and scales of a tensor, rounded at random, and how to bring it back.
+def store(tensor: Tensor, bits: int) -> tuple[tuple[Tensor, Tensor, Tensor], Load]:
+    """Codes, scales and seed of a tensor in groups with dithered rounding, and how to bring it back.
 
-    The expectation of what comes back is the tensor. Each call draws one seed.
+    What comes back is the tensor plus noise that does not depend on it, uniform and half a step wide each way, so that
+    its expectation is the tensor. Each call draws one seed.
     """
     with torch.no_grad(), torch._C.DisableTorchFunction():
         x = tensor.detach()
         # Without gaps and overlaps; strides are kept otherwise.
         dense = x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
         x = x if dense else x.contiguous()
-        codes, scales = torch.ops.lomem.quantize_groups(x, bits, draw_seed(x), group_size=GROUP)
-        return (codes, scales), Load(x, bits)
+        seed = draw_seed(x)
+        codes, scales = torch.ops.lomem.quantize_groups(x, bits, seed, group_size=GROUP, dither=True)
+        return (codes, scales, seed), Load(x, bits)
 
 
 class FromGroups:
-    """A function of tensors that are kept in groups: ``function(loads[0](codes, scales), ...)``.
+    """A function of tensors that are kept in groups: ``function(loads[0](codes, scales, seed), ...)``.
 
     Args:
         function: The function.
-        loads: How to bring back its arguments, the first ones given. Others are passed on as they are.
+        loads: How to bring back its first arguments. Others are passed on as they are.
     """
 
     def __init__(self, function: Callable[..., Tensor], *loads: Load) -> None:
         self.function, self.loads = function, loads
 
+    def bring(self, kept: Sequence[Any]) -> list[Tensor]:
+        """The tensors that are kept in groups."""
+        return [load(*kept[3 * i : 3 * i + 3]) for i, load in enumerate(self.loads)]
+
     def __call__(self, *kept: Any) -> Tensor:
-        pairs = 2 * len(self.loads)
-        brought = (load(*kept[2 * i : 2 * i + 2]) for i, load in enumerate(self.loads))
-        return self.function(*brought, *kept[pairs:])
+        return self.function(*self.bring(kept), *kept[3 * len(self.loads) :])

@@ -45,6 +45,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from .once import differentiable_once
+
 __all__ = [
     "Offer",
     "Rebuild",
@@ -389,7 +391,7 @@ class _LinearOfConstants(_LinearOfOffered):
     # For what is no function of its graph.
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:
         return _LinearOfOffered.backward(ctx, grad)
 

@@ -18,6 +18,7 @@ from .. import functional as LF
 from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.groups import FromGroups, Load, can_store, store
 from .._trace.handover import current_hooks, in_a_region, itself, linear_of_offered, offer, offer_itself, take
+from .._trace.once import differentiable_once
 from ..functional.norms import LAYER_NORM, RMS_NORM, NormOps
 from ..steps import StepFunction
 from .exchange import Converted
@@ -425,7 +426,7 @@ class _NormOfTwoOutputs(torch.autograd.Function):
         return result, kept
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         kept, rstd, weight, bias = ctx.saved_tensors
         plan, needs = ctx.plan, list(ctx.needs_input_grad[:3])
@@ -479,24 +480,24 @@ class _NormInGroups(torch.autograd.Function):
         eps: float | None,
         dtype: torch.dtype,
         loads: list[Load],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         assert plan.storage is not None
         normalized, rstd = plan.forward(x, None, None, eps, dtype)
         plain = weight is None and bias is None
         result = normalized if plain else plan.public(x, weight, bias, eps, dtype)
-        (codes, scales), load = store(normalized, plan.storage)
+        kept, load = store(normalized, plan.storage)
         loads.append(load)
-        ctx.save_for_backward(codes, scales, rstd, weight, bias)
+        ctx.save_for_backward(*kept, rstd, weight, bias)
         ctx.plan, ctx.dtype, ctx.load = plan, x.dtype, load
-        ctx.mark_non_differentiable(codes, scales)
-        return result, codes, scales
+        ctx.mark_non_differentiable(*kept)
+        return result, *kept
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        codes, scales, rstd, weight, bias = ctx.saved_tensors
+        *kept, rstd, weight, bias = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        normalized = ctx.load(codes, scales)
+        normalized = ctx.load(*kept)
         return *_gradients(ctx.plan, grad, normalized, rstd, weight, bias, ctx.dtype, needs), None, None, None, None
 
 

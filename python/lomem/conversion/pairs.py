@@ -21,6 +21,7 @@ from torch.compiler import is_compiling
 from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.groups import FromGroups, can_store, store
 from .._trace.handover import Offer, hold, is_offered, offer, peek, recomputed
+from .._trace.once import differentiable_once
 from .exchange import Converted
 from .kinds import Criterion, Function, Text
 from .modules import (
@@ -287,16 +288,15 @@ class _GatedFromGroups(torch.autograd.Function):
         return activated * up
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, (load_gate, load_up) = ctx.saved_tensors, ctx.again.loads
+        kept = ctx.saved_tensors
         needs_activated, needs_up, *_ = ctx.needs_input_grad
-        up = load_up(*kept[2:])
+        gate, up = ctx.again.bring(kept)
         grad_activated = grad * up if needs_activated else None
         grad_up = None
         if needs_up:
             mask = [False, True, False]
-            gate = load_gate(*kept[:2])
             _, grad_up, _ = torch.ops.lomem.gated_backward(grad, gate, up, ctx.activation, output_mask=mask)
         return grad_activated, grad_up, None, None, *(None for _ in kept)
 
@@ -325,7 +325,7 @@ class _ProductFromGroups(_Product):
     """The same where that is brought back from groups, which second derivatives would not go through."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:
         return _Product.backward(ctx, grad)
 
@@ -387,14 +387,14 @@ class _OfInput(torch.autograd.Function):
             dtype = torch.promote_types(x.dtype, torch.float32)
             wide = x.to(dtype) * ctx.scale if ctx.scale != 1 else x.to(dtype)
             grad_x = _derivative(activation, grad.to(dtype), wide).to(x.dtype)
-        return grad_x, None, None, None, *(() if ctx.load is None else (None, None, None))
+        return grad_x, None, None, None, *(() if ctx.load is None else (None, *(None for _ in kept)))
 
 
 class _OfGroups(_OfInput):
     """The same where the input is kept in groups, which second derivatives would not go through."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:
         return _OfInput.backward(ctx, grad)
 
