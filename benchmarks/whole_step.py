@@ -47,9 +47,12 @@ METHODS = {
     "plain": "plain",
     "lomem": "`lomem.convert`",
     "exact": "`lomem.convert(bits=16)`",
+    "8bit": "`lomem.convert(bits=8)`",
     "compile": "`torch.compile`",
     "checkpointing": "gradient checkpointing",
 }
+#: Of the methods that convert the model.
+_BITS = {"lomem": None, "exact": 16, "8bit": 8}
 
 
 @dataclass(frozen=True)
@@ -160,13 +163,13 @@ class Training:
         self.autocast, self.method, self.repeats = case.autocast, method, case.repeats
         self.model: nn.Module = model.train()
         self.forward: Any = self.model
-        if method in ("lomem", "exact"):
+        if method in _BITS:
             # Decisions do not depend on sizes: one sequence of 32 tokens, or one image.
             example = {name: t[:1, :32] if name == "input_ids" else t[:1] for name, t in self.batch.items()}
             if "input_ids" in example:
                 example["labels"] = example["input_ids"]
             with self._autocast():
-                lomem.convert(self.model, example, bits=16 if method == "exact" else None)
+                lomem.convert(self.model, example, bits=_BITS[method])
         elif method == "compile":
             self.forward = torch.compile(self.model)
         elif method == "checkpointing":

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import peft
 import torch
 import transformers
-from finetuning import Batch, Task, main, package_path
+from finetuning import METHODS, Batch, Task, main, package_path
 from lomem.commands import presets
 from torch import Tensor, nn
 
@@ -99,4 +99,4 @@ class News(Task):
 
 
 if __name__ == "__main__":
-    main(News(), steps=120, seeds=5, methods=["plain", "activations and norms"])
+    main(News(), steps=120, seeds=5, methods=list(METHODS))

@@ -27,8 +27,10 @@ Batch = dict[str, Tensor]
 #: Arguments of lomem.convert; None leaves the model unconverted.
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
-    "activations": {"norms": "keep", "criterion": "paper"},
-    "activations and norms": {"criterion": "paper"},
+    "exact": {"bits": 16},
+    "8 bits": {"bits": 8},
+    "2 bits": {"pairs": "keep"},
+    "2 bits, paper": {"pairs": "keep", "criterion": "paper"},
 }
 
 #: Number of batches over which saved bytes are averaged, because their lengths differ.

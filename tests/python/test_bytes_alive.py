@@ -110,6 +110,8 @@ METHODS = {
     "plain": None,
     "converted": {},
     "exact": {"bits": 16},
+    "8 bits": {"bits": 8},
+    "4 bits": {"bits": 4},
     "activations": {"norms": "keep", "pairs": "keep"},
     "norms": {"activations": "keep", "pairs": "keep"},
 }

@@ -229,7 +229,27 @@ KEEP_ALL = dict.fromkeys(["activations", "norms", "pairs", "dropouts"], "keep")
             lambda model, x: lomem.convert(model, x, activations="9bit"),
             "activations is '9bit', expected '1bit', '2bit', ... '8bit' or 'keep'",
         ),
-        (lambda model, x: lomem.convert(model, x, norms=None), "norms is None, expected 'auto' or 'keep'"),
+        (
+            lambda model, x: lomem.convert(model, x, norms=True),
+            "norms is True, expected 'auto', '8bit', '4bit' or 'keep'",
+        ),
+        (
+            lambda model, x: lomem.convert(model, x, norms="2bit"),
+            "norms is '2bit', expected 'auto', '8bit', '4bit' or 'keep'",
+        ),
+        (lambda model, x: lomem.convert(model, x, pairs=8), "pairs is 8, expected 'auto', '8bit', '4bit' or 'keep'"),
+        (lambda model, x: lomem.convert(model, x, dropouts="8bit"), "dropouts is '8bit', expected 'auto' or 'keep'"),
+        (lambda model, x: lomem.convert(model, x, bits=6), "bits is 6, expected 16, 8, 4, 2 or None"),
+        (lambda model, x: lomem.convert(model, x, bits=True), "bits is True, expected 16, 8, 4, 2 or None"),
+        (lambda model, x: lomem.convert(model, x, bits="8"), "bits is '8', expected 16, 8, 4, 2 or None"),
+        (
+            lambda model, x: lomem.convert(model, x, bits=16, pairs="8bit"),
+            "pairs is '8bit', expected 'auto' or 'keep' with bits=16",
+        ),
+        (
+            lambda model, x: lomem.convert(model, x, bits=4, criterion="paper"),
+            "activations is '4bit', expected '2bit' with criterion='paper'",
+        ),
         (
             lambda model, x: lomem.convert(model, x, criterion="best"),
             "criterion is 'best', expected 'derivative', 'primitive' or 'paper'",

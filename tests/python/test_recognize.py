@@ -98,6 +98,14 @@ def test_torch_norms_are_recognized(norm, expected):
     assert (form.dtype, form.one_plus, form.axis) == ("input", False, -1)
 
 
+@pytest.mark.parametrize("size", [256, 384, 512, 768])
+@pytest.mark.parametrize("norm", [torch.nn.LayerNorm, torch.nn.RMSNorm])
+def test_rows_of_a_sample_may_overflow_one_by_one(norm, size):
+    # The squares of inputs of 4e18 add up to about float32's largest number: to less in one row, to more in the next.
+    for eps in (1e-12, 1e-6, 1e-5):
+        assert isinstance(recognize_norm(norm(size, eps=eps), ((2, 5, size),)), NormForm), (size, eps)
+
+
 def test_a_norm_of_channels_is_recognized():
     class ChannelsFirst(nn.LayerNorm):
         def forward(self, x):

@@ -73,9 +73,10 @@ def test_the_committed_results():
     assert path.with_suffix(".md").read_text() == whole_step.markdown(contents)
     assert contents["cases"].keys() <= whole_step.CASES.keys()
     for case in contents["cases"].values():
-        assert list(case["methods"]) == list(whole_step.METHODS)
         saved = {method: result["saved_bytes"] for method, result in case["methods"].items()}
-        assert saved["checkpointing"] <= saved["lomem"] <= saved["exact"] < saved["plain"]
+        # Compiling takes too long for some.
+        assert {*whole_step.METHODS} - {"compile"} <= saved.keys() <= {*whole_step.METHODS}
+        assert saved["checkpointing"] <= saved["8bit"] <= saved["lomem"] <= saved["exact"] < saved["plain"]
 
 
 def test_saved_bytes_of_plain_training():

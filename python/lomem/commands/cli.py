@@ -194,8 +194,8 @@ def _add_memory(commands: Any) -> None:
         "--method",
         type=_list_of(str),
         metavar="NAME,...",
-        help="plain, activations, norms, lomem (both), exact, gated-mlp, one-cast, checkpoint, lomem+checkpoint "
-        "(default: plain,lomem,checkpoint)",
+        help="plain, activations, norms, lomem (both), exact, 8bit, 8bit-pairs, 4bit, gated-mlp, one-cast, checkpoint, "
+        "lomem+checkpoint (default: plain,lomem,checkpoint)",
     )
     measured.add_argument("--batch", type=_positive, metavar="N", help="sequences or images per batch")
     measured.add_argument("--seq", type=_positive, metavar="N", help="tokens per sequence")
@@ -223,6 +223,7 @@ def _add_convert(commands: Any) -> None:
     command.add_argument(
         "--dry-run", action="store_true", required=True, help="required: the command only prints, it converts nothing"
     )
+    command.add_argument("--bits", type=int, choices=[16, 8, 4, 2], help="as lomem.convert's bits")
     command.add_argument("--every", action="store_true", help="a row per module, not per kind of module")
     command.set_defaults(run=_model_command("main_convert"))
 

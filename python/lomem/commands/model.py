@@ -323,7 +323,7 @@ def main_convert(arguments: argparse.Namespace) -> int:
         memory.fake(subject.build) as model,
         torch.autocast("cpu", subject.autocast, enabled=subject.autocast is not None),
     ):
-        report = conversion.convert(model, subject.example(), dry_run=True)
+        report = conversion.convert(model, subject.example(), bits=arguments.bits, dry_run=True)
     console().print(report.table(every=arguments.every))
     return 0
 
@@ -337,6 +337,7 @@ _PAPER_METHODS = (
     "lomem",
     "no peft cast",
     "exact",
+    "8bit",
     "gated-mlp",
     "one-cast",
     "checkpoint",
@@ -440,6 +441,7 @@ _PAPER_MARKERS = {
     "lomem": ("o", "#0072B2"),
     "no peft cast": ("D", "#009E73"),
     "exact": ("^", "#D55E00"),
+    "8bit": ("v", "#F0E442"),
     "gated-mlp": ("P", "#000000"),
     "checkpoint": ("s", "#CC79A7"),
 }

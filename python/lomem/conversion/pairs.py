@@ -549,7 +549,6 @@ class _Pairs(Redirect):
         hold(result, (*(t for t in itself if t is operand), *(t for t in others if is_small(t, operand))))
         return result  # type: ignore[no-any-return]
 
-
     def _gated(self, activated: Tensor, up: Tensor, kept: tuple[Tensor | None, ...], made: Offer) -> Tensor:
         name = made.activation
         assert name is not None

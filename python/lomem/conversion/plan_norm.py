@@ -188,9 +188,7 @@ def _in_groups(
     return c
 
 
-def _plan_exactly(
-    finder: Finder, name: str, form: NormForm, pairs: bool, known: Callable[[str], bool]
-) -> Candidate:
+def _plan_exactly(finder: Finder, name: str, form: NormForm, pairs: bool, known: Callable[[str], bool]) -> Candidate:
     """The candidate for a norm that saves no more than linear layers do anyway, see :func:`plan_norm`."""
     c = Candidate(name, Kind.NORM, form)
     refusal = _refusal(finder, name, form)
