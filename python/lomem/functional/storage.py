@@ -45,8 +45,8 @@ def quantize_groups(
 
     Returns:
         ``codes``: 1-D uint8 tensor of ``ceil(numel * bits / 8)`` bytes, in two's complement, in the layout of
-        :mod:`lomem.functional.packing`; and ``scales``: 1-D bfloat16 tensor of ``ceil(numel / group_size)`` elements. Not
-        differentiable. The bytes are the same on every device and with any number of threads.
+        :mod:`lomem.functional.packing`; and ``scales``: 1-D bfloat16 tensor of ``ceil(numel / group_size)`` elements.
+        Not differentiable. The bytes are the same on every device and with any number of threads.
 
     Raises:
         RuntimeError: If ``input`` has another dtype or layout, or ``seed`` another dtype, shape or device.
