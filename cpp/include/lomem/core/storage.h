@@ -205,17 +205,19 @@ LOMEM_HOST_DEVICE constexpr bfloat16 encode_group(
 
 /// The largest finite number that a T becomes, which for float64 is that of float32.
 template <class T>
-inline constexpr float largest_value = 0x1.fffffep127f;
+LOMEM_HOST_DEVICE constexpr float largest_value() {
+  return sizeof(T) >= sizeof(float) ? 0x1.fffffep127f : 0x1.fep127f;
+}
 template <>
-inline constexpr float largest_value<bfloat16> = 0x1.fep127f;
-template <>
-inline constexpr float largest_value<float16> = 65504.0f;
+LOMEM_HOST_DEVICE constexpr float largest_value<float16>() {
+  return 65504.0f;
+}
 
 /// What values of a group are limited to. (Not those of an infinite or NaN scale.)
 template <class T>
 LOMEM_HOST_DEVICE constexpr float value_limit(bfloat16 scale) {
   const bool finite = (scale.bits & 0x7f80u) != 0x7f80u;
-  return finite ? largest_value<T> : __builtin_huge_valf();
+  return finite ? largest_value<T>() : to_compute(bfloat16{0x7f80});
 }
 
 template <class T>
