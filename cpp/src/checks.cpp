@@ -1,7 +1,9 @@
 #include "checks.h"
 
+#include <c10/util/accumulate.h>
 #include <lomem/core/packing.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -175,6 +177,107 @@ void check_unpack(const char* op, const at::Tensor& packed, int64_t bits, const 
   check_bits(op, bits);
   TORCH_CHECK_VALUE(numel >= 0 && numel <= max_numel, op, ": numel is ", numel, ", expected 0 to ", max_numel);
   check_packed(op, "packed", packed, numel, bits);
+}
+
+namespace {
+
+GroupFormat check_group_format(const char* op, int64_t bits, int64_t group_size) {
+  TORCH_CHECK_VALUE(bits == 8 || bits == 4, op, ": bits is ", bits, ", expected 8 or 4");
+  TORCH_CHECK_VALUE(
+      is_scale_group(group_size), op, ": group_size is ", group_size, ", expected a power of two from ",
+      min_scale_group, " to ", max_scale_group);
+  return {static_cast<int>(bits), static_cast<int>(group_size)};
+}
+
+/// The numbers, if none of them is symbolic.
+std::optional<std::vector<int64_t>> known(c10::SymIntArrayRef numbers) {
+  std::vector<int64_t> result;
+  for (const c10::SymInt& number : numbers) {
+    const std::optional<int64_t> value = number.maybe_as_int();
+    if (!value) {
+      return std::nullopt;
+    }
+    result.push_back(*value);
+  }
+  return result;
+}
+
+/// The number of elements of a tensor to be made.
+c10::SymInt check_size(const char* op, c10::SymIntArrayRef size) {
+  for (const c10::SymInt& length : size) {
+    TORCH_CHECK_VALUE(known_or(length.sym_ge(0), true), op, ": size is ", size, ", expected no negative number");
+  }
+  if (const auto lengths = known(size)) {
+    // (Without zeros: torch computes strides of the other sizes.)
+    int64_t product = 1;
+    for (const int64_t length : *lengths) {
+      TORCH_CHECK_VALUE(
+          !__builtin_mul_overflow(product, std::max<int64_t>(length, 1), &product) && product <= max_numel, op,
+          ": size is ", size, ", expected at most ", max_numel, " elements");
+    }
+  }
+  return c10::multiply_integers(size);
+}
+
+/// Strides must be those of a tensor whose elements fill a range of memory, each at one place.
+void check_dense(const char* op, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
+  TORCH_CHECK_VALUE(
+      stride.size() == size.size(), op, ": stride is ", stride, ", expected ", size.size(), " numbers, as size has");
+  for (const c10::SymInt& step : stride) {
+    TORCH_CHECK_VALUE(known_or(step.sym_ge(0), true), op, ": stride is ", stride, ", expected no negative number");
+  }
+  const auto sizes = known(size);
+  const auto strides = known(stride);
+  if (!sizes || !strides || std::find(sizes->begin(), sizes->end(), 0) != sizes->end()) {
+    return;
+  }
+  std::vector<size_t> order;
+  for (size_t i = 0; i < sizes->size(); ++i) {
+    if ((*sizes)[i] > 1) {
+      order.push_back(i);
+    }
+  }
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return (*strides)[a] < (*strides)[b]; });
+  int64_t next = 1;
+  for (const size_t i : order) {
+    TORCH_CHECK_VALUE(
+        (*strides)[i] == next, op, ": stride is ", stride, ", expected that of a dense tensor of size ", size);
+    next *= (*sizes)[i];
+  }
+}
+
+}  // namespace
+
+GroupFormat check_group_encoding(
+    const char* op, const at::Tensor& input, int64_t bits, const std::optional<at::Tensor>& seed, int64_t offset,
+    int64_t group_size) {
+  check_float_tensor(op, "input", input);
+  check_seed(op, seed, "input", input);
+  TORCH_CHECK_VALUE(offset >= 0, op, ": offset is ", offset, ", expected at least 0");
+  return check_group_format(op, bits, group_size);
+}
+
+GroupFormat check_group_decoding(
+    const char* op, const at::Tensor& codes, const at::Tensor& scales, c10::SymIntArrayRef size,
+    at::OptionalSymIntArrayRef stride, at::ScalarType dtype, int64_t bits, int64_t group_size) {
+  check_byte_tensor(op, "codes", codes);
+  check_strided(op, "scales", scales);
+  TORCH_CHECK(
+      scales.scalar_type() == at::kBFloat16, op, ": scales has dtype ", dtype_name(scales.scalar_type()),
+      ", expected bfloat16");
+  check_same_device(op, "scales", scales, "codes", codes);
+  const GroupFormat format = check_group_format(op, bits, group_size);
+  TORCH_CHECK(is_supported_float(dtype), op, ": dtype is ", dtype_name(dtype), ", expected ", float_dtypes);
+  const c10::SymInt numel = check_size(op, size);
+  if (stride.has_value()) {
+    check_dense(op, size, *stride);
+  }
+  check_packed(op, "codes", codes, numel, bits);
+  const c10::SymInt expected = scale_count(numel, format.group);
+  TORCH_CHECK(
+      scales.sym_numel() == expected, op, ": scales has ", scales.sym_numel(), " elements, expected ", expected,
+      " for ", numel, " elements in groups of ", group_size);
+  return format;
 }
 
 namespace {

@@ -5,6 +5,7 @@
 #include <c10/core/SymIntArrayRef.h>
 #include <lomem/core/dtype.h>
 #include <lomem/core/gated.h>
+#include <lomem/core/storage.h>
 
 #include <optional>
 #include <string_view>
@@ -44,6 +45,16 @@ void check_step_backward(
     const char* op, const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits);
 
 void check_unpack(const char* op, const at::Tensor& packed, int64_t bits, const c10::SymInt& numel);
+
+/// Checks the arguments of storage in groups.
+GroupFormat check_group_encoding(
+    const char* op, const at::Tensor& input, int64_t bits, const std::optional<at::Tensor>& seed, int64_t offset,
+    int64_t group_size);
+
+/// Checks the arguments of its inverse. Strides that are symbolic are not checked.
+GroupFormat check_group_decoding(
+    const char* op, const at::Tensor& codes, const at::Tensor& scales, c10::SymIntArrayRef size,
+    at::OptionalSymIntArrayRef stride, at::ScalarType dtype, int64_t bits, int64_t group_size);
 
 /// What a gated unit computes, and where its operands are.
 struct GatedKind {

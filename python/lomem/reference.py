@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._trace.seeds import draw_seed
 from .steps import StepFunction
 
 __all__ = [
     "REGELU2",
     "RESILU2",
     "StepFunction",
+    "dequantize_groups",
     "dropout_apply",
     "gated",
     "lora",
@@ -27,6 +29,7 @@ __all__ = [
     "ms_rms_norm",
     "pack_bits",
     "philox_words",
+    "quantize_groups",
     "regelu2",
     "resilu2",
     "seeded_dropout_apply",
@@ -164,14 +167,14 @@ def dropout_apply(input: Tensor, mask: Tensor, p: float) -> Tensor:
     return input * kept.to(input.dtype).div_(1 - p)
 
 
-def philox_words(seed: int, count: int) -> Tensor:
+def philox_words(seed: int, count: int, offset: int = 0) -> Tensor:
     """The first words of a seed's stream, as int64: Philox4x32-10 (Salmon et al., SC 2011), whose key is the seed.
 
-    Block ``i``, of words ``4 * i`` to ``4 * i + 3``, is that of counter ``i``.
+    Block ``i``, of words ``4 * i`` to ``4 * i + 3``, is that of counter ``i + 2**64 * offset``.
     """
     low = 0xFFFFFFFF
     index = torch.arange((count + 3) // 4)
-    a, b, c, d = index & low, index >> 32, torch.zeros_like(index), torch.zeros_like(index)
+    a, b, c, d = index & low, index >> 32, torch.full_like(index, offset & low), torch.full_like(index, offset >> 32)
     first, second = seed & low, seed >> 32 & low
     for _ in range(10):
         # (Products of two numbers of 32 bits wrap around to negative ones, whose bits are right.)
@@ -188,6 +191,75 @@ def seeded_dropout_apply(input: Tensor, seed: Tensor, p: float) -> Tensor:
     kept = words >= min(int(p * 2**32 + 0.5), 2**32 - 1)
     scale = torch.ones((), dtype=dtype).div_(1 - p).to(input.device)
     return (input.to(dtype) * (kept * scale)).to(input.dtype)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a range of memory, each at one place."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def quantize_groups(
+    input: Tensor,
+    bits: int = 8,
+    *,
+    rounding: str = "stochastic",
+    seed: Tensor | None = None,
+    offset: int = 0,
+    group_size: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`lomem.functional.quantize_groups`."""
+    n, largest = input.numel(), 2 ** (bits - 1) - 1
+    flat = input.as_strided((n,), (1,)) if n > 0 and _is_dense(input) else input.reshape(-1)
+    x = F.pad(flat.detach().to(torch.float32), (0, -n % group_size)).reshape(-1, group_size)
+    # Magnitudes as integers: NaN is above infinity, which is above all numbers.
+    m = (x.view(torch.int32) & 0x7FFFFFFF).amax(1) if n > 0 else torch.zeros(0, dtype=torch.int32, device=x.device)
+    special, zero = m >= 0x7F800000, m == 0
+    magnitude = m.masked_fill(special, 0x3F800000).view(torch.float32)
+    q = torch.full_like(magnitude, largest)
+    up = ((magnitude / q).view(torch.int32) + 0xFFFF) >> 16
+    up += ((up << 16).view(torch.float32) * q < magnitude).int()
+    up = up.clamp(min=0x0080).masked_fill(zero, 0).masked_fill(special, 0x7FC0)
+    scales = up.to(torch.int16).view(torch.bfloat16)
+    t = x * (torch.ones_like(q) / scales.float()).reshape(-1, 1)
+    t = t.masked_fill((zero | special).reshape(-1, 1), 0).clamp(-largest, largest).flatten()[:n]
+    if rounding == "nearest":
+        code = t.round()
+    else:
+        seed = draw_seed(input.device) if seed is None else seed
+        words = philox_words(int(seed), (n + 1) // 2, offset).to(input.device)
+        halves = torch.stack([words & 0xFFFF, words >> 16], 1).flatten()[:n]
+        below = t.floor()
+        code = below + (t - below > (halves.to(torch.float32) + 0.5) / 65536)
+    return pack_bits(code.to(torch.int32) & (2**bits - 1), bits), scales
+
+
+def dequantize_groups(
+    codes: Tensor,
+    scales: Tensor,
+    size: Sequence[int],
+    dtype: torch.dtype,
+    bits: int = 8,
+    *,
+    stride: Sequence[int] | None = None,
+    group_size: int = 128,
+) -> Tensor:
+    """See :func:`lomem.functional.dequantize_groups`."""
+    n, half = torch.Size(size).numel(), 2 ** (bits - 1)
+    code = (unpack_bits(codes, bits, n).to(torch.int32) ^ half) - half
+    scale = scales.reshape(-1).float().repeat_interleave(group_size)[:n]
+    largest = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).max
+    value = code.to(torch.float32) * scale
+    value = torch.where(scale.isfinite(), value.clamp(-largest, largest), value)
+    target = torch.empty(size, dtype=dtype, device=codes.device)
+    if stride is not None:
+        target = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
+    target.as_strided((n,), (1,)).copy_(value)
+    return target
 
 
 class _MSNorm(torch.autograd.Function):

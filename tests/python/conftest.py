@@ -39,6 +39,7 @@ SLOW = {
     "test_compiled_by_inductor": 4,
     "test_compiled_checkpoints_use_the_same_numbers": 5,
     "test_compiled_in_one_graph": 23,
+    "test_compiled_round_trips": 4,
     "test_conversions_are_those_of_the_table": 5,
     "test_copies_and_pickles": 5,
     "test_estimate_step_and_profile_agree_to_the_byte": 7,

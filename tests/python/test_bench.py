@@ -354,6 +354,24 @@ def test_cases_of_dropout():
     assert bench_report.select(["dropout"]) == list(bench_report.DROPOUT)
 
 
+def test_cases_of_storage():
+    plan = plan_of()._replace(elements=[1024], dtypes=["bf16"])
+    for name in bench_report.STORAGE:
+        bits = 8 if "8" in name else 4
+        (case,) = bench.make_cases(name, plan)
+        moved = {key: c.forward_bytes for key, c in case.contenders.items()}
+        ours = {"lomem"} if name.startswith("de") else {"lomem", "lomem nearest"}
+        assert moved == {**dict.fromkeys(ours, 2 + bits / 8 + 1 / 64), "torch": 4}
+        inputs = case.make_inputs()
+        results = {key: c.function(*inputs) for key, c in case.contenders.items()}
+        if name.startswith("de"):
+            torch.testing.assert_close(results["lomem"], results["torch"], atol=0.6, rtol=0)
+        else:
+            assert all(len(results[key][0]) == 1024 * bits // 8 for key in ours)
+    assert not set(bench_report.STORAGE) & set(bench_report.select(None))
+    assert bench_report.select(["storage"]) == list(bench_report.STORAGE)
+
+
 def test_few_bit_cases_are_measured_where_they_are_asked_for():
     assert not set(bench_report.FEW_BIT) & set(bench_report.select(None))
     assert bench_report.select(["few-bit"]) == list(bench_report.FEW_BIT)
@@ -397,7 +415,7 @@ def test_defaults_and_names():
         ("--device meta", "--device is meta, expected cpu or cuda"),
         (
             "--only relu",
-            "--only is relu, expected some of activations, dropout, few-bit, gated, lora, norms, gelu, gelu-tanh, si",
+            "--only is relu, expected some of activations, dropout, few-bit, gated, lora, norms, storage, gelu, gelu",
         ),
         ("--from nothing.json", "--from is nothing.json, expected a file that exists"),
         ("--from some.json --threads 2", "--threads is given with --from, expected only one of them"),

@@ -147,6 +147,8 @@ GOOD_ARGUMENTS = {
     ),
     "pack_bits": (BYTE_VALUES, 1),
     "unpack_bits": (BYTE_VALUES[0], 2, 16),
+    "quantize_groups": (FLOAT_VALUES,),
+    "dequantize_groups": (BYTE_VALUES[0], FLOAT_VALUES[0, :1].bfloat16(), [4], None, torch.float32),
 }
 TENSOR_ARGUMENTS = [
     (name, i)
@@ -210,6 +212,7 @@ class TestOddTensors:
         "ms_rms_norm": lambda x: LF.ms_rms_norm(x, (4,)),
         "pack_bits": lambda x: LF.pack_bits(x, 1),
         "unpack_bits": lambda x: LF.unpack_bits(x, 2, 16),
+        "quantize_groups": LF.quantize_groups,
         "pack_bool_to_uint8": LF.pack_bool_to_uint8,
         "unpack_uint8_to_bool": lambda x: LF.unpack_uint8_to_bool(x, (8,)),
     }
@@ -295,6 +298,8 @@ def test_cuda_in_a_build_without_cuda():
         "ms_rms_norm_backward": (X, X, X[:, :1], [8], None, torch.float32, [True, False]),
         "pack_bits": (X.to(torch.uint8), 2),
         "unpack_bits": (X.to(torch.uint8), 2, 128),
+        "quantize_groups": (X,),
+        "dequantize_groups": (X.to(torch.uint8), X[0, :1].bfloat16(), [32], None, torch.float32),
     }
     # Of torch's ops, which have kernels of their own.
     composite = {
@@ -731,6 +736,15 @@ ARGUMENTS = {
     "randomized_linear_weight_grad": linear_arguments("weight_grad"),
     "pack_bits": st.tuples(tensors(dtype=torch.uint8), widths),
     "unpack_bits": unpack_arguments(),
+    "quantize_groups": st.tuples(tensors(), st.sampled_from([8, 4, 5]), st.none() | small.map(torch.tensor)),
+    "dequantize_groups": st.tuples(
+        tensors([6], torch.uint8),
+        tensors([1], torch.bfloat16),
+        st.sampled_from([[6], [2, 3], [12], [-1], [2**62, 4]]),
+        st.sampled_from([None, [1], [3, 1], [1, 2], [0, 1]]),
+        dtypes,
+        st.sampled_from([8, 8, 4, 3]),
+    ),
 }
 
 

@@ -139,6 +139,11 @@ def samples(device):
         ],
         "pack_bits": [((codes, 3), {}), ((codes, 8), {})],
         "unpack_bits": [((LF.pack_bits(codes, 3), 3, 35), {})],
+        "quantize_groups": [((x0, 4), {}), ((image0, 8, seed), {"offset": 2}), ((x0[:, 1:], 8), {"group_size": 16})],
+        "dequantize_groups": [
+            ((*ops.quantize_groups(x0), x0.shape, None, f32), {}),
+            ((*ops.quantize_groups(image0, 4), image0.shape, image0.stride(), torch.float16, 4), {}),
+        ],
     }
 
 
@@ -632,7 +637,8 @@ MODULES = {
 
 def test_every_function_and_module_is_here():
     packing = {"pack_bits", "pack_bool_to_uint8", "unpack_bits", "unpack_uint8_to_bool"}
-    assert {name.split("-")[0] for name in FUNCTIONS} == set(LF.__all__) - packing - {"step_function"}
+    storage = {"quantize_groups", "dequantize_groups"}
+    assert {name.split("-")[0] for name in FUNCTIONS} == set(LF.__all__) - packing - storage - {"step_function"}
     assert {name.split("-")[0] for name in MODULES} == set(lomem.nn.__all__) - {"FewBitActivation"}
 
 

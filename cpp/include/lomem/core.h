@@ -1,4 +1,5 @@
-// The torch-free core: packing, step functions, norm formulas, fast activations, gated units, dropout. Headers only.
+// The torch-free core: packing, step functions, norm formulas, fast activations, gated units, dropout,
+// storage in groups. Headers only.
 #pragma once
 
 #include <lomem/config.h>
@@ -11,4 +12,5 @@
 #include <lomem/core/packing.h>
 #include <lomem/core/philox.h>
 #include <lomem/core/step.h>
+#include <lomem/core/storage.h>
 #include <lomem/version.h>

@@ -10,3 +10,4 @@
 #include <lomem/ops/norms.h>
 #include <lomem/ops/packing.h>
 #include <lomem/ops/step_function.h>
+#include <lomem/ops/storage.h>

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from .. import _C, __version__, functional, reference
 from ..functional.norms import LAYER_NORM, RMS_NORM
-from . import _reused_memory, bench_report
-from .bench_report import ACTIVATIONS, DROPOUT, FEW_BIT, GATED, LORA, NORMS, Record, Results
+from . import _reused_memory, bench_peers, bench_report
+from .bench_report import ACTIVATIONS, DROPOUT, FEW_BIT, GATED, LORA, NORMS, STORAGE, Record, Results
 from .plotting import check_folder, check_plot
 
 try:
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
         """The command line that runs this plan."""
         activations, norms = (
             [case for case in self.cases if case in family]
-            for family in ((*ACTIVATIONS, *FEW_BIT, *GATED, *DROPOUT), (*LORA, *NORMS))
+            for family in ((*ACTIVATIONS, *FEW_BIT, *GATED, *DROPOUT, *STORAGE), (*LORA, *NORMS))
         )
         options = {
             "device": str(self.device),
@@ -306,38 +306,38 @@ def norm_case(name: str, shape: tuple[int, int], dtype: str, plan: Plan) -> Case
     if plan.compiled:
         functions["torch.compile"] = torch.compile(over_rows(theirs), dynamic=False)
     if plan.device.type == "cuda" and affine:
-        functions |= peers_of_norms(columns, layer=layer)
+        functions |= bench_peers.of_norms(columns, layer=layer)
     size = DTYPES[dtype].itemsize
     contenders = {name: Contender(function, 2 * size, 3 * size) for name, function in functions.items()}
     return Case(name, shape, dtype, make_inputs, contenders)
 
 
-def peers_of_norms(columns: int, *, layer: bool) -> dict[str, Callable[..., Tensor]]:
-    """Norms of other libraries, if installed. All of them are affine."""
-    peers: dict[str, Callable[..., Tensor]] = {}
-    if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import functional as liger
+def storage_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
+    """A tensor to codes in groups of 128, or back; torch's contender is a copy of the tensor."""
+    size, bits = DTYPES[dtype].itemsize, int(name[-4])
+    seed = torch.tensor(5, device=plan.device)
+    encode, decode = functional.quantize_groups, functional.dequantize_groups
 
-        if layer:
-            peers["liger"] = lambda x, weight, bias: liger.liger_layer_norm(x, weight, bias, 1e-5)
-        else:
-            # Not in place, since torch's does not overwrite the gradient either.
-            peers["liger"] = lambda x, weight: liger.liger_rms_norm(x, weight, 1e-5, 0.0, "llama", False)
-    if importlib.util.find_spec("apex"):
-        from apex.normalization import fused_layer_norm as apex
+    def make_inputs() -> tuple[Tensor, ...]:
+        x = torch.randn(elements, device=plan.device).to(DTYPES[dtype])
+        return (x, *encode(x, bits, seed=seed))
 
-        if layer:
-            peers["apex"] = lambda x, weight, bias: apex.fused_layer_norm_affine(
-                x, weight, bias, (columns,), 1e-5, True
-            )
-        else:
-            peers["apex"] = lambda x, weight: apex.fused_rms_norm_affine(x, weight, (columns,), 1e-5, True)
-    return peers
+    functions: dict[str, Callable[..., Any]] = {
+        "lomem": lambda x, *_: encode(x, bits, seed=seed),
+        "lomem nearest": lambda x, *_: encode(x, bits, rounding="nearest"),
+    }
+    if name.startswith("de"):
+        functions = {"lomem": lambda x, codes, scales: decode(codes, scales, x.shape, x.dtype, bits)}
+    moved = size + bits / 8 + 2 / 128
+    contenders = {key: Contender(function, moved, 0, ("forward",)) for key, function in functions.items()}
+    contenders["torch"] = Contender(lambda x, *_: x.clone(), 2 * size, 0, ("forward",))
+    return Case(name, (elements,), dtype, make_inputs, contenders)
 
 
 def make_cases(name: str, plan: Plan) -> Iterator[Case]:
     """Yields the cases of one function for every size and dtype."""
     flat = {ACTIVATIONS: activation_case, GATED: gated_case, DROPOUT: dropout_case, FEW_BIT: few_bit_case}
+    flat[STORAGE] = storage_case
     for family, make in flat.items():
         if name in family:
             yield from (make(name, *kind, plan) for kind in itertools.product(plan.elements, plan.dtypes))

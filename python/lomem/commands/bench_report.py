@@ -31,6 +31,7 @@ NORMS = ("layer-norm", "layer-norm-affine", "rms-norm", "rms-norm-affine")
 GATED = ("swiglu", "geglu", "geglu-tanh", "reglu", "glu")
 DROPOUT = ("dropout",)
 LORA = ("lora-linear", "lora-linear-dropout")
+STORAGE = ("quantize-8bit", "quantize-4bit", "dequantize-8bit", "dequantize-4bit")
 #: Names for groups of cases.
 FAMILIES = {
     "activations": ACTIVATIONS,
@@ -39,6 +40,7 @@ FAMILIES = {
     "gated": GATED,
     "lora": LORA,
     "norms": NORMS,
+    "storage": STORAGE,
 }
 
 #: One contender in one pass of one case. (Functional syntax, since `pass` cannot be a field name.)
@@ -76,8 +78,8 @@ class Results(NamedTuple):
 
 
 def select(only: Iterable[str] | None) -> list[str]:
-    """The requested cases; by default all except those of FEW_BIT, GATED, DROPOUT and LORA."""
-    known = [*ACTIVATIONS, *FEW_BIT, *GATED, *DROPOUT, *LORA, *NORMS]
+    """The requested cases; by default all except those of FEW_BIT, GATED, DROPOUT, STORAGE and LORA."""
+    known = [*ACTIVATIONS, *FEW_BIT, *GATED, *DROPOUT, *STORAGE, *LORA, *NORMS]
     if only is None:
         return [*ACTIVATIONS, *NORMS]
     wanted: set[str] = set()

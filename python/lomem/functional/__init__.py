@@ -8,7 +8,7 @@ compute the exact gradient and save as much as usual; other nested, sparse and q
 differentiation and ``torch.func`` gradients raise.
 """
 
-from . import activations, adapters, dropouts, gated_units, linear, norms, packing
+from . import activations, adapters, dropouts, gated_units, linear, norms, packing, storage
 from .activations import *  # noqa: F403
 from .adapters import *  # noqa: F403
 from .dropouts import *  # noqa: F403
@@ -16,6 +16,7 @@ from .gated_units import *  # noqa: F403
 from .linear import *  # noqa: F403
 from .norms import *  # noqa: F403
 from .packing import *  # noqa: F403
+from .storage import *  # noqa: F403
 
 __all__ = [
     *activations.__all__,
@@ -25,4 +26,5 @@ __all__ = [
     *linear.__all__,
     *norms.__all__,
     *packing.__all__,
+    *storage.__all__,
 ]

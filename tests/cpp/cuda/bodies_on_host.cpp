@@ -5,6 +5,7 @@
 #include <lomem/cuda/gated.cuh>
 #include <lomem/cuda/packing.cuh>
 #include <lomem/cuda/step.cuh>
+#include <lomem/cuda/storage.cuh>
 
 namespace lomem::cuda {
 
@@ -81,6 +82,19 @@ cudaError_t seed_multiply(
     return status(host.body(
         MaskedMultiply(static_cast<const T*>(x), SeededMask{seed, bound}, scale, n, static_cast<T*>(product))));
   });
+}
+
+cudaError_t group_encode(
+    DType dtype, const void* x, std::int64_t n, const GroupFormat& format, const std::int64_t* seed,
+    std::uint64_t offset, std::uint8_t* codes, bfloat16* scales, cudaStream_t /*stream*/) {
+  return group_encode_by(
+      dtype, x, n, format, seed, offset, codes, scales, [](const auto& body) { return status(host.body(body)); });
+}
+
+cudaError_t group_decode(
+    DType dtype, const std::uint8_t* codes, const bfloat16* scales, std::int64_t n, const GroupFormat& format, void* y,
+    cudaStream_t /*stream*/) {
+  return group_decode_by(dtype, codes, scales, n, format, y, [](const auto& body) { return status(host.body(body)); });
 }
 
 cudaError_t gated_forward(const GatedOperands& operands, void* output, cudaStream_t /*stream*/) {

@@ -9,6 +9,7 @@
 #include <lomem/cuda/gated.cuh>
 #include <lomem/cuda/packing.cuh>
 #include <lomem/cuda/step.cuh>
+#include <lomem/cuda/storage.cuh>
 
 #include <cmath>
 #include <cstring>
@@ -295,6 +296,69 @@ TEST_F(EveryDevice, Dropout) {
     check_dropout<float>();
     check_dropout<lomem::bfloat16>();
     check_dropout<lomem::float16>();
+  });
+}
+
+template <class T>
+void check_storage(int bits, int group, bool stochastic, std::int64_t n, int misaligned) {
+  const lomem::GroupFormat format{bits, group};
+  const auto values = random_elements<T>(n, 2, static_cast<unsigned>(n));
+  const std::int64_t seed = 0x123456789abcdef;
+  constexpr std::uint64_t offset = 0x987654321;
+  std::vector<std::uint8_t> want(lomem::packed_bytes(n, bits));
+  std::vector<lomem::bfloat16> want_scales(lomem::scale_count(n, group));
+  std::vector<T> want_values(n);
+  const auto on_host = [](const auto& body) {
+    execute_on_host(body);
+    return cudaSuccess;
+  };
+  group_encode_by(
+      Element<T>::dtype, values.data(), n, format, stochastic ? &seed : nullptr, offset, want.data(),
+      want_scales.data(), on_host);
+  group_decode_by(Element<T>::dtype, want.data(), want_scales.data(), n, format, want_values.data(), on_host);
+  DeviceBuffer<T> x(n, misaligned == 0 ? 1 : 0);
+  x.assign(values);
+  DeviceBuffer<std::int64_t> device_seed(1);
+  device_seed.assign({seed});
+  DeviceBuffer<std::uint8_t> codes(want.size(), misaligned == 1 ? 1 : 0);
+  DeviceBuffer<lomem::bfloat16> scales(want_scales.size(), 0);
+  DeviceBuffer<T> y(n, misaligned == 2 ? 1 : 0);
+  on_all_streams(
+      [&](cudaStream_t stream) {
+        const cudaError_t error = group_encode(
+            Element<T>::dtype, x.data(), n, format, stochastic ? device_seed.data() : nullptr, offset, codes.data(),
+            scales.data(), stream);
+        return error != cudaSuccess
+                   ? error
+                   : group_decode(Element<T>::dtype, codes.data(), scales.data(), n, format, y.data(), stream);
+      },
+      [&] {
+        codes.poison();
+        scales.poison();
+        y.poison();
+      },
+      [&] {
+        EXPECT_EQ(codes.values(), want) << n;
+        EXPECT_EQ(bytes_of(scales.values()), bytes_of(want_scales)) << n;
+        EXPECT_EQ(bytes_of(y.values()), bytes_of(want_values)) << n;
+      });
+}
+
+TEST_F(EveryDevice, Storage) {
+  on_every_device([] {
+    int number = 0;
+    for (const std::int64_t n : sizes()) {
+      for (const int group : {16, 128, 1024}) {
+        for (int kind = 0; kind < 4; ++kind) {
+          SCOPED_TRACE(std::to_string(n) + " in groups of " + std::to_string(group));
+          const int misaligned = number++ % 4 - 1;
+          check_storage<double>(kind % 2 == 0 ? 8 : 4, group, kind < 2, n, misaligned);
+          check_storage<float>(kind % 2 == 0 ? 8 : 4, group, kind < 2, n, misaligned);
+          check_storage<lomem::bfloat16>(kind % 2 == 0 ? 8 : 4, group, kind < 2, n, misaligned);
+          check_storage<lomem::float16>(kind % 2 == 0 ? 8 : 4, group, kind < 2, n, misaligned);
+        }
+      }
+    }
   });
 }
 

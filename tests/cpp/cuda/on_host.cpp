@@ -48,3 +48,4 @@ inline void check_launch(const char* op, const at::Tensor& /*tensor*/, cudaError
 #include "../../../cpp/cuda/gated.cpp"
 #include "../../../cpp/cuda/norms.cpp"
 #include "../../../cpp/cuda/packing.cpp"
+#include "../../../cpp/cuda/storage.cpp"

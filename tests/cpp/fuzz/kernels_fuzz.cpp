@@ -509,6 +509,60 @@ void fuzz_dropout(Choices& choices) {
   });
 }
 
+/// Codes and scales in groups, and values of any codes and scales.
+template <int bits>
+void fuzz_storage(Choices& choices) {
+  const DType dtype = choices.dtype();
+  const std::size_t count = choices.number(most_elements);
+  const auto n = static_cast<std::int64_t>(count);
+  const std::size_t offset = choices.number(most_bytes_off) * lomem::element_size(dtype);
+  const bool stream = choices.flag();
+  const bool stochastic = choices.flag();
+  const int group = lomem::min_scale_group << choices.byte() % 7;
+  const std::int64_t first = std::int64_t{group} * static_cast<std::int64_t>(choices.number(60000));
+  lomem::GroupRandom random{};
+  std::memcpy(&random, choices.bytes(sizeof(random)).data(), sizeof(random));
+  const lomem::GroupRandom* source = stochastic ? &random : nullptr;
+  const Bytes x = choices.elements(dtype, count);
+  const auto groups = static_cast<std::size_t>(lomem::scale_count(n, group));
+  Bytes want_codes(static_cast<std::size_t>(lomem::packed_bytes(n, bits)));
+  std::vector<lomem::bfloat16> want_scales(groups);
+  const Bytes codes = choices.bytes(want_codes.size());
+  const Bytes scales = choices.bytes(groups * sizeof(lomem::bfloat16));
+  const auto factors = elements_of<lomem::bfloat16>(scales);
+  Bytes want;
+  lomem::visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    const auto elements = elements_of<T>(x);
+    std::vector<T> values(count);
+    for (std::int64_t begin = 0, g = 0; begin < n; begin += group, ++g) {
+      const std::int64_t size = std::min<std::int64_t>(group, n - begin);
+      want_scales[g] = lomem::encode_group<bits>(
+          elements.data() + begin, first + begin, size, source, want_codes.data() + begin * bits / 8);
+      lomem::decode_group<bits>(codes.data() + begin * bits / 8, size, factors[g], values.data() + begin);
+    }
+    want = with_one_nan(dtype, bytes_of(values));
+  });
+  for_each_table([&](const KernelTable& table) {
+    Memory elements(x, offset);
+    Memory encoded(want_codes.size(), offset);
+    Memory encoded_scales(scales.size(), 0);
+    const lomem::GroupFormat format{bits, group};
+    table.group_encode(
+        dtype, elements.data(), first, n, format, source, static_cast<std::uint8_t*>(encoded.data()),
+        static_cast<lomem::bfloat16*>(encoded_scales.data()), stream);
+    expect_same(table, "codes in groups", encoded.written(table), want_codes);
+    expect_same(table, "scales of groups", encoded_scales.written(table), bytes_of(want_scales));
+    Memory given(codes, offset);
+    Memory given_scales(scales, 0);
+    Memory values(x.size(), offset);
+    table.group_decode(
+        dtype, static_cast<const std::uint8_t*>(given.data()), static_cast<const lomem::bfloat16*>(given_scales.data()),
+        n, format, values.data(), stream);
+    expect_same(table, "values of groups", with_one_nan(dtype, values.written(table)), want);
+  });
+}
+
 /// Gradients of a gated unit, which are the scalar formulas'.
 void fuzz_gated(Choices& choices) {
   const DType dtype = choices.dtype();
@@ -560,6 +614,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       &fuzz_gated,
       &fuzz_packing,
       &fuzz_search,
+      &fuzz_storage<8>,
+      &fuzz_storage<4>,
       [](Choices& rest) { fuzz_norm(rest, &KernelTable::layer_norm_forward, &KernelTable::layer_norm_backward); },
       [](Choices& rest) { fuzz_norm(rest, &KernelTable::rms_norm_forward, &KernelTable::rms_norm_backward); },
   };

@@ -42,14 +42,15 @@ LOMEM_HOST_DEVICE constexpr PhiloxBlock<Word> philox(
   return counter;
 }
 
-/// Block number `index` of the stream of a 64-bit seed, which is the key.
-LOMEM_HOST_DEVICE constexpr PhiloxBlock<std::uint64_t> philox_block(std::uint64_t seed, std::uint64_t index) {
+/// Block number `index` of the stream of a 64-bit seed, which is the key. A seed has a stream for each `offset`.
+LOMEM_HOST_DEVICE constexpr PhiloxBlock<std::uint64_t> philox_block(
+    std::uint64_t seed, std::uint64_t index, std::uint64_t offset = 0) {
   return philox<PhiloxProduct>(
-      PhiloxBlock<std::uint64_t>{index, index >> 32, 0, 0}, static_cast<std::uint32_t>(seed),
+      PhiloxBlock<std::uint64_t>{index, index >> 32, offset, offset >> 32}, static_cast<std::uint32_t>(seed),
       static_cast<std::uint32_t>(seed >> 32));
 }
 
-/// Word i of that stream: word i % 4 of block i / 4.
+/// Word i of stream 0: word i % 4 of block i / 4.
 LOMEM_HOST_DEVICE constexpr std::uint32_t philox_word(std::uint64_t seed, std::uint64_t i) {
   const PhiloxBlock<std::uint64_t> block = philox_block(seed, i / 4);
   const std::uint64_t low = i % 2 == 0 ? block.first : block.second;

@@ -7,6 +7,7 @@
 #include <lomem/core/dtype.h>
 #include <lomem/core/gated.h>
 #include <lomem/core/norm.h>
+#include <lomem/core/storage.h>
 
 #include <cuda_runtime_api.h>
 
@@ -70,6 +71,17 @@ pack_bits(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* pac
 /// Unpacks n codes of `bits` = 1..8 bits.
 LOMEM_API cudaError_t
 unpack_bits(const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes, cudaStream_t stream);
+
+/// Codes and scales of n elements in groups, as encode_group (core/storage.h). `seed` is in device memory; without one,
+/// rounded to nearest.
+LOMEM_API cudaError_t group_encode(
+    DType dtype, const void* x, std::int64_t n, const GroupFormat& format, const std::int64_t* seed,
+    std::uint64_t offset, std::uint8_t* codes, bfloat16* scales, cudaStream_t stream);
+
+/// y[0, n) of codes and scales, as decode_group.
+LOMEM_API cudaError_t group_decode(
+    DType dtype, const std::uint8_t* codes, const bfloat16* scales, std::int64_t n, const GroupFormat& format, void* y,
+    cudaStream_t stream);
 
 /// Computes output and rstd of `rows` rows. RMSNorm has no bias: with one, nothing is computed and the result is
 /// cudaErrorInvalidValue, here and in norm_backward.

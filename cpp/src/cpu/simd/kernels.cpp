@@ -9,6 +9,7 @@
 #include "packing.h"
 #include "search.h"
 #include "step.h"
+#include "storage.h"
 
 #define LOMEM_JOIN_(a, b) a##b
 #define LOMEM_JOIN(a, b) LOMEM_JOIN_(a, b)

@@ -293,6 +293,30 @@ void count_dropout(DType dtype, bool misaligned) {
   });
 }
 
+void count_storage(DType dtype, int bits, bool misaligned) {
+  constexpr std::int64_t n = tensor_elements;
+  const lomem::GroupFormat format{bits, 128};
+  const auto size = static_cast<std::int64_t>(lomem::element_size(dtype));
+  const std::int64_t bytes = n * size + n * bits / 8 + 2 * n / format.group;
+  const std::string end =
+      std::string(" ") + name_of(dtype) + " " + std::to_string(bits) + " bits" + (misaligned ? " misaligned" : "");
+  const std::int64_t offset = misaligned ? size : 0;
+  const Mapping results((n + 64) * size);
+  const Mapping scales(2 * n / format.group);
+  auto* factors = reinterpret_cast<lomem::bfloat16*>(scales.data());
+  const std::uint8_t* input = normal_numbers(dtype) + offset;
+  const auto* seed = reinterpret_cast<const std::int64_t*>(random_bytes());
+  count("group_encode nearest" + end, n, bytes, 2, [&] {
+    return group_encode(dtype, input, n, format, nullptr, 0, results.data(), factors, nullptr);
+  });
+  count("group_encode stochastic" + end, n, bytes, 2, [&] {
+    return group_encode(dtype, input, n, format, seed, 1, results.data(), factors, nullptr);
+  });
+  count("group_decode" + end, n, bytes, 2, [&] {
+    return group_decode(dtype, random_bytes(), factors, n, format, results.data() + offset, nullptr);
+  });
+}
+
 void count_forward(DType dtype, bool misaligned) {
   constexpr std::int64_t n = tensor_elements;
   const auto size = static_cast<std::int64_t>(lomem::element_size(dtype));
@@ -476,6 +500,11 @@ int main() {
     count_dropout(dtype, false);
   }
   count_dropout(DType::bfloat16, true);
+  for (const DType dtype : dtypes) {
+    count_storage(dtype, 8, false);
+    count_storage(dtype, 4, false);
+  }
+  count_storage(DType::bfloat16, 8, true);
   for (const DType dtype : dtypes) {
     count_gated(dtype, Operands::apart, false);
   }

@@ -47,6 +47,7 @@ class Mutant(NamedTuple):
 ACTIVATIONS = "Sweep.Activations"
 GATED = "Sweep.Gated"
 NORMS = "Sweep.*Norms"
+STORAGE = "Sweep.Storage"
 FULL = "if (aligned && Grid::is_full(block, n)) {"
 UNALIGNED = "if (Grid::is_full(block, n)) {"
 
@@ -72,6 +73,47 @@ MUTANTS = [
     Mutant("vectors at any address, backward", "cuda/step.cuh", FULL, UNALIGNED, "activations", ACTIVATIONS, nth=2),
     Mutant("vectors at any address, packing", "cuda/packing.cuh", FULL, UNALIGNED, "packing", ACTIVATIONS, nth=0),
     Mutant("vectors at any address, unpacking", "cuda/packing.cuh", FULL, UNALIGNED, "packing", ACTIVATIONS, nth=1),
+    Mutant(
+        "vectors at any address, encoding groups",
+        "cuda/storage.cuh",
+        "if (aligned && begin + unit <= n) {\n      return load",
+        "if (begin + unit <= n) {\n      return load",
+        "storage",
+        STORAGE,
+    ),
+    Mutant(
+        "vectors at any address, decoding groups",
+        "cuda/storage.cuh",
+        "if (aligned && (block + 1) *",
+        "if ((block + 1) *",
+        "storage",
+        STORAGE,
+    ),
+    Mutant(
+        "the largest of a part of the group",
+        "cuda/storage.cuh",
+        "i < group_units; i += width",
+        "i < group_units; i += 2 * width",
+        "storage",
+        STORAGE,
+    ),
+    Mutant(
+        "the scale of another group",
+        "cuda/storage.cuh",
+        "scales[begin / unit / group_units] = scale",
+        "scales[begin / unit / group_units ^ 1] = scale",
+        "storage",
+        STORAGE,
+    ),
+    Mutant("no offset of the stream", "cuda/storage.cuh", "*seed), offset}", "*seed), 0}", "storage", STORAGE),
+    Mutant(
+        "random numbers of the neighbor",
+        "core/storage.h",
+        "random_half(j < 4 ? low : high, j % 2 != 0)",
+        "random_half(j < 4 ? low : high, j % 2 == 0)",
+        "storage",
+        STORAGE,
+    ),
     Mutant(
         "a block is full that is not",
         "cuda/step.cuh",

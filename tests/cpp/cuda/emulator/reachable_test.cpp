@@ -43,6 +43,13 @@ void launch_activations() {
     band_encode(dtype, bytes, 100, 0, 1, bytes, nullptr);
     mask_multiply(dtype, bytes, bytes, 2, 100, bytes, nullptr);
     seed_multiply(dtype, bytes, reinterpret_cast<const std::int64_t*>(bytes), 5, 2, 100, bytes, nullptr);
+    for (const int bits : {8, 4}) {
+      const lomem::GroupFormat format{bits, 128};
+      auto* scales = reinterpret_cast<lomem::bfloat16*>(bytes);
+      group_encode(dtype, bytes, 100, format, nullptr, 0, bytes, scales, nullptr);
+      group_encode(dtype, bytes, 100, format, reinterpret_cast<const std::int64_t*>(bytes), 0, bytes, scales, nullptr);
+      group_decode(dtype, bytes, scales, 100, format, bytes, nullptr);
+    }
     for (const lomem::GatedActivation activation : gates) {
       lomem::GatedOperands operands{activation, dtype, 3, 8, bytes, bytes, 8, 8};
       gated_forward(operands, bytes, nullptr);

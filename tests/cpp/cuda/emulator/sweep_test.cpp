@@ -320,6 +320,69 @@ void sweep_dropout(Random& random) {
   }
 }
 
+/// Storage in groups, against the definition in double: scales that clip nothing and are as small as that, codes next
+/// to the quotients, which those of nearest rounding are nearest to, and products.
+void sweep_storage(Random& random) {
+  const DType dtype = pick_dtype(random);
+  const std::int64_t n = pick_size(random);
+  const int bits = random.one_in(2) ? 8 : 4;
+  const lomem::GroupFormat format{bits, 16 << random.below(7)};
+  const bool stochastic = random.one_in(2);
+  SCOPED_TRACE(
+      name_of(dtype) + " " + std::to_string(n) + ", bits " + std::to_string(bits) + ", groups of " +
+      std::to_string(format.group));
+  const std::int64_t seed = random.below(1 << 30) * 0x123456789 - 12345;
+  const auto offset = static_cast<std::uint64_t>(random.below(1 << 30)) << random.below(33);
+  Bytes seed_bytes(sizeof(seed));
+  cudaMemcpy(seed_bytes.data(), &seed, sizeof(seed), cudaMemcpyHostToDevice);
+  DeviceArray x(dtype, n, random.one_in(3) ? random.below(8) : 0);
+  x.assign([&](std::int64_t) { return random.normal(); });
+  const std::int64_t groups = lomem::scale_count(n, format.group);
+  Bytes codes(lomem::packed_bytes(n, bits), random.one_in(3) ? random.below(4) : 0);
+  DeviceArray scales(DType::bfloat16, groups, random.below(2));
+  DeviceArray y(dtype, n, random.one_in(3) ? random.below(8) : 0);
+  ASSERT_EQ(
+      group_encode(
+          dtype, x.data(), n, format, stochastic ? reinterpret_cast<const std::int64_t*>(seed_bytes.data()) : nullptr,
+          offset, codes.data(), static_cast<lomem::bfloat16*>(scales.data()), nullptr),
+      cudaSuccess);
+  ASSERT_EQ(
+      group_decode(
+          dtype, codes.data(), static_cast<const lomem::bfloat16*>(scales.data()), n, format, y.data(), nullptr),
+      cudaSuccess);
+  scales.read();
+  y.read();
+  const std::vector<std::uint8_t> bytes = codes.read();
+  const double q = bits == 8 ? 127 : 7;
+  for (std::int64_t begin = 0; begin < n; begin += format.group) {
+    const double scale = scales[begin / format.group];
+    double largest = 0;
+    for (std::int64_t i = begin; i < std::min<std::int64_t>(begin + format.group, n); ++i) {
+      largest = std::max(largest, std::fabs(x[i]));
+    }
+    // (As float32, of a double.)
+    ASSERT_GE(scale * q, largest * (1 - std::ldexp(1, -24)));
+    ASSERT_LE(scale * q, largest * (1 + std::ldexp(1, -7)));
+    for (std::int64_t i = begin; i < std::min<std::int64_t>(begin + format.group, n); ++i) {
+      const int code = lomem::code_of_bits(bytes[i * bits / 8] >> (i * bits % 8), bits);
+      const double quotient = scale == 0 ? 0 : x[i] / scale;
+      // Two roundings of the quotient in float32, and one of a double.
+      const double rounding = std::ldexp(std::fabs(quotient), -22);
+      ASSERT_LE(std::fabs(code - quotient), (stochastic ? 1 : 0.5) + rounding) << i;
+      ASSERT_NEAR(y[i], code * scale, spacing_at(dtype, code * scale) / 2) << i;
+      if (stochastic) {
+        const auto block =
+            lomem::philox_block(static_cast<std::uint64_t>(seed), static_cast<std::uint64_t>(i) / 8, offset);
+        const double u = (lomem::random_of(block, static_cast<int>(i % 8)) + 0.5) / 65536;
+        const double fraction = quotient - std::floor(quotient);
+        if (std::fabs(fraction - u) > 2 * rounding && std::fabs(fraction - 0.5) < 0.5 - 2 * rounding) {
+          ASSERT_EQ(code, std::floor(quotient) + (fraction > u ? 1 : 0)) << i;
+        }
+      }
+    }
+  }
+}
+
 /// A gated unit whose operands are apart, halves or pairs, of rows that are some elements apart.
 void sweep_gated(Random& random) {
   const DType dtype = pick_dtype(random);
@@ -399,6 +462,13 @@ TEST(Sweep, Dropout) {
   for (int k = 0; k < number_of_cases(); ++k) {
     Random random(4000 + k);
     sweep_dropout(random);
+  }
+}
+
+TEST(Sweep, Storage) {
+  for (int k = 0; k < number_of_cases(); ++k) {
+    Random random(5000 + k);
+    sweep_storage(random);
   }
 }
 

@@ -1,0 +1,259 @@
+// Storage in groups: bodies of CUDA kernels (see launch.cuh). A thread works on units of eight elements, which take
+// whole bytes of codes and one block of random numbers.
+#pragma once
+
+#include <lomem/core/storage.h>
+#include <lomem/cuda/launch.cuh>
+#include <lomem/cuda/vector.cuh>
+
+#include <cstdint>
+
+namespace lomem::cuda {
+
+/// Rounding to nearest.
+struct NearestRounding {
+  static constexpr bool is_random = false;
+
+  LOMEM_HOST_DEVICE GroupRandom random() const {
+    return {0, 0};
+  }
+};
+
+/// Stochastic rounding, with a seed in device memory.
+struct StochasticRounding {
+  static constexpr bool is_random = true;
+
+  const std::int64_t* seed;
+  std::uint64_t offset;
+
+  LOMEM_HOST_DEVICE GroupRandom random() const {
+    return {static_cast<std::uint64_t>(*seed), offset};
+  }
+};
+
+/// Codes and scales of x. Each thread finds the largest magnitude of its unit; then each looks through those of its
+/// group, which lies within a block, and reads its elements again, from the caches.
+template <class T, int bits, class Rounding>
+struct GroupEncode {
+  static constexpr int unit = group_size;
+  static constexpr std::int64_t block_elements = std::int64_t{unit} * threads_per_block;
+  static_assert(block_elements % max_scale_group == 0);
+
+  struct alignas(max_access) Shared {
+    std::uint32_t largest[threads_per_block];
+  };
+
+  const T* x;
+  Rounding rounding;
+  std::uint8_t* codes;
+  bfloat16* scales;
+  std::int64_t n;
+  int group_units;
+  bool aligned;
+
+  GroupEncode(
+      const T* x_, std::int64_t n_, int group, const Rounding& rounding_, std::uint8_t* codes_, bfloat16* scales_)
+      : x(x_),
+        rounding(rounding_),
+        codes(codes_),
+        scales(scales_),
+        n(n_),
+        group_units(group / unit),
+        aligned(is_aligned(x, max_access) && is_aligned(codes, bytes_alignment<bits>)) {}
+
+  std::int64_t blocks() const {
+    return (n + block_elements - 1) / block_elements;
+  }
+
+  LOMEM_HOST_DEVICE void prepare(std::int64_t block, int thread, Shared& shared) const {
+    const std::int64_t begin = block * block_elements + std::int64_t{thread} * unit;
+    std::uint32_t largest = 0;
+    if (begin < n) {
+      const Vector<T, unit> values = load(begin);
+      LOMEM_UNROLL
+      for (int j = 0; j < unit; ++j) {
+        largest = larger(largest, magnitude_bits(to_float(values[j])));
+      }
+    }
+    shared.largest[thread] = largest;
+  }
+
+  LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared& shared) const {
+    const std::int64_t begin = block * block_elements + std::int64_t{thread} * unit;
+    if (begin >= n) {
+      return;
+    }
+    const int place = thread & (group_units - 1);
+    const bfloat16 scale = group_scale(largest_of(shared.largest + (thread - place)), bits);
+    if (place == 0) {
+      scales[begin / unit / group_units] = scale;
+    }
+    std::uint64_t word = 0;
+    if (!has_no_codes(scale)) {
+      const Vector<T, unit> values = load(begin);
+      const GroupRandom random = rounding.random();
+      word =
+          encode_eight<bits>(values.values, unit, group_inverse(scale), Rounding::is_random ? &random : nullptr, begin);
+    }
+    if (aligned && begin + unit <= n) {
+      store_bytes<bits>(codes + begin / unit * bits, word);
+    } else {
+      const int count = static_cast<int>(n - begin < unit ? n - begin : unit);
+      for (int b = 0; b < packed_bytes(count, bits); ++b) {
+        codes[begin / unit * bits + b] = static_cast<std::uint8_t>(word >> (8 * b));
+      }
+    }
+  }
+
+ private:
+  LOMEM_HOST_DEVICE static std::uint32_t larger(std::uint32_t a, std::uint32_t b) {
+    return a > b ? a : b;
+  }
+
+  /// The elements of a unit, with zeros beyond the last element. (Zeros have codes 0.)
+  LOMEM_HOST_DEVICE Vector<T, unit> load(std::int64_t begin) const {
+    if (aligned && begin + unit <= n) {
+      return load_vector<unit>(x + begin);
+    }
+    Vector<T, unit> values{};
+    LOMEM_UNROLL
+    for (int j = 0; j < unit; ++j) {
+      if (begin + j < n) {
+        values[j] = x[begin + j];
+      }
+    }
+    return values;
+  }
+
+  LOMEM_HOST_DEVICE std::uint32_t largest_of(const std::uint32_t* units) const {
+    constexpr int width = max_access / static_cast<int>(sizeof(std::uint32_t));
+    std::uint32_t largest = 0;
+    if (group_units < width) {  // the smallest groups, of two units
+      return larger(units[0], units[1]);
+    }
+    for (int i = 0; i < group_units; i += width) {
+      const Vector<std::uint32_t, width> four = load_vector<width>(units + i);
+      largest = larger(larger(largest, larger(four[0], four[1])), larger(four[2], four[3]));
+    }
+    return largest;
+  }
+};
+
+/// y = codes * scales.
+template <class T, int bits>
+struct GroupDecode {
+  static constexpr int unit = group_size;
+  /// Number of independent loads that a thread has in flight.
+  static constexpr int units_per_thread = 2;
+  static constexpr std::int64_t block_units = std::int64_t{units_per_thread} * threads_per_block;
+  using Shared = Nothing;
+
+  const std::uint8_t* codes;
+  const bfloat16* scales;
+  T* y;
+  std::int64_t n;
+  /// A group has 2^shift units.
+  int shift = 0;
+  bool aligned;
+
+  GroupDecode(const std::uint8_t* codes_, const bfloat16* scales_, std::int64_t n_, int group, T* y_)
+      : codes(codes_),
+        scales(scales_),
+        y(y_),
+        n(n_),
+        aligned(is_aligned(y, max_access) && is_aligned(codes, bytes_alignment<bits>)) {
+    while (unit << shift < group) {
+      ++shift;
+    }
+  }
+
+  std::int64_t blocks() const {
+    return (n + block_units * unit - 1) / (block_units * unit);
+  }
+  LOMEM_HOST_DEVICE void prepare(std::int64_t /*block*/, int /*thread*/, Shared&) const {}
+
+  LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared&) const {
+    const std::int64_t first = block * block_units + thread;
+    if (aligned && (block + 1) * block_units * unit <= n) {
+      std::uint64_t word[units_per_thread];
+      bfloat16 scale[units_per_thread];
+      LOMEM_UNROLL
+      for (int u = 0; u < units_per_thread; ++u) {
+        const std::int64_t index = first + u * threads_per_block;
+        word[u] = load_bytes<bits>(codes + index * bits);
+        scale[u] = scales[index >> shift];
+      }
+      LOMEM_UNROLL
+      for (int u = 0; u < units_per_thread; ++u) {
+        Vector<T, unit> values;
+        LOMEM_UNROLL
+        for (int j = 0; j < unit; ++j) {
+          values[j] = value(word[u], j, scale[u]);
+        }
+        store_vector(y + (first + u * threads_per_block) * unit, values);
+      }
+    } else {
+      for (int u = 0; u < units_per_thread; ++u) {
+        one_by_one(first + u * threads_per_block);
+      }
+    }
+  }
+
+ private:
+  LOMEM_HOST_DEVICE static T value(std::uint64_t word, int j, bfloat16 scale) {
+    const int code = code_of_bits(unpack_word<bits>(word, j), bits);
+    return decoded<T>(code, to_compute(scale), value_limit<T>(scale));
+  }
+
+  LOMEM_HOST_DEVICE void one_by_one(std::int64_t index) const {
+    const std::int64_t begin = index * unit;
+    if (begin >= n) {
+      return;
+    }
+    const int count = static_cast<int>(n - begin < unit ? n - begin : unit);
+    std::uint64_t word = 0;
+    for (int b = 0; b < packed_bytes(count, bits); ++b) {
+      word |= std::uint64_t{codes[index * bits + b]} << (8 * b);
+    }
+    const bfloat16 scale = scales[index >> shift];
+    for (int j = 0; j < count; ++j) {
+      y[begin + j] = value(word, j, scale);
+    }
+  }
+};
+
+/// Calls run(body) with the body that encodes: for the launchers, on a GPU and on the CPU. Without `seed`, rounding to
+/// nearest.
+template <class Run>
+auto group_encode_by(
+    DType dtype, const void* x, std::int64_t n, const GroupFormat& format, const std::int64_t* seed,
+    std::uint64_t offset, std::uint8_t* codes, bfloat16* scales, const Run& run) {
+  return visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return visit_group_bits(format.bits, [&](auto width) {
+      constexpr int bits = decltype(width)::value;
+      const auto* elements = static_cast<const T*>(x);
+      if (seed == nullptr) {
+        return run(GroupEncode<T, bits, NearestRounding>(elements, n, format.group, NearestRounding{}, codes, scales));
+      }
+      return run(
+          GroupEncode<T, bits, StochasticRounding>(
+              elements, n, format.group, StochasticRounding{seed, offset}, codes, scales));
+    });
+  });
+}
+
+/// The same for decoding.
+template <class Run>
+auto group_decode_by(
+    DType dtype, const std::uint8_t* codes, const bfloat16* scales, std::int64_t n, const GroupFormat& format, void* y,
+    const Run& run) {
+  return visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    return visit_group_bits(format.bits, [&](auto width) {
+      return run(GroupDecode<T, decltype(width)::value>(codes, scales, n, format.group, static_cast<T*>(y)));
+    });
+  });
+}
+
+}  // namespace lomem::cuda
