@@ -30,9 +30,9 @@ std::tuple<at::Tensor, at::Tensor> quantize_groups_cuda(
 
 at::Tensor dequantize_groups_cuda(
     const at::Tensor& codes, const at::Tensor& scales, c10::SymIntArrayRef size, at::OptionalSymIntArrayRef stride,
-    at::ScalarType dtype, int64_t bits, int64_t group_size) {
+    at::ScalarType dtype, int64_t bits, const std::optional<at::Tensor>& seed, int64_t offset, int64_t group_size) {
   constexpr const char* op = ops::dequantize_groups.name;
-  const GroupFormat format = check_group_decoding(op, codes, scales, size, stride, dtype, bits, group_size);
+  const GroupFormat format = check_group_decoding(op, codes, scales, size, stride, dtype, bits, seed, offset, group_size);
   const CudaScope scope(codes);
   const at::Tensor packed = codes.contiguous();
   const at::Tensor factors = scales.contiguous();
@@ -41,7 +41,8 @@ at::Tensor dequantize_groups_cuda(
       stride.has_value() ? at::empty_strided_symint(size, *stride, options) : at::empty_symint(size, options);
   const cudaError_t error = cuda::group_decode(
       to_dtype(dtype), packed.const_data_ptr<uint8_t>(), static_cast<const bfloat16*>(factors.const_data_ptr()),
-      output.numel(), format, output.mutable_data_ptr(), current_stream(packed));
+      output.numel(), format, has_tensor(seed) ? seed->const_data_ptr<int64_t>() : nullptr,
+      static_cast<uint64_t>(offset), output.mutable_data_ptr(), current_stream(packed));
   check_launch(op, packed, error);
   return output;
 }

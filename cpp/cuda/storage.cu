@@ -12,9 +12,10 @@ cudaError_t group_encode(
 }
 
 cudaError_t group_decode(
-    DType dtype, const std::uint8_t* codes, const bfloat16* scales, std::int64_t n, const GroupFormat& format, void* y,
-    cudaStream_t stream) {
-  return group_decode_by(dtype, codes, scales, n, format, y, [&](const auto& body) { return launch(body, stream); });
+    DType dtype, const std::uint8_t* codes, const bfloat16* scales, std::int64_t n, const GroupFormat& format,
+    const std::int64_t* seed, std::uint64_t offset, void* y, cudaStream_t stream) {
+  return group_decode_by(
+      dtype, codes, scales, n, format, seed, offset, y, [&](const auto& body) { return launch(body, stream); });
 }
 
 }  // namespace lomem::cuda

@@ -181,6 +181,13 @@ void check_unpack(const char* op, const at::Tensor& packed, int64_t bits, const 
 
 namespace {
 
+/// A stream of random bits.
+void check_stream(
+    const char* op, const std::optional<at::Tensor>& seed, int64_t offset, const char* name, const at::Tensor& tensor) {
+  check_seed(op, seed, name, tensor);
+  TORCH_CHECK_VALUE(offset >= 0, op, ": offset is ", offset, ", expected at least 0");
+}
+
 GroupFormat check_group_format(const char* op, int64_t bits, int64_t group_size) {
   TORCH_CHECK_VALUE(bits == 8 || bits == 4, op, ": bits is ", bits, ", expected 8 or 4");
   TORCH_CHECK_VALUE(
@@ -252,20 +259,21 @@ GroupFormat check_group_encoding(
     const char* op, const at::Tensor& input, int64_t bits, const std::optional<at::Tensor>& seed, int64_t offset,
     int64_t group_size) {
   check_float_tensor(op, "input", input);
-  check_seed(op, seed, "input", input);
-  TORCH_CHECK_VALUE(offset >= 0, op, ": offset is ", offset, ", expected at least 0");
+  check_stream(op, seed, offset, "input", input);
   return check_group_format(op, bits, group_size);
 }
 
 GroupFormat check_group_decoding(
     const char* op, const at::Tensor& codes, const at::Tensor& scales, c10::SymIntArrayRef size,
-    at::OptionalSymIntArrayRef stride, at::ScalarType dtype, int64_t bits, int64_t group_size) {
+    at::OptionalSymIntArrayRef stride, at::ScalarType dtype, int64_t bits,
+    const std::optional<at::Tensor>& seed, int64_t offset, int64_t group_size) {
   check_byte_tensor(op, "codes", codes);
   check_strided(op, "scales", scales);
   TORCH_CHECK(
       scales.scalar_type() == at::kBFloat16, op, ": scales has dtype ", dtype_name(scales.scalar_type()),
       ", expected bfloat16");
   check_same_device(op, "scales", scales, "codes", codes);
+  check_stream(op, seed, offset, "codes", codes);
   const GroupFormat format = check_group_format(op, bits, group_size);
   TORCH_CHECK(is_supported_float(dtype), op, ": dtype is ", dtype_name(dtype), ", expected ", float_dtypes);
   const c10::SymInt numel = check_size(op, size);

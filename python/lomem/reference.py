@@ -203,6 +203,13 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def _uniform(seed: Tensor, n: int, offset: int) -> Tensor:
+    """Numbers in (0, 1), of 16 random bits each."""
+    words = philox_words(int(seed), (n + 1) // 2, offset)
+    halves = torch.stack([words & 0xFFFF, words >> 16], 1).flatten()[:n]
+    return (halves.to(torch.float32) + 0.5) / 65536
+
+
 def quantize_groups(
     input: Tensor,
     bits: int = 8,
@@ -230,11 +237,9 @@ def quantize_groups(
     if rounding == "nearest":
         code = t.round()
     else:
-        seed = draw_seed(input.device) if seed is None else seed
-        words = philox_words(int(seed), (n + 1) // 2, offset).to(input.device)
-        halves = torch.stack([words & 0xFFFF, words >> 16], 1).flatten()[:n]
+        seed = draw_seed(input) if seed is None else seed
         below = t.floor()
-        code = below + (t - below > (halves.to(torch.float32) + 0.5) / 65536)
+        code = below + (t - below > _uniform(seed, n, offset).to(input.device))
     return pack_bits(code.to(torch.int32) & (2**bits - 1), bits), scales
 
 
@@ -246,6 +251,8 @@ def dequantize_groups(
     bits: int = 8,
     *,
     stride: Sequence[int] | None = None,
+    seed: Tensor | None = None,
+    offset: int = 0,
     group_size: int = 128,
 ) -> Tensor:
     """See :func:`lomem.functional.dequantize_groups`."""
@@ -253,7 +260,10 @@ def dequantize_groups(
     code = (unpack_bits(codes, bits, n).to(torch.int32) ^ half) - half
     scale = scales.reshape(-1).float().repeat_interleave(group_size)[:n]
     largest = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).max
-    value = code.to(torch.float32) * scale
+    value = code.to(torch.float32)
+    if seed is not None:
+        value += _uniform(seed, n, offset).to(value.device) - 0.5
+    value *= scale
     value = torch.where(scale.isfinite(), value.clamp(-largest, largest), value)
     target = torch.empty(size, dtype=dtype, device=codes.device)
     if stride is not None:

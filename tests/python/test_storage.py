@@ -1,5 +1,6 @@
 """Storage in groups: bytes of the reference, errors of at most one step, and no bias."""
 
+import itertools
 import math
 
 import lomem
@@ -37,9 +38,11 @@ def assert_is_reference(x, bits, options, group_size=128):
     assert torch.equal(got[0], want[0])
     dense = torch.empty_like(x)
     stride = dense.stride() if dense.stride() == x.stride() else None
-    for dtype in DTYPES:
-        value = LF.dequantize_groups(*got, x.shape, dtype, bits, stride=stride, group_size=group_size)
-        expected = reference.dequantize_groups(*want, x.shape, dtype, bits, stride=stride, group_size=group_size)
+    dither = {name: value for name, value in options.items() if name != "rounding"}
+    for dtype, more in itertools.product(DTYPES, [{}, dither] if dither else [{}]):
+        layout = {"stride": stride, "group_size": group_size}
+        value = LF.dequantize_groups(*got, x.shape, dtype, bits, **layout, **more)
+        expected = reference.dequantize_groups(*want, x.shape, dtype, bits, **layout, **more)
         assert value.stride() == expected.stride()
         assert torch.equal(value.isnan(), expected.isnan())
         assert same_bits(value.nan_to_num(0, INF, -INF), expected.nan_to_num(0, INF, -INF))
@@ -201,6 +204,42 @@ def test_is_unbiased(bits, dtype, device):
     assert bool(((mean - x.double()).abs() <= DEVIATIONS * deviation + step * 2**-16).all())
 
 
+@of_dtypes
+@of_bits
+def test_subtracted_dither(bits, dtype, device):
+    """The error is uniform, half a step each way, whatever the element is; its mean is 0."""
+    n = 128 * 2000
+    x = torch.randn(n, device=device, dtype=torch.float64).to(dtype)
+    x[::8] = 0  # where codes alone have no error
+    options = arguments("stochastic", device)
+    codes, scales = LF.quantize_groups(x, bits, **options)
+    options.pop("rounding")
+    value = LF.dequantize_groups(codes, scales, (n,), torch.float64, bits, **options)
+    error = (value - x.double()) / scales.double().repeat_interleave(128)
+    # Scaled elements are rounded twice in float32.
+    assert error.abs().max() <= 0.5 + 2**-14
+    # Chi-square of 64 bins, with 63 degrees of freedom: 5 standard deviations above its mean.
+    parts = {
+        "all": error,
+        "zeros": error[::8],
+        "small": error[x.abs() < 0.5],
+        "large": error[x.abs() > 1.5],
+        "positive": error[x > 0],
+        "the largest": error.view(-1, 128).gather(1, x.abs().view(-1, 128).max(1, keepdim=True)[1]).flatten(),
+    }
+    for name, part in parts.items():
+        counts = torch.histc(part.float(), 64, -0.5, 0.5)
+        expected = part.numel() / 64
+        assert ((counts - expected).square() / expected).sum() < 63 + 5 * (2 * 63) ** 0.5, name
+        assert abs(part.mean()) < 5 / (12 * part.numel()) ** 0.5, name
+        assert abs(part.square().mean() * 12 - 1) < 5 * (0.8 / part.numel()) ** 0.5, name
+    # Uncorrelated with the element, its neighbour and the neighbour's error.
+    for other in (x.double(), x.double().roll(1), error.roll(1), error.roll(8)):
+        centred = other - other.mean()
+        correlation = (error * centred).mean() / (error.square().mean() * centred.square().mean()).sqrt()
+        assert abs(correlation) < 5 / n**0.5
+
+
 def rounded_up(x, seed, offset=0):
     """Which elements of x = k + 1/2 are rounded up, by the kernels. The first is the largest, and an integer."""
     codes, scales = LF.quantize_groups(x, seed=torch.tensor(seed, device=x.device), offset=offset)
@@ -247,16 +286,18 @@ def test_random_bits_do_not_depend_on_groups(device):
 
 
 @of_bits
-def test_seeds_are_drawn_from_the_generator_of_torch(bits, device):
+def test_seeds_are_drawn_from_the_stream_of_lomem(bits, device):
     x = torch.randn(1000, device=device)
 
     def run():
-        torch.manual_seed(7)
+        lomem.random.manual_seed(7)
         return [LF.quantize_groups(x, bits)[0] for _ in range(2)]
 
+    before = torch.get_rng_state()
     first, second = run()
     assert not torch.equal(first, second)
     assert all(torch.equal(a, b) for a, b in zip(run(), (first, second), strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.cpu_kernels
@@ -397,6 +438,12 @@ def test_errors_of_dequantizing(device):
             call(on["codes"].view(torch.int8), on["scales"])
         with raises(f"{name}: dtype is int8, expected float64, float32, bfloat16 or float16", RuntimeError):
             call(**on, dtype=torch.int8)
+        with raises(rf"{name}: seed is of dtype int32 and shape \[\], expected int64 and \[\]", RuntimeError):
+            call(**on, seed=torch.zeros((), dtype=torch.int32, device=device_of_shapes))
+        with raises(rf"{name}: seed is of dtype int64 and shape \[1\], expected int64 and \[\]", RuntimeError):
+            call(**on, seed=torch.zeros(1, dtype=torch.int64, device=device_of_shapes))
+        with raises(f"{name}: offset is -1, expected at least 0", ValueError):
+            call(**on, offset=-1)
         with raises(f"{name}: bits is 5, expected 8 or 4", ValueError):
             call(**on, bits=5)
         with raises(f"{name}: group_size is 12, expected a power of two from 16 to 1024", ValueError):

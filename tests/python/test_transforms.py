@@ -143,6 +143,7 @@ def samples(device):
         "dequantize_groups": [
             ((*ops.quantize_groups(x0), x0.shape, None, f32), {}),
             ((*ops.quantize_groups(image0, 4), image0.shape, image0.stride(), torch.float16, 4), {}),
+            ((*ops.quantize_groups(x0, 8, seed), x0.shape, None, f32, 8, seed), {"offset": 2}),
         ],
     }
 

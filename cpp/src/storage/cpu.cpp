@@ -19,6 +19,14 @@ int64_t range_unit(const GroupFormat& format) {
   return std::max<int64_t>(format.group, 2 * cache_line_elements);
 }
 
+/// Nothing without a seed.
+std::optional<GroupRandom> random_of_seed(const std::optional<at::Tensor>& seed, int64_t offset) {
+  if (!has_tensor(seed)) {
+    return std::nullopt;
+  }
+  return GroupRandom{static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()), static_cast<uint64_t>(offset)};
+}
+
 std::tuple<at::Tensor, at::Tensor> quantize_groups_cpu(
     const at::Tensor& input, int64_t bits, const std::optional<at::Tensor>& seed, int64_t offset, int64_t group_size) {
   const GroupFormat format = check_group_encoding(ops::quantize_groups.name, input, bits, seed, offset, group_size);
@@ -27,9 +35,7 @@ std::tuple<at::Tensor, at::Tensor> quantize_groups_cpu(
   at::Tensor codes = at::empty({packed_bytes(n, format.bits)}, dense.options().dtype(at::kByte));
   at::Tensor scales = at::empty({scale_count(n, format.group)}, dense.options().dtype(at::kBFloat16));
 
-  const bool stochastic = has_tensor(seed);
-  const GroupRandom random{
-      stochastic ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0, static_cast<uint64_t>(offset)};
+  const std::optional<GroupRandom> random = random_of_seed(seed, offset);
   const DType dtype = to_dtype(dense.scalar_type());
   const auto size = static_cast<int64_t>(dense.element_size());
   const auto* source = static_cast<const char*>(dense.const_data_ptr());
@@ -38,7 +44,7 @@ std::tuple<at::Tensor, at::Tensor> quantize_groups_cpu(
   const bool stream = cpu::should_stream(codes.nbytes());
   parallel_over_elements(n, range_unit(format), [&](int64_t begin, int64_t end) {
     cpu::group_encode(
-        dtype, source + begin * size, begin, end - begin, format, stochastic ? &random : nullptr,
+        dtype, source + begin * size, begin, end - begin, format, random ? &*random : nullptr,
         bytes + begin * format.bits / 8, factors + begin / format.group, stream);
   });
   return {codes, scales};
@@ -46,9 +52,9 @@ std::tuple<at::Tensor, at::Tensor> quantize_groups_cpu(
 
 at::Tensor dequantize_groups_cpu(
     const at::Tensor& codes, const at::Tensor& scales, c10::SymIntArrayRef size, at::OptionalSymIntArrayRef stride,
-    at::ScalarType dtype, int64_t bits, int64_t group_size) {
+    at::ScalarType dtype, int64_t bits, const std::optional<at::Tensor>& seed, int64_t offset, int64_t group_size) {
   const GroupFormat format =
-      check_group_decoding(ops::dequantize_groups.name, codes, scales, size, stride, dtype, bits, group_size);
+      check_group_decoding(ops::dequantize_groups.name, codes, scales, size, stride, dtype, bits, seed, offset, group_size);
   const at::Tensor packed = codes.contiguous();
   const at::Tensor factors = scales.contiguous();
   const auto options = packed.options().dtype(dtype);
@@ -58,11 +64,12 @@ at::Tensor dequantize_groups_cpu(
   const auto* values = static_cast<const bfloat16*>(factors.const_data_ptr());
   const auto element = static_cast<int64_t>(output.element_size());
   auto* target = static_cast<char*>(output.mutable_data_ptr());
+  const std::optional<GroupRandom> random = random_of_seed(seed, offset);
   const bool stream = cpu::should_stream(output.nbytes());
   parallel_over_elements(output.numel(), range_unit(format), [&](int64_t begin, int64_t end) {
     cpu::group_decode(
-        to_dtype(dtype), bytes + begin * format.bits / 8, values + begin / format.group, end - begin, format,
-        target + begin * element, stream);
+        to_dtype(dtype), bytes + begin * format.bits / 8, values + begin / format.group, begin, end - begin, format,
+        random ? &*random : nullptr, target + begin * element, stream);
   });
   return output;
 }

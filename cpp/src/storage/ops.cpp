@@ -17,7 +17,7 @@ std::tuple<at::Tensor, at::Tensor> quantize_groups(
 
 at::Tensor dequantize_groups(
     const at::Tensor& codes, const at::Tensor& scales, at::IntArrayRef size, at::OptionalIntArrayRef stride,
-    at::ScalarType dtype, int64_t bits, int64_t group_size) {
+    at::ScalarType dtype, int64_t bits, const std::optional<at::Tensor>& seed, int64_t offset, int64_t group_size) {
   const c10::SymDimVector sizes(size.begin(), size.end());
   c10::SymDimVector strides;
   at::OptionalSymIntArrayRef given;
@@ -25,7 +25,7 @@ at::Tensor dequantize_groups(
     strides.assign(stride->begin(), stride->end());
     given = c10::SymIntArrayRef(strides);
   }
-  return detail::ops::dequantize_groups(codes, scales, sizes, given, dtype, bits, group_size);
+  return detail::ops::dequantize_groups(codes, scales, sizes, given, dtype, bits, seed, offset, group_size);
 }
 
 namespace detail {
@@ -42,8 +42,8 @@ std::tuple<at::Tensor, at::Tensor> quantize_groups_meta(
 
 at::Tensor dequantize_groups_meta(
     const at::Tensor& codes, const at::Tensor& scales, c10::SymIntArrayRef size, at::OptionalSymIntArrayRef stride,
-    at::ScalarType dtype, int64_t bits, int64_t group_size) {
-  check_group_decoding(ops::dequantize_groups.name, codes, scales, size, stride, dtype, bits, group_size);
+    at::ScalarType dtype, int64_t bits, const std::optional<at::Tensor>& seed, int64_t offset, int64_t group_size) {
+  check_group_decoding(ops::dequantize_groups.name, codes, scales, size, stride, dtype, bits, seed, offset, group_size);
   const auto options = codes.options().dtype(dtype);
   return stride.has_value() ? at::empty_strided_symint(size, *stride, options) : at::empty_symint(size, options);
 }

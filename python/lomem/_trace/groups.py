@@ -49,7 +49,7 @@ class Load:
 
 
 def store(tensor: Tensor, bits: int) -> tuple[tuple[Tensor, Tensor, Tensor], Load]:
-    """Codes, scales and seed of a tensor in groups with dithered rounding, and how to bring it back.
+    """Codes, scales and seed of a tensor, rounded at random, and how to bring it back with subtracted dither.
 
     What comes back is the tensor plus noise that does not depend on it, uniform and half a step wide each way, so that
     its expectation is the tensor. Each call draws one seed.
@@ -60,7 +60,7 @@ def store(tensor: Tensor, bits: int) -> tuple[tuple[Tensor, Tensor, Tensor], Loa
         dense = x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
         x = x if dense else x.contiguous()
         seed = draw_seed(x)
-        codes, scales = torch.ops.lomem.quantize_groups(x, bits, seed, group_size=GROUP, dither=True)
+        codes, scales = torch.ops.lomem.quantize_groups(x, bits, seed, group_size=GROUP)
         return (codes, scales, seed), Load(x, bits)
 
 

@@ -327,7 +327,10 @@ def storage_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
         "lomem nearest": lambda x, *_: encode(x, bits, rounding="nearest"),
     }
     if name.startswith("de"):
-        functions = {"lomem": lambda x, codes, scales: decode(codes, scales, x.shape, x.dtype, bits)}
+        functions = {
+            "lomem": lambda x, codes, scales: decode(codes, scales, x.shape, x.dtype, bits, seed=seed),
+            "lomem nearest": lambda x, codes, scales: decode(codes, scales, x.shape, x.dtype, bits),
+        }
     moved = size + bits / 8 + 2 / 128
     contenders = {key: Contender(function, moved, 0, ("forward",)) for key, function in functions.items()}
     contenders["torch"] = Contender(lambda x, *_: x.clone(), 2 * size, 0, ("forward",))

@@ -29,7 +29,7 @@ void check(
     const std::int64_t count = std::min<std::int64_t>(group, n - begin);
     std::uint8_t* codes = want.data() + begin * bits / 8;
     want_scales.push_back(lomem::encode_group<bits>(x.data() + begin, first + begin, count, random, codes));
-    lomem::decode_group<bits>(codes, count, want_scales.back(), want_values.data() + begin);
+    lomem::decode_group<bits>(codes, count, want_scales.back(), want_values.data() + begin, random, first + begin);
   }
   const AtPageEnd<T> input(x);
   Guarded<std::uint8_t> codes(want.size(), misalignment);
@@ -42,7 +42,8 @@ void check(
   const AtPageEnd<std::uint8_t> bytes(want);
   const AtPageEnd<bfloat16> factors(want_scales);
   Guarded<T> values(x.size(), misalignment);
-  table->group_decode(Element<T>::dtype, bytes.data(), factors.data(), n, format, values.data(), stream);
+  table->group_decode(
+      Element<T>::dtype, bytes.data(), factors.data(), first, n, format, random, values.data(), stream);
   const auto got = values.values();
   for (std::size_t i = 0; i < x.size(); ++i) {
     // (Of a NaN, only that it is one is the same for all.)
@@ -162,7 +163,7 @@ TEST_P(StorageKernels, AnyBytes) {
         lomem::decode_group<8>(codes.data() + 128 * g, 128, scales[g], want.data() + 128 * g);
       }
       GetParam()->group_decode(
-          Element<T>::dtype, codes.data(), scales.data(), 1024, GroupFormat{8, 128}, got.data(), false);
+          Element<T>::dtype, codes.data(), scales.data(), 0, 1024, GroupFormat{8, 128}, nullptr, got.data(), false);
       for (std::size_t i = 0; i < 1024; ++i) {
         const bool both_nan = std::isnan(lomem::to_compute(got[i])) && std::isnan(lomem::to_compute(want[i]));
         ASSERT_TRUE(both_nan || std::memcmp(&got[i], &want[i], sizeof(T)) == 0) << i;

@@ -171,6 +171,16 @@ void check_round_trip(const std::vector<T>& x, const lomem::GroupRandom* random)
     const double subnormal = std::is_same_v<T, lomem::float16> ? 0x1p-25 : 0;
     ASSERT_LE(std::abs(got - want), (random == nullptr ? 0.5 : 1.0) * step + rounding + subnormal) << i;
   }
+  if (random != nullptr) {
+    lomem::decode_group<bits>(codes.data(), n, scale, y.data(), random, 128);
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      const double want = lomem::to_compute(x[i]);
+      const double got = lomem::to_compute(y[i]);
+      const double rounding = std::abs(got) * half_spacing<T> + std::abs(want) * 0x1p-22;
+      const double subnormal = std::is_same_v<T, lomem::float16> ? 0x1p-25 : 0;
+      ASSERT_LE(std::abs(got - want), 0.5 * step + rounding + subnormal) << i;
+    }
+  }
   if (n % 2 == 1 && bits == 4) {
     EXPECT_EQ(codes.back() >> 4, 0);  // padding
   }

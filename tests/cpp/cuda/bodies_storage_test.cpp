@@ -31,12 +31,14 @@ void check(const std::vector<T>& elements, int group, bool stochastic, int misal
   std::vector<std::uint8_t> want(static_cast<std::size_t>(lomem::packed_bytes(n, bits)));
   std::vector<bfloat16> want_scales;
   std::vector<T> want_values(elements.size());
+  std::vector<T> want_dithered(elements.size());
   for (std::int64_t begin = 0; begin < n; begin += group) {
     const std::int64_t count = std::min<std::int64_t>(group, n - begin);
     std::uint8_t* codes = want.data() + begin * bits / 8;
     want_scales.push_back(
         lomem::encode_group<bits>(elements.data() + begin, begin, count, stochastic ? &random : nullptr, codes));
     lomem::decode_group<bits>(codes, count, want_scales.back(), want_values.data() + begin);
+    lomem::decode_group<bits>(codes, count, want_scales.back(), want_dithered.data() + begin, &random, begin);
   }
   Guarded<T> x(n, misaligned == 0 ? 1 : 0);
   x.assign(elements);
@@ -57,14 +59,19 @@ void check(const std::vector<T>& elements, int group, bool stochastic, int misal
   const auto got_scales = scales.values();
   ASSERT_TRUE(want.empty() || std::memcmp(got.data(), want.data(), want.size()) == 0) << n << " in groups of " << group;
   ASSERT_TRUE(want.empty() || std::memcmp(got_scales.data(), want_scales.data(), 2 * want_scales.size()) == 0) << n;
-  Guarded<T> y(n, misaligned == 2 ? 1 : 0);
-  execute_on_host(GroupDecode<T, bits>(codes.data(), scales.data(), n, group, y.data()));
-  y.expect_intact();
-  const auto values = y.values();
-  for (std::size_t i = 0; i < elements.size(); ++i) {
-    const bool both_nan = std::isnan(lomem::to_compute(values[i])) && std::isnan(lomem::to_compute(want_values[i]));
-    ASSERT_TRUE(both_nan || std::memcmp(&values[i], &want_values[i], sizeof(T)) == 0) << i << " of " << n;
-  }
+  const auto check_values = [&](const auto& rounding, const std::vector<T>& wanted) {
+    Guarded<T> y(n, misaligned == 2 ? 1 : 0);
+    using Rounding = std::decay_t<decltype(rounding)>;
+    execute_on_host(GroupDecode<T, bits, Rounding>(codes.data(), scales.data(), n, group, rounding, y.data()));
+    y.expect_intact();
+    const auto values = y.values();
+    for (std::size_t i = 0; i < elements.size(); ++i) {
+      const bool both_nan = std::isnan(lomem::to_compute(values[i])) && std::isnan(lomem::to_compute(wanted[i]));
+      ASSERT_TRUE(both_nan || std::memcmp(&values[i], &wanted[i], sizeof(T)) == 0) << i << " of " << n;
+    }
+  };
+  check_values(NearestRounding{}, want_values);
+  check_values(StochasticRounding{&seed, offset}, want_dithered);
 }
 
 template <class T>

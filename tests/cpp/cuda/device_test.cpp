@@ -315,7 +315,9 @@ void check_storage(int bits, int group, bool stochastic, std::int64_t n, int mis
   group_encode_by(
       Element<T>::dtype, values.data(), n, format, stochastic ? &seed : nullptr, offset, want.data(),
       want_scales.data(), on_host);
-  group_decode_by(Element<T>::dtype, want.data(), want_scales.data(), n, format, want_values.data(), on_host);
+  group_decode_by(
+      Element<T>::dtype, want.data(), want_scales.data(), n, format, stochastic ? &seed : nullptr, offset,
+      want_values.data(), on_host);
   DeviceBuffer<T> x(n, misaligned == 0 ? 1 : 0);
   x.assign(values);
   DeviceBuffer<std::int64_t> device_seed(1);
@@ -330,7 +332,9 @@ void check_storage(int bits, int group, bool stochastic, std::int64_t n, int mis
             scales.data(), stream);
         return error != cudaSuccess
                    ? error
-                   : group_decode(Element<T>::dtype, codes.data(), scales.data(), n, format, y.data(), stream);
+                   : group_decode(
+                         Element<T>::dtype, codes.data(), scales.data(), n, format,
+                         stochastic ? device_seed.data() : nullptr, offset, y.data(), stream);
       },
       [&] {
         codes.poison();

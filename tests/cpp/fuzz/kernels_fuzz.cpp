@@ -539,7 +539,7 @@ void fuzz_storage(Choices& choices) {
       const std::int64_t size = std::min<std::int64_t>(group, n - begin);
       want_scales[g] = lomem::encode_group<bits>(
           elements.data() + begin, first + begin, size, source, want_codes.data() + begin * bits / 8);
-      lomem::decode_group<bits>(codes.data() + begin * bits / 8, size, factors[g], values.data() + begin);
+      lomem::decode_group<bits>(codes.data() + begin * bits / 8, size, factors[g], values.data() + begin, source, first + begin);
     }
     want = with_one_nan(dtype, bytes_of(values));
   });
@@ -558,7 +558,7 @@ void fuzz_storage(Choices& choices) {
     Memory values(x.size(), offset);
     table.group_decode(
         dtype, static_cast<const std::uint8_t*>(given.data()), static_cast<const lomem::bfloat16*>(given_scales.data()),
-        n, format, values.data(), stream);
+        first, n, format, source, values.data(), stream);
     expect_same(table, "values of groups", with_one_nan(dtype, values.written(table)), want);
   });
 }

@@ -13,6 +13,13 @@
 //           fraction, so that the mean over seeds is x * (1 / scale).
 //   value   code * scale, rounded to the element type, but no further than to its largest finite number: m / Q rounded
 //           up must not make an infinity of a finite element.
+//
+// Subtracted dither: of codes that were rounded at random, the value is (code + u - 1/2) * scale if the random number u
+// in (0, 1) is drawn again. A code is t - u rounded up, so code + u - t is uniform in [0, 1) whatever t is: the error is
+// independent of the element, at most half a step, and has the variance 1/12 of a squared step. Without u it depends on
+// the fraction of t, is up to a step, and has twice the variance on average. (Schuchman, "Dither signals and their
+// effect on quantization noise", IEEE Trans. Commun. Technol. 12, 1964.)
+//
 // A group of zeros has scale 0 and codes 0; the sign of a zero is lost. If an element is infinite or NaN, the scale is
 // NaN and the codes are 0: the whole group becomes NaN, because none of its elements should look as if it were finite.
 #pragma once
@@ -131,6 +138,11 @@ LOMEM_HOST_DEVICE constexpr float stochastic_integer(float t, std::uint32_t rand
   return t - below > u ? below + 1.0f : below;
 }
 
+/// u - 1/2 of the same random bits, exact.
+LOMEM_HOST_DEVICE constexpr float dither(std::uint32_t random) {
+  return (static_cast<float>(random) + 0.5f) * 0x1p-16f - 0.5f;
+}
+
 /// Where random bits come from. Those of element i depend on `seed`, `offset` and i alone: block i / 8 of philox_block
 /// has 16 bits for each of eight elements, in the order of words and low halves first.
 struct GroupRandom {
@@ -220,21 +232,41 @@ LOMEM_HOST_DEVICE constexpr float value_limit(bfloat16 scale) {
   return finite ? largest_value<T>() : to_compute(bfloat16{0x7f80});
 }
 
+/// `code` is an integer, or one with its dither, of 24 bits: their sum is exact.
 template <class T>
-LOMEM_HOST_DEVICE constexpr T decoded(int code, float scale, float limit) {
-  const float v = static_cast<float>(code) * scale;
+LOMEM_HOST_DEVICE constexpr T decoded(float code, float scale, float limit) {
+  const float v = code * scale;
   const float above = v < -limit ? -limit : v;
   return from_compute<T>(static_cast<compute_t<T>>(above > limit ? limit : above));
 }
 
-/// The inverse of encode_group.
+/// Element j = 0..7 of a bit stream of codes, with the dither of its random bits if `random` is not null.
 template <int bits, class T>
-LOMEM_HOST_DEVICE constexpr void decode_group(const std::uint8_t* codes, std::int64_t count, bfloat16 scale, T* y) {
+LOMEM_HOST_DEVICE constexpr T decode_one(
+    std::uint64_t word, int j, float scale, float limit, const PhiloxBlock<std::uint64_t>* random) {
+  auto code = static_cast<float>(code_of_bits(unpack_word<bits>(word, j), bits));
+  if (random != nullptr) {
+    code += dither(random_of(*random, j));
+  }
+  return decoded<T>(code, scale, limit);
+}
+
+/// The inverse of encode_group. With `random`, that of the codes, dither is subtracted; the first element is number
+/// `first` of the tensor.
+template <int bits, class T>
+LOMEM_HOST_DEVICE constexpr void decode_group(
+    const std::uint8_t* codes, std::int64_t count, bfloat16 scale, T* y, const GroupRandom* random = nullptr,
+    std::int64_t first = 0) {
   const float factor = to_compute(scale);
   const float limit = value_limit<T>(scale);
+  PhiloxBlock<std::uint64_t> block{};
   for (std::int64_t i = 0; i < count; ++i) {
-    const std::uint32_t byte = codes[i * bits / 8];
-    y[i] = decoded<T>(code_of_bits(byte >> (i * bits % 8), bits), factor, limit);
+    if (random != nullptr && i % group_size == 0) {
+      block = random->block(first + i);
+    }
+    const std::uint64_t code = std::uint64_t{codes[i * bits / 8]} >> (i * bits % 8);
+    const int j = static_cast<int>(i % group_size);
+    y[i] = decode_one<bits, T>(code << (bits * j), j, factor, limit, random != nullptr ? &block : nullptr);
   }
 }
 

@@ -78,10 +78,10 @@ LOMEM_API cudaError_t group_encode(
     DType dtype, const void* x, std::int64_t n, const GroupFormat& format, const std::int64_t* seed,
     std::uint64_t offset, std::uint8_t* codes, bfloat16* scales, cudaStream_t stream);
 
-/// y[0, n) of codes and scales, as decode_group.
+/// y[0, n) of codes and scales, as decode_group. With `seed`, that of the codes, dither is subtracted.
 LOMEM_API cudaError_t group_decode(
-    DType dtype, const std::uint8_t* codes, const bfloat16* scales, std::int64_t n, const GroupFormat& format, void* y,
-    cudaStream_t stream);
+    DType dtype, const std::uint8_t* codes, const bfloat16* scales, std::int64_t n, const GroupFormat& format,
+    const std::int64_t* seed, std::uint64_t offset, void* y, cudaStream_t stream);
 
 /// Computes output and rstd of `rows` rows. RMSNorm has no bias: with one, nothing is computed and the result is
 /// cudaErrorInvalidValue, here and in norm_backward.

@@ -10,7 +10,7 @@
 
 namespace lomem::cuda {
 
-/// Rounding to nearest.
+/// Rounding to nearest, and codes without dither.
 struct NearestRounding {
   static constexpr bool is_random = false;
 
@@ -19,7 +19,7 @@ struct NearestRounding {
   }
 };
 
-/// Stochastic rounding, with a seed in device memory.
+/// Stochastic rounding, or the dither of its codes, with a seed in device memory.
 struct StochasticRounding {
   static constexpr bool is_random = true;
 
@@ -139,8 +139,8 @@ struct GroupEncode {
   }
 };
 
-/// y = codes * scales.
-template <class T, int bits>
+/// y = codes * scales, with dither or without.
+template <class T, int bits, class Rounding>
 struct GroupDecode {
   static constexpr int unit = group_size;
   /// Number of independent loads that a thread has in flight.
@@ -150,15 +150,19 @@ struct GroupDecode {
 
   const std::uint8_t* codes;
   const bfloat16* scales;
+  Rounding rounding;
   T* y;
   std::int64_t n;
   /// A group has 2^shift units.
   int shift = 0;
   bool aligned;
 
-  GroupDecode(const std::uint8_t* codes_, const bfloat16* scales_, std::int64_t n_, int group, T* y_)
+  GroupDecode(
+      const std::uint8_t* codes_, const bfloat16* scales_, std::int64_t n_, int group, const Rounding& rounding_,
+      T* y_)
       : codes(codes_),
         scales(scales_),
+        rounding(rounding_),
         y(y_),
         n(n_),
         aligned(is_aligned(y, max_access) && is_aligned(codes, bytes_alignment<bits>)) {
@@ -185,12 +189,8 @@ struct GroupDecode {
       }
       LOMEM_UNROLL
       for (int u = 0; u < units_per_thread; ++u) {
-        Vector<T, unit> values;
-        LOMEM_UNROLL
-        for (int j = 0; j < unit; ++j) {
-          values[j] = value(word[u], j, scale[u]);
-        }
-        store_vector(y + (first + u * threads_per_block) * unit, values);
+        const std::int64_t begin = (first + u * threads_per_block) * unit;
+        store_vector(y + begin, values_of(word[u], scale[u], begin));
       }
     } else {
       for (int u = 0; u < units_per_thread; ++u) {
@@ -200,9 +200,18 @@ struct GroupDecode {
   }
 
  private:
-  LOMEM_HOST_DEVICE static T value(std::uint64_t word, int j, bfloat16 scale) {
-    const int code = code_of_bits(unpack_word<bits>(word, j), bits);
-    return decoded<T>(code, to_compute(scale), value_limit<T>(scale));
+  LOMEM_HOST_DEVICE Vector<T, unit> values_of(std::uint64_t word, bfloat16 scale, std::int64_t begin) const {
+    PhiloxBlock<std::uint64_t> random{};
+    if constexpr (Rounding::is_random) {
+      random = rounding.random().block(begin);
+    }
+    Vector<T, unit> values;
+    LOMEM_UNROLL
+    for (int j = 0; j < unit; ++j) {
+      values[j] = decode_one<bits, T>(
+          word, j, to_compute(scale), value_limit<T>(scale), Rounding::is_random ? &random : nullptr);
+    }
+    return values;
   }
 
   LOMEM_HOST_DEVICE void one_by_one(std::int64_t index) const {
@@ -215,9 +224,12 @@ struct GroupDecode {
     for (int b = 0; b < packed_bytes(count, bits); ++b) {
       word |= std::uint64_t{codes[index * bits + b]} << (8 * b);
     }
-    const bfloat16 scale = scales[index >> shift];
-    for (int j = 0; j < count; ++j) {
-      y[begin + j] = value(word, j, scale);
+    const Vector<T, unit> values = values_of(word, scales[index >> shift], begin);
+    LOMEM_UNROLL
+    for (int j = 0; j < unit; ++j) {
+      if (j < count) {
+        y[begin + j] = values[j];
+      }
     }
   }
 };
@@ -243,15 +255,23 @@ auto group_encode_by(
   });
 }
 
-/// The same for decoding.
+/// The same for decoding. With `seed`, dither is subtracted.
 template <class Run>
 auto group_decode_by(
-    DType dtype, const std::uint8_t* codes, const bfloat16* scales, std::int64_t n, const GroupFormat& format, void* y,
-    const Run& run) {
+    DType dtype, const std::uint8_t* codes, const bfloat16* scales, std::int64_t n, const GroupFormat& format,
+    const std::int64_t* seed, std::uint64_t offset, void* y, const Run& run) {
   return visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     return visit_group_bits(format.bits, [&](auto width) {
-      return run(GroupDecode<T, decltype(width)::value>(codes, scales, n, format.group, static_cast<T*>(y)));
+      constexpr int bits = decltype(width)::value;
+      auto* elements = static_cast<T*>(y);
+      if (seed == nullptr) {
+        return run(
+            GroupDecode<T, bits, NearestRounding>(codes, scales, n, format.group, NearestRounding{}, elements));
+      }
+      return run(
+          GroupDecode<T, bits, StochasticRounding>(
+              codes, scales, n, format.group, StochasticRounding{seed, offset}, elements));
     });
   });
 }

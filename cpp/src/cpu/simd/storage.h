@@ -470,54 +470,85 @@ template <int bits, bool stochastic, class T>
 
 // Values -------------------------------------------------------------------------------------------------------------
 
+/// The dither of random bits at the same place as in stochastic_integers: 1 + u, without rounding, and less.
+inline Floats dither_of(const Words& random) {
+  return bits_of<Floats>((random & 0x007fff80u) | 0x3f800040u) - 1.5f;
+}
+
 /// Decodes pair_elements elements.
-template <int bits, class T>
-inline void decode_pair(const std::uint8_t* codes, const Floats& scale, const Floats& limit, T* y, bool stream) {
+template <int bits, bool dithered, class T>
+inline void decode_pair(
+    const std::uint8_t* codes, const Floats& scale, const Floats& limit, const std::uint16_t* random, T* y,
+    bool stream) {
   Words joined;
   if constexpr (bits == 8) {
     joined = to_words(load<Halves>(codes));
   } else {
     joined = load_bytes(codes);
   }
-  const auto value = [&](const Words& at_the_top) {
-    const Ints code = bits_of<Ints>(at_the_top) >> (32 - bits);
-    const Floats product = __builtin_convertvector(code, Floats) * scale;
-    return smaller(limit, larger(-limit, product));
+  Words words{};
+  if constexpr (dithered) {
+    words = load<Words>(random);
+  }
+  const auto value = [&](const Words& at_the_top, const Words& bits_of_u) {
+    Floats code = __builtin_convertvector(bits_of<Ints>(at_the_top) >> (32 - bits), Floats);
+    if constexpr (dithered) {
+      code += dither_of(bits_of_u);
+    }
+    return smaller(limit, larger(-limit, code * scale));
   };
-  store_even_and_odd<T>({value(joined << (32 - bits)), value(joined << (32 - 2 * bits))}, y, stream);
+  store_even_and_odd<T>(
+      {value(joined << (32 - bits), words << 7), value(joined << (32 - 2 * bits), words >> 9)}, y, stream);
 }
 
 /// The same for fewer elements.
-template <int bits, class T>
+template <int bits, bool dithered, class T>
 [[gnu::noinline]] void decode_part(
-    const std::uint8_t* codes, std::int64_t count, const Floats& scale, const Floats& limit, T* y) {
+    const std::uint8_t* codes, std::int64_t count, const Floats& scale, const Floats& limit,
+    const std::uint16_t* random, T* y) {
   std::uint8_t bytes[pair_elements * bits / 8] = {};
   T elements[pair_elements];
   for (std::int64_t i = 0; i < packed_bytes(count, bits); ++i) {
     bytes[i] = codes[i];
   }
-  decode_pair<bits>(bytes, scale, limit, elements, false);
+  decode_pair<bits, dithered>(bytes, scale, limit, random, elements, false);
   for (std::int64_t i = 0; i < count; ++i) {
     y[i] = elements[i];
   }
 }
 
-template <int bits, class T>
-[[gnu::noinline]] void decode_groups(
-    const std::uint8_t* codes, const bfloat16* scales, std::int64_t n, std::int64_t group, T* y, bool stream) {
-  const bool streams = stream && is_aligned(y, lanes * sizeof(T) < 64 ? 2 * lanes * sizeof(T) : 64);
+/// Decodes at most batch_elements elements, which begin with a group.
+template <int bits, bool dithered, class T>
+inline void decode_batch(
+    const std::uint8_t* codes, const bfloat16* scales, std::int64_t n, std::int64_t group, const std::uint16_t* random,
+    T* y, bool stream) {
   for (std::int64_t begin = 0; begin < n; begin += group) {
-    const std::int64_t count = n - begin < group ? n - begin : group;
+    const std::int64_t end = n - begin < group ? n : begin + group;
     const Floats scale = broadcast(to_compute(*scales));
     const Floats limit = broadcast(value_limit<T>(*scales++));
-    const std::uint8_t* source = codes + begin * bits / 8;
-    std::int64_t i = 0;
-    for (; i + pair_elements <= count; i += pair_elements) {
-      decode_pair<bits>(source + i * bits / 8, scale, limit, y + begin + i, streams);
+    std::int64_t i = begin;
+    for (; i + pair_elements <= end; i += pair_elements) {
+      decode_pair<bits, dithered>(codes + i * bits / 8, scale, limit, random + i, y + i, stream);
     }
-    if (i < count) {
-      decode_part<bits>(source + i * bits / 8, count - i, scale, limit, y + begin + i);
+    if (i < end) {
+      decode_part<bits, dithered>(codes + i * bits / 8, end - i, scale, limit, random + i, y + i);
     }
+  }
+}
+
+template <int bits, bool dithered, class T>
+[[gnu::noinline]] void decode_groups(
+    const std::uint8_t* codes, const bfloat16* scales, std::int64_t first, std::int64_t n, std::int64_t group,
+    GroupRandom source, T* y, bool stream) {
+  const bool streams = stream && is_aligned(y, lanes * sizeof(T) < 64 ? 2 * lanes * sizeof(T) : 64);
+  alignas(64) std::uint16_t random[batch_elements];
+  for (std::int64_t begin = 0; begin < n; begin += batch_elements) {
+    const std::int64_t count = n - begin < batch_elements ? n - begin : batch_elements;
+    if constexpr (dithered) {
+      store_random(source, first + begin, count, random);
+    }
+    decode_batch<bits, dithered>(
+        codes + begin * bits / 8, scales + begin / group, count, group, random, y + begin, streams);
   }
   if (streams) {
     stream_fence();
@@ -542,12 +573,18 @@ void group_encode(
 }
 
 void group_decode(
-    DType dtype, const std::uint8_t* codes, const bfloat16* scales, std::int64_t n, const GroupFormat& format, void* y,
-    bool stream) {
+    DType dtype, const std::uint8_t* codes, const bfloat16* scales, std::int64_t first, std::int64_t n,
+    const GroupFormat& format, const GroupRandom* random, void* y, bool stream) {
   visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     visit_group_bits(format.bits, [&](auto width) {
-      decode_groups<decltype(width)::value>(codes, scales, n, format.group, static_cast<T*>(y), stream);
+      constexpr int bits = decltype(width)::value;
+      auto* elements = static_cast<T*>(y);
+      if (random == nullptr) {
+        decode_groups<bits, false>(codes, scales, first, n, format.group, GroupRandom{0, 0}, elements, stream);
+      } else {
+        decode_groups<bits, true>(codes, scales, first, n, format.group, *random, elements, stream);
+      }
     });
   });
 }

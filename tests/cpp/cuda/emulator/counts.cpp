@@ -313,7 +313,10 @@ void count_storage(DType dtype, int bits, bool misaligned) {
     return group_encode(dtype, input, n, format, seed, 1, results.data(), factors, nullptr);
   });
   count("group_decode" + end, n, bytes, 2, [&] {
-    return group_decode(dtype, random_bytes(), factors, n, format, results.data() + offset, nullptr);
+    return group_decode(dtype, random_bytes(), factors, n, format, nullptr, 0, results.data() + offset, nullptr);
+  });
+  count("group_decode dithered" + end, n, bytes, 2, [&] {
+    return group_decode(dtype, random_bytes(), factors, n, format, seed, 1, results.data() + offset, nullptr);
   });
 }
 

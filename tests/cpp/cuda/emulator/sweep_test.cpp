@@ -328,6 +328,7 @@ void sweep_storage(Random& random) {
   const int bits = random.one_in(2) ? 8 : 4;
   const lomem::GroupFormat format{bits, 16 << random.below(7)};
   const bool stochastic = random.one_in(2);
+  const bool dithered = stochastic && random.one_in(2);
   SCOPED_TRACE(
       name_of(dtype) + " " + std::to_string(n) + ", bits " + std::to_string(bits) + ", groups of " +
       std::to_string(format.group));
@@ -341,14 +342,15 @@ void sweep_storage(Random& random) {
   Bytes codes(lomem::packed_bytes(n, bits), random.one_in(3) ? random.below(4) : 0);
   DeviceArray scales(DType::bfloat16, groups, random.below(2));
   DeviceArray y(dtype, n, random.one_in(3) ? random.below(8) : 0);
+  const auto* device_seed = reinterpret_cast<const std::int64_t*>(seed_bytes.data());
   ASSERT_EQ(
       group_encode(
-          dtype, x.data(), n, format, stochastic ? reinterpret_cast<const std::int64_t*>(seed_bytes.data()) : nullptr,
-          offset, codes.data(), static_cast<lomem::bfloat16*>(scales.data()), nullptr),
+          dtype, x.data(), n, format, stochastic ? device_seed : nullptr, offset, codes.data(), static_cast<lomem::bfloat16*>(scales.data()), nullptr),
       cudaSuccess);
   ASSERT_EQ(
       group_decode(
-          dtype, codes.data(), static_cast<const lomem::bfloat16*>(scales.data()), n, format, y.data(), nullptr),
+          dtype, codes.data(), static_cast<const lomem::bfloat16*>(scales.data()), n, format,
+          dithered ? device_seed : nullptr, offset, y.data(), nullptr),
       cudaSuccess);
   scales.read();
   y.read();
@@ -369,11 +371,17 @@ void sweep_storage(Random& random) {
       // Two roundings of the quotient in float32, and one of a double.
       const double rounding = std::ldexp(std::fabs(quotient), -22);
       ASSERT_LE(std::fabs(code - quotient), (stochastic ? 1 : 0.5) + rounding) << i;
-      ASSERT_NEAR(y[i], code * scale, spacing_at(dtype, code * scale) / 2) << i;
+      const auto block =
+          lomem::philox_block(static_cast<std::uint64_t>(seed), static_cast<std::uint64_t>(i) / 8, offset);
+      const double u = (lomem::random_of(block, static_cast<int>(i % 8)) + 0.5) / 65536;
+      const double value = (code + (dithered ? u - 0.5 : 0)) * scale;
+      // With dither, the product has more digits than float32.
+      const double single = dithered ? std::ldexp(std::fabs(value), -24) : 0;
+      ASSERT_NEAR(y[i], value, spacing_at(dtype, value) / 2 + single) << i;
+      if (dithered) {
+        ASSERT_LE(std::fabs(value / (scale == 0 ? 1 : scale) - quotient), 0.5 + rounding) << i;
+      }
       if (stochastic) {
-        const auto block =
-            lomem::philox_block(static_cast<std::uint64_t>(seed), static_cast<std::uint64_t>(i) / 8, offset);
-        const double u = (lomem::random_of(block, static_cast<int>(i % 8)) + 0.5) / 65536;
         const double fraction = quotient - std::floor(quotient);
         if (std::fabs(fraction - u) > 2 * rounding && std::fabs(fraction - 0.5) < 0.5 - 2 * rounding) {
           ASSERT_EQ(code, std::floor(quotient) + (fraction > u ? 1 : 0)) << i;
