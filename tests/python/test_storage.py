@@ -187,20 +187,21 @@ DEVIATIONS = 5
 @of_dtypes
 @of_bits
 def test_is_unbiased(bits, dtype, device):
-    """Means over seeds of each of 32 elements, some of them next to the largest."""
-    n, draws = 32, 4000
+    """Means over seeds, and over copies of a group, of each of 128 elements, some of them next to the largest."""
+    n, copies, seeds = 128, 50, 100
     x = torch.randn(n, device=device, dtype=torch.float64).clamp(-2, 2).to(dtype)
     x[:4] = torch.tensor([2.0, -1.999, 1.9, 0.01], device=device, dtype=torch.float64).to(dtype)
     total = torch.zeros(n, dtype=torch.float64, device=device)
     squares = torch.zeros_like(total)
-    for number in range(draws):
-        codes, scales = LF.quantize_groups(x, bits, seed=torch.tensor(number, device=device))
-        value = LF.dequantize_groups(codes, scales, (n,), torch.float64, bits)
-        total += value
-        squares += value.square()
-    step = float(scales)
-    mean = total / draws
-    deviation = ((squares / draws - mean.square()).clamp(min=0) / draws).sqrt()
+    for number in range(seeds):
+        codes, scales = LF.quantize_groups(x.repeat(copies), bits, seed=torch.tensor(number, device=device))
+        assert bool((scales == scales[0]).all())
+        value = LF.dequantize_groups(codes, scales, (copies, n), torch.float64, bits)
+        total += value.sum(0)
+        squares += value.square().sum(0)
+    step, count = float(scales[0]), copies * seeds
+    mean = total / count
+    deviation = ((squares / count - mean.square()).clamp(min=0) / count).sqrt()
     assert bool(((mean - x.double()).abs() <= DEVIATIONS * deviation + step * 2**-16).all())
 
 

@@ -375,7 +375,7 @@ def noticed(mutant: Mutant, program: Path) -> str:
         return ""
     reports = [line for line in tests.stderr.splitlines() if line.startswith("emulator: ")]
     faults = sorted({line.split(":")[1].strip() for line in reports})
-    wrong = re.search("Expected equality|exceeds|difference between", tests.stdout) is not None
+    wrong = re.search("Expected equality|Expected: |exceeds|difference between", tests.stdout) is not None
     if "[  FAILED  ]" not in tests.stdout:  # such as PTX that cannot be parsed
         raise ValueError(f"{mutant.name}: exit {tests.returncode}: {(tests.stderr or tests.stdout).strip()[-200:]}")
     return ", ".join([*(["wrong values"] if wrong else []), *faults])
