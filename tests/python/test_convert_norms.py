@@ -237,6 +237,18 @@ def test_an_output_that_is_changed_in_place_is_left():
         lomem.convert(make(InPlace, depth=1), batch())
 
 
+@pytest.mark.parametrize("ill", [False, True])
+def test_a_second_derivative_is_no_part_of_one(ill):
+    # The error must not depend on which inputs are asked for: torch runs only what lies on the way to them.
+    model, x = make(PostNorm, depth=1, ill=ill), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        lomem.convert(model, x, activations="keep")
+        loss = model(x).float().square().sum()
+    for inputs in ([model[0].weight], [model[1].q.weight], list(model.parameters())):
+        with pytest.raises(RuntimeError, match=r"cannot be differentiated twice|not implemented"):
+            torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+
+
 def test_an_output_changed_in_place_later_is_noticed():
     # Only if a flag is set, so not in the example run. The linear layer must not take what was saved before the change.
     class Later(Inner):

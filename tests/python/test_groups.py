@@ -7,8 +7,8 @@ import lomem
 import pytest
 import torch
 import torch.nn.functional as F
-from small_pairs import DTYPES, PAIRS, D, Gated, H, Modulated, Ungated, distance, gradients, living_bytes, make
 from lomem._trace import groups
+from small_pairs import DTYPES, PAIRS, D, Gated, H, Modulated, Ungated, distance, gradients, living_bytes, make
 from test_pairs import AROUND, INSIDE, TWICE, second_derivatives
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -387,7 +387,7 @@ def test_a_compiled_model_is_exact(name):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
     _, expected = gradients(plain, x)
-    y, grads = gradients(compiled, x)
+    _, grads = gradients(compiled, x)
     grads = {n.removeprefix("_orig_mod."): g for n, g in grads.items()}
     assert distance(grads, expected) < 1e-5
 
