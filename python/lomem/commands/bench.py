@@ -564,6 +564,7 @@ def measure(case: Case, plan: Plan, copies: Copies, memory: Copy) -> list[Record
     # These take turns: the copies of this size, then the contenders, pass by pass.
     groups: dict[str, dict[str, Call]] = {"copy": copies.of_same_size(inputs)}
     groups |= {pass_: {name: call[pass_] for name, call in calls.items() if pass_ in call} for pass_ in PASSES}
+    groups = {pass_: group for pass_, group in groups.items() if group}
     warm_up([call for group in groups.values() for call in group.values()])
     repeats = {
         (pass_, name): timer.repeats(call, plan.seconds)

@@ -240,15 +240,10 @@ LOMEM_HOST_DEVICE constexpr T decoded(float code, float scale, float limit) {
   return from_compute<T>(static_cast<compute_t<T>>(above > limit ? limit : above));
 }
 
-/// Element j = 0..7 of a bit stream of codes, with the dither of its random bits if `random` is not null.
-template <int bits, class T>
-LOMEM_HOST_DEVICE constexpr T decode_one(
-    std::uint64_t word, int j, float scale, float limit, const PhiloxBlock<std::uint64_t>* random) {
-  auto code = static_cast<float>(code_of_bits(unpack_word<bits>(word, j), bits));
-  if (random != nullptr) {
-    code += dither(random_of(*random, j));
-  }
-  return decoded<T>(code, scale, limit);
+/// Code j = 0..7 of a bit stream of codes.
+template <int bits>
+LOMEM_HOST_DEVICE constexpr float code_of_word(std::uint64_t word, int j) {
+  return static_cast<float>(code_of_bits(unpack_word<bits>(word, j), bits));
 }
 
 /// The inverse of encode_group. With `random`, that of the codes, dither is subtracted; the first element is number
@@ -264,9 +259,11 @@ LOMEM_HOST_DEVICE constexpr void decode_group(
     if (random != nullptr && i % group_size == 0) {
       block = random->block(first + i);
     }
-    const std::uint64_t code = std::uint64_t{codes[i * bits / 8]} >> (i * bits % 8);
-    const int j = static_cast<int>(i % group_size);
-    y[i] = decode_one<bits, T>(code << (bits * j), j, factor, limit, random != nullptr ? &block : nullptr);
+    float code = code_of_word<bits>(std::uint64_t{codes[i * bits / 8]} >> (i * bits % 8), 0);
+    if (random != nullptr) {
+      code += dither(random_of(block, static_cast<int>(i % group_size)));
+    }
+    y[i] = decoded<T>(code, factor, limit);
   }
 }
 

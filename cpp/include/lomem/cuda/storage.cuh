@@ -1,9 +1,9 @@
-// Storage in groups: bodies of CUDA kernels (see launch.cuh). A thread works on units of eight elements, which take
-// whole bytes of codes and one block of random numbers.
+// Storage in groups: bodies of CUDA kernels (see launch.cuh).
 #pragma once
 
 #include <lomem/core/storage.h>
 #include <lomem/cuda/launch.cuh>
+#include <lomem/cuda/step.cuh>
 #include <lomem/cuda/vector.cuh>
 
 #include <cstdint>
@@ -31,7 +31,8 @@ struct StochasticRounding {
   }
 };
 
-/// Codes and scales of x. Each thread finds the largest magnitude of its unit; then each looks through those of its
+/// Codes and scales of x. A thread works on a unit of eight elements, which take whole bytes and one block of random
+/// numbers. Each thread finds the largest magnitude of its unit; then each looks through those of its
 /// group, which lies within a block, and reads its elements again, from the caches.
 template <class T, int bits, class Rounding>
 struct GroupEncode {
@@ -139,14 +140,14 @@ struct GroupEncode {
   }
 };
 
-/// y = codes * scales, with dither or without.
+/// y = codes * scales, with dither or without. A thread works on units that fill 16 bytes (see step.cuh).
 template <class T, int bits, class Rounding>
 struct GroupDecode {
-  static constexpr int unit = group_size;
-  /// Number of independent loads that a thread has in flight.
-  static constexpr int units_per_thread = 2;
-  static constexpr std::int64_t block_units = std::int64_t{units_per_thread} * threads_per_block;
+  using Grid = UnitGrid<T, bits>;
+  static constexpr int elements = Grid::elements;
+  static constexpr int bytes = Unit<T, bits>::bytes;
   using Shared = Nothing;
+  static_assert(min_scale_group % elements == 0);
 
   const std::uint8_t* codes;
   const bfloat16* scales;
@@ -165,68 +166,73 @@ struct GroupDecode {
         rounding(rounding_),
         y(y_),
         n(n_),
-        aligned(is_aligned(y, max_access) && is_aligned(codes, bytes_alignment<bits>)) {
-    while (unit << shift < group) {
+        aligned(is_aligned(y, max_access) && is_aligned(codes, bytes_alignment<bytes>)) {
+    while (elements << shift < group) {
       ++shift;
     }
   }
 
   std::int64_t blocks() const {
-    return (n + block_units * unit - 1) / (block_units * unit);
+    return Grid::blocks(n);
   }
   LOMEM_HOST_DEVICE void prepare(std::int64_t /*block*/, int /*thread*/, Shared&) const {}
 
   LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared&) const {
-    const std::int64_t first = block * block_units + thread;
-    if (aligned && (block + 1) * block_units * unit <= n) {
+    if (aligned && Grid::is_full(block, n)) {
       std::uint64_t word[units_per_thread];
       bfloat16 scale[units_per_thread];
       LOMEM_UNROLL
       for (int u = 0; u < units_per_thread; ++u) {
-        const std::int64_t index = first + u * threads_per_block;
-        word[u] = load_bytes<bits>(codes + index * bits);
-        scale[u] = scales[index >> shift];
+        const std::int64_t unit = Grid::unit(block, thread, u);
+        word[u] = load_bytes<bytes>(codes + unit * bytes);
+        scale[u] = scales[unit >> shift];
       }
       LOMEM_UNROLL
       for (int u = 0; u < units_per_thread; ++u) {
-        const std::int64_t begin = (first + u * threads_per_block) * unit;
+        const std::int64_t begin = Grid::unit(block, thread, u) * elements;
         store_vector(y + begin, values_of(word[u], scale[u], begin));
       }
     } else {
       for (int u = 0; u < units_per_thread; ++u) {
-        one_by_one(first + u * threads_per_block);
+        one_by_one(Grid::unit(block, thread, u));
       }
     }
   }
 
  private:
-  LOMEM_HOST_DEVICE Vector<T, unit> values_of(std::uint64_t word, bfloat16 scale, std::int64_t begin) const {
+  /// The elements of a unit, of which the first is number `begin`.
+  LOMEM_HOST_DEVICE Vector<T, elements> values_of(std::uint64_t word, bfloat16 scale, std::int64_t begin) const {
+    static_assert(group_size % elements == 0);  // so that they share a block of random numbers
     PhiloxBlock<std::uint64_t> random{};
     if constexpr (Rounding::is_random) {
       random = rounding.random().block(begin);
     }
-    Vector<T, unit> values;
+    const int place = static_cast<int>(begin % group_size);
+    Vector<T, elements> values;
     LOMEM_UNROLL
-    for (int j = 0; j < unit; ++j) {
-      values[j] = decode_one<bits, T>(
-          word, j, to_compute(scale), value_limit<T>(scale), Rounding::is_random ? &random : nullptr);
+    for (int j = 0; j < elements; ++j) {
+      float code = code_of_word<bits>(word, j);
+      if constexpr (Rounding::is_random) {
+        code += dither(random_of(random, place + j));
+      }
+      values[j] = decoded<T>(code, to_compute(scale), value_limit<T>(scale));
     }
     return values;
   }
 
-  LOMEM_HOST_DEVICE void one_by_one(std::int64_t index) const {
-    const std::int64_t begin = index * unit;
+  LOMEM_HOST_DEVICE void one_by_one(std::int64_t unit) const {
+    const std::int64_t begin = unit * elements;
     if (begin >= n) {
       return;
     }
-    const int count = static_cast<int>(n - begin < unit ? n - begin : unit);
+    const int count = static_cast<int>(n - begin < elements ? n - begin : elements);
     std::uint64_t word = 0;
     for (int b = 0; b < packed_bytes(count, bits); ++b) {
-      word |= std::uint64_t{codes[index * bits + b]} << (8 * b);
+      word |= std::uint64_t{codes[unit * bytes + b]} << (8 * b);
     }
-    const Vector<T, unit> values = values_of(word, scales[index >> shift], begin);
+    const Vector<T, elements> values = values_of(word, scales[unit >> shift], begin);
     LOMEM_UNROLL
-    for (int j = 0; j < unit; ++j) {
+    for (int j = 0; j < elements; ++j) {
       if (j < count) {
         y[begin + j] = values[j];
       }

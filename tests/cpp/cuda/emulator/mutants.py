@@ -84,8 +84,8 @@ MUTANTS = [
     Mutant(
         "vectors at any address, decoding groups",
         "cuda/storage.cuh",
-        "if (aligned && (block + 1) *",
-        "if ((block + 1) *",
+        FULL,
+        UNALIGNED,
         "storage",
         STORAGE,
     ),
