@@ -207,7 +207,7 @@ struct GroupDecode {
     if constexpr (Rounding::is_random) {
       random = rounding.random().block(begin);
     }
-    const int place = static_cast<int>(begin % group_size);
+    const int place = elements == group_size ? 0 : static_cast<int>(begin % group_size);
     Vector<T, elements> values;
     LOMEM_UNROLL
     for (int j = 0; j < elements; ++j) {
