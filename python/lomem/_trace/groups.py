@@ -43,6 +43,7 @@ class Load:
         self._stride = like.stride()
 
     def __call__(self, codes: Tensor, scales: Tensor, seed: Tensor) -> Tensor:
+        scales = scales.view(torch.bfloat16)
         return torch.ops.lomem.dequantize_groups(  # type: ignore[no-any-return]
             codes, scales, self._size, self._stride, self._dtype, self.bits, seed, group_size=GROUP
         )
@@ -61,7 +62,8 @@ def store(tensor: Tensor, bits: int) -> tuple[tuple[Tensor, Tensor, Tensor], Loa
         x = x if dense else x.contiguous()
         seed = draw_seed(x)
         codes, scales = torch.ops.lomem.quantize_groups(x, bits, seed, group_size=GROUP)
-        return (codes, scales, seed), Load(x, bits)
+        # As integers, scales are safe from saved-tensor hooks that cast or compress numbers, or know no bfloat16.
+        return (codes, scales.view(torch.int16), seed), Load(x, bits)
 
 
 class FromGroups:

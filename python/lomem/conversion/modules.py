@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .. import functional as LF
 from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.groups import FromGroups, Load, can_store, store
-from .._trace.handover import current_hooks, in_a_region, itself, linear_of_offered, offer, offer_itself, take
+from .._trace.handover import current_hooks, hold, in_a_region, itself, linear_of_offered, offer, offer_itself, take
 from .._trace.once import differentiable_once
 from ..functional.norms import LAYER_NORM, RMS_NORM, NormOps
 from ..steps import StepFunction
@@ -391,6 +391,15 @@ def _affine(kept: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return output if bias is None else output + bias
 
 
+def _own(parameter: Tensor | None) -> Tensor | None:
+    """A copy of a norm's parameter, for linear layers to save.
+
+    What shards parameters by module (FSDP) frees them after the norm's forward pass, and gathers them again for the
+    norm's backward pass, which comes after that of the linear layers.
+    """
+    return parameter.detach().clone() if isinstance(parameter, nn.Parameter) else parameter
+
+
 def _affine_in(dtype: torch.dtype) -> Callable[..., Tensor]:
     """The same in the dtype of the norm's result, whatever that of the weights."""
     return lambda kept, weight, bias: _affine(kept, weight, bias).to(dtype)
@@ -558,7 +567,9 @@ class MSNorm(Converted):
                 loads: list[Load] = []
                 full = dtype or autocast_dtype(device) or x.dtype
                 result, *kept = _NormInGroups.apply(x, weight, bias, plan, eps, full, loads)
-            offer(result, (*kept, weight, bias), FromGroups(_affine_in(full), *loads), plan.takers, grouped=True)
+            given = _own(weight), _own(bias)
+            offer(result, (*kept, *given), FromGroups(_affine_in(full), *loads), plan.takers, grouped=True)
+            hold(result, [t for t in given if t is not None])
             return result  # type: ignore[no-any-return]
         if plan.shared and needs_gradient(x, weight, bias) and not is_compiling():
             full = dtype or autocast_dtype(device) or x.dtype
@@ -569,7 +580,9 @@ class MSNorm(Converted):
                 if plan.inverted:
                     offer(result, (kept,), itself, plan.takers)
                 else:
-                    offer(result, (kept, weight, bias), _affine, plan.takers)
+                    given = _own(weight), _own(bias)
+                    offer(result, (kept, *given), _affine, plan.takers)
+                    hold(result, [t for t in given if t is not None])
                 return result  # type: ignore[no-any-return]
         result = plan.public(x, weight, bias, eps, dtype)
         if plan.chained and plan.inverted and result.requires_grad and not is_transformed():

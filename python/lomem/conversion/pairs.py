@@ -357,7 +357,7 @@ def _drop(x: Tensor, p: float, takers: int) -> Tensor:
         options: Any = {"differentiable": made.differentiable, "weak": made.weak, "grouped": made.grouped}
         offer(result, (*kept, mask), rebuild, takers, **options)
         # If x needs no gradient, nobody saves the mask. And a producer of x may save the storage, not the tensor.
-        hold(result, (mask, *(t for t in kept if t is x)))
+        hold(result, (mask, *made.held, *(t for t in kept if t is x)))
     return result  # type: ignore[no-any-return]
 
 
@@ -399,6 +399,19 @@ class _OfGroups(_OfInput):
         return _OfInput.backward(ctx, grad)
 
 
+#: Below these, activations and their derivatives are under 1e-7: smaller than the noise of what is kept in groups.
+_FLOORS = {"gelu": -6.0, "gelu_tanh": -6.0, "silu": -20.0}
+
+
+def _bounded(x: Tensor, activation: str, scale: float) -> Tensor:
+    """The input of ``h(scale * x) / scale`` without what is so negative that it makes no difference.
+
+    A mask's fill value would otherwise set the scale of its group, and all else in the group would be lost.
+    """
+    bound = _FLOORS[activation] / scale
+    return x.detach().clamp(min=bound) if scale > 0 else x.detach().clamp(max=bound)
+
+
 def _of_input(
     x: Tensor,
     name: str,
@@ -428,7 +441,7 @@ def _of_input(
             result = _OfInput.apply(x, name, scale, function)
             offer(result, (x,), again, takers, differentiable=True, **options)
         else:
-            kept, load = store(x, storage)
+            kept, load = store(_bounded(x, name, scale), storage)
             result = _OfGroups.apply(x, name, scale, function, load, *kept)
             offer(result, kept, FromGroups(again, load), takers, grouped=True, **options)
     return result  # type: ignore[no-any-return]
@@ -546,7 +559,8 @@ class _Pairs(Redirect):
         offer(result, (*kept, *others), rebuild, self.takers, **options)
         # A producer that saves its result saves the storage, not the tensor. And nobody may save small operands.
         itself = kept if is_offered(operand) else ()
-        hold(result, (*(t for t in itself if t is operand), *(t for t in others if is_small(t, operand))))
+        held = (*made.held, *(t for t in itself if t is operand))
+        hold(result, (*held, *(t for t in others if is_small(t, operand))))
         return result  # type: ignore[no-any-return]
 
     def _gated(self, activated: Tensor, up: Tensor, kept: tuple[Tensor | None, ...], made: Offer) -> Tensor:

@@ -26,7 +26,7 @@ class Chain:
         steps: The cheap ops.
         linears: Names of the linear layers that rebuild their input.
         drops: Positions in the ledger of what they and the cheap ops no longer save.
-        takers: Maximum number of linear layers called with one result.
+        takers: Maximum number of linear layers called with one result, and one more if cheap ops take it too.
         taken: Identities of the linear layers' inputs.
         added: Bytes of small operands that are saved in addition.
         copies: Whether it starts from tensors that nobody offers.
@@ -100,6 +100,7 @@ def follow(
     changed = {storage for op in flow.recorder.ops for storage in op.written}
     rebuilt: dict[int, Storage] = {i: s for i, s in sources if s is not None and s not in changed}
     first = set(rebuilt)
+    freed: dict[StepCall, set[int]] = {}
     for step in flow.steps:
         if step.operand_id not in rebuilt or step.result in changed or not may_follow(finder, step, known):
             continue
@@ -110,9 +111,8 @@ def follow(
             continue
         rebuilt[step.result_id] = step.result
         chain.steps.append(step)
-        if not (saved and step.operand_id in first):
-            mine = {i for i in ledger.within([step.saved]) if ledger.saved[i].storage is step.operand}
-            chain.drops |= mine
+        gains = not (saved and step.operand_id in first)
+        freed[step] = {i for i in ledger.within([step.saved]) if gains and ledger.saved[i].storage is step.operand}
     given = {i for i in rebuilt if not (saved and i in first)}
     storages = {rebuilt[i] for i in given}
     storages |= {s for s in flow.recorder.storages if s.copy_of in storages}
@@ -125,9 +125,12 @@ def follow(
             chain.drops |= mine
             chain.linears += [call.name] if call.name not in chain.linears else []
             takers[call.input_id] = takers.get(call.input_id, 0) + 1
-    chain.takers = max(takers.values(), default=0)
     chain.taken = set(takers)
-    chain.steps = _needed(chain.steps, chain.taken)
+    chain.steps = _needed(chain.steps, chain.taken, freed)
+    chain.drops |= {i for step in chain.steps for i in freed[step]}
+    # A result that cheap ops take too is offered for as long as it exists: they may come after the linear layers.
+    also = {step.operand_id for step in chain.steps}
+    chain.takers = max((number + (i in also) for i, number in takers.items()), default=0)
     # The mask of a dropout that needs a gradient is saved by itself.
     chain.added = sum(s.small for s in chain.steps if s.kind is not StepKind.DROPOUT or not ledger.within([s.saved]))
     return chain
@@ -159,11 +162,11 @@ def _short(finder: Finder, name: str) -> str:
     return ".".join(parts[-3:-1]) if adapters else parts[-1]
 
 
-def _needed(steps: list[StepCall], taken: set[int]) -> list[StepCall]:
-    """The ops on the way to linear layers, and products, which gain by themselves."""
+def _needed(steps: list[StepCall], taken: set[int], freed: dict[StepCall, set[int]]) -> list[StepCall]:
+    """The ops on the way to linear layers, and products, which gain by themselves if they save their operand."""
     needed = []
     for step in reversed(steps):
-        if step.result_id in taken or step.gated:
+        if step.result_id in taken or step.gated or (step.kind is StepKind.PRODUCT and freed[step]):
             needed.append(step)
             taken = taken | {step.operand_id}
     return needed[::-1]

@@ -24,8 +24,8 @@ class Decision:
             forward), or ``"copy"`` (linear layers save casts or dropped-out copies of their input, as LoRA's do).
         module: Name of the module's class.
         computes: What it was recognized as.
-        action: What was done: ``"1bit"`` to ``"8bit"``, ``"exact"``, ``"inverted"``, ``"two outputs"``,
-            ``"normalized"``, or ``"left"`` (not converted).
+        action: What was done: ``"1bit"`` to ``"8bit"``, ``"4bit groups"``, ``"8bit groups"``, ``"exact"``,
+            ``"inverted"``, ``"two outputs"``, ``"normalized"``, or ``"left"`` (not converted).
         reason: Why, as a clause.
         saved_bytes: Reduction of the bytes saved for backward in the example run; 0 if the module is not converted or
             there was no run.
