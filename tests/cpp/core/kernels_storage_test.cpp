@@ -42,8 +42,7 @@ void check(
   const AtPageEnd<std::uint8_t> bytes(want);
   const AtPageEnd<bfloat16> factors(want_scales);
   Guarded<T> values(x.size(), misalignment);
-  table->group_decode(
-      Element<T>::dtype, bytes.data(), factors.data(), first, n, format, random, values.data(), stream);
+  table->group_decode(Element<T>::dtype, bytes.data(), factors.data(), first, n, format, random, values.data(), stream);
   const auto got = values.values();
   for (std::size_t i = 0; i < x.size(); ++i) {
     // (Of a NaN, only that it is one is the same for all.)
