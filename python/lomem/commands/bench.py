@@ -322,17 +322,17 @@ def storage_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
         x = torch.randn(elements, device=plan.device).to(DTYPES[dtype])
         return (x, *encode(x, bits, seed=seed))
 
-    functions: dict[str, Callable[..., Any]] = {
-        "lomem": lambda x, *_: encode(x, bits, seed=seed),
-        "lomem nearest": lambda x, *_: encode(x, bits, rounding="nearest"),
-    }
+    functions: tuple[Callable[..., Any], ...] = (
+        lambda x, *_: encode(x, bits, seed=seed),
+        lambda x, *_: encode(x, bits, rounding="nearest"),
+    )
     if name.startswith("de"):
-        functions = {
-            "lomem": lambda x, codes, scales: decode(codes, scales, x.shape, x.dtype, bits, seed=seed),
-            "lomem nearest": lambda x, codes, scales: decode(codes, scales, x.shape, x.dtype, bits),
-        }
-    moved = size + bits / 8 + 2 / 128
-    contenders = {key: Contender(function, moved, 0, ("forward",)) for key, function in functions.items()}
+        functions = (
+            lambda x, codes, scales: decode(codes, scales, x.shape, x.dtype, bits, seed=seed),
+            lambda x, codes, scales: decode(codes, scales, x.shape, x.dtype, bits),
+        )
+    names, moved = ("lomem", "lomem nearest"), size + bits / 8 + 2 / 128
+    contenders = {n: Contender(f, moved, 0, ("forward",)) for n, f in zip(names, functions, strict=True)}
     contenders["torch"] = Contender(lambda x, *_: x.clone(), 2 * size, 0, ("forward",))
     return Case(name, (elements,), dtype, make_inputs, contenders)
 
