@@ -32,7 +32,8 @@ at::Tensor dequantize_groups_cuda(
     const at::Tensor& codes, const at::Tensor& scales, c10::SymIntArrayRef size, at::OptionalSymIntArrayRef stride,
     at::ScalarType dtype, int64_t bits, const std::optional<at::Tensor>& seed, int64_t offset, int64_t group_size) {
   constexpr const char* op = ops::dequantize_groups.name;
-  const GroupFormat format = check_group_decoding(op, codes, scales, size, stride, dtype, bits, seed, offset, group_size);
+  const GroupFormat format =
+      check_group_decoding(op, codes, scales, size, stride, dtype, bits, seed, offset, group_size);
   const CudaScope scope(codes);
   const at::Tensor packed = codes.contiguous();
   const at::Tensor factors = scales.contiguous();

@@ -265,8 +265,8 @@ GroupFormat check_group_encoding(
 
 GroupFormat check_group_decoding(
     const char* op, const at::Tensor& codes, const at::Tensor& scales, c10::SymIntArrayRef size,
-    at::OptionalSymIntArrayRef stride, at::ScalarType dtype, int64_t bits,
-    const std::optional<at::Tensor>& seed, int64_t offset, int64_t group_size) {
+    at::OptionalSymIntArrayRef stride, at::ScalarType dtype, int64_t bits, const std::optional<at::Tensor>& seed,
+    int64_t offset, int64_t group_size) {
   check_byte_tensor(op, "codes", codes);
   check_strided(op, "scales", scales);
   TORCH_CHECK(

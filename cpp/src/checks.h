@@ -54,8 +54,8 @@ GroupFormat check_group_encoding(
 /// Checks the arguments of its inverse. Strides that are symbolic are not checked.
 GroupFormat check_group_decoding(
     const char* op, const at::Tensor& codes, const at::Tensor& scales, c10::SymIntArrayRef size,
-    at::OptionalSymIntArrayRef stride, at::ScalarType dtype, int64_t bits,
-    const std::optional<at::Tensor>& seed, int64_t offset, int64_t group_size);
+    at::OptionalSymIntArrayRef stride, at::ScalarType dtype, int64_t bits, const std::optional<at::Tensor>& seed,
+    int64_t offset, int64_t group_size);
 
 /// What a gated unit computes, and where its operands are.
 struct GatedKind {

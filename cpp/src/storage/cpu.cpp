@@ -53,8 +53,8 @@ std::tuple<at::Tensor, at::Tensor> quantize_groups_cpu(
 at::Tensor dequantize_groups_cpu(
     const at::Tensor& codes, const at::Tensor& scales, c10::SymIntArrayRef size, at::OptionalSymIntArrayRef stride,
     at::ScalarType dtype, int64_t bits, const std::optional<at::Tensor>& seed, int64_t offset, int64_t group_size) {
-  const GroupFormat format =
-      check_group_decoding(ops::dequantize_groups.name, codes, scales, size, stride, dtype, bits, seed, offset, group_size);
+  const GroupFormat format = check_group_decoding(
+      ops::dequantize_groups.name, codes, scales, size, stride, dtype, bits, seed, offset, group_size);
   const at::Tensor packed = codes.contiguous();
   const at::Tensor factors = scales.contiguous();
   const auto options = packed.options().dtype(dtype);

@@ -322,16 +322,12 @@ def storage_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
         x = torch.randn(elements, device=plan.device).to(DTYPES[dtype])
         return (x, *encode(x, bits, seed=seed))
 
-    functions: dict[str, Callable[..., Any]] = {
-        "lomem": lambda x, *_: encode(x, bits, seed=seed),
-        "lomem nearest": lambda x, *_: encode(x, bits, rounding="nearest"),
-    }
-    if name.startswith("de"):
-        functions = {
-            "lomem": lambda x, codes, scales: decode(codes, scales, x.shape, x.dtype, bits, seed=seed),
-            "lomem nearest": lambda x, codes, scales: decode(codes, scales, x.shape, x.dtype, bits),
-        }
-    moved = size + bits / 8 + 2 / 128
+    def call(seed: Tensor | None) -> Callable[..., Any]:
+        if name.startswith("de"):
+            return lambda x, codes, scales: decode(codes, scales, x.shape, x.dtype, bits, seed=seed)
+        return lambda x, *_: encode(x, bits, rounding="nearest" if seed is None else "stochastic", seed=seed)
+
+    moved, functions = size + bits / 8 + 2 / 128, {"lomem": call(seed), "lomem nearest": call(None)}
     contenders = {key: Contender(function, moved, 0, ("forward",)) for key, function in functions.items()}
     contenders["torch"] = Contender(lambda x, *_: x.clone(), 2 * size, 0, ("forward",))
     return Case(name, (elements,), dtype, make_inputs, contenders)

@@ -42,8 +42,7 @@ void check(
   const AtPageEnd<std::uint8_t> bytes(want);
   const AtPageEnd<bfloat16> factors(want_scales);
   Guarded<T> values(x.size(), misalignment);
-  table->group_decode(
-      Element<T>::dtype, bytes.data(), factors.data(), first, n, format, random, values.data(), stream);
+  table->group_decode(Element<T>::dtype, bytes.data(), factors.data(), first, n, format, random, values.data(), stream);
   const auto got = values.values();
   for (std::size_t i = 0; i < x.size(); ++i) {
     // (Of a NaN, only that it is one is the same for all.)
@@ -157,16 +156,20 @@ TEST_P(StorageKernels, AnyBytes) {
       for (auto& scale : scales) {
         scale.bits = static_cast<std::uint16_t>(generator());
       }
-      std::vector<T> want(1024);
-      std::vector<T> got(1024);
-      for (int g = 0; g < 8; ++g) {
-        lomem::decode_group<8>(codes.data() + 128 * g, 128, scales[g], want.data() + 128 * g);
-      }
-      GetParam()->group_decode(
-          Element<T>::dtype, codes.data(), scales.data(), 0, 1024, GroupFormat{8, 128}, nullptr, got.data(), false);
-      for (std::size_t i = 0; i < 1024; ++i) {
-        const bool both_nan = std::isnan(lomem::to_compute(got[i])) && std::isnan(lomem::to_compute(want[i]));
-        ASSERT_TRUE(both_nan || std::memcmp(&got[i], &want[i], sizeof(T)) == 0) << i;
+      const GroupRandom random{static_cast<std::uint64_t>(round), 3};
+      for (const GroupRandom* source : {static_cast<const GroupRandom*>(nullptr), &random}) {
+        std::vector<T> want(1024);
+        std::vector<T> got(1024);
+        for (int g = 0; g < 8; ++g) {
+          lomem::decode_group<8>(
+              codes.data() + 128 * g, 128, scales[g], want.data() + 128 * g, source, std::int64_t{128} * g);
+        }
+        GetParam()->group_decode(
+            Element<T>::dtype, codes.data(), scales.data(), 0, 1024, GroupFormat{8, 128}, source, got.data(), false);
+        for (std::size_t i = 0; i < 1024; ++i) {
+          const bool both_nan = std::isnan(lomem::to_compute(got[i])) && std::isnan(lomem::to_compute(want[i]));
+          ASSERT_TRUE(both_nan || std::memcmp(&got[i], &want[i], sizeof(T)) == 0) << i;
+        }
       }
     }
   });

@@ -212,14 +212,20 @@ TEST(Storage, NothingClips) {
 }
 
 TEST(Storage, TheLargestNumbersStayFinite) {
-  for (const float sign : {1.0f, -1.0f}) {
-    check_round_trip<8>(std::vector<float>(5, sign * std::numeric_limits<float>::max()), nullptr);
-    check_round_trip<4>(std::vector<float>(5, sign * std::numeric_limits<float>::max()), nullptr);
-    check_round_trip<8>(
-        std::vector<bfloat16>(5, bfloat16{static_cast<std::uint16_t>(sign > 0 ? 0x7f7f : 0xff7f)}), nullptr);
-    check_round_trip<8>(std::vector<lomem::float16>(5, Element<lomem::float16>::from(sign * 65504.0)), nullptr);
-    check_round_trip<4>(std::vector<lomem::float16>(5, Element<lomem::float16>::from(sign * 65504.0)), nullptr);
-    check_round_trip<8>(std::vector<double>(5, sign * static_cast<double>(std::numeric_limits<float>::max())), nullptr);
+  const lomem::GroupRandom random{3, 5};
+  for (const lomem::GroupRandom* source : {static_cast<const lomem::GroupRandom*>(nullptr), &random}) {
+    for (const float sign : {1.0f, -1.0f}) {
+      const float most = sign * std::numeric_limits<float>::max();
+      const bfloat16 most_of_bfloat16{static_cast<std::uint16_t>(sign > 0 ? 0x7f7f : 0xff7f)};
+      const auto most_of_float16 = Element<lomem::float16>::from(sign * 65504.0);
+      check_round_trip<8>(std::vector<float>(13, most), source);
+      check_round_trip<4>(std::vector<float>(13, most), source);
+      check_round_trip<8>(std::vector<bfloat16>(13, most_of_bfloat16), source);
+      check_round_trip<4>(std::vector<bfloat16>(13, most_of_bfloat16), source);
+      check_round_trip<8>(std::vector<lomem::float16>(13, most_of_float16), source);
+      check_round_trip<4>(std::vector<lomem::float16>(13, most_of_float16), source);
+      check_round_trip<8>(std::vector<double>(13, static_cast<double>(most)), source);
+    }
   }
 }
 
@@ -234,9 +240,12 @@ void check_special(double special) {
     EXPECT_EQ(scale.bits, 0x7fc0);
     T y[9];
     lomem::decode_group<8>(codes, 9, scale, y);
+    T dithered[9];
+    lomem::decode_group<8>(codes, 9, scale, dithered, &random);
     for (int i = 0; i < 9; ++i) {
       EXPECT_EQ(codes[i], 0);
       EXPECT_TRUE(std::isnan(lomem::to_compute(y[i])));
+      EXPECT_TRUE(std::isnan(lomem::to_compute(dithered[i])));
     }
   }
 }
@@ -259,8 +268,33 @@ TEST(Storage, Zeros) {
   EXPECT_EQ((lomem::encode_group<8>(x, 0, 3, &random, codes).bits), 0);
   float y[3];
   lomem::decode_group<8>(codes, 3, bfloat16{0}, y);
+  float dithered[3];
+  lomem::decode_group<8>(codes, 3, bfloat16{0}, dithered, &random);
   for (int i = 0; i < 3; ++i) {
     EXPECT_EQ(bits_of(y[i]), 0u);
+    EXPECT_EQ(dithered[i], 0.0f);
+  }
+}
+
+/// Random bits and a code, so that nothing depends on Philox: the code is t - u rounded up, and what comes back is off
+/// by less than half a step, whatever the bits are.
+TEST(Storage, DitherOfAllRandomBits) {
+  for (const float t : {-126.75f, -7.0f, -2.5f, -0.3f, 0.0f, 0.1f, 0.5f, 3.0f, 6.99f, 126.5f, 127.0f}) {
+    double sum = 0;
+    double squares = 0;
+    for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
+      const double u = (bits + 0.5) / 65536;
+      EXPECT_EQ(lomem::dither(bits), u - 0.5);
+      const float code = lomem::stochastic_integer(t, bits);
+      EXPECT_EQ(code, std::ceil(double{t} - u));
+      const double error = double{code} + lomem::dither(bits) - double{t};
+      ASSERT_LE(std::abs(error), 0.5);
+      sum += error;
+      squares += error * error;
+    }
+    // t is a multiple of 2^-16 or is rounded to one: an error of 2^-17, and that of a sum in place of an integral.
+    EXPECT_LE(std::abs(sum), 0.5);
+    EXPECT_NEAR(squares / 0x10000, 1.0 / 12, 0x1p-16);
   }
 }
 

@@ -330,11 +330,10 @@ void check_storage(int bits, int group, bool stochastic, std::int64_t n, int mis
         const cudaError_t error = group_encode(
             Element<T>::dtype, x.data(), n, format, stochastic ? device_seed.data() : nullptr, offset, codes.data(),
             scales.data(), stream);
-        return error != cudaSuccess
-                   ? error
-                   : group_decode(
-                         Element<T>::dtype, codes.data(), scales.data(), n, format,
-                         stochastic ? device_seed.data() : nullptr, offset, y.data(), stream);
+        return error != cudaSuccess ? error
+                                    : group_decode(
+                                          Element<T>::dtype, codes.data(), scales.data(), n, format,
+                                          stochastic ? device_seed.data() : nullptr, offset, y.data(), stream);
       },
       [&] {
         codes.poison();

@@ -539,7 +539,8 @@ void fuzz_storage(Choices& choices) {
       const std::int64_t size = std::min<std::int64_t>(group, n - begin);
       want_scales[g] = lomem::encode_group<bits>(
           elements.data() + begin, first + begin, size, source, want_codes.data() + begin * bits / 8);
-      lomem::decode_group<bits>(codes.data() + begin * bits / 8, size, factors[g], values.data() + begin, source, first + begin);
+      lomem::decode_group<bits>(
+          codes.data() + begin * bits / 8, size, factors[g], values.data() + begin, source, first + begin);
     }
     want = with_one_nan(dtype, bytes_of(values));
   });

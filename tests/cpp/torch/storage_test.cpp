@@ -32,6 +32,24 @@ TEST(Storage, RoundTrips) {
   }
 }
 
+TEST(Storage, SubtractsDither) {
+  const at::Tensor x = at::randn({40, 30}).t();
+  for (const int64_t bits : {8, 4}) {
+    const auto [codes, scales] = lomem::quantize_groups(x, bits, seed_of(7), 2);
+    const auto decoded = [&](const std::optional<at::Tensor>& seed, int64_t offset) {
+      return lomem::dequantize_groups(codes, scales, x.sizes(), x.strides(), at::kFloat, bits, seed, offset);
+    };
+    const auto error = [&](const at::Tensor& y) { return (y - x).abs().max().item<float>(); };
+    // Half a step of the largest scale, and roundings of float32; without the dither, or with another one, up to a
+    // step.
+    const float half = scales.max().item<float>() * 0.50001f;
+    EXPECT_LE(error(decoded(seed_of(7), 2)), half);
+    EXPECT_GT(error(decoded(std::nullopt, 0)), half);
+    EXPECT_GT(error(decoded(seed_of(7), 3)), half);
+    EXPECT_GT(error(decoded(seed_of(8), 2)), half);
+  }
+}
+
 TEST(Storage, TheDefaults) {
   const at::Tensor x = at::randn({300});
   const auto [codes, scales] = lomem::quantize_groups(x);
@@ -59,6 +77,9 @@ TEST(Storage, Errors) {
   EXPECT_THROW(lomem::quantize_groups(at::ones({4}, at::kInt)), c10::Error);
   const auto [codes, scales] = lomem::quantize_groups(at::ones({4}));
   EXPECT_THROW(lomem::dequantize_groups(codes, scales, {5}, std::nullopt, at::kFloat), c10::Error);
+  EXPECT_THROW(
+      lomem::dequantize_groups(codes, scales, {4}, std::nullopt, at::kFloat, 8, at::ones({1}, at::kLong)), c10::Error);
+  EXPECT_THROW(lomem::dequantize_groups(codes, scales, {4}, std::nullopt, at::kFloat, 8, seed_of(1), -1), c10::Error);
   EXPECT_THROW(lomem::dequantize_groups(codes, scales, {2, 2}, {{3, 1}}, at::kFloat), c10::Error);
 }
 

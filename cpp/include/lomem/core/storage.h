@@ -15,9 +15,9 @@
 //           up must not make an infinity of a finite element.
 //
 // Subtracted dither: of codes that were rounded at random, the value is (code + u - 1/2) * scale if the random number u
-// in (0, 1) is drawn again. A code is t - u rounded up, so code + u - t is uniform in [0, 1) whatever t is: the error is
-// independent of the element, at most half a step, and has the variance 1/12 of a squared step. Without u it depends on
-// the fraction of t, is up to a step, and has twice the variance on average. (Schuchman, "Dither signals and their
+// in (0, 1) is drawn again. A code is t - u rounded up, so code + u - t is uniform in [0, 1) whatever t is: the error
+// is independent of the element, at most half a step, and has the variance 1/12 of a squared step. Without u it depends
+// on the fraction of t, is up to a step, and has twice the variance on average. (Schuchman, "Dither signals and their
 // effect on quantization noise", IEEE Trans. Commun. Technol. 12, 1964.)
 //
 // A group of zeros has scale 0 and codes 0; the sign of a zero is lost. If an element is infinite or NaN, the scale is

@@ -159,8 +159,7 @@ struct GroupDecode {
   bool aligned;
 
   GroupDecode(
-      const std::uint8_t* codes_, const bfloat16* scales_, std::int64_t n_, int group, const Rounding& rounding_,
-      T* y_)
+      const std::uint8_t* codes_, const bfloat16* scales_, std::int64_t n_, int group, const Rounding& rounding_, T* y_)
       : codes(codes_),
         scales(scales_),
         rounding(rounding_),
@@ -272,8 +271,7 @@ auto group_decode_by(
       constexpr int bits = decltype(width)::value;
       auto* elements = static_cast<T*>(y);
       if (seed == nullptr) {
-        return run(
-            GroupDecode<T, bits, NearestRounding>(codes, scales, n, format.group, NearestRounding{}, elements));
+        return run(GroupDecode<T, bits, NearestRounding>(codes, scales, n, format.group, NearestRounding{}, elements));
       }
       return run(
           GroupDecode<T, bits, StochasticRounding>(

@@ -30,8 +30,8 @@ LOMEM_API std::tuple<at::Tensor, at::Tensor> quantize_groups(
     int64_t group_size = 128);
 
 /// The tensor of codes and scales, with the given sizes, dtype and strides, which must be those of a dense tensor;
-/// without strides it is contiguous. With the `seed` and `offset` of the codes, their dither is subtracted, which halves
-/// the variance of the error and makes it independent of the element. Not differentiable.
+/// without strides it is contiguous. With the `seed` and `offset` of the codes, their dither is subtracted, which
+/// halves the variance of the error and makes it independent of the element. Not differentiable.
 LOMEM_API at::Tensor dequantize_groups(
     const at::Tensor& codes, const at::Tensor& scales, at::IntArrayRef size, at::OptionalIntArrayRef stride,
     at::ScalarType dtype, int64_t bits = 8, const std::optional<at::Tensor>& seed = std::nullopt, int64_t offset = 0,

@@ -49,8 +49,7 @@ void launch_activations() {
       group_encode(dtype, bytes, 100, format, nullptr, 0, bytes, scales, nullptr);
       group_encode(dtype, bytes, 100, format, reinterpret_cast<const std::int64_t*>(bytes), 0, bytes, scales, nullptr);
       group_decode(dtype, bytes, scales, 100, format, nullptr, 0, bytes, nullptr);
-      group_decode(
-          dtype, bytes, scales, 100, format, reinterpret_cast<const std::int64_t*>(bytes), 0, bytes, nullptr);
+      group_decode(dtype, bytes, scales, 100, format, reinterpret_cast<const std::int64_t*>(bytes), 0, bytes, nullptr);
     }
     for (const lomem::GatedActivation activation : gates) {
       lomem::GatedOperands operands{activation, dtype, 3, 8, bytes, bytes, 8, 8};

@@ -345,7 +345,8 @@ void sweep_storage(Random& random) {
   const auto* device_seed = reinterpret_cast<const std::int64_t*>(seed_bytes.data());
   ASSERT_EQ(
       group_encode(
-          dtype, x.data(), n, format, stochastic ? device_seed : nullptr, offset, codes.data(), static_cast<lomem::bfloat16*>(scales.data()), nullptr),
+          dtype, x.data(), n, format, stochastic ? device_seed : nullptr, offset, codes.data(),
+          static_cast<lomem::bfloat16*>(scales.data()), nullptr),
       cudaSuccess);
   ASSERT_EQ(
       group_decode(
