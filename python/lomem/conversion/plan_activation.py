@@ -219,8 +219,8 @@ def _plan_calls(
         chain = follow(finder, results.items(), known, saved=False)
 
         def change(groups: int | None) -> OwnChange:
-            options = {"activations": True, "storage": groups}
-            return {name: (PairCalls, PairCalls.attributes(None, criterion, max(chain.takers, 1), **options))}
+            takers = max(chain.takers, 1)
+            return {name: (PairCalls, PairCalls.attributes(None, criterion, takers, activations=True, storage=groups))}
 
         groups = None
         if wishes.pair_groups is not None:
