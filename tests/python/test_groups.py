@@ -452,8 +452,8 @@ def test_fill_values_of_masks_do_no_harm(block, act, value):
     assert distance(grads, expected) < 2 * ERROR  # a step is as large as 20 / 127 where SiLU's input is cut off there
 
 
-@pytest.mark.parametrize(("ill", "bits"), [(True, 16), (False, 8), (True, 8)])
-def test_parameters_that_are_freed_between_forward_and_backward(ill, bits):
+@pytest.mark.parametrize("ill", [False, True])
+def test_parameters_that_are_freed_between_forward_and_backward(ill):
     # As those of a module that FSDP shards: back again for the module's own backward pass, which comes after that of
     # the linear layers that take its result.
     class Model(nn.Module):
@@ -468,7 +468,7 @@ def test_parameters_that_are_freed_between_forward_and_backward(ill, bits):
         def forward(self, x):
             return self.linear(self.norm(self.stem(x)))
 
-    _, model, x = make(Model, bits=bits)
+    _, model, x = make(Model, bits=8)
     lomem.random.manual_seed(0)
     _, expected = gradients(model, x)
     values = {p: p.detach().clone() for p in model.norm.parameters()}

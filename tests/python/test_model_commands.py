@@ -124,10 +124,10 @@ def test_the_papers_table(monkeypatch, tmp_path, capsys):
     rows = json.loads(files["json"].read_text())["settings"]
     assert [row["setting"] for row in rows] == [str(setting) for setting in SMALL.values()]
     full, lora, four_bit = (row["estimates"] for row in rows)
-    methods = ["plain", "activations", "norms", "lomem", "exact", "one-cast", "checkpoint"]
+    methods = ["plain", "activations", "norms", "lomem", "exact", "8bit", "one-cast", "checkpoint"]
     assert list(full) == methods
     assert list(lora) == [*methods[:4], "no peft cast", *methods[4:]]
-    assert list(four_bit) == [*methods[:5], "gated-mlp", "checkpoint"]
+    assert list(four_bit) == [*methods[:6], "gated-mlp", "checkpoint"]
     for reports in (full, lora, four_bit):
         saved = {method: report["saved_bytes"] for method, report in reports.items()}
         gains = [saved["plain"] - saved[method] for method in ("activations", "norms", "lomem")]

@@ -159,8 +159,7 @@ at::Tensor draw_seed(const char* op, at::Device device) {
   at::Tensor counter = find_counter(place);
   TORCH_CHECK(
       counter.defined(), op, ": ", place,
-      " is capturing a graph before any seed was drawn on it, expected one run of a randomized layer outside capture "
-      "first");
+      " is capturing a graph before any seed was drawn on it, expected one run outside capture first");
   const at::Tensor seed = counter.add(number);
   counter.add_(static_cast<int64_t>(golden_step));
   return seed;

@@ -580,9 +580,7 @@ class MSNorm(Converted):
                 if plan.inverted:
                     offer(result, (kept,), itself, plan.takers)
                 else:
-                    given = _own(weight), _own(bias)
-                    offer(result, (kept, *given), _affine, plan.takers)
-                    hold(result, [t for t in given if t is not None])
+                    offer(result, (kept, weight, bias), _affine, plan.takers)
                 return result  # type: ignore[no-any-return]
         result = plan.public(x, weight, bias, eps, dtype)
         if plan.chained and plan.inverted and result.requires_grad and not is_transformed():

@@ -119,14 +119,14 @@ class _Output:
         """Number of elements of the outputs that require a gradient."""
         return sum(call.numel for call in self.calls if call.requires_grad)
 
-    def added(self, form: NormForm, module: nn.Module, groups: int | None = None, *, copies: bool = False) -> int:
+    def added(self, form: NormForm, module: nn.Module, groups: int | None = None) -> int:
         """Bytes that the norm saves once converted: its output or a substitute, rstd, and 1 + weight.
 
         Args:
             form: What it computes.
             module: The norm.
-            groups: Bits per element, in groups, of the substitute.
-            copies: Whether linear layers rebuild its output, for which they save copies of its weight and bias.
+            groups: Bits per element, in groups, of the substitute. Linear layers then save copies of its weight and
+                bias too, from which they rebuild its output.
         """
         numels = [call.numel for call in self.calls if call.requires_grad]
         rstd = 8 if self.dtype == torch.float64 else 4
@@ -135,7 +135,7 @@ class _Output:
         weight, bias = (None if name is None else getattr(module, name) for name in (form.gamma, form.beta))
         if weight is not None and form.one_plus:
             size += len(numels) * weight.numel() * (8 if weight.dtype == torch.float64 else 4)
-        copied = [t for t in (None if form.one_plus else weight, bias) if t is not None and copies]
+        copied = [t for t in (None if form.one_plus else weight, bias) if t is not None and groups is not None]
         return size + sum(len(numels) * t.numel() * t.element_size() for t in copied)
 
 
@@ -170,7 +170,7 @@ def _in_groups(
     c = Candidate(name, Kind.NORM, form, Action.of_groups(bits), "", chained=True)
     c.own = finder.ledger.within(call.saved for call in output.calls)
     c.others, c.needs = chain.drops, chain.dropouts
-    c.added = output.added(form, module, bits, copies=True) + chain.added
+    c.added = output.added(form, module, bits) + chain.added
     freed = finder.ledger.freed
     # The norm's own input may be saved by others; whether it is makes no difference between the two.
     least = 0 if exact.left else freed(exact.own | exact.others) - exact.added
@@ -265,7 +265,7 @@ def _account(c: Candidate, finder: Finder, output: _Output, linears: dict[str, s
     c.own = ledger.within(call.saved for call in output.calls)
     # Saving one float less per row, the mean, is not worth a conversion.
     c.least = sum(s.nbytes for s in ledger.storages(c.own)) // 4
-    c.added = output.added(c.form, module, copies=c.action is Action.NORMALIZED)
+    c.added = output.added(c.form, module)
     kept = ledger.of(output.results | output.casts) - c.own
     others = "consumer"
     if linears is None:
