@@ -160,7 +160,7 @@ MUTANTS = [
         "dither of the next block",
         "cuda/storage.cuh",
         "random.block(begin)",
-        "rounding.random().block(begin + group_size)",
+        "random.block(begin + group_size)",
         "storage",
         STORAGE,
     ),
