@@ -177,6 +177,7 @@ struct GroupDecode {
   LOMEM_HOST_DEVICE void prepare(std::int64_t /*block*/, int /*thread*/, Shared&) const {}
 
   LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared&) const {
+    const GroupRandom random = rounding.random();
     if (aligned && Grid::is_full(block, n)) {
       std::uint64_t word[units_per_thread];
       bfloat16 scale[units_per_thread];
@@ -189,22 +190,23 @@ struct GroupDecode {
       LOMEM_UNROLL
       for (int u = 0; u < units_per_thread; ++u) {
         const std::int64_t begin = Grid::unit(block, thread, u) * elements;
-        store_vector(y + begin, values_of(word[u], scale[u], begin));
+        store_vector(y + begin, values_of(word[u], scale[u], random, begin));
       }
     } else {
       for (int u = 0; u < units_per_thread; ++u) {
-        one_by_one(Grid::unit(block, thread, u));
+        one_by_one(Grid::unit(block, thread, u), random);
       }
     }
   }
 
  private:
   /// The elements of a unit, of which the first is number `begin`.
-  LOMEM_HOST_DEVICE Vector<T, elements> values_of(std::uint64_t word, bfloat16 scale, std::int64_t begin) const {
+  LOMEM_HOST_DEVICE static Vector<T, elements> values_of(
+      std::uint64_t word, bfloat16 scale, const GroupRandom& random, std::int64_t begin) {
     static_assert(group_size % elements == 0);  // so that they share a block of random numbers
-    PhiloxBlock<std::uint64_t> random{};
+    PhiloxBlock<std::uint64_t> numbers{};
     if constexpr (Rounding::is_random) {
-      random = rounding.random().block(begin);
+      numbers = random.block(begin);
     }
     const int place = elements == group_size ? 0 : static_cast<int>(begin % group_size);
     Vector<T, elements> values;
@@ -212,14 +214,14 @@ struct GroupDecode {
     for (int j = 0; j < elements; ++j) {
       float code = code_of_word<bits>(word, j);
       if constexpr (Rounding::is_random) {
-        code += dither(random_of(random, place + j));
+        code += dither(random_of(numbers, place + j));
       }
       values[j] = decoded<T>(code, to_compute(scale), value_limit<T>(scale));
     }
     return values;
   }
 
-  LOMEM_HOST_DEVICE void one_by_one(std::int64_t unit) const {
+  LOMEM_HOST_DEVICE void one_by_one(std::int64_t unit, const GroupRandom& random) const {
     const std::int64_t begin = unit * elements;
     if (begin >= n) {
       return;
@@ -229,7 +231,7 @@ struct GroupDecode {
     for (int b = 0; b < packed_bytes(count, bits); ++b) {
       word |= std::uint64_t{codes[unit * bytes + b]} << (8 * b);
     }
-    const Vector<T, elements> values = values_of(word, scales[unit >> shift], begin);
+    const Vector<T, elements> values = values_of(word, scales[unit >> shift], random, begin);
     LOMEM_UNROLL
     for (int j = 0; j < elements; ++j) {
       if (j < count) {
