@@ -5,8 +5,8 @@ does each tensor that a converted model keeps in groups. The seed depends on thr
 default CPU generator at that time (which is read, never advanced), the start of the stream, and the number of seeds
 drawn since. Building a randomized layer, and converting a model to keep something in groups, restarts the stream at the
 current position of torch's default CPU generator. So a program that calls :func:`torch.manual_seed`, builds its model
-and trains it draws the same seeds on every run, also when it does so twice in one process. Processes with the same seed draw the same
-seeds; processes with different seeds draw different ones.
+and trains it draws the same seeds on every run, also when it does so twice in one process. Processes with the same seed
+draw the same seeds; processes with different seeds draw different ones.
 
 To restart the stream without rebuilding the model, call :func:`manual_seed`. To resume a run, save the state with
 :func:`get_state` and restore it with :func:`set_state`.
