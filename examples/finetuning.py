@@ -167,6 +167,43 @@ def compare(task: Task, options: argparse.Namespace) -> list[Result]:
     return results
 
 
+def gradients(model: nn.Module, batch: Batch, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Gradients of all parameters, with the same dropout each time."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    with autocast(dtype):
+        loss = model(**batch).loss
+    loss.backward()
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def print_gradient_errors(task: Task, options: argparse.Namespace) -> None:
+    """Prints how far each method's gradient is from the plain model's, relative, in the 2-norm, on a batch per seed."""
+    dtype = {"bf16": torch.bfloat16, "fp32": None}[options.precision]
+    print(f"{task.title}: relative error of the gradient, {options.precision}")
+    for seed in options.seeds:
+        start = task.model(seed).float() if dtype is None else task.model(seed)
+        batch = next(task.batches(seed))
+        exact = gradients(start, batch, dtype)
+        size = sum(g.norm() ** 2 for g in exact.values()) ** 0.5
+        for method in options.methods:
+            conversion = METHODS[method]
+            if conversion is None:
+                continue
+            model = copy.deepcopy(start)
+            with autocast(dtype):
+                lomem.convert(model, batch, check=False, **conversion)
+            difference = {name: g - exact[name] for name, g in gradients(model, batch, dtype).items()}
+            whole = sum(d.norm() ** 2 for d in difference.values()) ** 0.5 / size
+            # Of weights whose gradient counts.
+            each = [float(d.norm() / exact[n].norm()) for n, d in difference.items() if exact[n].norm() > 1e-3 * size]
+            print(
+                f"seed {seed}, {method}: {whole:.4f} in all, {statistics.median(each):.4f} in the median of weights, "
+                f"{max(each):.4f} in the worst",
+                flush=True,
+            )
+
+
 def train(task: Task, runs: dict[str, Run], results: dict[str, Result], seed: int, steps: int) -> None:
     """Trains all runs, alternating step by step."""
     methods = list(runs)
@@ -266,10 +303,14 @@ def main(task: Task, steps: int, seeds: int, methods: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, default=None, help="number of threads (default: torch's choice)")
     parser.add_argument("--json", type=Path, help="file for all figures, including every step")
     parser.add_argument("--table", type=Path, help="file for the table, in Markdown")
+    parser.add_argument("--gradients", action="store_true", help="print errors of the gradient instead of training")
     options = parser.parse_args()
     options.seeds = list(range(options.seeds))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.gradients:
+        print_gradient_errors(task, options)
+        return
     results = compare(task, options)
     text = table(task, results, options)
     print(text)

@@ -190,6 +190,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("manual_seed", &lomem::manual_seed, "Restarts lomem's stream of seeds.");
   m.def("random_state", &lomem::random_state, "Start of the stream of seeds and number of seeds drawn since.");
   m.def("set_random_state", &lomem::set_random_state, "Resumes from a state that random_state returned.");
+  m.def("draw_seed", &lomem::draw_seed, "The next seed of the stream, on the device of a tensor.");
   m.def(
       "begin_random_stream", &lomem::detail::begin_random_stream,
       "Starts the stream of seeds at the position of torch's default CPU generator.");

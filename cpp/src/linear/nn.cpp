@@ -7,11 +7,12 @@
 #include <utility>
 
 #include "../op.h"
+#include "random_seed.h"
 
 namespace lomem {
 
 at::Tensor draw_seed(const at::Tensor& like) {
-  return detail::ops::draw_seed(like);
+  return detail::draw_seed("lomem::draw_seed", like.device());
 }
 
 at::Tensor randomized_linear(

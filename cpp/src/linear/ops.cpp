@@ -105,23 +105,13 @@ at::Tensor weight_grad_meta(
   return at::empty_symint({grad_output.sym_size(-1), compressed.sym_size(1)}, compressed.options());
 }
 
-at::Tensor next_seed(const at::Tensor& like) {
-  return draw_seed(ops::draw_seed.name, like.device());
-}
-
-at::Tensor next_seed_meta(const at::Tensor& like) {
-  return at::empty({}, like.options().dtype(at::kLong));
-}
-
 TORCH_LIBRARY_IMPL(lomem, CompositeExplicitAutograd, m) {
-  m.impl("draw_seed", &next_seed);
   m.impl("randomized_linear", &randomized_linear_exact);
   m.impl("randomized_linear_forward", &forward);
   m.impl("randomized_linear_weight_grad", &weight_grad);
 }
 
 TORCH_LIBRARY_IMPL(lomem, Meta, m) {
-  m.impl("draw_seed", &next_seed_meta);
   m.impl("randomized_linear_forward", &forward_meta);
   m.impl("randomized_linear_weight_grad", &weight_grad_meta);
 }

@@ -27,8 +27,10 @@ def stored_bytes(numel: int, bits: int) -> int:
 
 def can_store(tensor: Tensor) -> bool:
     """Whether a tensor can be kept in groups."""
+    if is_compiling():  # which cannot ask a tensor whether it is from inference mode
+        return False
     ordinary = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_inference()
-    return not is_compiling() and ordinary and tensor.dtype in _FLOATS and tensor.device.type in _KERNELS
+    return ordinary and tensor.dtype in _FLOATS and tensor.device.type in _KERNELS
 
 
 class Load:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import _C
 
 __all__ = ["draw_seed"]
 
@@ -14,4 +17,6 @@ def draw_seed(like: Tensor) -> Tensor:
     torch's generators are read, not advanced: whatever else draws random numbers, in a checkpointed region that is
     recomputed too, draws the same with and without these seeds.
     """
-    return torch.ops.lomem.draw_seed(like.detach())  # type: ignore[no-any-return]
+    if like.is_meta or isinstance(like, FakeTensor):  # whose device need not exist
+        return torch.empty((), dtype=torch.int64, device=like.device)
+    return _C.draw_seed(like)

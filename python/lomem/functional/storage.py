@@ -38,7 +38,8 @@ def quantize_groups(
         rounding: ``"stochastic"``: up or down at random, so that the mean over seeds is the element itself, to 2^-17 of
             the scale. ``"nearest"``: to nearest, ties to even.
         seed: 0-d int64 tensor on the device of ``input``, which determines the random bits; never read on the host but
-            for the CPU. By default it is drawn. Not with ``rounding="nearest"``.
+            for the CPU. By default it is drawn from lomem's own stream (:mod:`lomem.random`), which a compiler cannot
+            trace. Not with ``rounding="nearest"``.
         offset: Number of the stream of random bits, at least 0: tensors with one seed and different offsets are rounded
             independently of each other.
         group_size: Elements per scale, a power of two from 16 to 1024.
