@@ -454,7 +454,7 @@ template <int bits, bool stochastic, class T>
     bfloat16* scales, bool stream) {
   const bool streams = stream && is_aligned(codes, pair_elements * bits / 8);
   static_assert(batch_elements % (2 * block_elements) == 0);
-  alignas(64) std::uint16_t random[batch_elements];
+  alignas(64) std::uint16_t random[batch_elements + pair_elements];  // a last part reads a whole pair of vectors
   for (std::int64_t begin = 0; begin < n; begin += batch_elements) {
     const std::int64_t count = n - begin < batch_elements ? n - begin : batch_elements;
     if constexpr (stochastic) {
@@ -541,7 +541,7 @@ template <int bits, bool dithered, class T>
     const std::uint8_t* codes, const bfloat16* scales, std::int64_t first, std::int64_t n, std::int64_t group,
     GroupRandom source, T* y, bool stream) {
   const bool streams = stream && is_aligned(y, lanes * sizeof(T) < 64 ? 2 * lanes * sizeof(T) : 64);
-  alignas(64) std::uint16_t random[batch_elements];
+  alignas(64) std::uint16_t random[batch_elements + pair_elements];  // a last part reads a whole pair of vectors
   for (std::int64_t begin = 0; begin < n; begin += batch_elements) {
     const std::int64_t count = n - begin < batch_elements ? n - begin : batch_elements;
     if constexpr (dithered) {
