@@ -172,13 +172,11 @@ def kept(model, x):
     """Bytes saved, counted independently of the recorder behind the decisions, without autocast's weight copies."""
     storages = {}
     weights = {p.shape for p in model.parameters()}
-    own = {p.dtype for p in model.parameters()}
     mine = {t.untyped_storage().data_ptr() for t in (*model.parameters(), x)}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         weight = tensor.is_floating_point() and {tensor.shape, tensor.shape[::-1]} & weights
-        weight = weight and tensor.dtype not in own  # others are those that linear layers save of a norm's weights
         if storage.data_ptr() not in mine and not weight:
             storages[storage.data_ptr()] = storage  # kept alive, so that its address is not reused
         return tensor

@@ -66,8 +66,10 @@ def test_results_are_unchanged_and_gradients_exact(name, dtype):
     # No less accurate than the plain model, apart from chance: other roundings happen in a few places.
     error = distance(expected, exact)
     assert distance(grads, exact) <= 1.25 * error
-    # An activation of several ops rounds more often, and in float16 to subnormal numbers.
-    assert distance(grads, expected) < max(tolerance, 2.25 * error)
+    # The derivative of an activation of several ops rounds often, and in float16 to subnormal numbers: what two models
+    # as accurate as these may differ by.
+    several = name == "Conv1D" and dtype == torch.float16
+    assert distance(grads, expected) < (2.25 * error if several else tolerance)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])

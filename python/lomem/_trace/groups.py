@@ -11,13 +11,14 @@ from torch.compiler import is_compiling
 
 from .seeds import draw_seed
 
-__all__ = ["GROUP", "FromGroups", "Load", "can_store", "store", "stored_bytes"]
+__all__ = ["FLOATS", "GROUP", "KERNELS", "FromGroups", "Load", "can_store", "store", "stored_bytes"]
 
 #: Number of elements that share a scale.
 GROUP = 128
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: The dtypes of lomem's ops.
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: Types of devices that lomem has kernels for.
-_KERNELS = ("cpu", "cuda", "meta")
+KERNELS = ("cpu", "cuda", "meta")
 
 
 def stored_bytes(numel: int, bits: int) -> int:
@@ -30,7 +31,7 @@ def can_store(tensor: Tensor) -> bool:
     if is_compiling():  # which cannot ask a tensor whether it is from inference mode
         return False
     ordinary = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_inference()
-    return ordinary and tensor.dtype in _FLOATS and tensor.device.type in _KERNELS
+    return ordinary and tensor.dtype in FLOATS and tensor.device.type in KERNELS
 
 
 class Load:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import functional as LF
 from .._trace.autocast import autocast_dtype, autocast_to
-from .._trace.groups import FromGroups, Load, can_store, store
+from .._trace.groups import FLOATS, FromGroups, Load, can_store, store
 from .._trace.handover import current_hooks, hold, in_a_region, itself, linear_of_offered, offer, offer_itself, take
 from .._trace.once import differentiable_once
 from ..functional.norms import LAYER_NORM, RMS_NORM, NormOps
@@ -27,7 +27,6 @@ from .live import Fixed, fixed, holds
 from .recognize import ActivationForm, LinearForm, NormForm
 
 __all__ = [
-    "FLOATS",
     "Activation",
     "ConvertedActivation",
     "FewBit",
@@ -216,8 +215,6 @@ _GELU = (F.gelu, _aten.gelu, _aten.gelu.default)
 _GELU_IN_PLACE = (_nn.gelu_, _aten.gelu_, _aten.gelu_.default)  # type: ignore[attr-defined]
 _SILU = (F.silu, _nn.silu, _aten.silu, _aten.silu.default)
 _SILU_IN_PLACE = (_nn.silu_, _aten.silu_, _aten.silu_.default)
-#: The dtypes of lomem's ops.
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Activation(NamedTuple):

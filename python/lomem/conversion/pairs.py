@@ -19,13 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 
 from .._trace.autocast import autocast_dtype, autocast_to
-from .._trace.groups import FromGroups, can_store, store
+from .._trace.groups import FLOATS, KERNELS, FromGroups, can_store, store
 from .._trace.handover import Offer, hold, is_offered, offer, peek, recomputed
 from .._trace.once import differentiable_once
 from .exchange import Converted
 from .kinds import Criterion, Function, Text
 from .modules import (
-    FLOATS,
     Activation,
     FewBit,
     OfActivation,
@@ -209,10 +208,6 @@ class Activated:
         return _value(self.activation, x)
 
 
-#: Types of devices that lomem has kernels for. Elsewhere, torch's ops do the same.
-_KERNELS = ("cpu", "cuda", "meta")
-
-
 class _GatedAgain:
     """Recomputes a gated product."""
 
@@ -220,7 +215,7 @@ class _GatedAgain:
         self.activation = activation
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or gate.device.type not in _KERNELS:
+        if torch.is_grad_enabled() or gate.device.type not in KERNELS:
             return _value(self.activation, gate) * up
         return torch.ops.lomem.gated(gate, up, self.activation)  # type: ignore[no-any-return]
 
@@ -270,7 +265,7 @@ class _Gated(torch.autograd.Function):
         needs_activated, needs_up, *_ = ctx.needs_input_grad
         grad_activated = grad * up if needs_activated else None
         grad_up = None
-        if needs_up and (torch.is_grad_enabled() or gate.device.type not in _KERNELS):
+        if needs_up and (torch.is_grad_enabled() or gate.device.type not in KERNELS):
             grad_up = grad * _value(ctx.activation, gate)
         elif needs_up:
             mask = [False, True, False]
@@ -377,7 +372,7 @@ class _OfInput(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         kept, activation = ctx.saved_tensors, ctx.activation
         x = kept[0] if ctx.load is None else ctx.load(*kept)
-        if ctx.scale == 1 and not torch.is_grad_enabled() and x.device.type in _KERNELS and x.is_contiguous():
+        if ctx.scale == 1 and not torch.is_grad_enabled() and x.device.type in KERNELS and x.is_contiguous():
             # The gradient of the gate of a unit whose other factor is 1: torch's own kernels take longer.
             ones = x.new_ones(x.shape[-1:]).expand(x.shape)
             mask = [True, False, False]
