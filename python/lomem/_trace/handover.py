@@ -19,8 +19,9 @@ Three rules make it correct:
 - **Lifetimes.** Without hooks, autograd saves the producer's tensors themselves, and an offer holds weak references to
   them. With hooks, autograd may save something else, or nothing. An offer then holds strong references until the last
   of the linear layers seen in the example run takes them (if cheap ops take the result too, for as long as that
-  exists), or until a converted module runs under other hooks, which means that the region is over. Offers of copies of tensors that nobody offered hold weak references even then: a cast
-  would otherwise keep its operand alive as long as its result.
+  exists), or until a converted module runs under other hooks, which means that the region is over. Offers of copies of
+  tensors that nobody offered hold weak references even then: a cast would otherwise keep its operand alive as long as
+  its result.
 - **Versions.** An offer is void once the result, or a tensor that it is recomputed from, has been changed in place.
 
 A producer may keep what it offers in 8 or 4 bits (:mod:`lomem._trace.groups`); the codes are then what is offered.
