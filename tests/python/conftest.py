@@ -1,5 +1,6 @@
 import collections
 import os
+import sys
 
 import helpers
 import hypothesis
@@ -121,6 +122,14 @@ def _no_faults_of_kernels():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _compilers_are_on():
+    """A test that leaves another stance behind would let later ones run eagerly, and pass or fail for it."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import math
 import re
+import threading
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +21,9 @@ from lomem.conversion.recognize import (
     recognize_norm,
     signature,
 )
+from lomem.conversion.witness import quietly
 from torch import nn
+from torch._dynamo import eval_frame
 
 D = 24
 
@@ -332,6 +336,36 @@ def test_recognition_leaves_everything_as_it_was():
     assert torch.equal(state, torch.get_rng_state())
     assert not calls
     assert norm.weight.grad is None
+
+
+def test_recognition_in_two_threads_leaves_everything_as_it_was():
+    # What is set for the whole process: nobody else's setting is restored in place of one's own.
+    def settings():
+        return (eval_frame._stance.stance, list(warnings.filters), torch.is_anomaly_enabled(), torch.get_rng_state())
+
+    def first():
+        with quietly():
+            inside.set()
+            entered.wait(0.5)  # the other one must not get so far
+        left.set()
+
+    def second():
+        inside.wait()
+        with quietly():
+            entered.set()
+            left.wait()
+
+    before, inside, entered, left = settings(), threading.Event(), threading.Event(), threading.Event()
+    with torch.autograd.set_detect_anomaly(True):
+        threads = [threading.Thread(target=first), threading.Thread(target=second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.is_anomaly_enabled()
+    after = settings()
+    assert after[:-1] == before[:-1]
+    assert torch.equal(after[-1], before[-1])
 
 
 class Function(nn.Module):

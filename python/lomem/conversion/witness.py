@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -164,10 +165,19 @@ def _eagerly() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+# The compiler's stance, the filters of warnings, the detection of anomalies and the random numbers are of the whole
+# process. Blocks of two threads that overlapped would each restore what the other had set, and leave it so.
+_quiet = threading.RLock()
+
+
 @contextlib.contextmanager
 def quietly() -> Iterator[torch.Generator]:
-    """Isolates the block: real tensors even under fake mode, no graph, no autocast, no change to global generators."""
+    """Isolates the block: real tensors even under fake mode, no graph, no autocast, no change to global generators.
+
+    One thread at a time is in such a block.
+    """
     with (
+        _quiet,
         warnings.catch_warnings(),
         _disable_current_modes(),
         torch.inference_mode(False),
