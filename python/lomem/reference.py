@@ -167,8 +167,8 @@ def dropout_apply(input: Tensor, mask: Tensor, p: float) -> Tensor:
     return input * kept.to(input.dtype).div_(1 - p)
 
 
-def philox_words(seed: int, count: int, offset: int = 0) -> Tensor:
-    """The first words of a seed's stream, as int64: Philox4x32-10 (Salmon et al., SC 2011), whose key is the seed.
+def philox_words(seed: int, count: int, offset: int = 0, *, rounds: int = 10) -> Tensor:
+    """The first words of a seed's stream, as int64: Philox4x32 (Salmon et al., SC 2011), whose key is the seed.
 
     Block ``i``, of words ``4 * i`` to ``4 * i + 3``, is that of counter ``i + 2**64 * offset``.
     """
@@ -176,7 +176,7 @@ def philox_words(seed: int, count: int, offset: int = 0) -> Tensor:
     index = torch.arange((count + 3) // 4)
     a, b, c, d = index & low, index >> 32, torch.full_like(index, offset & low), torch.full_like(index, offset >> 32)
     first, second = seed & low, seed >> 32 & low
-    for _ in range(10):
+    for _ in range(rounds):
         # (Products of two numbers of 32 bits wrap around to negative ones, whose bits are right.)
         x, y = a * 0xD2511F53, c * 0xCD9E8D57
         a, b, c, d = (y >> 32 & low) ^ b ^ first, y & low, (x >> 32 & low) ^ d ^ second, x & low
@@ -205,7 +205,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _uniform(seed: Tensor, n: int, offset: int) -> Tensor:
     """Numbers in (0, 1), of 16 random bits each."""
-    words = philox_words(int(seed), (n + 1) // 2, offset)
+    words = philox_words(int(seed), (n + 1) // 2, offset, rounds=7)
     halves = torch.stack([words & 0xFFFF, words >> 16], 1).flatten()[:n]
     return (halves.to(torch.float32) + 0.5) / 65536
 

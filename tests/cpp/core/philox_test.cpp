@@ -1,4 +1,4 @@
-// Philox4x32-10 against its published answers.
+// Philox4x32 against its published answers.
 #include <gtest/gtest.h>
 #include <lomem/core/philox.h>
 
@@ -8,8 +8,9 @@ namespace {
 
 using Words = std::array<std::uint32_t, 4>;
 
+template <int rounds = lomem::philox_rounds>
 Words philox(const Words& counter, std::uint32_t key, std::uint32_t other_key) {
-  const auto block = lomem::philox<lomem::PhiloxProduct>(
+  const auto block = lomem::philox<lomem::PhiloxProduct, rounds>(
       lomem::PhiloxBlock<std::uint64_t>{counter[0], counter[1], counter[2], counter[3]}, key, other_key);
   return {
       static_cast<std::uint32_t>(block.first), static_cast<std::uint32_t>(block.second),
@@ -24,6 +25,16 @@ TEST(Philox, KnownAnswers) {
   EXPECT_EQ(
       philox({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, 0xa4093822, 0x299f31d0),
       (Words{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
+}
+
+TEST(Philox, KnownAnswersOfSevenRounds) {
+  EXPECT_EQ(lomem::philox_rounds_of_rounding, 7);
+  EXPECT_EQ(philox<7>({0, 0, 0, 0}, 0, 0), (Words{0x5f6fb709, 0x0d893f64, 0x4f121f81, 0x4f730a48}));
+  constexpr std::uint32_t ones = 0xffffffff;
+  EXPECT_EQ(philox<7>({ones, ones, ones, ones}, ones, ones), (Words{0x5207ddc2, 0x45165e59, 0x4d8ee751, 0x8c52f662}));
+  EXPECT_EQ(
+      philox<7>({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, 0xa4093822, 0x299f31d0),
+      (Words{0x4dfccaba, 0x190a87f0, 0xc47362ba, 0xb6b5242a}));
 }
 
 TEST(Philox, WordsAreThoseOfBlocks) {

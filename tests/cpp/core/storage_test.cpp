@@ -123,7 +123,7 @@ TEST(Storage, RandomBitsAreHalvesOfTheStream) {
     const auto block = random.block(i);
     for (int j = 0; j < 8; ++j) {
       const std::uint32_t word =
-          lomem::philox_word(random.seed, static_cast<std::uint64_t>(i) / 2 + static_cast<unsigned>(j) / 2);
+          lomem::philox_word<7>(random.seed, static_cast<std::uint64_t>(i) / 2 + static_cast<unsigned>(j) / 2);
       EXPECT_EQ(lomem::random_of(block, j), j % 2 == 0 ? word & 0xffffu : word >> 16);
     }
   }

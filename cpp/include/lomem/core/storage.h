@@ -150,7 +150,7 @@ struct GroupRandom {
   std::uint64_t offset;
 
   LOMEM_HOST_DEVICE constexpr PhiloxBlock<std::uint64_t> block(std::int64_t i) const {
-    return philox_block(seed, static_cast<std::uint64_t>(i) / 8, offset);
+    return philox_block<philox_rounds_of_rounding>(seed, static_cast<std::uint64_t>(i) / 8, offset);
   }
 };
 

@@ -148,7 +148,7 @@ class RandomWords {
   /// Those of 2 * block_elements elements from number i on, a multiple of 8.
   void store_at(std::int64_t i, std::uint16_t* halves) const {
     const WideWords stream = random_.offset - WideWords{};
-    const auto both = philox<TwoWideProducts>(
+    const auto both = philox<TwoWideProducts, philox_rounds_of_rounding>(
         PhiloxBlock<TwoWideWords>{
             {blocks_at(i), blocks_at(i + block_elements)},
             {blocks_at(i) >> 32, blocks_at(i + block_elements) >> 32},

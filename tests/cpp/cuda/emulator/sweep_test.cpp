@@ -373,7 +373,7 @@ void sweep_storage(Random& random) {
       const double rounding = std::ldexp(std::fabs(quotient), -22);
       ASSERT_LE(std::fabs(code - quotient), (stochastic ? 1 : 0.5) + rounding) << i;
       const auto block =
-          lomem::philox_block(static_cast<std::uint64_t>(seed), static_cast<std::uint64_t>(i) / 8, offset);
+          lomem::philox_block<7>(static_cast<std::uint64_t>(seed), static_cast<std::uint64_t>(i) / 8, offset);
       const double u = (lomem::random_of(block, static_cast<int>(i % 8)) + 0.5) / 65536;
       const double value = (code + (dithered ? u - 0.5 : 0)) * scale;
       // With dither, the product has more digits than float32.
