@@ -130,10 +130,7 @@ def wrong_scalar(value: Any) -> str | None:
     """What the value that a loss returned is, if it is not what it should be: one element that requires gradients."""
     if isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad:
         return None
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    shape = f"shape {tuple(value.shape)}"
-    return shape if value.requires_grad else f"{shape} without gradients"
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def default_loss(output: Any) -> Tensor:
