@@ -46,9 +46,7 @@ def _functions(chosen: Iterable[Candidate]) -> set[Function]:
     return found
 
 
-def advice(
-    gradient: GradientFidelity, chosen: list[Candidate], wishes: Wishes, given: Mapping[str, str | None]
-) -> str:
+def advice(gradient: GradientFidelity, chosen: list[Candidate], wishes: Wishes, given: Mapping[str, str | None]) -> str:
     """The options that are expected to give a cosine of at least 0.99, as they are written in a call.
 
     Small errors of a gradient are taken to be proportional to those of what is stored: of the step functions'
@@ -91,9 +89,7 @@ def advice(
     return "bits=16"
 
 
-def warning(
-    gradient: GradientFidelity, layers: Mapping[str, GradientFidelity], settings: str
-) -> str:
+def warning(gradient: GradientFidelity, layers: Mapping[str, GradientFidelity], settings: str) -> str:
     """One sentence about a gradient that is far from the exact one."""
     worst = sorted(layers, key=lambda name: layers[name].cosine)
     named = [f"{name or '(the model)'} ({layers[name].cosine:.3f})" for name in worst[:3]]

@@ -20,6 +20,7 @@ from .._units import size
 from .flow import untouched
 
 __all__ = [
+    "EXPECTED",
     "ExactGradient",
     "GradientFidelity",
     "GradientWarning",
@@ -126,6 +127,10 @@ def layers_of(model: nn.Module) -> dict[nn.Parameter, str]:
     return found
 
 
+#: What a loss returns.
+EXPECTED = "expected a tensor of one element that requires gradients"
+
+
 def wrong_scalar(value: Any) -> str | None:
     """What the value that a loss returned is, if it is not what it should be: one element that requires gradients."""
     if isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad:
@@ -141,8 +146,8 @@ def default_loss(output: Any) -> Tensor:
     """
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     for value in (own, output):
-        if wrong_scalar(value) is None:
-            return value  # type: ignore[no-any-return]
+        if isinstance(value, Tensor) and wrong_scalar(value) is None:
+            return value
     generator = torch.Generator().manual_seed(0)  # on the CPU, so that all devices get the same numbers
     tensors = [t for t in _tensors(output) if t.is_floating_point() and t.requires_grad]
     if not tensors:
@@ -192,9 +197,7 @@ class ExactGradient:
         try:
             self._exact()
         except _LossError as error:
-            raise ValueError(
-                f"lomem.convert: loss returned {error}, expected a tensor of one element that requires gradients"
-            ) from None
+            raise ValueError(f"lomem.convert: {error}") from None
         except Exception as error:
             self.missing = _said(error)
 
@@ -226,7 +229,7 @@ class ExactGradient:
                 value = self._loss(output)
                 wrong = wrong_scalar(value)
                 if wrong is not None:
-                    raise _LossError(wrong)
+                    raise _LossError(f"loss returned {wrong}, {EXPECTED}")
             del output
             # Not value.backward(), which would write to the parameters and run what waits for their gradients, such as
             # an optimizer.
@@ -266,10 +269,8 @@ class ExactGradient:
 
 
 def _said(error: Exception) -> str:
-    if isinstance(error, _SkippedError):
+    if isinstance(error, _SkippedError | _LossError):
         return str(error)
-    if isinstance(error, _LossError):
-        return f"the loss returned {error}"
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return text if len(text) <= 300 else f"{text[:297]}..."
 

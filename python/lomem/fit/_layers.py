@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._trace.batch import as_batch
 from .._trace.state import preserved
-from ..conversion.fidelity import wrong_scalar
+from ..conversion.fidelity import EXPECTED, wrong_scalar
 from ..memory._run import check_model, tensors_in
 from ..nn.activations import WithSteps
 
@@ -81,7 +81,7 @@ def scalar(function: str, value: Any) -> Tensor:
     """Checks the value that a loss returned."""
     wrong = wrong_scalar(value)
     if wrong is not None:
-        raise ValueError(f"{function}: loss returned {wrong}, expected a tensor of one element that requires gradients")
+        raise ValueError(f"{function}: loss returned {wrong}, {EXPECTED}")
     return value  # type: ignore[no-any-return]
 
 
