@@ -1,15 +1,12 @@
-"""Gradients that lomem.convert and lomem.fit.report compare, against training steps done by hand."""
+"""Gradients that lomem.convert compares, against training steps done by hand."""
 
 import contextlib
 import copy
 import dataclasses
-import io
 import json
-import math
 import pickle
 import random
 import re
-import warnings
 
 import lomem
 import lomem.fit
@@ -17,8 +14,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lomem.conversion import GradientFidelity, advice, fidelity
-from lomem.conversion.kinds import Action, Criterion, Function
+from fidelity_helpers import (
+    MODELS,
+    SETTINGS,
+    WIDTH,
+    approximate_actions,
+    built,
+    by_layer,
+    check_figures,
+    conv,
+    convert,
+    figures,
+    loss_of,
+    mlp,
+    projection,
+    run,
+    seeded,
+    step,
+    x_of,
+)
+from lomem.conversion import GradientFidelity, fidelity
+from lomem.conversion.kinds import Action
 from small_models import classes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -28,156 +44,8 @@ pytestmark = [
     pytest.mark.filterwarnings("error::lomem.GradientWarning"),
 ]
 
-WIDTH = 16
 
-
-# --- Models -----------------------------------------------------------------------------------------------------------
-
-
-def x_of(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(7))
-
-
-class Gated(nn.Module):
-    """A residual gated unit whose gate and up projections share an input."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.RMSNorm(WIDTH)
-        self.gate, self.up = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.down = nn.Linear(3 * WIDTH, WIDTH, bias=False)
-
-    def forward(self, x):
-        z = self.norm(x)
-        return x + self.down(F.silu(self.gate(z)) * self.up(z))
-
-
-def mlp():
-    layers = [m for _ in range(3) for m in (nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Dropout(0.2))]
-    return nn.Sequential(*layers, nn.Linear(WIDTH, 3)), (x_of(6, WIDTH),)
-
-
-def gated():
-    return nn.Sequential(nn.Linear(WIDTH, WIDTH), Gated(), Gated()), (x_of(2, 5, WIDTH),)
-
-
-def conv(depth=2, channels=6, size=8, activation=nn.SiLU):
-    layers = []
-    for _ in range(depth):
-        layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), activation()]
-    return nn.Sequential(*layers), (x_of(4, channels, size, size),)
-
-
-def bert():
-    from transformers import BertConfig, BertForSequenceClassification
-
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    model = BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=32, **sizes))
-    ids = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(1))
-    return model, {"input_ids": ids, "labels": torch.tensor([0, 1, 1])}
-
-
-def llama(lora=False):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = LlamaConfig(vocab_size=50, max_position_embeddings=32, use_cache=False, tie_word_embeddings=True, **sizes)
-    model = LlamaForCausalLM(config)
-    if lora:
-        import peft
-
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # zero at first, and with it the gradient of the rest
-                nn.init.normal_(parameter)
-    ids = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(1))
-    return model, {"input_ids": ids, "labels": ids}
-
-
-MODELS = {
-    "mlp": mlp,
-    "gated": gated,
-    "conv": conv,
-    "bert": bert,
-    "llama": llama,
-    "lora": lambda: llama(lora=True),
-}
-SETTINGS = {
-    "default": {},
-    "16": {"bits": 16},
-    "8": {"bits": 8},
-    "4": {"bits": 4},
-    "2": {"bits": 2},
-    "paper": {"criterion": "paper"},
-    "codes": {"pairs": "keep"},
-}
-
-
-def built(name):
-    torch.manual_seed(3)
-    model, batch = MODELS[name]()
-    return model.train(), batch
-
-
-# --- By hand ----------------------------------------------------------------------------------------------------------
-
-
-def run(model, batch):
-    return model(**batch) if isinstance(batch, dict) else model(*batch)
-
-
-def projection(output):
-    """The documented loss of an output that is a tensor."""
-    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
-    return (output.float() * noise).sum()
-
-
-def step(model, batch, loss):
-    """The gradients of a training step, by name, in float64."""
-    model.zero_grad()
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
-    loss(run(model, batch)).backward()
-    torch.set_rng_state(state)
-    grads = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return grads
-
-
-def figures(exact, approximate):
-    e, a = (torch.cat([g.flatten() for g in grads]) for grads in (exact, approximate))
-    return ((e @ a) / e.norm() / a.norm()).item(), (a.norm() / e.norm()).item(), ((a - e).norm() / e.norm()).item()
-
-
-def by_layer(exact, approximate):
-    layers = {}
-    for name in exact:
-        layers.setdefault(name.rpartition(".")[0], []).append(name)
-    return {
-        layer: figures([exact[n] for n in names], [approximate[n] for n in names])
-        for layer, names in layers.items()
-        if any(exact[n].norm() > 0 for n in names)
-    }
-
-
-def check_figures(got, expected):
-    # float64 of the same numbers: cosine and ratio to rounding, small errors to that of the difference.
-    assert (got.cosine, got.ratio, got.error) == pytest.approx(expected, rel=1e-6, abs=1e-9)
-
-
-def convert(model, batch, **options):
-    """Without the warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", lomem.GradientWarning)
-        return lomem.convert(model, batch, **options)
-
-
-def approximate_actions(report):
-    return {d.action for d in report.converted if re.fullmatch(r"\dbit( groups)?", d.action)}
-
-
-def loss_of(name):
-    return projection if name in ("mlp", "gated", "conv") else lambda output: output.loss
+# --- The figures ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -391,21 +259,6 @@ class Wrapped(nn.Module):
 
     def forward(self, x):
         return self.wrap(self.body(x))
-
-
-def seeded(make):
-    torch.manual_seed(4)
-    return make()
-
-
-def of_several(*indices):
-    """The documented loss of an output of several tensors."""
-
-    def loss(parts):
-        generator = torch.Generator().manual_seed(0)
-        return sum((t * torch.randn(t.shape, generator=generator)).sum() for t in (parts(i) for i in indices))
-
-    return loss
 
 
 OUTPUTS = {
@@ -778,358 +631,3 @@ def test_an_interrupt_leaves_the_model_unconverted(error, when):
     assert classes(model) == before
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert len(model.count) == when
-
-
-# --- The warning ------------------------------------------------------------------------------------------------------
-
-
-def warned(model, batch, **options):
-    """The report, and the message of the warning if there is one."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", lomem.GradientWarning)
-        report = lomem.convert(model, batch, **options)
-    caught = [w for w in caught if issubclass(w.category, lomem.GradientWarning)]
-    assert len(caught) <= 1
-    if caught:
-        assert caught[0].filename == __file__
-        message = str(caught[0].message)
-        assert message.removeprefix("lomem.convert: ") in report.notes
-        return report, message
-    return report, None
-
-
-MESSAGE = re.compile(
-    r"lomem\.convert: the gradient on the example batch has a cosine of (-?[\d.]+) to the exact one, furthest off in "
-    r"(.+?)(?:, and (\d+) more below 0\.95)?: pass (.+) for a closer one"
-)
-
-
-def advised(message):
-    """The options that a message advises."""
-    options = re.findall(r'(\w+)=("?)(\w+)\2', MESSAGE.fullmatch(message)[4])
-    return {name: value if quote else int(value) for name, quote, value in options}
-
-
-def deep_mlp(activation, depth=24):
-    layers = [m for _ in range(depth) for m in (nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), activation())]
-    return nn.Sequential(*layers), (x_of(32, WIDTH),)
-
-
-class InvertedResidual(nn.Module):
-    """As in EfficientNet: 1x1, depthwise and 1x1 convolutions with BatchNorm, and a squeeze with SiLU."""
-
-    def __init__(self, width):
-        super().__init__()
-        inner = 4 * width
-        self.expand = nn.Sequential(nn.Conv2d(width, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.SiLU())
-        self.deep = nn.Sequential(
-            nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=False), nn.BatchNorm2d(inner), nn.SiLU()
-        )
-        self.reduce, self.widen, self.act = nn.Conv2d(inner, 4, 1), nn.Conv2d(4, inner, 1), nn.SiLU()
-        self.project = nn.Sequential(nn.Conv2d(inner, width, 1, bias=False), nn.BatchNorm2d(width))
-
-    def forward(self, x):
-        y = self.deep(self.expand(x))
-        gate = self.widen(self.act(self.reduce(y.mean((2, 3), keepdim=True))))
-        return x + self.project(y * gate.sigmoid())
-
-
-def efficient(depth=12):
-    stem = [nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU()]
-    return nn.Sequential(*stem, *(InvertedResidual(8) for _ in range(depth))), (x_of(4, 3, 16, 16),)
-
-
-def vit(depth=4):
-    from transformers import ViTConfig, ViTForImageClassification
-
-    sizes = {"hidden_size": 64, "num_hidden_layers": depth, "num_attention_heads": 4, "intermediate_size": 256}
-    model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=10, **sizes))
-    return model, {"pixel_values": x_of(4, 3, 32, 32), "labels": torch.arange(4)}
-
-
-def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(n_embd=64, n_layer=4, n_head=4, vocab_size=50, n_positions=32, use_cache=False)
-    ids = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(1))
-    return GPT2LMHeadModel(config), {"input_ids": ids, "labels": ids}
-
-
-DESERVING = {
-    "conv": (lambda: conv(10), {}),
-    "deep conv": (lambda: conv(30), {}),
-    "deep conv, 1 bit": (lambda: conv(20), {"activations": "1bit"}),
-    "deep conv, paper": (lambda: conv(10), {"criterion": "paper"}),
-    "shallow conv, paper": (lambda: conv(1), {"criterion": "paper"}),
-    "very deep conv, paper": (lambda: conv(40), {"criterion": "paper"}),
-    "deep conv, primitive": (lambda: conv(30), {"criterion": "primitive"}),
-    "deep conv, primitive in 3 bits": (lambda: conv(40), {"criterion": "primitive", "activations": "3bit"}),
-    "deep conv, bits=2": (lambda: conv(30), {"bits": 2}),
-    "deep conv, bits=2, paper": (lambda: conv(10), {"bits": 2, "criterion": "paper"}),
-    "GELU": (lambda: conv(30, activation=nn.GELU), {}),
-    "MLP": (lambda: deep_mlp(nn.SiLU), {"pairs": "keep"}),
-    "MLP of GELU, paper": (lambda: deep_mlp(nn.GELU, 10), {"pairs": "keep", "criterion": "paper"}),
-    "MLP in 4 bits": (lambda: deep_mlp(nn.SiLU, 40), {"bits": 4}),
-    "MLP in groups of 4 bits": (lambda: deep_mlp(nn.SiLU, 40), {"pairs": "4bit"}),
-    "MLP in groups of 4 bits, norms too": (lambda: deep_mlp(nn.SiLU, 40), {"pairs": "4bit", "norms": "4bit"}),
-    "EfficientNet": (lambda: efficient(40), {}),
-    "EfficientNet, paper": (efficient, {"criterion": "paper"}),
-    "ViT, paper": (vit, {"pairs": "keep", "criterion": "paper"}),
-    "GPT-2, paper": (gpt2, {"pairs": "keep", "criterion": "paper"}),
-}
-
-
-@pytest.mark.parametrize("name", DESERVING)
-def test_the_advised_setting_gives_no_warning(name):
-    make, options = DESERVING[name]
-    model, batch = seeded(make)
-    report, message = warned(model, batch, **options)
-    assert message is not None, report.gradient
-    cosine, worst, more, _ = MESSAGE.fullmatch(message).groups()
-    assert float(cosine) == pytest.approx(report.gradient.cosine, abs=6e-4)
-    assert report.gradient.cosine < 0.95
-    below = sorted((layer.cosine, name) for name, layer in report.layers.items())
-    assert worst == ", ".join(f"{name} ({cosine:.3f})" for cosine, name in below[:3])
-    assert int(more or 0) == sum(cosine < 0.95 for cosine, _ in below[3:])
-    other, _ = seeded(make)
-    try:
-        better, again = warned(other, batch, **(options | advised(message)))
-    except lomem.NothingToConvertError:
-        assert advised(message) == {"bits": 16}
-        return
-    print(f"{name}: {report.gradient.cosine:.3f} {options}, {advised(message)}: {better.gradient}")
-    assert again is None
-    assert better.gradient is None or better.gradient.cosine >= 0.95
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("setting", ["default", "8", "4"])
-def test_no_warning_without_a_reason(name, setting):
-    model, batch = built(name)
-    report, message = warned(model, batch, **SETTINGS[setting])
-    assert message is None
-    assert report.gradient is None or report.gradient.cosine >= 0.95
-    assert not report.notes
-
-
-def test_a_warning_that_is_an_error_leaves_the_model_unconverted():
-    model, batch = conv(20)
-    before = classes(model)
-    with pytest.raises(lomem.GradientWarning):
-        lomem.convert(model, batch)
-    assert classes(model) == before
-
-
-def test_a_gradient_that_is_not_finite_is_warned_of(monkeypatch):
-    right = lomem.functional.silu
-
-    def wrong(x, **options):
-        y = right(x, **options)
-        y.register_hook(lambda grad: grad * torch.nan)
-        return y
-
-    monkeypatch.setattr(lomem.functional, "silu", wrong)
-    model = nn.Sequential(nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6), nn.SiLU())
-    x = x_of(2, 6, 4, 4)
-    with pytest.warns(lomem.GradientWarning, match="is not finite, as it was before the conversion: pass bits=16"):
-        report = lomem.convert(model, x)
-    assert report.gradient is None
-    json.loads(report.to_json())
-
-
-# --- The advice -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("function", "criterion", "errors"),
-    [
-        ("gelu", "derivative", (0.320, 0.141, 0.086, 0.042, 0.003)),
-        ("gelu", "primitive", (0.320, 0.357, 0.112, 0.054, 0.004)),
-        ("silu", "derivative", (0.421, 0.148, 0.103, 0.049, 0.003)),
-        ("silu", "primitive", (0.421, 0.471, 0.184, 0.085, 0.005)),
-    ],
-)
-def test_errors_of_step_functions_are_those_of_the_docs(function, criterion, errors):
-    got = [advice.step_error(Function(function), bits, Criterion(criterion)) for bits in (1, 2, 3, 4, 8)]
-    assert got == pytest.approx(errors, abs=5e-4)
-
-
-def test_the_paper_is_first_advised_another_criterion():
-    model, batch = seeded(lambda: conv(1))
-    _, message = warned(model, batch, criterion="paper")
-    assert advised(message) == {"criterion": "derivative"}
-
-
-def test_groups_are_advised_more_bits():
-    wanted = {"bits": 4}, {"pairs": "4bit"}, {"pairs": "4bit", "norms": "4bit"}
-    for options in wanted:
-        model, batch = seeded(lambda: deep_mlp(nn.SiLU, 40))
-        _, message = warned(model, batch, **options)
-        given = {name: "8bit" for name in options if name != "bits"}
-        assert advised(message) == {"bits": 8} | given
-
-
-# --- The formula ------------------------------------------------------------------------------------------------------
-
-
-def test_sums_in_parts(monkeypatch):
-    torch.manual_seed(0)
-    a, e = torch.randn(7, 5), torch.randn(7, 5)
-    whole = fidelity.Sums()
-    whole.add(a, e)
-    monkeypatch.setattr(fidelity, "_PART", 4)
-    parts = fidelity.Sums()
-    parts.add(a, e)
-    assert parts._values() == pytest.approx(whole._values(), rel=1e-12)
-    weights = torch.rand(7, 5)
-    weighted = fidelity.Sums()
-    weighted.add(a, e, weights)
-    w, a64, e64 = weights.double(), a.double(), e.double()
-    d = a64 - e64
-    expected = [w.sum(), (w * e64**2).sum(), (w * a64**2).sum(), (w * a64 * e64).sum(), (w * d**2).sum(), (w * d).sum()]
-    assert weighted._values() == pytest.approx([float(v) for v in expected], rel=1e-12)
-    both = fidelity.Sums()
-    both.merge(whole)
-    both.merge(weighted)
-    assert both.exact == whole.exact + weighted.exact
-    check_figures(whole.fidelity(), figures([e.double()], [a.double()]))
-    zero = fidelity.Sums()
-    zero.add(torch.zeros(3), e[0, :3])
-    assert zero.fidelity() == GradientFidelity(0.0, 0.0, 1.0)
-    nothing = fidelity.Sums()
-    nothing.add(e[0, :3], torch.zeros(3))
-    assert math.isnan(nothing.fidelity().cosine)
-
-
-def test_small_errors_are_not_lost_in_rounding():
-    e = torch.randn(1000, dtype=torch.float64)
-    sums = fidelity.Sums()
-    sums.add(e * (1 + 1e-12), e)
-    assert sums.fidelity().error == pytest.approx(1e-12, rel=1e-3)
-
-
-# --- lomem.fit.report -------------------------------------------------------------------------------------------------
-
-
-def mean_square(output):
-    return output.square().mean()
-
-
-@pytest.mark.parametrize("setting", ["codes", "8", "4", "2"])
-def test_fit_report_of_a_converted_model(setting):
-    plain, first = built("mlp")
-    model, _ = built("mlp")
-    convert(model, first, **SETTINGS[setting], gradients=False)
-    batches = [first, (x_of(3, WIDTH) + 1,)]
-    before, state, drawn = classes(model), copy.deepcopy(model.state_dict()), lomem.random.get_state()
-    attributes = [dict(vars(m)) for m in model.modules()]
-    report = lomem.fit.report(model, batches, loss=mean_square)
-    assert classes(model) == before
-    assert [dict(vars(m)) for m in model.modules()] == attributes
-    assert lomem.random.get_state() == drawn
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
-
-    def total(of):
-        grads = [step(of, batch, mean_square) for batch in batches]
-        return {name: sum(g[name] for g in grads) for name in grads[0]}
-
-    exact, approximate = total(plain), total(model)
-    assert list(report.rows) == ["0", "3", "6", "9", "all parameters"]
-    for name, want in [
-        *by_layer(exact, approximate).items(),
-        ("all parameters", figures(exact.values(), approximate.values())),
-    ]:
-        check_figures(report.rows[name], want)
-    row = report.rows["all parameters"]
-    assert row.error**2 == pytest.approx(row.bias**2 + row.deviation**2, rel=1e-9)
-    assert report.under == "2 batches"
-    assert "0.99" in str(report)
-
-
-def test_the_bias_falls_with_the_root_of_the_draws():
-    model, batch = built("mlp")
-    lomem.convert(model, batch, bits=4)
-    drawn = lomem.random.get_state()
-    rows = {}
-    for draws in (1, 4, 16, 64):
-        report = lomem.fit.report(model, [batch], loss=mean_square, draws=draws)
-        rows[draws] = report.rows["all parameters"]
-    assert lomem.random.get_state() == drawn
-    assert report.under == "1 batches, 64 draws"
-    for draws in (4, 16, 64):
-        row = rows[draws]
-        assert row.error**2 == pytest.approx(row.bias**2 + row.deviation**2, rel=1e-9)
-        # The noise of the mean, and the bias of activations of rounded inputs, 0.6 % at most. Of ten thousand elements
-        # with noise that is shared among them.
-        assert row.bias * draws**0.5 == pytest.approx(row.error, rel=0.35)
-    assert rows[64].bias < 0.2 * rows[1].error
-
-
-def test_the_mean_over_draws_by_hand():
-    plain, batch = built("mlp")
-    model, _ = built("mlp")
-    lomem.convert(model, batch, bits=4)
-    drawn = lomem.random.get_state()
-    exact = torch.cat([g.flatten() for g in step(plain, batch, mean_square).values()])
-    draws = torch.stack([torch.cat([g.flatten() for g in step(model, batch, mean_square).values()]) for _ in range(5)])
-    lomem.random.set_state(drawn)
-    row = lomem.fit.report(model, [batch], loss=mean_square, draws=5).rows["all parameters"]
-    bias = (draws.mean(0) - exact).norm() / exact.norm()
-    deviation = ((draws - draws.mean(0)) ** 2).sum(1).mean().sqrt() / exact.norm()
-    error = ((draws - exact) ** 2).sum(1).mean().sqrt() / exact.norm()
-    assert (row.bias, row.deviation, row.error) == pytest.approx(
-        (float(bias), float(deviation), float(error)), rel=1e-6
-    )
-
-
-def test_fit_report_of_a_model_with_both():
-    def make():
-        torch.manual_seed(5)
-        return nn.Sequential(
-            nn.Conv2d(6, 6, 1), lomem.nn.GELU(bits=2), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.SiLU()
-        )
-
-    model, batch = make(), conv()[1]
-    convert(model, batch)
-    report = lomem.fit.report(model, [batch], loss=projection)
-    assert list(report.rows) == ["1", "0", "2", "3", "all parameters"]
-    plain = make()
-    plain[1] = nn.GELU()
-    exact, approximate = step(plain, batch, projection), step(model, batch, projection)
-    check_figures(report.rows["all parameters"], figures(exact.values(), approximate.values()))
-
-
-def test_fit_report_of_an_exact_conversion():
-    model, batch = built("mlp")
-    lomem.convert(model, batch)
-    row = lomem.fit.report(model, [batch], loss=mean_square).rows["all parameters"]
-    assert row.error < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"draws": 0}, "draws is 0, expected a whole number of at least 1"),
-        ({"draws": True}, "draws is True, expected a whole number of at least 1"),
-        ({"draws": 2.0}, r"draws is 2\.0, expected a whole number of at least 1"),
-        ({"batches": []}, "batches is empty, expected at least one batch"),
-    ],
-)
-def test_wrong_arguments_of_fit_report(options, message):
-    model, batch = built("mlp")
-    lomem.convert(model, batch)
-    options = {"batches": [batch], "loss": mean_square} | options
-    with pytest.raises(ValueError, match=f"^lomem.fit.report: {message}$"):
-        lomem.fit.report(model, **options)
-    with pytest.raises(ValueError, match=r"^lomem.fit.report: draws is 2 with a function, expected 1 or a model$"):
-        lomem.fit.report("gelu", draws=2)
-
-
-def test_a_converted_model_is_pickled_with_its_report():
-    model, batch = conv()
-    report = convert(model, batch)
-    file = io.BytesIO()
-    torch.save((model, report), file)
-    file.seek(0)
-    assert torch.load(file, weights_only=False)[1] == report

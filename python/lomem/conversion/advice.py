@@ -57,7 +57,7 @@ def advice(gradient: GradientFidelity, chosen: list[Candidate], wishes: Wishes, 
         gradient: What was measured.
         chosen: The conversions made.
         wishes: Their options.
-        given: Its arguments ``activations``, ``norms`` and ``pairs``, None for those left to ``bits``.
+        given: The arguments ``activations``, ``norms`` and ``pairs``, None for those left to ``bits``.
     """
     # The tangent of the angle is the error of the gradient at its best length. It alone is large if the gradient has
     # become small.
@@ -69,7 +69,8 @@ def advice(gradient: GradientFidelity, chosen: list[Candidate], wishes: Wishes, 
     def enough(bits_then: int, criterion_then: Criterion) -> bool:
         factors = [step_error(f, bits_then, criterion_then) / step_error(f, bits, criterion) for f in functions]
         factors += [_NOISE[8] / _NOISE[noisy] for noisy in groups]
-        return (1 + math.expm1(error * max(factors)) ** 2) ** -0.5 >= AIM  # for an error at right angles
+        # The cosine is that of an error at right angles. No exponential beyond what a number holds.
+        return 1 / math.hypot(1, math.expm1(min(error * max(factors), 700))) >= AIM
 
     other = [] if criterion is Criterion.DERIVATIVE else ['criterion="derivative"']
     if groups or wishes.pair_groups is not None or wishes.norm_groups is not None:
