@@ -1,12 +1,11 @@
 """Warnings of lomem.convert about gradients, and whether what they advise helps."""
 
-import json
 import dataclasses
+import json
 import re
 import warnings
 
 import lomem
-import lomem.fit
 import pytest
 import torch
 from fidelity_helpers import (
