@@ -140,6 +140,15 @@ def test_exact_conversions_need_no_pass(monkeypatch):
         assert lomem.convert(model, batch, **options).notes == ()
 
 
+def test_the_check_of_the_outputs_makes_no_difference():
+    reports = []
+    for check in (True, False):
+        model, batch = seeded(conv)
+        reports.append(convert(model, batch, check=check))
+    assert reports[1].difference is None
+    assert (reports[0].gradient, reports[0].layers) == (reports[1].gradient, reports[1].layers)
+
+
 def test_two_passes_and_no_more():
     calls = []
     for gradients in (False, True):

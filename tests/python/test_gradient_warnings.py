@@ -206,22 +206,26 @@ def test_groups_are_advised_more_bits():
 
 
 @pytest.mark.parametrize(
-    "measured",
+    ("measured", "advised_codes"),
     [
-        GradientFidelity(-1.0, 1e300, 1e300),
-        GradientFidelity(0.0, 0.0, 1.0),
-        GradientFidelity(1e-200, 1e-300, 1.0),
-        GradientFidelity(0.5, 1e300, 1e300),
+        (GradientFidelity(-1.0, 1e300, 1e300), "bits=16"),
+        (GradientFidelity(0.5, 1e300, 1e300), "bits=16"),
+        (GradientFidelity(0.0, 0.0, 1.0), 'activations="7bit"'),
+        (GradientFidelity(1e-200, 1e-300, 1.0), 'activations="7bit"'),
+        (GradientFidelity(-0.04, 1.0, 1.4), 'activations="7bit"'),
+        (GradientFidelity(0.94, 1.0, 0.35), 'activations="4bit"'),
     ],
 )
-def test_whatever_is_measured_there_is_an_advice(measured):
+def test_whatever_is_measured_there_is_an_advice(measured, advised_codes):
     form = ActivationForm(Function.SILU)
     calls = Candidate("", Kind.CALL, "F.gelu and F.silu", Action.TWO_BITS)
+    codes = Candidate("", Kind.ACTIVATION, form, Action.TWO_BITS)
     grouped = Candidate("", Kind.ACTIVATION, form, Action.FOUR_BIT_GROUPS)
     given = dict.fromkeys(["activations", "norms", "pairs"])
     for criterion in Criterion:
         wishes = Wishes(2, criterion, norms=True, pairs=True, dropouts=True, exact=False, exclude=())
-        codes = Candidate("", Kind.ACTIVATION, form, Action.TWO_BITS)
-        assert advice.advice(measured, [codes, calls], wishes, given) == "bits=16"
+        found = advice.advice(measured, [codes, calls], wishes, given)
+        if criterion is Criterion.DERIVATIVE:
+            assert found == advised_codes
         wishes = dataclasses.replace(wishes, pair_groups=4, norm_groups=4)
         assert advice.advice(measured, [codes, grouped], wishes, given).startswith(("bits=8", "bits=16"))

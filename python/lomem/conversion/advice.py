@@ -19,6 +19,8 @@ __all__ = ["LEAST", "advice", "step_error", "warning"]
 
 #: The cosine of a gradient to the exact one below which :func:`lomem.convert` warns, and the one that it aims at.
 LEAST, AIM = 0.95, 0.99
+#: A cosine below which that of unrelated gradients may be.
+_CHANCE = 0.05
 #: Relative noise of normal numbers in groups, by bits per element: a step over the square root of 12.
 _NOISE = {8: 0.0065, 4: 0.12}
 
@@ -60,8 +62,8 @@ def advice(gradient: GradientFidelity, chosen: list[Candidate], wishes: Wishes, 
         given: The arguments ``activations``, ``norms`` and ``pairs``, None for those left to ``bits``.
     """
     # The tangent of the angle is the error of the gradient at its best length. It alone is large if the gradient has
-    # become small.
-    error = math.log1p(max(gradient.error, (max(gradient.cosine, 1e-9) ** -2 - 1) ** 0.5))
+    # become small. How near to 0 a small cosine is, or whether it is negative, is chance.
+    error = math.log1p(max(gradient.error, (max(gradient.cosine, _CHANCE) ** -2 - 1) ** 0.5))
     groups = [c.action.group_bits for c in chosen if c.action.group_bits is not None]
     functions = _functions(chosen)
     criterion, bits = wishes.criterion, wishes.bits or 2
