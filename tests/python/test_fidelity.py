@@ -554,6 +554,12 @@ def test_models_without_data_are_skipped():
     assert report.notes == (f"{COMPARED}the model's tensors have no data",)
 
 
+def test_distributed_tensors_are_skipped():
+    model, batch = conv()
+    model[0].weight.full_tensor = None  # as torch.distributed.tensor.DTensor has
+    assert lomem.convert(model, batch).notes == (f"{COMPARED}parameters are distributed over several devices",)
+
+
 def test_too_little_memory_is_noted(monkeypatch):
     model, batch = conv()
     needed = 2 * sum(p.numel() * 4 for p in model.parameters())

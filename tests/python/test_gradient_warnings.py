@@ -167,7 +167,7 @@ def test_a_gradient_that_is_not_finite_is_warned_of(monkeypatch):
     monkeypatch.setattr(lomem.functional, "silu", wrong)
     model = nn.Sequential(nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6), nn.SiLU())
     x = x_of(2, 6, 4, 4)
-    with pytest.warns(lomem.GradientWarning, match="is not finite, as it was before the conversion: pass bits=16"):
+    with pytest.warns(lomem.GradientWarning, match="is not finite, but was before the conversion: pass bits=16"):
         report = lomem.convert(model, x)
     assert report.gradient is None
     json.loads(report.to_json())

@@ -209,8 +209,8 @@ def _with_gradient(
     whole, layers = compared
     if not math.isfinite(whole.error):
         message = (
-            "the gradient on the example batch is not finite, as it was before the conversion: pass bits=16 for an "
-            "exact one"
+            "the gradient on the example batch is not finite, but was before the conversion: pass bits=16 for an exact "
+            "one"
         )
         return _noted(report, message), message
     report = dataclasses.replace(report, gradient=whole, layers=layers)

@@ -204,6 +204,8 @@ class ExactGradient:
     def _exact(self) -> None:
         if not self._layers:
             raise _SkippedError("no parameter is trained")
+        if any(hasattr(parameter, "full_tensor") for parameter in self._layers):  # a DTensor
+            raise _SkippedError("parameters are distributed over several devices")
         short = _short_of_memory(list(self._layers))
         if short is not None:
             raise _SkippedError(short)
