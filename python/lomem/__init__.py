@@ -28,7 +28,7 @@ if _torch.version.cuda is not None and _C.cuda_archs():
     _torch.ops.load_library(str(_Path(_C.__file__).with_name("lib") / "liblomem_cuda.so"))
 
 from . import functional, memory, nn, random, reference
-from .conversion import NothingToConvertError, convert, restore
+from .conversion import GradientWarning, NothingToConvertError, convert, restore
 from .mapping import convert_activation, convert_linear, map_module
 from .steps import StepFunction
 
@@ -46,6 +46,7 @@ def __getattr__(name: str) -> object:
 cmake_prefix_path = str(_Path(_C.__file__).resolve().parent)
 
 __all__ = [
+    "GradientWarning",
     "NothingToConvertError",
     "StepFunction",
     "__version__",

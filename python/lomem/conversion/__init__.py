@@ -2,6 +2,7 @@
 
 from . import earlier
 from .convert import NothingToConvertError, convert, restore
+from .fidelity import GradientFidelity, GradientWarning
 from .kinds import Action, Criterion, Kind
 from .report import Decision, Report
 
@@ -9,6 +10,8 @@ __all__ = [
     "Action",
     "Criterion",
     "Decision",
+    "GradientFidelity",
+    "GradientWarning",
     "Kind",
     "NothingToConvertError",
     "Report",

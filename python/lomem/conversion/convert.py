@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import _C
-from .._trace.batch import as_batch
+from .._trace.batch import Batch, as_batch
+from .advice import LEAST, advice, warning
 from .check import Outputs, verify
 from .exchange import exchange_all, give_all_back, give_back, is_converted, original_class, wrapped_since
+from .fidelity import ExactGradient, GradientWarning
 from .flow import trace
 from .kinds import KEEP, Auto, Criterion, Kind, Wishes
 from .ledger import Candidate, Ledger
@@ -41,6 +45,8 @@ def convert(
     check: bool = True,
     tolerance: float | None = None,
     dry_run: bool = False,
+    gradients: bool = True,
+    loss: Callable[[Any], Tensor] | None = None,
 ) -> Report:
     """Reduces what a model saves for backward. Converts the model in place.
 
@@ -99,9 +105,21 @@ def convert(
             digits of the narrowest dtype among weights, autocast and output, since a model may amplify rounding; 0 if
             only activations were converted.
         dry_run: Whether to only report the decisions, changing nothing.
+        gradients: Whether to compare the gradient of the trained parameters on the example inputs with the original
+            model's, in training mode, if not all conversions are exact: ``Report.gradient`` and ``Report.layers``. This
+            takes two more passes, forward and backward, and twice the memory of a gradient. If it is not possible,
+            ``Report.notes`` says why.
+        loss: Maps the model's output to the scalar whose gradient is compared. By default it is the output's ``loss``
+            (attribute or key), if that is a scalar tensor that requires a gradient; else the output itself, if it is
+            one; else the sum, in float32, of all floating-point tensors of the output that require a gradient, each
+            element times a number of the standard normal distribution, drawn from a generator with seed 0.
 
     Returns:
         What was converted, what was not, and why.
+
+    Warns:
+        GradientWarning: If the cosine of the gradient to the exact one is below 0.95. The message names the layers that
+            are the furthest off, and a setting with which the gradient is expected to be closer.
 
     Raises:
         ValueError: If an argument is wrong, the model is already converted, or there is nothing to convert
@@ -109,15 +127,16 @@ def convert(
         RuntimeError: If the model does not run on the example inputs, or the check fails.
     """
     wishes = _wishes(model, bits, activations, norms, pairs, dropouts, criterion, exclude, tolerance)
-    given = example_inputs
-    inputs = None if given is None else as_batch("lomem.convert", "example_inputs", given, ValueError)
+    _check_gradients(gradients, loss)
+    batch = example_inputs
+    inputs = None if batch is None else as_batch("lomem.convert", "example_inputs", batch, ValueError)
     candidates, flow = plan(model, inputs, wishes)
     chosen = [c for c in candidates if not c.left]
     modules = dict(model.named_modules())
     decisions = tuple(_decision(modules[c.name], c) for c in candidates)
     report = Report(decisions, None if flow is None else Ledger(flow).nbytes)
     if inputs is None and wishes.norms and any(c.kind is Kind.NORM for c in candidates):
-        report = dataclasses.replace(report, notes=("norms were not converted: pass example_inputs to convert them",))
+        report = _noted(report, "norms were not converted: pass example_inputs to convert them")
     if dry_run:
         return report
     if not chosen:
@@ -127,6 +146,9 @@ def convert(
             f"lomem.convert: found nothing to convert in {type(model).__name__}: {reasons or kinds}"
         )
     before = Outputs(model, inputs) if check and inputs is not None and not _is_fake(model) else None
+    exact = None
+    if gradients and inputs is not None and not all(c.action.exact for c in chosen):
+        exact = _exact_gradient(model, inputs, loss, before)
     if wishes.pair_groups is not None or wishes.norm_groups is not None:
         _C.begin_random_stream()  # so that a program that sets torch's seed draws the same seeds each time
     try:
@@ -141,15 +163,61 @@ def convert(
                 f"lomem.convert: the converted model saves {after} bytes, expected at most {report.saved_before}"
             )
         report = dataclasses.replace(report, saved_after=after, holders=ledger.holders())
-        if before is None:
+        if before is not None and before.repeatable:
+            report = dataclasses.replace(report, difference=verify(modules, chosen, before, tolerance))
+        elif before is not None:
+            report = _noted(report, "not checked: the original model's outputs are not reproducible")
+        if exact is None:
             return report
-        if not before.repeatable:
-            note = "not checked: the original model's outputs are not reproducible"
-            return dataclasses.replace(report, notes=(*report.notes, note))
-        return dataclasses.replace(report, difference=verify(modules, chosen, before, tolerance))
+        given = {"activations": activations, "norms": norms, "pairs": pairs}
+        report, message = _with_gradient(report, exact, chosen, wishes, given)
+        if message is not None:
+            warnings.warn(f"lomem.convert: {message}", GradientWarning, stacklevel=2)
+        return report
     except BaseException:
         give_all_back(modules.values())
         raise
+
+
+def _noted(report: Report, note: str) -> Report:
+    return dataclasses.replace(report, notes=(*report.notes, note))
+
+
+def _exact_gradient(
+    model: nn.Module, inputs: Batch, loss: Callable[[Any], Tensor] | None, outputs: Outputs | None
+) -> ExactGradient | str:
+    """The gradient of a model that is not converted yet, or why there is none."""
+    if _is_fake(model):
+        return "the model's tensors have no data"
+    if outputs is not None and not outputs.repeatable:
+        return "the original model's outputs are not reproducible"
+    exact = ExactGradient(model, inputs, loss)
+    return exact if exact.missing is None else exact.missing
+
+
+def _with_gradient(
+    report: Report,
+    exact: ExactGradient | str,
+    chosen: list[Candidate],
+    wishes: Wishes,
+    given: Mapping[str, str | None],
+) -> tuple[Report, str | None]:
+    """The report with the comparison of the gradients, and what to warn of."""
+    compared = exact if isinstance(exact, str) else exact.compare()
+    if isinstance(compared, str):
+        return _noted(report, f"gradients were not compared: {compared}"), None
+    whole, layers = compared
+    if not math.isfinite(whole.error):
+        message = (
+            "the gradient on the example batch is not finite, but was before the conversion: pass bits=16 for an exact "
+            "one"
+        )
+        return _noted(report, message), message
+    report = dataclasses.replace(report, gradient=whole, layers=layers)
+    if whole.cosine >= LEAST:
+        return report, None
+    message = warning(whole, layers, advice(whole, chosen, wishes, given))
+    return _noted(report, message), message
 
 
 def restore(model: nn.Module) -> int:
@@ -244,6 +312,15 @@ def _wishes(
         pair_groups=_GROUPS.get(pairs),
         norm_groups=_GROUPS.get(norms),
     )
+
+
+def _check_gradients(gradients: Any, loss: Any) -> None:
+    if not isinstance(gradients, bool):
+        raise ValueError(f"lomem.convert: gradients is {gradients!r}, expected True or False")
+    if loss is not None and not callable(loss):
+        raise ValueError(
+            f"lomem.convert: loss is {loss!r}, expected None or a function that maps the model's output to a scalar"
+        )
 
 
 def _patterns(model: nn.Module, exclude: Any) -> list[str]:

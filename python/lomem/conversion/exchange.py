@@ -13,7 +13,7 @@ import copyreg
 import functools
 import inspect
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeAlias
 
 from torch import nn
@@ -25,6 +25,7 @@ __all__ = [
     "exchange_all",
     "give_all_back",
     "give_back",
+    "given_back",
     "is_converted",
     "original_class",
     "unexchangeable",
@@ -206,3 +207,21 @@ def give_all_back(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if is_converted(module):
             give_back(module)
+
+
+@contextlib.contextmanager
+def given_back(model: nn.Module) -> Iterator[None]:
+    """Undoes :func:`exchange` for all modules of a model, and does it again after the block."""
+    held = []
+    for module in model.modules():
+        if isinstance(module, Converted):
+            attributes = {name: vars(module)[name] for name in module.lomem_attributes if name in vars(module)}
+            held.append((module, type(module), attributes))
+    try:
+        for module, _, _ in held:
+            give_back(module)
+        yield
+    finally:
+        for module, converted, attributes in held:
+            module.__class__ = converted
+            module.__dict__.update(attributes)

@@ -61,6 +61,23 @@ class Action(Text):
         """The action for what is kept in groups, with this many bits per element."""
         return cls(f"{bits}bit groups")
 
+    @property
+    def code_bits(self) -> int | None:
+        """Bits per element of the codes of a step function; None for what has none."""
+        digit, _, rest = self.value.partition("bit")
+        return int(digit) if digit.isdigit() and not rest else None
+
+    @property
+    def group_bits(self) -> int | None:
+        """Bits per element of what is kept in groups; None for what is not."""
+        digit, _, rest = self.value.partition("bit")
+        return int(digit) if digit.isdigit() and rest else None
+
+    @property
+    def exact(self) -> bool:
+        """Whether gradients are exact up to rounding."""
+        return self.code_bits is None and self.group_bits is None
+
 
 class Function(Text):
     """The activations that are converted."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from .._trace.holders import large_holders
 from .._units import size
+from .fidelity import GradientFidelity
 from .kinds import Action, Kind, Text
 
 __all__ = ["Decision", "Report"]
@@ -61,6 +62,10 @@ class Report:
         notes: Further remarks.
         holders: The bytes of ``saved_after`` by the module that saves them first, largest first; numbers in names are
             replaced by ``*``, so that equal layers are one holder.
+        gradient: How the gradient of all trained parameters on the example inputs compares with the exact one; None if
+            it was not compared, as where all conversions are exact.
+        layers: The same by the module that holds the parameters; one that several modules hold counts for the first.
+            Those whose exact gradient is 0 are left out.
     """
 
     decisions: tuple[Decision, ...]
@@ -69,9 +74,12 @@ class Report:
     difference: float | None = None
     notes: tuple[str, ...] = ()
     holders: dict[str, int] = field(default_factory=dict)
+    gradient: GradientFidelity | None = None
+    layers: dict[str, GradientFidelity] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"holders": {}} | state)  # pickles of earlier versions have none
+        # Pickles of earlier versions have none of these.
+        self.__dict__.update({"holders": {}, "gradient": None, "layers": {}} | state)
 
     @property
     def converted(self) -> tuple[Decision, ...]:
@@ -130,6 +138,8 @@ class Report:
             lines.append(f"saved for backward: {size(before)} -> {size(after)}{percent}")
         if self.difference is not None:
             lines.append(f"largest relative difference of an output: {self.difference:.2g}")
+        if self.gradient is not None:
+            lines.append(f"gradient on the example batch: {self.gradient}")
         return [*lines, *self.notes]
 
     def __str__(self) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._trace.batch import as_batch
 from .._trace.state import preserved
+from ..conversion.fidelity import EXPECTED, wrong_scalar
 from ..memory._run import check_model, tensors_in
 from ..nn.activations import WithSteps
 
@@ -21,14 +22,36 @@ Seen: TypeAlias = Callable[[str, Tensor, Tensor | None], None]
 
 def activation_layers(function: str, model: Any) -> dict[str, WithSteps]:
     """The activation layers with step functions, by their names in the model."""
-    check_model(function, model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, WithSteps)}
+    layers = step_layers(function, model)
     if not layers:
         raise ValueError(
             f"{function}: model, a {type(model).__name__}, has no activation of lomem.nn with a step function, "
             "expected at least one (lomem.map_module can insert them)"
         )
     return layers
+
+
+def step_layers(function: str, model: Any) -> dict[str, WithSteps]:
+    """The same of a model that may have none."""
+    check_model(function, model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, WithSteps)}
+
+
+def as_list(function: str, batches: Any) -> list[Any]:
+    """The batches, to be run several times."""
+    _check_iterable(function, batches)
+    batches = list(batches)
+    if not batches:
+        raise ValueError(f"{function}: {_EMPTY}")
+    return batches
+
+
+_EMPTY = "batches is empty, expected at least one batch"
+
+
+def _check_iterable(function: str, batches: Any) -> None:
+    if isinstance(batches, (Tensor, dict, str)) or not isinstance(batches, Iterable):
+        raise TypeError(f"{function}: batches is of type {type(batches).__name__}, expected an iterable of batches")
 
 
 def watch(
@@ -38,8 +61,7 @@ def watch(
 
     Buffers, gradients, random number generators and mode of the model are restored afterwards.
     """
-    if isinstance(batches, (Tensor, dict, str)) or not isinstance(batches, Iterable):
-        raise TypeError(f"{function}: batches is of type {type(batches).__name__}, expected an iterable of batches")
+    _check_iterable(function, batches)
     count = 0
     with preserved(model), _hooked(layers, loss is not None, seen):
         for batch in batches:
@@ -51,16 +73,16 @@ def watch(
                     scalar(function, loss(output)).backward()
                     model.zero_grad(set_to_none=True)
     if count == 0:
-        raise ValueError(f"{function}: batches is empty, expected at least one batch")
+        raise ValueError(f"{function}: {_EMPTY}")
     return count
 
 
 def scalar(function: str, value: Any) -> Tensor:
     """Checks the value that a loss returned."""
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{function}: loss returned {got}, expected a tensor of one element that requires gradients")
-    return value
+    wrong = wrong_scalar(value)
+    if wrong is not None:
+        raise ValueError(f"{function}: loss returned {wrong}, {EXPECTED}")
+    return value  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Compares the gradients of step functions with the exact ones."""
+"""Compares the gradients of step functions and of converted models with the exact ones."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import _C
 from .._trace.batch import as_batch
 from .._trace.state import module_state, preserved, restore_module
+from ..conversion.exchange import given_back, is_converted, wrapped_since
+from ..conversion.fidelity import Sums, layers_of
 from ..memory._report import Report, Section
 from ..steps import StepFunction
 from ._fit import CRITERIA, fit, measured
 from ._functions import Function
-from ._layers import Loss, activation_layers, derivative, scalar, watch
+from ._layers import Loss, activation_layers, as_list, derivative, scalar, step_layers, watch
 
 __all__ = ["Fidelity", "FidelityReport", "report"]
 
@@ -31,48 +34,34 @@ class Fidelity:
     Attributes:
         cosine: Cosine of the angle between a and e.
         error: Norm of a - e relative to the norm of e. ``error**2`` equals ``bias**2 + deviation**2``.
-        bias: Mean of a - e relative to the root mean square of e; the part that does not average out.
-        deviation: Standard deviation of a - e relative to the root mean square of e; the part that averages out.
+        bias: Mean of a - e relative to the root mean square of e; the part that does not average out. If a was drawn
+            several times, the norm of the error of its mean over the draws, relative to the norm of e.
+        deviation: Standard deviation of a - e relative to the root mean square of e; the part that averages out. If a
+            was drawn several times, that around its mean over the draws.
+        ratio: Norm of a relative to the norm of e.
     """
 
     cosine: float
     error: float
     bias: float
     deviation: float
+    ratio: float = float("nan")
 
 
-class _Sums:
-    """Accumulates the sums for a Fidelity, over any number of elements in constant memory."""
-
-    def __init__(self) -> None:
-        self.weight = self.exact = self.approximate = self.product = self.difference = 0.0
-
-    def add(self, approximate: Tensor, exact: Tensor, weights: Tensor | None = None) -> None:
-        a, e = approximate.detach().double().reshape(-1), exact.detach().double().reshape(-1)
-        w = torch.ones_like(a) if weights is None else weights
-        self.weight += float(w.sum())
-        self.exact += float((w * e * e).sum())
-        self.approximate += float((w * a * a).sum())
-        self.product += float((w * a * e).sum())
-        self.difference += float((w * (a - e)).sum())
-
-    def fidelity(self) -> Fidelity:
-        if self.exact == 0:
-            nan = float("nan")
-            return Fidelity(nan, nan, nan, nan)
-        squared = max(0.0, self.approximate - 2 * self.product + self.exact) / self.exact
-        bias = self.difference / self.weight / (self.exact / self.weight) ** 0.5
-        return Fidelity(
-            self.product / (self.exact * self.approximate) ** 0.5 if self.approximate else 0.0,
-            squared**0.5,
-            bias,
-            max(0.0, squared - bias**2) ** 0.5,
-        )
+def _fidelity(sums: Sums, bias: float | None = None) -> Fidelity:
+    """The comparison that sums amount to, with another bias if one is given."""
+    if sums.exact == 0:
+        nan = float("nan")
+        return Fidelity(nan, nan, nan, nan, nan)
+    of = sums.fidelity()
+    if bias is None:
+        bias = sums.difference / sums.weight / (sums.exact / sums.weight) ** 0.5
+    return Fidelity(of.cosine, of.error, bias, max(0.0, of.error**2 - bias**2) ** 0.5, of.ratio)
 
 
 @dataclass(frozen=True)
 class FidelityReport(Report):
-    """Comparison of the gradients of step functions with the exact ones.
+    """Comparison of approximate gradients with the exact ones.
 
     Attributes:
         subject: The function or the model.
@@ -177,6 +166,7 @@ def report(
     steps: Mapping[str, StepFunction] | None = None,
     density: Any = "gaussian",
     loss: Loss | None = None,
+    draws: int = 1,
 ) -> FidelityReport:
     """Compares approximate gradients with the exact ones: cosine, relative error, bias and deviation.
 
@@ -185,19 +175,24 @@ def report(
         >>> print(lomem.fit.report(model, batches, loss=lambda output: output.loss))
 
     Args:
-        target: Either an activation, as a name or a callable as in :func:`fit`, or a model with activations of
-            :mod:`lomem.nn`, which is run. For an activation, the default is to compare the optimal step functions on
-            the real line for both criteria with 1 to 4, 6 and 8 bits.
+        target: Either an activation, as a name or a callable as in :func:`fit`, or a model that is run: one with
+            activations of :mod:`lomem.nn`, or one that :func:`lomem.convert` converted. For an activation, the default
+            is to compare the optimal step functions on the real line for both criteria with 1 to 4, 6 and 8 bits.
         batches: Iterable of batches for a model; see :func:`calibrate`.
         steps: Step functions of an activation, by name, to compare instead of the default ones.
         density: Density that the means are taken over for an activation, as in :func:`fit`. The default is the standard
             normal density.
         loss: Function that maps a model's output to a scalar. Required for a model.
+        draws: How often the approximate gradient of a model's parameters is drawn, with other numbers of
+            :mod:`lomem.random` each time and the same of torch. What a converted model keeps in groups is rounded at
+            random. With several draws, bias and deviation are of the mean over the draws and around it.
 
     Returns:
-        For an activation, a row per step function, with ``grad_output`` 1. For a model, a row per layer that compares
-        ``grad_output * level`` with ``grad_output * derivative``, and a row ``"all parameters"`` that compares the
-        gradient of all parameters with the one that the exact activations give for the same random numbers.
+        For an activation, a row per step function, with ``grad_output`` 1. For a model, a row per activation of
+        :mod:`lomem.nn` that compares ``grad_output * level`` with ``grad_output * derivative``; if it is converted, a
+        row per module that holds parameters, which compares their gradients; and a row ``"all parameters"`` that
+        compares the gradient of all parameters with the one that the model gives for the same random numbers with
+        exact activations and without its conversion.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -206,9 +201,11 @@ def report(
     if isinstance(target, nn.Module):
         if steps is not None:
             raise ValueError("lomem.fit.report: steps are given with a model, expected None: layers have their own")
-        return _of_model(target, batches, loss)
+        return _of_model(target, batches, loss, draws)
     if batches is not None:
         raise ValueError("lomem.fit.report: batches are given with a function, expected None or a model")
+    if draws != 1:
+        raise ValueError(f"lomem.fit.report: draws is {draws!r} with a function, expected 1 or a model")
     return _of_function(target, _best(target) if steps is None else steps, density)
 
 
@@ -231,22 +228,32 @@ def _of_function(target: Any, steps: Mapping[str, StepFunction], density: Any) -
     exact = torch.from_numpy(function.slope(x))
     rows = {}
     for label, step in steps.items():
-        sums = _Sums()
+        sums = Sums()
         sums.add(torch.from_numpy(step.derivative(x)), exact, torch.from_numpy(weights))
-        rows[label] = sums.fidelity()
+        rows[label] = _fidelity(sums)
     name = target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
     return FidelityReport(name, f"mean over {density!r:.40}", rows, dict(steps), function)
 
 
-def _of_model(model: nn.Module, batches: Any, loss: Loss | None) -> FidelityReport:
+def _of_model(model: nn.Module, batches: Any, loss: Loss | None, draws: Any) -> FidelityReport:
     name = "lomem.fit.report"
     if loss is None:
         raise ValueError(f"{name}: loss is None, expected a function that maps the model's output to a scalar")
     if batches is None:
         raise ValueError(f"{name}: batches is None, expected an iterable of batches")
-    layers = activation_layers(name, model)
-    batches = list(batches)
-    sums = {layer: _Sums() for layer in layers}
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"{name}: draws is {draws!r}, expected a whole number of at least 1")
+    converted = [module for module in model.modules() if is_converted(module)]
+    # Of a model without either, activation_layers says that it has none.
+    layers = step_layers(name, model) if converted else activation_layers(name, model)
+    wrapped = [module for module in converted if wrapped_since(module)]
+    if wrapped:
+        raise ValueError(
+            f"{name}: a converted module has become a {type(wrapped[0]).__name__}, expected the class that "
+            "lomem.convert gave it: call it before fully_shard, parametrizations and the like"
+        )
+    batches = as_list(name, batches)
+    sums = {layer: Sums() for layer in layers}
 
     def seen(layer: str, x: Tensor, grad: Tensor | None) -> None:
         assert grad is not None
@@ -254,33 +261,74 @@ def _of_model(model: nn.Module, batches: Any, loss: Loss | None) -> FidelityRepo
         # The layer rounds boundaries to float32; the effect is below the digits shown here.
         sums[layer].add(g * steps.derivative(x64), g * derivative(layers[layer], x64))
 
-    count = watch(name, model, layers, batches, loss, seen)
-    rows = {layer: total.fidelity() for layer, total in sums.items()}
-    rows["all parameters"] = _of_parameters(name, model, layers, batches, loss)
-    return FidelityReport(f"a {type(model).__name__}", f"{count} batches", rows)
+    if layers:
+        watch(name, model, layers, batches, loss, seen)
+    rows = {layer: _fidelity(total) for layer, total in sums.items()}
+    of_parameters = _of_parameters(name, model, layers, batches, loss, draws)
+    if not converted:
+        of_parameters = {_ALL: of_parameters[_ALL]}
+    under = f"{len(batches)} batches" if draws == 1 else f"{len(batches)} batches, {draws} draws"
+    return FidelityReport(f"a {type(model).__name__}", under, rows | of_parameters)
 
 
-def _of_parameters(name: str, model: nn.Module, layers: Any, batches: list[Any], loss: Loss) -> Fidelity:
+#: The row of the gradient that an optimizer receives.
+_ALL = "all parameters"
+
+
+def _of_parameters(
+    name: str, model: nn.Module, layers: Any, batches: list[Any], loss: Loss, draws: int
+) -> dict[str, Fidelity]:
+    """The comparison of the parameters' gradients, by the module that holds them, and of all."""
+    holders = layers_of(model)
+    holder_of = {parameter: holders.get(value) for parameter, value in model.named_parameters()}
+
     def gradients() -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
         for batch in batches:
             _add_gradients(name, model, batch, loss, total)
         return total
 
-    approximate = gradients()
-    with contextlib.ExitStack() as exact_layers:
-        for layer in layers.values():
-            exact_layers.callback(restore_module, layer, *module_state(layer))
-            layer.forward = layer.exact
-        exact = gradients()
-    sums = _Sums()
-    for parameter, e in exact.items():
-        sums.add(approximate.get(parameter, torch.zeros_like(e)), e)
-    return sums.fidelity()
+    state = _C.random_state()
+    try:
+        with contextlib.ExitStack() as exact_layers:
+            exact_layers.enter_context(given_back(model))
+            for layer in layers.values():
+                exact_layers.callback(restore_module, layer, *module_state(layer))
+                layer.forward = layer.exact
+            exact = gradients()
+        # Both start with the same numbers, which other layers may draw too; only later draws start with others.
+        _C.set_random_state(state)
+        by_layer: dict[str, Sums] = {}
+        means: dict[str, Tensor] = {}
+        for _ in range(draws):
+            approximate = gradients()
+            for parameter, e in exact.items():
+                a = approximate.pop(parameter, None)
+                a = torch.zeros_like(e) if a is None else a
+                by_layer.setdefault(holder_of[parameter] or "", Sums()).add(a, e)
+                if draws > 1:
+                    means[parameter] = a / draws + means.get(parameter, 0.0)
+    finally:
+        _C.set_random_state(state)
+    biases: dict[str, Sums] = {layer: Sums() for layer in by_layer}
+    for parameter, mean in means.items():
+        biases[holder_of[parameter] or ""].add(mean, exact[parameter])
+    rows = {}
+    for layer, sums in [*by_layer.items(), (_ALL, _merged(by_layer.values()))]:
+        of_mean = biases[layer] if layer != _ALL else _merged(biases.values())
+        rows[layer or "(the model)"] = _fidelity(sums, of_mean.fidelity().error if draws > 1 else None)
+    return rows
+
+
+def _merged(parts: Iterable[Sums]) -> Sums:
+    result = Sums()
+    for part in parts:
+        result.merge(part)
+    return result
 
 
 def _add_gradients(name: str, model: nn.Module, batch: Any, loss: Loss, total: dict[str, Tensor]) -> None:
-    """Adds the parameters' gradients for a batch, in float64, and restores the model's state."""
+    """Adds the parameters' gradients for a batch, in float64, and restores all but lomem's own random numbers."""
     given = as_batch(name, "batch", batch).map(Tensor.detach)
     with preserved(model), torch.enable_grad():
         torch.manual_seed(0)  # same dropout for both
@@ -288,5 +336,7 @@ def _add_gradients(name: str, model: nn.Module, batch: Any, loss: Loss, total: d
         for parameter, value in model.named_parameters():
             if value.grad is not None:
                 so_far = total.get(parameter)
-                grad = value.grad.double()
-                total[parameter] = grad if so_far is None else so_far + grad
+                grad = value.grad.to_dense() if value.grad.layout != torch.strided else value.grad
+                total[parameter] = grad.double() if so_far is None else so_far + grad.double()
+        drawn = _C.random_state()
+    _C.set_random_state(drawn)

@@ -1,0 +1,104 @@
+"""Which settings bring the gradient of a converted model closer to the exact one."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+
+from .. import functional as LF
+from .fidelity import GradientFidelity
+from .forms import ActivationForm
+from .kinds import KEEP, Criterion, Function, Wishes
+from .ledger import Candidate
+
+__all__ = ["LEAST", "advice", "step_error", "warning"]
+
+#: The cosine of a gradient to the exact one below which :func:`lomem.convert` warns, and the one that it aims at.
+LEAST, AIM = 0.95, 0.99
+#: A cosine below which that of unrelated gradients may be.
+_CHANCE = 0.05
+#: Relative noise of normal numbers in groups, by bits per element: a step over the square root of 12.
+_NOISE = {8: 0.0065, 4: 0.12}
+
+
+@functools.cache
+def step_error(function: Function, bits: int, criterion: Criterion) -> float:
+    """Relative error of the derivative of a step function, in the 2-norm over the standard normal distribution."""
+    x = torch.linspace(-8, 8, 8001, dtype=torch.float64, device="cpu")
+    with torch.enable_grad():
+        leaf = x.clone().requires_grad_()
+        y = F.gelu(leaf) if function is Function.GELU else F.silu(leaf)
+        (slope,) = torch.autograd.grad(y.sum(), leaf)
+    density = torch.exp(-(x**2) / 2)
+    steps = LF.step_function(function.value, bits, criterion=criterion.value).derivative(x)
+    return float((density @ (slope - steps) ** 2 / (density @ slope**2)).sqrt())
+
+
+def _functions(chosen: Iterable[Candidate]) -> set[Function]:
+    """What is computed with step functions."""
+    found: set[Function] = set()
+    for c in chosen:
+        if c.action.code_bits is not None:
+            form = c.form
+            found |= {form.kind} if isinstance(form, ActivationForm) else {f for f in Function if f.call in str(form)}
+    return found
+
+
+def advice(gradient: GradientFidelity, chosen: list[Candidate], wishes: Wishes, given: Mapping[str, str | None]) -> str:
+    """The options that are expected to give a cosine of at least 0.99, as they are written in a call.
+
+    Small errors of a gradient are taken to be proportional to those of what is stored: of the step functions'
+    derivatives, and of numbers in groups. Each layer multiplies what has become of the gradient so far, so it is the
+    logarithm of 1 plus the error that is proportional in general.
+
+    Args:
+        gradient: What was measured.
+        chosen: The conversions made.
+        wishes: Their options.
+        given: The arguments ``activations``, ``norms`` and ``pairs``, None for those left to ``bits``.
+    """
+    # The tangent of the angle is the error of the gradient at its best length. It alone is large if the gradient has
+    # become small. How near to 0 a small cosine is, or whether it is negative, is chance.
+    error = math.log1p(max(gradient.error, (max(gradient.cosine, _CHANCE) ** -2 - 1) ** 0.5))
+    groups = [c.action.group_bits for c in chosen if c.action.group_bits is not None]
+    functions = _functions(chosen)
+    criterion, bits = wishes.criterion, wishes.bits or 2
+
+    def enough(bits_then: int, criterion_then: Criterion) -> bool:
+        factors = [step_error(f, bits_then, criterion_then) / step_error(f, bits, criterion) for f in functions]
+        factors += [_NOISE[8] / _NOISE[noisy] for noisy in groups]
+        # The cosine is that of an error at right angles. No exponential beyond what a number holds.
+        return 1 / math.hypot(1, math.expm1(min(error * max(factors), 700))) >= AIM
+
+    other = [] if criterion is Criterion.DERIVATIVE else ['criterion="derivative"']
+    if groups or wishes.pair_groups is not None or wishes.norm_groups is not None:
+        dial = 8 if min([*groups, bits]) < 8 and enough(8, Criterion.DERIVATIVE) else 16
+        stored = "8bit" if dial == 8 else "auto"
+        kept = (None, "auto", KEEP)
+        settings = [f'{name}="{stored}"' for name in ("norms", "pairs") if given[name] not in kept]
+        if dial == 8 and given["activations"] not in kept:
+            settings.append('activations="8bit"')
+        return ", ".join([f"bits={dial}", *settings, *(other if dial == 8 else [])])
+    if other and enough(bits, Criterion.DERIVATIVE):
+        return other[0]
+    for more in range(bits + 1, 9):
+        if enough(more, Criterion.DERIVATIVE):
+            return ", ".join([f'activations="{more}bit"', *other])
+    # Not activations="keep", which would leave exact pairs too.
+    return "bits=16"
+
+
+def warning(gradient: GradientFidelity, layers: Mapping[str, GradientFidelity], settings: str) -> str:
+    """One sentence about a gradient that is far from the exact one."""
+    worst = sorted(layers, key=lambda name: layers[name].cosine)
+    named = [f"{name or '(the model)'} ({layers[name].cosine:.3f})" for name in worst[:3]]
+    more = sum(layers[name].cosine < LEAST for name in worst[3:])
+    where = ", ".join(named) + (f", and {more} more below {LEAST}" if more else "")
+    return (
+        f"the gradient on the example batch has a cosine of {gradient.cosine:.3f} to the exact one, furthest off in "
+        f"{where}: pass {settings} for a closer one"
+    )
