@@ -123,7 +123,8 @@ def run(model, batch):
 
 def projection(output):
     """The documented loss of an output that is a tensor."""
-    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0x6C6F6D656D)
+    noise = torch.randn(output.shape, generator=generator, dtype=torch.float32)
     return (output.float() * noise).sum()
 
 

@@ -8,6 +8,7 @@ import lomem
 import lomem.fit
 import pytest
 import torch
+import torch.nn.functional as F
 from fidelity_helpers import (
     SETTINGS,
     WIDTH,
@@ -107,6 +108,83 @@ def test_fit_report_of_a_converted_model(setting):
     assert row.error**2 == pytest.approx(row.bias**2 + row.deviation**2, rel=1e-9)
     assert report.under == "2 batches"
     assert "0.99" in str(report)
+
+
+def test_an_optimizer_in_the_backward_pass_takes_no_step():
+    model, batch = built("mlp")
+    convert(model, batch, pairs="keep", gradients=False)
+    expected = lomem.fit.report(model, [batch], loss=mean_square)
+    model.append(lomem.nn.GELU(bits=2))
+    both = lomem.fit.report(model, [batch], loss=mean_square)
+    fired = []
+
+    def stepped(parameter):
+        fired.append("accumulated")
+        parameter.data.fill_(torch.nan)
+
+    for p in model.parameters():
+        p.register_hook(lambda g: fired.append("hook"))
+        p.register_post_accumulate_grad_hook(stepped)
+    assert lomem.fit.report(model, [batch], loss=mean_square).rows == both.rows
+    del model[-1]
+    assert lomem.fit.report(model, [batch], loss=mean_square).rows == expected.rows
+    assert fired == []
+    step(model, batch, mean_square)
+    assert fired.count("hook") == fired.count("accumulated") == 8
+
+
+def test_a_batch_that_the_model_writes_to():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.last = nn.Linear(WIDTH, WIDTH), lomem.nn.GELU(bits=3)
+
+        def forward(self, x):
+            return self.last(F.gelu(self.linear(x.mul_(2))))
+
+    torch.manual_seed(3)
+    model, x = Scaled(), x_of(6, WIDTH)
+    plain = copy.deepcopy(model)
+    plain.last = nn.GELU()
+    convert(model, x.clone(), gradients=False)
+    before = x.clone()
+    report = lomem.fit.report(model, [x], loss=mean_square, draws=2)
+    assert torch.equal(x, before)
+    exact, approximate = (step(m, (x.clone(),), mean_square) for m in (plain, model))
+    want = figures(exact.values(), approximate.values())
+    check_figures(report.rows["all parameters"], want)
+
+
+def test_complex_parameters():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.turn, self.body = nn.Parameter(torch.randn(WIDTH, dtype=torch.complex64)), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return F.silu(self.body(F.silu((x * self.turn).real)))
+
+    torch.manual_seed(3)
+    model, x = Complex(), x_of(6, WIDTH)
+    plain = copy.deepcopy(model)
+    convert(model, x, pairs="keep", gradients=False)
+    report = lomem.fit.report(model, [x], loss=mean_square)
+    grads = []
+    for m in (plain, model):
+        mean_square(m(x)).backward()
+        grads.append([torch.view_as_real(m.turn.grad).double(), *(p.grad.double() for p in m.body.parameters())])
+    check_figures(report.rows["all parameters"], figures(*grads))
+
+
+def test_a_loss_that_is_a_module_is_left_as_it_was():
+    loss = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Flatten(0), nn.Unflatten(0, (1, -1)), nn.AvgPool1d(18))
+    model, batch = built("mlp")
+    convert(model, batch, pairs="keep", gradients=False)
+    model.append(lomem.nn.GELU(bits=2))
+    state = copy.deepcopy(loss.state_dict())
+    report = lomem.fit.report(model, [batch], loss=loss)
+    assert 0 < report.rows["all parameters"].error < 1
+    assert all(torch.equal(value, state[name]) for name, value in loss.state_dict().items())
 
 
 def test_the_bias_falls_with_the_root_of_the_draws():

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as prune
 from activations_helpers import MODULES
+from lomem._trace.batch import as_batch
+from lomem._trace.state import preserved
+from lomem.conversion.flow import untouched
 from lomem.conversion.recognize import (
     ActivationForm,
     NormForm,
@@ -338,20 +341,33 @@ def test_recognition_leaves_everything_as_it_was():
     assert norm.weight.grad is None
 
 
-def test_recognition_in_two_threads_leaves_everything_as_it_was():
+BLOCKS = {
+    "quietly": quietly,
+    "preserved": lambda: preserved(nn.GELU()),
+    "untouched": lambda: untouched(nn.GELU(), True, as_batch("", "", torch.ones(2))),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_two_threads_leave_everything_as_it_was(name):
     # What is set for the whole process: nobody else's setting is restored in place of one's own.
+    block = BLOCKS[name]
+
     def settings():
-        return (eval_frame._stance.stance, list(warnings.filters), torch.is_anomaly_enabled(), torch.get_rng_state())
+        fast = torch.backends.mha.get_fastpath_enabled()
+        stance = eval_frame._stance.stance
+        return stance, list(warnings.filters), torch.is_anomaly_enabled(), fast, torch.get_rng_state()
 
     def first():
-        with quietly():
+        with block():
+            torch.rand(1)
             inside.set()
             entered.wait(0.5)  # the other one must not get so far
         left.set()
 
     def second():
         inside.wait()
-        with quietly():
+        with block():
             entered.set()
             left.wait()
 

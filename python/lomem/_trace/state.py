@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,6 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import _C
 
+#: Held while something of the whole process is set: random numbers, the compiler's stance, filters of warnings, torch's
+#: switches. Two threads that did so at the same time would each restore what the other had set, and leave it so.
+exclusive = threading.RLock()
+
 
 @contextlib.contextmanager
 def preserved(model: nn.Module, optimizer: Optimizer | None = None, inputs: Iterable[Tensor] = ()) -> Iterator[None]:
@@ -22,12 +27,13 @@ def preserved(model: nn.Module, optimizer: Optimizer | None = None, inputs: Iter
 
     What a training step may change (buffers, the optimizer's parameters and state) is copied to the CPU, and copied
     back bit for bit into the same tensors. Gradients are set aside: inside the block there are none. Attributes and
-    hooks of modules are restored, but not changes inside other values (a list that the forward pass appends to).
+    hooks of modules are restored, but not changes inside other values (a list that the forward pass appends to). One
+    thread at a time is in such a block.
     """
     held = [p for group in optimizer.param_groups for p in group["params"]] if optimizer is not None else []
     parameters = list(dict.fromkeys([*model.parameters(), *held]))
     inputs = list(inputs)
-    with contextlib.ExitStack() as stack:
+    with exclusive, contextlib.ExitStack() as stack:
         stack.enter_context(_random_numbers([*parameters, *model.buffers(), *inputs], generators_of(model)))
         for tensor in inputs:
             stack.callback(_written_back, tensor, _copy(tensor), _version(tensor))
@@ -41,6 +47,23 @@ def preserved(model: nn.Module, optimizer: Optimizer | None = None, inputs: Iter
             stack.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
         yield
+
+
+def seed(model: nn.Module, inputs: Iterable[Tensor]) -> None:
+    """Seeds torch's random numbers of a model's devices with 0, inside of :func:`preserved`.
+
+    ``torch.manual_seed`` would seed the other devices too, which nobody restores.
+    """
+    torch.default_generator.manual_seed(0)
+    for device in {t.device for t in (*model.parameters(), *model.buffers(), *inputs)}:
+        if device.type in ("cpu", "meta"):
+            continue
+        module: Any = torch.get_device_module(device)
+        generators = getattr(module, "default_generators", None)
+        if generators:
+            generators[device.index or 0].manual_seed(0)
+        else:  # of a single device
+            module.manual_seed(0)
 
 
 def generators_of(model: nn.Module) -> list[torch.Generator]:

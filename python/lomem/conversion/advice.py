@@ -19,6 +19,8 @@ __all__ = ["LEAST", "advice", "step_error", "warning"]
 
 #: The cosine of a gradient to the exact one below which :func:`lomem.convert` warns, and the one that it aims at.
 LEAST, AIM = 0.95, 0.99
+#: Least share of the gradient with which a layer is named.
+_COUNTS = 1e-3
 #: A cosine below which that of unrelated gradients may be.
 _CHANCE = 0.05
 #: Relative noise of normal numbers in groups, by bits per element: a step over the square root of 12.
@@ -48,8 +50,12 @@ def _functions(chosen: Iterable[Candidate]) -> set[Function]:
     return found
 
 
-def advice(gradient: GradientFidelity, chosen: list[Candidate], wishes: Wishes, given: Mapping[str, str | None]) -> str:
+def advice(
+    gradient: GradientFidelity, chosen: list[Candidate], wishes: Wishes, given: Mapping[str, str | None]
+) -> str | None:
     """The options that are expected to give a cosine of at least 0.99, as they are written in a call.
+
+    If there are none, those that come closest; None if that is what was used.
 
     Small errors of a gradient are taken to be proportional to those of what is stored: of the step functions'
     derivatives, and of numbers in groups. Each layer multiplies what has become of the gradient so far, so it is the
@@ -67,6 +73,8 @@ def advice(gradient: GradientFidelity, chosen: list[Candidate], wishes: Wishes, 
     groups = [c.action.group_bits for c in chosen if c.action.group_bits is not None]
     functions = _functions(chosen)
     criterion, bits = wishes.criterion, wishes.bits or 2
+    # Without these, bits=16 would find nothing to convert.
+    exact = bool(groups) or any(c.action.exact for c in chosen)
 
     def enough(bits_then: int, criterion_then: Criterion) -> bool:
         factors = [step_error(f, bits_then, criterion_then) / step_error(f, bits, criterion) for f in functions]
@@ -76,7 +84,10 @@ def advice(gradient: GradientFidelity, chosen: list[Candidate], wishes: Wishes, 
 
     other = [] if criterion is Criterion.DERIVATIVE else ['criterion="derivative"']
     if groups or wishes.pair_groups is not None or wishes.norm_groups is not None:
-        dial = 8 if min([*groups, bits]) < 8 and enough(8, Criterion.DERIVATIVE) else 16
+        fewer = min([*groups, bits]) < 8
+        if not exact and not fewer:
+            return None
+        dial = 8 if fewer and (not exact or enough(8, Criterion.DERIVATIVE)) else 16
         stored = "8bit" if dial == 8 else "auto"
         kept = (None, "auto", KEEP)
         settings = [f'{name}="{stored}"' for name in ("norms", "pairs") if given[name] not in kept]
@@ -88,17 +99,20 @@ def advice(gradient: GradientFidelity, chosen: list[Candidate], wishes: Wishes, 
     for more in range(bits + 1, 9):
         if enough(more, Criterion.DERIVATIVE):
             return ", ".join([f'activations="{more}bit"', *other])
-    # Not activations="keep", which would leave exact pairs too.
-    return "bits=16"
+    if exact:
+        return "bits=16"  # not activations="keep", which would leave exact pairs too
+    return None if bits == 8 else ", ".join(['activations="8bit"', *other])
 
 
-def warning(gradient: GradientFidelity, layers: Mapping[str, GradientFidelity], settings: str) -> str:
+def warning(gradient: GradientFidelity, layers: Mapping[str, GradientFidelity], settings: str | None) -> str:
     """One sentence about a gradient that is far from the exact one."""
-    worst = sorted(layers, key=lambda name: layers[name].cosine)
+    cure = f"pass {settings} for a closer one" if settings is not None else "lomem.restore undoes the conversion"
+    counting = [name for name, layer in layers.items() if layer.share >= _COUNTS]
+    worst = sorted(counting, key=lambda name: layers[name].cosine)
     named = [f"{name or '(the model)'} ({layers[name].cosine:.3f})" for name in worst[:3]]
     more = sum(layers[name].cosine < LEAST for name in worst[3:])
     where = ", ".join(named) + (f", and {more} more below {LEAST}" if more else "")
     return (
         f"the gradient on the example batch has a cosine of {gradient.cosine:.3f} to the exact one, furthest off in "
-        f"{where}: pass {settings} for a closer one"
+        f"{where}: {cure}"
     )

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from .._trace.autocast import autocast_dtype
 from .._trace.batch import Batch
+from .._trace.state import seed
 from .exchange import exchange_all, give_all_back
 from .flow import modes, untouched
 from .kinds import Kind
@@ -35,7 +36,7 @@ class Outputs:
         for training in modes(self._model):
             # With gradients in training: only then do converted modules behave differently.
             with untouched(self._model, training, self._inputs), torch.set_grad_enabled(training):
-                torch.manual_seed(0)  # the same dropout every time; the state is restored afterwards
+                seed(self._model, self._inputs.tensors())  # the same dropout every time
                 leaves = tree_leaves(self._inputs.call(self._model))
             outputs += [t.detach().clone() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
         return outputs

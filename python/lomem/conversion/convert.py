@@ -107,12 +107,12 @@ def convert(
         dry_run: Whether to only report the decisions, changing nothing.
         gradients: Whether to compare the gradient of the trained parameters on the example inputs with the original
             model's, in training mode, if not all conversions are exact: ``Report.gradient`` and ``Report.layers``. This
-            takes two more passes, forward and backward, and twice the memory of a gradient. If it is not possible,
+            takes two more passes, forward and backward, and up to the memory of three gradients. If it is not possible,
             ``Report.notes`` says why.
         loss: Maps the model's output to the scalar whose gradient is compared. By default it is the output's ``loss``
             (attribute or key), if that is a scalar tensor that requires a gradient; else the output itself, if it is
             one; else the sum, in float32, of all floating-point tensors of the output that require a gradient, each
-            element times a number of the standard normal distribution, drawn from a generator with seed 0.
+            element times a number of the standard normal distribution, the same every time.
 
     Returns:
         What was converted, what was not, and why.
@@ -206,11 +206,18 @@ def _with_gradient(
     compared = exact if isinstance(exact, str) else exact.compare()
     if isinstance(compared, str):
         return _noted(report, f"gradients were not compared: {compared}"), None
+    assert isinstance(exact, ExactGradient)
     whole, layers = compared
+    missing = len(exact.layers) - len(layers)
+    if missing > 0:
+        # As of all layers behind a last one that is 0 at first: they count once that has been trained.
+        note = (
+            f"{missing} of {len(exact.layers)} layers with trained parameters have no gradient on the example batch yet"
+        )
+        report = _noted(report, note)
     if not math.isfinite(whole.error):
         message = (
-            "the gradient on the example batch is not finite, but was before the conversion: pass bits=16 for an exact "
-            "one"
+            "the gradient on the example batch is not finite, but was before the conversion: lomem.restore undoes it"
         )
         return _noted(report, message), message
     report = dataclasses.replace(report, gradient=whole, layers=layers)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections import Counter
+import sys
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .._trace.batch import Batch
+from .._trace.state import preserved, seed
 from .._units import size
 from .flow import untouched
 
@@ -27,6 +29,7 @@ __all__ = [
     "Sums",
     "default_loss",
     "layers_of",
+    "undisturbed",
     "wrong_scalar",
 ]
 
@@ -43,11 +46,14 @@ class GradientFidelity:
         cosine: Cosine of the angle between the two.
         ratio: Norm of the approximate gradient, relative to that of the exact one.
         error: Norm of the difference, relative to the norm of the exact gradient.
+        share: Norm of the exact gradient, relative to that of the whole model's. (Where it is rounding noise, as for a
+            bias in front of a BatchNorm, the other figures mean nothing.)
     """
 
     cosine: float
     ratio: float
     error: float
+    share: float = 1.0
 
     def __str__(self) -> str:
         return f"cosine {self.cosine:.3f}, {self.ratio:.3g} times the norm, relative error {self.error:.2g}"
@@ -148,12 +154,18 @@ def default_loss(output: Any) -> Tensor:
     for value in (own, output):
         if isinstance(value, Tensor) and wrong_scalar(value) is None:
             return value
-    generator = torch.Generator().manual_seed(0)  # on the CPU, so that all devices get the same numbers
+    # On the CPU, so that all devices get the same numbers. Not of a seed that a program uses: a batch may be drawn from
+    # it in the same way, and would be multiplied with itself.
+    generator = torch.Generator().manual_seed(_SEED)
     tensors = [t for t in _tensors(output) if t.is_floating_point() and t.requires_grad]
     if not tensors:
         raise _SkippedError("no output of the model requires a gradient")
-    products = [t.float() * torch.randn(t.shape, generator=generator, device="cpu").to(t.device) for t in tensors]
+    options: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+    products = [t.float() * torch.randn(t.shape, **options).to(t.device) for t in tensors]
     return torch.stack([product.sum().to(products[0].device) for product in products]).sum()
+
+
+_SEED = 0x6C6F6D656D
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -206,15 +218,15 @@ class ExactGradient:
             raise _SkippedError("no parameter is trained")
         if any(hasattr(parameter, "full_tensor") for parameter in self._layers):  # a DTensor
             raise _SkippedError("parameters are distributed over several devices")
-        short = _short_of_memory(list(self._layers))
-        if short is not None:
-            raise _SkippedError(short)
+        problem = _others(self._model) or _short_of_memory(list(self._layers))
+        if problem is not None:
+            raise _SkippedError(problem)
         gradients = self._run()
         for i, gradient in enumerate(gradients):
             if gradient is not None:
                 if not bool(_flat(gradient).isfinite().all()):
                     raise _SkippedError("the exact gradient is not finite")
-                gradients[i] = gradient.to("cpu")
+                gradients[i] = gradient.to("cpu", copy=True)  # which may be a buffer that the next pass writes to
         self._gradients = gradients
         if all(g is None for g in gradients):
             raise _SkippedError("the loss depends on no parameter that is trained")
@@ -222,9 +234,11 @@ class ExactGradient:
     def _run(self) -> list[Tensor | None]:
         """A training step without the optimizer: the gradients of the parameters, None for those without."""
         parameters = list(self._layers)
-        with untouched(self._model, True, self._inputs), _without_hooks(parameters), torch.enable_grad():
-            torch.manual_seed(0)  # the same dropout in both passes; the state is restored afterwards
-            output = self._inputs.call(self._model)
+        # A batch may come from a graph, whose backward pass would run now.
+        inputs = self._inputs.map(lambda t: t.detach().requires_grad_(t.requires_grad))
+        with untouched(self._model, True, inputs), undisturbed(self._model, self._loss), torch.enable_grad():
+            seed(self._model, inputs.tensors())  # the same dropout in both passes
+            output = inputs.call(self._model)
             if self._loss is None:
                 value = default_loss(output)
             else:
@@ -238,6 +252,11 @@ class ExactGradient:
             return [
                 None if g is None else g.detach() for g in torch.autograd.grad(value, parameters, allow_unused=True)
             ]
+
+    @property
+    def layers(self) -> set[str]:
+        """Names of the modules that hold trained parameters."""
+        return set(self._layers.values())
 
     def compare(self) -> tuple[GradientFidelity, dict[str, GradientFidelity]] | str:
         """Compares it with the gradient of the model as it is now; once, for it is freed.
@@ -267,7 +286,11 @@ class ExactGradient:
             whole.merge(layer_sums)
         if whole.exact == 0:
             raise _SkippedError("the exact gradient is 0")
-        return whole.fidelity(), {name: layer.fidelity() for name, layer in sums.items() if layer.exact > 0}
+        return whole.fidelity(), {
+            name: dataclasses.replace(layer.fidelity(), share=(layer.exact / whole.exact) ** 0.5)
+            for name, layer in sums.items()
+            if layer.exact > 0
+        }
 
 
 def _said(error: Exception) -> str:
@@ -277,25 +300,49 @@ def _said(error: Exception) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
+#: Where parameters and modules keep what runs in the backward pass. (torch.autograd.grad, too, runs the first ones.)
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks", "_backward_pre_hooks")
+
+
 @contextlib.contextmanager
-def _without_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
-    # torch.autograd.grad runs the hooks of Tensor.register_hook too. Some are optimizers.
-    held = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
-    try:
-        for parameter, _ in held:
-            parameter._backward_hooks = None
-        yield
-    finally:
-        for parameter, hooks in held:
-            parameter._backward_hooks = hooks
+def undisturbed(model: nn.Module, loss: Any) -> Iterator[None]:
+    """Takes the hooks of the backward pass off, some of which are optimizers, and restores a loss that is a module."""
+    holders = [*model.parameters(), *model.modules()]
+    held = [(holder, name, getattr(holder, name)) for holder in holders for name in _HOOKS if hasattr(holder, name)]
+    held = [(holder, name, hooks) for holder, name, hooks in held if hooks]
+    with preserved(loss) if isinstance(loss, nn.Module) else contextlib.nullcontext():
+        try:
+            for holder, name, _ in held:
+                setattr(holder, name, OrderedDict())
+            yield
+        finally:
+            for holder, name, hooks in held:
+                setattr(holder, name, hooks)
+
+
+def _others(model: nn.Module) -> str | None:
+    """A clause that says that the passes have effects elsewhere, or None."""
+    if any(getattr(p, "main_grad", None) is not None for p in model.parameters()):
+        return "parameters have a main_grad, to which a backward pass may add"
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        # One process that skips the comparison, for whatever reason, would leave the others waiting.
+        kinds = [nn.parallel.DistributedDataParallel, nn.SyncBatchNorm]
+        if "torch.distributed.fsdp" in sys.modules:  # else no module is of this class
+            kinds.append(sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel)
+        for module in model.modules():
+            if isinstance(module, tuple(kinds)):
+                return f"{type(module).__name__} communicates with other processes"
+    return None
 
 
 def _short_of_memory(parameters: list[nn.Parameter]) -> str | None:
     """A clause that says which device lacks memory for the exact and the approximate gradient, or None."""
     needed: Counter[torch.device] = Counter()
     for parameter in parameters:
-        # On an accelerator, the exact gradient is kept on the CPU, but while a pass makes one, both may be there.
-        needed[parameter.device] += 2 * parameter.nbytes
+        # The exact gradient, the approximate one, and what the pass that makes it needs besides. (On an accelerator the
+        # exact one is kept on the CPU, but may be there as well for a while.)
+        needed[parameter.device] += 3 * parameter.nbytes
         if parameter.device.type != "cpu":
             needed[torch.device("cpu")] += parameter.nbytes
     for device, nbytes in needed.items():

@@ -22,7 +22,7 @@ from .._trace.handover import is_whole
 from .._trace.hooks import hook_after, hook_before
 from .._trace.keeps import COPIES
 from .._trace.recorder import Op, Recorder, Storage
-from .._trace.state import preserved
+from .._trace.state import exclusive, preserved
 from .modules import as_activation, is_transformed
 from .pairs import UNARY, Step, StepKind, as_step, is_small
 
@@ -325,19 +325,20 @@ def untouched(model: nn.Module, training: bool, inputs: Batch) -> Iterator[None]
         training: Mode of all modules inside the block.
         inputs: Its arguments, which the model may write to.
     """
-    # Weight copies made without gradient would be reused in runs with gradient, and earlier ones would not be
-    # recognized as copies.
-    torch.clear_autocast_cache()
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)  # it bypasses the modules
-        with preserved(model, inputs=inputs.tensors()):
-            for module in model.modules():
-                module.training = training  # not model.train(), which a module may override
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with exclusive:
+        # Weight copies made without gradient would be reused in runs with gradient, and earlier ones would not be
+        # recognized as copies.
         torch.clear_autocast_cache()
+        fast = torch.backends.mha.get_fastpath_enabled()
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)  # it bypasses the modules
+            with preserved(model, inputs=inputs.tensors()):
+                for module in model.modules():
+                    module.training = training  # not model.train(), which a module may override
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            torch.clear_autocast_cache()
 
 
 def trace(model: nn.Module, inputs: Batch, watched: Iterable[str], *, training: bool, grad: bool) -> Flow:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from .._trace.state import generators_of, module_state, restore_module
+from .._trace.state import exclusive, generators_of, module_state, restore_module
 from ..functional.norms import LAYER_NORM, RMS_NORM
 
 __all__ = [
@@ -165,11 +164,6 @@ def _eagerly() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-# The compiler's stance, the filters of warnings, the detection of anomalies and the random numbers are of the whole
-# process. Blocks of two threads that overlapped would each restore what the other had set, and leave it so.
-_quiet = threading.RLock()
-
-
 @contextlib.contextmanager
 def quietly() -> Iterator[torch.Generator]:
     """Isolates the block: real tensors even under fake mode, no graph, no autocast, no change to global generators.
@@ -177,7 +171,7 @@ def quietly() -> Iterator[torch.Generator]:
     One thread at a time is in such a block.
     """
     with (
-        _quiet,
+        exclusive,
         warnings.catch_warnings(),
         _disable_current_modes(),
         torch.inference_mode(False),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._trace.batch import as_batch
 from .._trace.state import preserved
-from ..conversion.fidelity import EXPECTED, wrong_scalar
+from ..conversion.fidelity import EXPECTED, undisturbed, wrong_scalar
 from ..memory._run import check_model, tensors_in
 from ..nn.activations import WithSteps
 
@@ -63,9 +63,9 @@ def watch(
     """
     _check_iterable(function, batches)
     count = 0
-    with preserved(model), _hooked(layers, loss is not None, seen):
+    with preserved(model), undisturbed(model, loss), _hooked(layers, loss is not None, seen):
         for batch in batches:
-            given = as_batch(function, "batch", batch).map(Tensor.detach)
+            given = as_batch(function, "batch", batch).map(own)
             count += 1
             with torch.set_grad_enabled(loss is not None):
                 output = given.call(model)
@@ -75,6 +75,11 @@ def watch(
     if count == 0:
         raise ValueError(f"{function}: {_EMPTY}")
     return count
+
+
+def own(tensor: Tensor) -> Tensor:
+    """A copy without a graph. The model may write to it, and the next run must not see that."""
+    return tensor.detach().clone()
 
 
 def scalar(function: str, value: Any) -> Tensor:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from .. import _C
 from .._trace.batch import as_batch
-from .._trace.state import module_state, preserved, restore_module
+from .._trace.state import module_state, preserved, restore_module, seed
 from ..conversion.exchange import given_back, is_converted, wrapped_since
-from ..conversion.fidelity import Sums, layers_of
+from ..conversion.fidelity import Sums, layers_of, undisturbed
 from ..memory._report import Report, Section
 from ..steps import StepFunction
 from ._fit import CRITERIA, fit, measured
 from ._functions import Function
-from ._layers import Loss, activation_layers, as_list, derivative, scalar, step_layers, watch
+from ._layers import Loss, activation_layers, as_list, derivative, own, scalar, step_layers, watch
 
 __all__ = ["Fidelity", "FidelityReport", "report"]
 
@@ -329,14 +329,15 @@ def _merged(parts: Iterable[Sums]) -> Sums:
 
 def _add_gradients(name: str, model: nn.Module, batch: Any, loss: Loss, total: dict[str, Tensor]) -> None:
     """Adds the parameters' gradients for a batch, in float64, and restores all but lomem's own random numbers."""
-    given = as_batch(name, "batch", batch).map(Tensor.detach)
-    with preserved(model), torch.enable_grad():
-        torch.manual_seed(0)  # same dropout for both
+    given = as_batch(name, "batch", batch).map(own)
+    with preserved(model), undisturbed(model, loss), torch.enable_grad():
+        seed(model, given.tensors())  # same dropout for both
         scalar(name, loss(given.call(model))).backward()
         for parameter, value in model.named_parameters():
             if value.grad is not None:
                 so_far = total.get(parameter)
                 grad = value.grad.to_dense() if value.grad.layout != torch.strided else value.grad
-                total[parameter] = grad.double() if so_far is None else so_far + grad.double()
+                grad = (torch.view_as_real(grad) if grad.is_complex() else grad).double()
+                total[parameter] = grad if so_far is None else so_far + grad
         drawn = _C.random_state()
     _C.set_random_state(drawn)
