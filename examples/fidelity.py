@@ -215,30 +215,34 @@ def _limit(name: str) -> float:
     return next(limit for start, limit in LIMITS.items() if _class(name).score_name.startswith(start))
 
 
+_MARKERS = "os^vDP*X<>h"
+
+
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     """Saved bytes against loss of quality, in units of its limit."""
     names = [name for name in TASKS if any(o.task == name for o in outcomes)]
-    figure = Figure(figsize=(3.4 * len(names), 3.6), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(names), 4.2), layout="constrained")
+    settings = [s for s in SETTINGS if s != "plain"]
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         mine = [o for o in outcomes if o.task == name]
         kind, limit = _class(name), _limit(name)
         plain = statistics.fmean(o.saved_bytes for o in mine if o.setting == "plain")
-        for setting in [s for s in SETTINGS if s != "plain"]:
+        for i, setting in enumerate(settings):
             lost = losses(mine, setting, higher_is_better="accuracy" in kind.score_name)
             if not lost:
                 continue
             x = statistics.fmean(o.saved_bytes for o in mine if o.setting == setting) / plain
             error = statistics.stdev(lost) / math.sqrt(len(lost)) if len(lost) > 1 else 0
-            axes.errorbar(x, statistics.fmean(lost) / limit, error / limit, fmt="o", capsize=2, markersize=4)
-            axes.annotate(
-                setting, (x, statistics.fmean(lost) / limit), fontsize=6, xytext=(3, 3), textcoords="offset points"
-            )
+            style: dict[str, Any] = {"fmt": _MARKERS[i % len(_MARKERS)], "color": f"C{i % 10}", "capsize": 2}
+            axes.errorbar(x, statistics.fmean(lost) / limit, error / limit, markersize=6, label=setting, **style)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.axhline(1, color="#D55E00", linewidth=0.8)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("saved bytes, relative to plain")
         axes.set_ylabel("loss of quality / limit")
         axes.spines[["top", "right"]].set_visible(False)
+    handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
 
 

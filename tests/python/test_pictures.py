@@ -82,7 +82,7 @@ def test_the_papers_settings(drawn, tmp_path):
     points = {c.get_label(): len(c.get_offsets()) for c in axes.collections}
     assert points == {
         model._PAPER_NAMES[method]: sum(method in one for one in saved)
-        for method in ("activations", "norms", "lomem", "no peft cast", "checkpoint")
+        for method in ("activations", "norms", "lomem", "no peft cast", "exact", "8bit", "gated-mlp", "checkpoint")
     }
 
 
