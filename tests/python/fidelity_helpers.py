@@ -29,6 +29,17 @@ class Gated(nn.Module):
         return x + self.down(F.silu(self.gate(z)) * self.up(z))
 
 
+class Complex(nn.Module):
+    """A model with complex parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn, self.body = nn.Parameter(torch.randn(WIDTH, dtype=torch.complex64)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return F.silu(self.body(F.silu((x * self.turn).real)))
+
+
 def mlp():
     layers = [m for _ in range(3) for m in (nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Dropout(0.2))]
     return nn.Sequential(*layers, nn.Linear(WIDTH, 3)), (x_of(6, WIDTH),)

@@ -17,6 +17,7 @@ from fidelity_helpers import (
     MODELS,
     SETTINGS,
     WIDTH,
+    Complex,
     approximate_actions,
     built,
     by_layer,
@@ -355,14 +356,6 @@ def test_parameters_of_the_model_itself_frozen_unused_and_sparse_ones():
 
 
 def test_complex_parameters():
-    class Complex(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.turn, self.body = nn.Parameter(torch.randn(WIDTH, dtype=torch.complex64)), nn.Linear(WIDTH, WIDTH)
-
-        def forward(self, x):
-            return F.silu(self.body(F.silu((x * self.turn).real)))
-
     plain, model, batch = seeded(Complex), seeded(Complex), (x_of(6, WIDTH),)
     report = convert(model, batch, pairs="keep")
     grads = []

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fidelity_helpers import (
     SETTINGS,
     WIDTH,
+    Complex,
     built,
     by_layer,
     check_figures,
@@ -156,14 +157,6 @@ def test_a_batch_that_the_model_writes_to():
 
 
 def test_complex_parameters():
-    class Complex(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.turn, self.body = nn.Parameter(torch.randn(WIDTH, dtype=torch.complex64)), nn.Linear(WIDTH, WIDTH)
-
-        def forward(self, x):
-            return F.silu(self.body(F.silu((x * self.turn).real)))
-
     torch.manual_seed(3)
     model, x = Complex(), x_of(6, WIDTH)
     plain = copy.deepcopy(model)

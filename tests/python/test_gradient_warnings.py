@@ -129,7 +129,6 @@ def test_the_advised_setting_gives_no_warning(name):
     assert int(more or 0) == sum(cosine < 0.95 for cosine, _ in below[3:])
     other, _ = seeded(make)
     better, again = warned(other, batch, **(options | advised(message)))
-    print(f"{name}: {report.gradient.cosine:.3f} {options}, {advised(message)}: {better.gradient}")
     assert again is None
     assert better.gradient is None or better.gradient.cosine >= 0.95
 

@@ -46,6 +46,12 @@ def test_runs_are_resumed(study, monkeypatch, tmp_path):
     text = results.with_suffix(".md").read_text(encoding="utf-8")
     assert "| steps, 2 bits | 1 |" in text
     assert results.with_suffix(".png").stat().st_size > 0
+    # Runs of another length are not mixed with them.
+    run(study, monkeypatch, results, "--tasks", "conv", "--seeds", "1", "--steps", "2", "--settings", "plain")
+    text = results.with_suffix(".md").read_text(encoding="utf-8")
+    assert "\n2 steps; " in text
+    assert "| plain | 1 |" in text
+    assert "steps, 2 bits" not in text
 
 
 @pytest.mark.usefixtures("one_thread")

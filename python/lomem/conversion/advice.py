@@ -23,8 +23,6 @@ LEAST, AIM = 0.95, 0.99
 _COUNTS = 1e-3
 #: A cosine below which that of unrelated gradients may be.
 _CHANCE = 0.05
-#: Relative noise of normal numbers in groups, by bits per element: a step over the square root of 12.
-_NOISE = {8: 0.0065, 4: 0.12}
 
 
 @functools.cache
@@ -78,7 +76,8 @@ def advice(
 
     def enough(bits_then: int, criterion_then: Criterion) -> bool:
         factors = [step_error(f, bits_then, criterion_then) / step_error(f, bits, criterion) for f in functions]
-        factors += [_NOISE[8] / _NOISE[noisy] for noisy in groups]
+        # The noise of a group is proportional to its step, which is its largest element over the largest code.
+        factors += [(2 ** (noisy - 1) - 1) / 127 for noisy in groups]
         # The cosine is that of an error at right angles. No exponential beyond what a number holds.
         return 1 / math.hypot(1, math.expm1(min(error * max(factors), 700))) >= AIM
 
