@@ -173,12 +173,6 @@ void check_step_backward(
   check_same_device(op, "codes", codes, "grad_output", grad_output);
 }
 
-void check_unpack(const char* op, const at::Tensor& packed, int64_t bits, const c10::SymInt& numel) {
-  check_bits(op, bits);
-  TORCH_CHECK_VALUE(numel >= 0 && numel <= max_numel, op, ": numel is ", numel, ", expected 0 to ", max_numel);
-  check_packed(op, "packed", packed, numel, bits);
-}
-
 namespace {
 
 /// A stream of random bits.
@@ -187,6 +181,33 @@ void check_stream(
   check_seed(op, seed, name, tensor);
   TORCH_CHECK_VALUE(offset >= 0, op, ": offset is ", offset, ", expected at least 0");
 }
+
+}  // namespace
+
+void check_drawing(
+    const char* op, const at::Tensor& input, int64_t bits, const std::optional<at::Tensor>& seed, int64_t offset) {
+  check_bits(op, bits);
+  check_float_tensor(op, "input", input);
+  check_stream(op, seed, offset, "input", input);
+}
+
+void check_drawn_backward(
+    const char* op, const at::Tensor& grad_output, const at::Tensor& codes, const at::Tensor& seed, int64_t bits,
+    int64_t offset) {
+  check_bits(op, bits);
+  check_float_tensor(op, "grad_output", grad_output);
+  check_packed(op, "codes", codes, grad_output.sym_numel(), bits);
+  check_same_device(op, "codes", codes, "grad_output", grad_output);
+  check_stream(op, seed, offset, "grad_output", grad_output);
+}
+
+void check_unpack(const char* op, const at::Tensor& packed, int64_t bits, const c10::SymInt& numel) {
+  check_bits(op, bits);
+  TORCH_CHECK_VALUE(numel >= 0 && numel <= max_numel, op, ": numel is ", numel, ", expected 0 to ", max_numel);
+  check_packed(op, "packed", packed, numel, bits);
+}
+
+namespace {
 
 GroupFormat check_group_format(const char* op, int64_t bits, int64_t group_size) {
   TORCH_CHECK_VALUE(bits == 8 || bits == 4, op, ": bits is ", bits, ", expected 8 or 4");

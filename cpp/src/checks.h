@@ -44,6 +44,15 @@ void check_band(const char* op, const at::Tensor& input, double low, double high
 void check_step_backward(
     const char* op, const at::Tensor& grad_output, const at::Tensor& codes, at::ArrayRef<double> levels, int64_t bits);
 
+/// Checks the arguments of an op that draws codes at random.
+void check_drawing(
+    const char* op, const at::Tensor& input, int64_t bits, const std::optional<at::Tensor>& seed, int64_t offset);
+
+/// Checks the arguments of an op that multiplies gradients by the levels of codes drawn at random.
+void check_drawn_backward(
+    const char* op, const at::Tensor& grad_output, const at::Tensor& codes, const at::Tensor& seed, int64_t bits,
+    int64_t offset);
+
 void check_unpack(const char* op, const at::Tensor& packed, int64_t bits, const c10::SymInt& numel);
 
 /// Checks the arguments of storage in groups.

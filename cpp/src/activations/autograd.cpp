@@ -1,38 +1,15 @@
 // Gradients of the activations, computed from codes. Codes are in the memory order of the forward's output.
 #include "../autograd.h"
 
-#include <algorithm>
 #include <array>
-#include <numeric>
 #include <vector>
 
 #include "fused.h"
 #include "ops.h"
+#include "order.h"
 
 namespace lomem::detail {
 namespace {
-
-/// The permutation that makes a dense tensor row-major, or nothing if it already is.
-std::vector<int64_t> memory_order(const at::Tensor& dense) {
-  // Sizes may be symbolic and data-dependent. If they leave open whether the tensor is row-major, the strides are
-  // sorted: the resulting order is right either way.
-  if (dense.is_contiguous_or_false()) {
-    return {};
-  }
-  const auto strides = dense.sym_strides();
-  std::vector<int64_t> order(strides.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
-  return order;
-}
-
-std::vector<int64_t> inverse(const std::vector<int64_t>& order) {
-  std::vector<int64_t> result(order.size());
-  for (size_t i = 0; i < order.size(); ++i) {
-    result[order[i]] = static_cast<int64_t>(i);
-  }
-  return result;
-}
 
 int64_t bits_of(size_t levels) {
   int64_t bits = 0;
@@ -42,26 +19,13 @@ int64_t bits_of(size_t levels) {
   return bits;
 }
 
-/// Saves codes, and of the output only how it lies in memory.
-void save_codes(AutogradContext* ctx, const at::Tensor& codes, const at::Tensor& output) {
-  ctx->save_for_backward({codes});
-  // (A row-major order is not saved: an entry costs more than a small activation.)
-  const std::vector<int64_t> order = memory_order(output);
-  if (!order.empty()) {
-    ctx->saved_data["order"] = order;
-  }
-}
-
 /// grad_output * levels[codes], by differentiable operations, for gradients of gradients.
 variable_list gradient_from_codes(AutogradContext* ctx, const at::Tensor& grad_output, Doubles levels) {
   const at::Tensor codes = ctx->get_saved_variables()[0];
   const int64_t bits = bits_of(levels.size());
-  const auto saved_order = ctx->saved_data.find("order");
-  if (saved_order == ctx->saved_data.end()) {
-    return {ops::step_activation_backward(grad_output, codes, levels, bits)};
-  }
-  const std::vector<int64_t> order = saved_order->second.toIntVector();
-  return {ops::step_activation_backward(grad_output.permute(order), codes, levels, bits).permute(inverse(order))};
+  return {in_saved_order(ctx, grad_output, [&](const at::Tensor& grad) {
+    return ops::step_activation_backward(grad, codes, levels, bits);
+  })};
 }
 
 /// An activation whose derivative is levels[code], with the levels saved beside the codes.
@@ -71,7 +35,8 @@ struct FewBitFunction : torch::autograd::Function<Function> {
 
   static void save(
       AutogradContext* ctx, const at::Tensor& codes, const at::Tensor& output, const c10::List<double>& levels) {
-    save_codes(ctx, codes, output);
+    ctx->save_for_backward({codes});
+    save_order(ctx, output);
     ctx->saved_data["levels"] = levels;
   }
 
@@ -101,7 +66,8 @@ struct PublishedActivation : torch::autograd::Function<PublishedActivation<Activ
     }();
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [output, codes] = ops::fused_activation_forward(input, function, boundaries, Steps::bits, fast);
-    save_codes(ctx, codes, output);
+    ctx->save_for_backward({codes});
+    save_order(ctx, output);
     return output;
   }
 

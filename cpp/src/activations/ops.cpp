@@ -22,6 +22,15 @@ at::Tensor activation_value(const Activation& activation, const at::Tensor& inpu
   return activation.value(input, parameters);
 }
 
+at::Tensor in_memory_order(const at::Tensor& input, const at::Tensor& output) {
+  const at::Tensor dense = input.strides() == output.strides() ? input : at::empty_like(output).copy_(input);
+  return dense.as_strided({dense.numel()}, {1});
+}
+
+at::Tensor empty_codes_like(const at::Tensor& input, int64_t bits) {
+  return at::empty_symint({packed_bytes(input.sym_numel(), static_cast<int>(bits))}, input.options().dtype(at::kByte));
+}
+
 namespace {
 
 /// Without a gradient: the torch op itself, whether `fast` is set or not.
@@ -33,12 +42,6 @@ at::Tensor step_activation_value(
   const Activation& activation = find_activation(op, function, parameters);
   check_step_arguments(op, activation, {bits, criterion, boundaries, levels});
   return activation_value(activation, input, parameters);
-}
-
-/// The elements of `input` in the memory order of `output`, which is dense, as a 1-D tensor.
-at::Tensor in_memory_order(const at::Tensor& input, const at::Tensor& output) {
-  const at::Tensor dense = input.strides() == output.strides() ? input : at::empty_like(output).copy_(input);
-  return dense.as_strided({dense.numel()}, {1});
 }
 
 std::tuple<at::Tensor, at::Tensor> step_activation_forward_value(
@@ -80,10 +83,6 @@ std::tuple<at::Tensor, at::Tensor> hard_activation_forward_value(
 
 // Shapes --------------------------------------------------------------------------------------------------------------
 
-at::Tensor empty_codes(const at::Tensor& input, int64_t bits) {
-  return at::empty_symint({packed_bytes(input.sym_numel(), static_cast<int>(bits))}, input.options().dtype(at::kByte));
-}
-
 std::tuple<at::Tensor, at::Tensor> step_activation_forward_meta(
     const at::Tensor& input, std::string_view function, Doubles parameters, int64_t bits, std::string_view criterion,
     OptionalDoubles boundaries, OptionalDoubles levels, bool /*fast*/) {
@@ -91,14 +90,14 @@ std::tuple<at::Tensor, at::Tensor> step_activation_forward_meta(
   check_float_tensor(op, "input", input);
   const Activation& activation = find_activation(op, function, parameters);
   check_step_arguments(op, activation, {bits, criterion, boundaries, levels});
-  return {activation_value(activation, input, parameters), empty_codes(input, bits)};
+  return {activation_value(activation, input, parameters), empty_codes_like(input, bits)};
 }
 
 std::tuple<at::Tensor, at::Tensor> hard_activation_forward_meta(
     const at::Tensor& input, std::string_view function, Doubles parameters) {
   constexpr const char* op = ops::hard_activation_forward.name;
   check_float_tensor(op, "input", input);
-  return {activation_value(find_exact(op, function, parameters), input, parameters), empty_codes(input, 1)};
+  return {activation_value(find_exact(op, function, parameters), input, parameters), empty_codes_like(input, 1)};
 }
 
 std::tuple<at::Tensor, at::Tensor> fused_activation_forward_meta(
@@ -106,17 +105,17 @@ std::tuple<at::Tensor, at::Tensor> fused_activation_forward_meta(
   check_fused_forward(input, boundaries, bits);
   visit_fused(function, [](auto /*known*/) {});
   const Activation& activation = find_activation(ops::fused_activation_forward.name, function, {});
-  return {activation_value(activation, input, {}), empty_codes(input, bits)};
+  return {activation_value(activation, input, {}), empty_codes_like(input, bits)};
 }
 
 at::Tensor step_codes_meta(const at::Tensor& input, Doubles boundaries, int64_t bits) {
   check_encoding(ops::step_codes.name, input, boundaries, bits);
-  return empty_codes(input, bits);
+  return empty_codes_like(input, bits);
 }
 
 at::Tensor band_codes_meta(const at::Tensor& input, double low, double high) {
   check_band(ops::band_codes.name, input, low, high);
-  return empty_codes(input, 1);
+  return empty_codes_like(input, 1);
 }
 
 at::Tensor step_activation_backward_meta(

@@ -1,12 +1,10 @@
 // Selects the step function of an activation: the library's, computed once, or a user-supplied one.
 #include <algorithm>
-#include <map>
-#include <mutex>
-#include <shared_mutex>
 #include <string>
 #include <tuple>
 
 #include "../checks.h"
+#include "cache.h"
 #include "table.h"
 
 namespace lomem::detail {
@@ -36,39 +34,6 @@ Criterion parse_criterion(const char* op, const Activation& activation, std::str
 StepFunction make_steps(const Activation& activation, Criterion criterion, int64_t bits, Doubles parameters) {
   return criterion == Criterion::paper ? activation.paper() : activation.steps(criterion, bits, parameters);
 }
-
-/// Caches step functions, because for some parameters finding one takes a third of a second. Entries are added and
-/// never change.
-class Registry {
- public:
-  std::shared_ptr<const ResolvedSteps> get(
-      const Activation& activation, Criterion criterion, int64_t bits, Doubles parameters) {
-    const Key key{
-        &activation, criterion, bits, parameters.empty() ? 0 : parameters[0],
-        parameters.size() < 2 ? 0 : parameters[1]};
-    {
-      const std::shared_lock lock(mutex_);
-      if (const auto entry = entries_.find(key); entry != entries_.end()) {
-        return entry->second;
-      }
-    }
-    auto found = std::make_shared<const ResolvedSteps>(make_steps(activation, criterion, bits, parameters));
-    const std::unique_lock lock(mutex_);
-    if (entries_.size() < most) {
-      return entries_.emplace(key, std::move(found)).first->second;
-    }
-    return found;
-  }
-
- private:
-  using Key = std::tuple<const Activation*, Criterion, int64_t, double, double>;
-
-  /// Limits the memory of a program that changes a parameter in every step.
-  static constexpr size_t most = 4096;
-
-  std::shared_mutex mutex_;
-  std::map<Key, std::shared_ptr<const ResolvedSteps>> entries_;
-};
 
 c10::List<double> as_list(const std::vector<double>& values) {
   c10::List<double> result;
@@ -116,8 +81,13 @@ std::shared_ptr<const ResolvedSteps> resolve_steps(
   const auto& [bits, criterion, boundaries, levels] = arguments;
   if (!boundaries && !levels) {
     check_bits(op, bits);
-    static Registry registry;
-    return registry.get(activation, parse_criterion(op, activation, criterion, bits), bits, parameters);
+    // (For some parameters finding a step function takes a third of a second.)
+    using Key = std::tuple<const Activation*, Criterion, int64_t, double, double>;
+    static Cache<Key, ResolvedSteps, 4096> cache;
+    const Criterion known = parse_criterion(op, activation, criterion, bits);
+    const Key key{
+        &activation, known, bits, parameters.empty() ? 0 : parameters[0], parameters.size() < 2 ? 0 : parameters[1]};
+    return cache.get(key, [&] { return ResolvedSteps(make_steps(activation, known, bits, parameters)); });
   }
   check_step_arguments(op, activation, arguments);
   StepFunction steps{filled_boundaries(*boundaries, bits), levels->vec()};

@@ -11,6 +11,8 @@
 #include <string_view>
 #include <vector>
 
+#include "derivatives.h"
+
 namespace lomem::detail {
 
 using Doubles = at::ArrayRef<double>;
@@ -50,6 +52,8 @@ struct Activation {
 
   /// For smooth activations: the step function of 1 to 8 bits for "derivative" and "primitive".
   StepFunction (*steps)(Criterion criterion, int64_t bits, Doubles parameters) = nullptr;
+  /// For smooth activations: the derivative itself, as what codes drawn at random are made of.
+  Derivative (*derivative)(Doubles parameters) = nullptr;
   /// The step function for "paper". May be null.
   StepFunction (*paper)() = nullptr;
   /// Whether fused_activation_forward supports it. Otherwise the op runs the torch op and then encodes its input.

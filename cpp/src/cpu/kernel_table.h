@@ -2,6 +2,7 @@
 // is chosen at run time (kernels.cpp).
 #pragma once
 
+#include <lomem/core/drawn.h>
 #include <lomem/core/dtype.h>
 #include <lomem/core/gated.h>
 #include <lomem/core/norm.h>

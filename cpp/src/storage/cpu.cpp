@@ -20,11 +20,11 @@ int64_t range_unit(const GroupFormat& format) {
 }
 
 /// Nothing without a seed.
-std::optional<GroupRandom> random_of_seed(const std::optional<at::Tensor>& seed, int64_t offset) {
+std::optional<RoundingBits> random_of_seed(const std::optional<at::Tensor>& seed, int64_t offset) {
   if (!has_tensor(seed)) {
     return std::nullopt;
   }
-  return GroupRandom{static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()), static_cast<uint64_t>(offset)};
+  return RoundingBits{static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()), static_cast<uint64_t>(offset)};
 }
 
 std::tuple<at::Tensor, at::Tensor> quantize_groups_cpu(
@@ -35,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor> quantize_groups_cpu(
   at::Tensor codes = at::empty({packed_bytes(n, format.bits)}, dense.options().dtype(at::kByte));
   at::Tensor scales = at::empty({scale_count(n, format.group)}, dense.options().dtype(at::kBFloat16));
 
-  const std::optional<GroupRandom> random = random_of_seed(seed, offset);
+  const std::optional<RoundingBits> random = random_of_seed(seed, offset);
   const DType dtype = to_dtype(dense.scalar_type());
   const auto size = static_cast<int64_t>(dense.element_size());
   const auto* source = static_cast<const char*>(dense.const_data_ptr());
@@ -64,7 +64,7 @@ at::Tensor dequantize_groups_cpu(
   const auto* values = static_cast<const bfloat16*>(factors.const_data_ptr());
   const auto element = static_cast<int64_t>(output.element_size());
   auto* target = static_cast<char*>(output.mutable_data_ptr());
-  const std::optional<GroupRandom> random = random_of_seed(seed, offset);
+  const std::optional<RoundingBits> random = random_of_seed(seed, offset);
   const bool stream = cpu::should_stream(output.nbytes());
   parallel_over_elements(output.numel(), range_unit(format), [&](int64_t begin, int64_t end) {
     cpu::group_decode(

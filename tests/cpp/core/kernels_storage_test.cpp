@@ -11,14 +11,14 @@ namespace {
 
 using lomem::bfloat16;
 using lomem::GroupFormat;
-using lomem::GroupRandom;
+using lomem::RoundingBits;
 
 class StorageKernels : public KernelTest {};
 INSTANTIATE_FOR_EVERY_TABLE(StorageKernels);
 
 template <int bits, class T>
 void check(
-    const Table& table, const std::vector<T>& x, std::int64_t first, int group, const GroupRandom* random,
+    const Table& table, const std::vector<T>& x, std::int64_t first, int group, const RoundingBits* random,
     std::size_t misalignment, bool stream) {
   const auto n = static_cast<std::int64_t>(x.size());
   const GroupFormat format{bits, group};
@@ -54,7 +54,7 @@ void check(
 
 template <class T>
 void check_both(
-    const Table& table, const std::vector<T>& x, std::int64_t first, int group, const GroupRandom* random,
+    const Table& table, const std::vector<T>& x, std::int64_t first, int group, const RoundingBits* random,
     std::size_t misalignment, bool stream) {
   check<8>(table, x, first, group, random, misalignment, stream);
   check<4>(table, x, first, group, random, misalignment, stream);
@@ -65,7 +65,7 @@ TEST_P(StorageKernels, EverySize) {
     using T = typename decltype(element)::type;
     for (const std::size_t n : awkward_sizes()) {
       const auto x = random_elements<T>(n, 3, static_cast<unsigned>(n));
-      const GroupRandom random{0x9e3779b97f4a7c15 * n, n % 3};
+      const RoundingBits random{0x9e3779b97f4a7c15 * n, n % 3};
       for (const int group : {16, 128}) {
         check_both(GetParam(), x, 0, group, nullptr, n % 3, n % 2 == 0);
         check_both(GetParam(), x, 0, group, &random, n % 3, n % 2 == 0);
@@ -82,7 +82,7 @@ TEST_P(StorageKernels, EverySizeOfGroups) {
         const auto x = random_elements<T>(n, 3, static_cast<unsigned>(n));
         // Numbers of blocks around and beyond 2^32; of streams, too.
         for (const std::int64_t first : {std::int64_t{0}, (std::int64_t{1} << 35) - 1024, std::int64_t{1} << 55}) {
-          const GroupRandom random{~std::uint64_t{n}, (std::uint64_t{1} << 32) + n};
+          const RoundingBits random{~std::uint64_t{n}, (std::uint64_t{1} << 32) + n};
           check_both(GetParam(), x, first, group, &random, 0, true);
         }
         check_both(GetParam(), x, 0, group, nullptr, 0, true);
@@ -94,7 +94,7 @@ TEST_P(StorageKernels, EverySizeOfGroups) {
 TEST_P(StorageKernels, EveryMagnitude) {
   for_each_element_type([&](auto element) {
     using T = typename decltype(element)::type;
-    const GroupRandom random{5, 6};
+    const RoundingBits random{5, 6};
     for (int exponent = -150; exponent <= 128; exponent += 3) {
       const auto x = random_elements<T>(300, std::ldexp(1.0, exponent), static_cast<unsigned>(exponent + 200));
       check_both(GetParam(), x, 0, 128, nullptr, 0, false);
@@ -106,7 +106,7 @@ TEST_P(StorageKernels, EveryMagnitude) {
 TEST_P(StorageKernels, EverySixteenBitPattern) {
   for_each_sixteen_bit_type([&](auto element) {
     using T = typename decltype(element)::type;
-    const GroupRandom random{7, 8};
+    const RoundingBits random{7, 8};
     check_both(GetParam(), all_patterns<T>(), 0, 128, nullptr, 0, false);
     check_both(GetParam(), all_patterns<T>(), 0, 16, &random, 0, false);
   });
@@ -115,7 +115,7 @@ TEST_P(StorageKernels, EverySixteenBitPattern) {
 TEST_P(StorageKernels, NotANumberAndInfinity) {
   for_each_element_type([&](auto element) {
     using T = typename decltype(element)::type;
-    const GroupRandom random{9, 10};
+    const RoundingBits random{9, 10};
     for (const double special : {HUGE_VAL, -HUGE_VAL, std::nan(""), 0.0}) {
       for (const std::size_t place : {std::size_t{0}, std::size_t{130}, std::size_t{255}, std::size_t{299}}) {
         auto x = random_elements<T>(300, special == 0 ? 0 : 3, 1);
@@ -137,7 +137,7 @@ TEST_P(StorageKernels, TheLargestCodes) {
     }
   }
   for (std::uint64_t seed = 0; seed < 8; ++seed) {
-    const GroupRandom random{seed, 0};
+    const RoundingBits random{seed, 0};
     check_both(GetParam(), x, 0, 128, &random, 0, false);
   }
 }
@@ -156,8 +156,8 @@ TEST_P(StorageKernels, AnyBytes) {
       for (auto& scale : scales) {
         scale.bits = static_cast<std::uint16_t>(generator());
       }
-      const GroupRandom random{static_cast<std::uint64_t>(round), 3};
-      for (const GroupRandom* source : {static_cast<const GroupRandom*>(nullptr), &random}) {
+      const RoundingBits random{static_cast<std::uint64_t>(round), 3};
+      for (const RoundingBits* source : {static_cast<const RoundingBits*>(nullptr), &random}) {
         std::vector<T> want(1024);
         std::vector<T> got(1024);
         for (int g = 0; g < 8; ++g) {

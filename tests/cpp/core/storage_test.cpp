@@ -118,7 +118,7 @@ TEST(Storage, StochasticIntegersAreUnbiased) {
 }
 
 TEST(Storage, RandomBitsAreHalvesOfTheStream) {
-  const lomem::GroupRandom random{0x299f31d0a4093822, 0};
+  const lomem::RoundingBits random{0x299f31d0a4093822, 0};
   for (std::int64_t i : {std::int64_t{0}, std::int64_t{8}, std::int64_t{1} << 40}) {
     const auto block = random.block(i);
     for (int j = 0; j < 8; ++j) {
@@ -154,7 +154,7 @@ constexpr double half_spacing = sizeof(T) >= 4                ? 0x1p-24
                                                               : 0x1p-11;
 
 template <int bits, class T>
-void check_round_trip(const std::vector<T>& x, const lomem::GroupRandom* random) {
+void check_round_trip(const std::vector<T>& x, const lomem::RoundingBits* random) {
   const auto n = static_cast<std::int64_t>(x.size());
   std::vector<std::uint8_t> codes(static_cast<std::size_t>(lomem::packed_bytes(n, bits)), 0xee);
   const bfloat16 scale = lomem::encode_group<bits>(x.data(), 128, n, random, codes.data());
@@ -187,7 +187,7 @@ void check_round_trip(const std::vector<T>& x, const lomem::GroupRandom* random)
 }
 
 TEST(Storage, NothingClips) {
-  const lomem::GroupRandom random{9, 4};
+  const lomem::RoundingBits random{9, 4};
   const auto check = [&](auto element, double scale, std::size_t n) {
     using T = typename decltype(element)::type;
     const auto x = random_elements<T>(n, scale, static_cast<unsigned>(n));
@@ -212,8 +212,8 @@ TEST(Storage, NothingClips) {
 }
 
 TEST(Storage, TheLargestNumbersStayFinite) {
-  const lomem::GroupRandom random{3, 5};
-  for (const lomem::GroupRandom* source : {static_cast<const lomem::GroupRandom*>(nullptr), &random}) {
+  const lomem::RoundingBits random{3, 5};
+  for (const lomem::RoundingBits* source : {static_cast<const lomem::RoundingBits*>(nullptr), &random}) {
     for (const float sign : {1.0f, -1.0f}) {
       const float most = sign * std::numeric_limits<float>::max();
       const bfloat16 most_of_bfloat16{static_cast<std::uint16_t>(sign > 0 ? 0x7f7f : 0xff7f)};
@@ -232,7 +232,7 @@ TEST(Storage, TheLargestNumbersStayFinite) {
 template <class T>
 void check_special(double special) {
   for (const bool stochastic : {false, true}) {
-    const lomem::GroupRandom random{1, 1};
+    const lomem::RoundingBits random{1, 1};
     std::vector<T> x(9, Element<T>::from(1.0));
     x[3] = Element<T>::from(special);
     std::uint8_t codes[9];
@@ -262,7 +262,7 @@ TEST(Storage, AGroupThatIsNotFiniteIsNotANumber) {
 }
 
 TEST(Storage, Zeros) {
-  const lomem::GroupRandom random{1, 1};
+  const lomem::RoundingBits random{1, 1};
   const float x[3] = {0.0f, -0.0f, 0.0f};
   std::uint8_t codes[3] = {1, 2, 3};
   EXPECT_EQ((lomem::encode_group<8>(x, 0, 3, &random, codes).bits), 0);

@@ -14,7 +14,7 @@ namespace {
 
 using namespace lomem::cuda;
 using lomem::bfloat16;
-using lomem::GroupRandom;
+using lomem::RoundingBits;
 
 template <class T>
 class StorageBodies : public testing::Test {};
@@ -27,7 +27,7 @@ void check(const std::vector<T>& elements, int group, bool stochastic, int misal
   const auto n = static_cast<std::int64_t>(elements.size());
   const std::int64_t seed = n * 0x123456789abc - 5;
   const std::uint64_t offset = (std::uint64_t{1} << 33) + 7;
-  const GroupRandom random{static_cast<std::uint64_t>(seed), offset};
+  const RoundingBits random{static_cast<std::uint64_t>(seed), offset};
   std::vector<std::uint8_t> want(static_cast<std::size_t>(lomem::packed_bytes(n, bits)));
   std::vector<bfloat16> want_scales;
   std::vector<T> want_values(elements.size());

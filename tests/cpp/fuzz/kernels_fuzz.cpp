@@ -520,9 +520,9 @@ void fuzz_storage(Choices& choices) {
   const bool stochastic = choices.flag();
   const int group = lomem::min_scale_group << choices.byte() % 7;
   const std::int64_t first = std::int64_t{group} * static_cast<std::int64_t>(choices.number(60000));
-  lomem::GroupRandom random{};
+  lomem::RoundingBits random{};
   std::memcpy(&random, choices.bytes(sizeof(random)).data(), sizeof(random));
-  const lomem::GroupRandom* source = stochastic ? &random : nullptr;
+  const lomem::RoundingBits* source = stochastic ? &random : nullptr;
   const Bytes x = choices.elements(dtype, count);
   const auto groups = static_cast<std::size_t>(lomem::scale_count(n, group));
   Bytes want_codes(static_cast<std::size_t>(lomem::packed_bytes(n, bits)));

@@ -14,11 +14,7 @@
 //   value   code * scale, rounded to the element type, but no further than to its largest finite number: m / Q rounded
 //           up must not make an infinity of a finite element.
 //
-// Subtracted dither: of codes that were rounded at random, the value is (code + u - 1/2) * scale if the random number u
-// in (0, 1) is drawn again. A code is t - u rounded up, so code + u - t is uniform in [0, 1) whatever t is: the error
-// is independent of the element, at most half a step, and has the variance 1/12 of a squared step. Without u it depends
-// on the fraction of t, is up to a step, and has twice the variance on average. (Schuchman, "Dither signals and their
-// effect on quantization noise", IEEE Trans. Commun. Technol. 12, 1964.)
+// Of codes that were rounded at random, dither can be subtracted (rounding.h): the value is (code + u - 1/2) * scale.
 //
 // A group of zeros has scale 0 and codes 0; the sign of a zero is lost. If an element is infinite or NaN, the scale is
 // NaN and the codes are 0: the whole group becomes NaN, because none of its elements should look as if it were finite.
@@ -27,7 +23,7 @@
 #include <lomem/config.h>
 #include <lomem/core/dtype.h>
 #include <lomem/core/packing.h>
-#include <lomem/core/philox.h>
+#include <lomem/core/rounding.h>
 
 #include <cstdint>
 
@@ -107,58 +103,9 @@ LOMEM_HOST_DEVICE constexpr float group_inverse(bfloat16 scale) {
 
 /// x * inverse, rounded before anything is added to it, and at most Q: it is above Q by rounding only.
 LOMEM_HOST_DEVICE constexpr float scaled(float x, float inverse, float q) {
-#if defined(__CUDA_ARCH__)
-  const float t = __fmul_rn(x, inverse);
-#else
-  const float t = x * inverse;
-#endif
+  const float t = rounded_product(x, inverse);
   const float above = t < -q ? -q : t;
   return above > q ? q : above;
-}
-
-/// The nearest integer, ties to even, of |t| < 2^22: floats from 2^23 to 2^24 are the integers there.
-LOMEM_HOST_DEVICE constexpr float nearest_integer(float t) {
-  constexpr float shift = 0x1.8p23f;
-  return (t + shift) - shift;
-}
-
-/// Number 2 * j or 2 * j + 1 of 16 random bits in a word.
-LOMEM_HOST_DEVICE constexpr std::uint32_t random_half(std::uint64_t word, bool odd) {
-  return (static_cast<std::uint32_t>(word) >> (odd ? 16 : 0)) & 0xffffu;
-}
-
-/// The integer below or above t, for |t| < 2^22 and 16 random bits. Above with a probability that is t - floor(t)
-/// rounded to a multiple of 2^-16: the mean over all random bits is off by at most 2^-17. (Rounding t + u down would
-/// not do: for |t| near 127 the sum has a precision of 2^-17, so that ties of the sum would favour even numbers. The
-/// difference is exact, but for t in (-1, 0), where it is rounded to a multiple of 2^-24 at least.)
-LOMEM_HOST_DEVICE constexpr float stochastic_integer(float t, std::uint32_t random) {
-  const float nearest = nearest_integer(t);
-  const float below = nearest > t ? nearest - 1.0f : nearest;
-  const float u = (static_cast<float>(random) + 0.5f) * 0x1p-16f;
-  return t - below > u ? below + 1.0f : below;
-}
-
-/// u - 1/2 of the same random bits, exact.
-LOMEM_HOST_DEVICE constexpr float dither(std::uint32_t random) {
-  return (static_cast<float>(random) + 0.5f) * 0x1p-16f - 0.5f;
-}
-
-/// Where random bits come from. Those of element i depend on `seed`, `offset` and i alone: block i / 8 of philox_block
-/// has 16 bits for each of eight elements, in the order of words and low halves first.
-struct GroupRandom {
-  std::uint64_t seed;
-  std::uint64_t offset;
-
-  LOMEM_HOST_DEVICE constexpr PhiloxBlock<std::uint64_t> block(std::int64_t i) const {
-    return philox_block<philox_rounds_of_rounding>(seed, static_cast<std::uint64_t>(i) / 8, offset);
-  }
-};
-
-/// The 16 bits of element j = 0..7 of a block.
-LOMEM_HOST_DEVICE constexpr std::uint32_t random_of(const PhiloxBlock<std::uint64_t>& block, int j) {
-  const std::uint64_t low = j < 2 ? block.first : block.second;
-  const std::uint64_t high = j < 6 ? block.third : block.fourth;
-  return random_half(j < 4 ? low : high, j % 2 != 0);
 }
 
 /// The bits of a code, which is an integer in [-Q, Q].
@@ -175,7 +122,7 @@ LOMEM_HOST_DEVICE constexpr int code_of_bits(std::uint32_t word, int bits) {
 /// as that of pack_word. `inverse` is that of their group. Without `random`, rounded to nearest.
 template <int bits, class T>
 LOMEM_HOST_DEVICE constexpr std::uint64_t encode_eight(
-    const T* x, int count, float inverse, const GroupRandom* random, std::int64_t first) {
+    const T* x, int count, float inverse, const RoundingBits* random, std::int64_t first) {
   const PhiloxBlock<std::uint64_t> block = random == nullptr ? PhiloxBlock<std::uint64_t>{} : random->block(first);
   constexpr auto q = static_cast<float>(largest_code(bits));
   std::uint64_t word = 0;
@@ -194,7 +141,7 @@ LOMEM_HOST_DEVICE constexpr std::uint64_t encode_eight(
 /// bytes and returns the scale.
 template <int bits, class T>
 LOMEM_HOST_DEVICE constexpr bfloat16 encode_group(
-    const T* x, std::int64_t first, std::int64_t count, const GroupRandom* random, std::uint8_t* codes) {
+    const T* x, std::int64_t first, std::int64_t count, const RoundingBits* random, std::uint8_t* codes) {
   std::uint32_t largest = 0;
   for (std::int64_t i = 0; i < count; ++i) {
     const std::uint32_t magnitude = magnitude_bits(to_float(x[i]));
@@ -250,7 +197,7 @@ LOMEM_HOST_DEVICE constexpr float code_of_word(std::uint64_t word, int j) {
 /// `first` of the tensor.
 template <int bits, class T>
 LOMEM_HOST_DEVICE constexpr void decode_group(
-    const std::uint8_t* codes, std::int64_t count, bfloat16 scale, T* y, const GroupRandom* random = nullptr,
+    const std::uint8_t* codes, std::int64_t count, bfloat16 scale, T* y, const RoundingBits* random = nullptr,
     std::int64_t first = 0) {
   const float factor = to_compute(scale);
   const float limit = value_limit<T>(scale);

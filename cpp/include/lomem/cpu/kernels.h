@@ -4,6 +4,7 @@
 
 #include <lomem/config.h>
 #include <lomem/core/activation.h>
+#include <lomem/core/drawn.h>
 #include <lomem/core/dtype.h>
 #include <lomem/core/gated.h>
 #include <lomem/core/norm.h>

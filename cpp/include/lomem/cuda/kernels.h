@@ -4,6 +4,7 @@
 
 #include <lomem/config.h>
 #include <lomem/core/activation.h>
+#include <lomem/core/drawn.h>
 #include <lomem/core/dtype.h>
 #include <lomem/core/gated.h>
 #include <lomem/core/norm.h>
@@ -44,6 +45,17 @@ LOMEM_API cudaError_t band_encode(
 LOMEM_API cudaError_t step_backward(
     DType dtype, const void* grad_output, const std::uint8_t* codes, const double* levels, int bits, std::int64_t n,
     void* grad_input, cudaStream_t stream);
+
+/// Codes drawn at random, as lomem::drawn_encode (core/drawn.h). `table` is in host memory, `seed` in device memory.
+/// bits = 1..8.
+LOMEM_API cudaError_t drawn_encode(
+    DType dtype, const DrawnTable& table, const void* x, std::int64_t n, int bits, const std::int64_t* seed,
+    std::uint64_t offset, std::uint8_t* codes, cudaStream_t stream);
+
+/// Gradients from such codes, as drawn_decode_multiply. `levels` are rounded once to the arithmetic type of `dtype`.
+LOMEM_API cudaError_t drawn_backward(
+    DType dtype, const void* grad_output, const std::uint8_t* codes, const DrawnLevels<double>& levels, int bits,
+    std::int64_t n, const std::int64_t* seed, std::uint64_t offset, void* grad_input, cudaStream_t stream);
 
 /// product[i] = x[i] * (bit i of mask ? scale : 0) for n elements. `scale` is rounded once to the arithmetic type of
 /// `dtype`.

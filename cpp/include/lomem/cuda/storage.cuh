@@ -14,7 +14,7 @@ namespace lomem::cuda {
 struct NearestRounding {
   static constexpr bool is_random = false;
 
-  LOMEM_HOST_DEVICE GroupRandom random() const {
+  LOMEM_HOST_DEVICE RoundingBits random() const {
     return {0, 0};
   }
 };
@@ -26,7 +26,7 @@ struct StochasticRounding {
   const std::int64_t* seed;
   std::uint64_t offset;
 
-  LOMEM_HOST_DEVICE GroupRandom random() const {
+  LOMEM_HOST_DEVICE RoundingBits random() const {
     return {static_cast<std::uint64_t>(*seed), offset};
   }
 };
@@ -92,7 +92,7 @@ struct GroupEncode {
     std::uint64_t word = 0;
     if (!has_no_codes(scale)) {
       const Vector<T, unit> values = load(begin);
-      const GroupRandom random = rounding.random();
+      const RoundingBits random = rounding.random();
       word =
           encode_eight<bits>(values.values, unit, group_inverse(scale), Rounding::is_random ? &random : nullptr, begin);
     }
@@ -177,7 +177,7 @@ struct GroupDecode {
   LOMEM_HOST_DEVICE void prepare(std::int64_t /*block*/, int /*thread*/, Shared&) const {}
 
   LOMEM_HOST_DEVICE void operator()(std::int64_t block, int thread, const Shared&) const {
-    const GroupRandom random = rounding.random();
+    const RoundingBits random = rounding.random();
     if (aligned && Grid::is_full(block, n)) {
       std::uint64_t word[units_per_thread];
       bfloat16 scale[units_per_thread];
@@ -202,7 +202,7 @@ struct GroupDecode {
  private:
   /// The elements of a unit, of which the first is number `begin`.
   LOMEM_HOST_DEVICE static Vector<T, elements> values_of(
-      std::uint64_t word, bfloat16 scale, const GroupRandom& random, std::int64_t begin) {
+      std::uint64_t word, bfloat16 scale, const RoundingBits& random, std::int64_t begin) {
     static_assert(group_size % elements == 0);  // so that they share a block of random numbers
     PhiloxBlock<std::uint64_t> numbers{};
     if constexpr (Rounding::is_random) {
@@ -221,7 +221,7 @@ struct GroupDecode {
     return values;
   }
 
-  LOMEM_HOST_DEVICE void one_by_one(std::int64_t unit, const GroupRandom& random) const {
+  LOMEM_HOST_DEVICE void one_by_one(std::int64_t unit, const RoundingBits& random) const {
     const std::int64_t begin = unit * elements;
     if (begin >= n) {
       return;

@@ -3,6 +3,7 @@
 #include <lomem/core/activation.h>
 
 #include "../kernel_table.h"
+#include "drawn.h"
 #include "dropout.h"
 #include "gated.h"
 #include "norm.h"

@@ -138,7 +138,7 @@ struct TwoWideProducts {
 /// Random bits, 16 for each element.
 class RandomWords {
  public:
-  explicit RandomWords(const GroupRandom& random) : random_(random) {
+  explicit RandomWords(const RoundingBits& random) : random_(random) {
     // Then the halves of blocks, two words each, are joined within every 16 bytes.
     for (int lane = 0; lane < wide_lanes; ++lane) {
       lanes_[lane] = static_cast<std::uint64_t>(lane / 2 + lane % 2 * (wide_lanes / 2));
@@ -195,7 +195,7 @@ class RandomWords {
 #endif
   }
 
-  GroupRandom random_;
+  RoundingBits random_;
   WideWords lanes_;
 };
 
@@ -441,7 +441,7 @@ inline void encode_batch(
 }
 
 /// The random bits of n <= batch_elements elements, and of some more.
-[[gnu::noinline]] void store_random(GroupRandom source, std::int64_t first, std::int64_t n, std::uint16_t* halves) {
+[[gnu::noinline]] void store_random(RoundingBits source, std::int64_t first, std::int64_t n, std::uint16_t* halves) {
   const RandomWords random(source);
   for (std::int64_t i = 0; i < n; i += 2 * block_elements) {
     random.store_at(first + i, halves + i);
@@ -450,7 +450,7 @@ inline void encode_batch(
 
 template <int bits, bool stochastic, class T>
 [[gnu::noinline]] void encode_groups(
-    const T* x, std::int64_t first, std::int64_t n, std::int64_t group, GroupRandom source, std::uint8_t* codes,
+    const T* x, std::int64_t first, std::int64_t n, std::int64_t group, RoundingBits source, std::uint8_t* codes,
     bfloat16* scales, bool stream) {
   const bool streams = stream && is_aligned(codes, pair_elements * bits / 8);
   static_assert(batch_elements % (2 * block_elements) == 0);
@@ -539,7 +539,7 @@ inline void decode_batch(
 template <int bits, bool dithered, class T>
 [[gnu::noinline]] void decode_groups(
     const std::uint8_t* codes, const bfloat16* scales, std::int64_t first, std::int64_t n, std::int64_t group,
-    GroupRandom source, T* y, bool stream) {
+    RoundingBits source, T* y, bool stream) {
   const bool streams = stream && is_aligned(y, lanes * sizeof(T) < 64 ? 2 * lanes * sizeof(T) : 64);
   alignas(64) std::uint16_t random[batch_elements + pair_elements];  // a last part reads a whole pair of vectors
   for (std::int64_t begin = 0; begin < n; begin += batch_elements) {
@@ -557,14 +557,14 @@ template <int bits, bool dithered, class T>
 
 void group_encode(
     DType dtype, const void* x, std::int64_t first, std::int64_t n, const GroupFormat& format,
-    const GroupRandom* random, std::uint8_t* codes, bfloat16* scales, bool stream) {
+    const RoundingBits* random, std::uint8_t* codes, bfloat16* scales, bool stream) {
   visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     visit_group_bits(format.bits, [&](auto width) {
       constexpr int bits = decltype(width)::value;
       const auto* elements = static_cast<const T*>(x);
       if (random == nullptr) {
-        encode_groups<bits, false>(elements, first, n, format.group, GroupRandom{0, 0}, codes, scales, stream);
+        encode_groups<bits, false>(elements, first, n, format.group, RoundingBits{0, 0}, codes, scales, stream);
       } else {
         encode_groups<bits, true>(elements, first, n, format.group, *random, codes, scales, stream);
       }
@@ -574,14 +574,14 @@ void group_encode(
 
 void group_decode(
     DType dtype, const std::uint8_t* codes, const bfloat16* scales, std::int64_t first, std::int64_t n,
-    const GroupFormat& format, const GroupRandom* random, void* y, bool stream) {
+    const GroupFormat& format, const RoundingBits* random, void* y, bool stream) {
   visit_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     visit_group_bits(format.bits, [&](auto width) {
       constexpr int bits = decltype(width)::value;
       auto* elements = static_cast<T*>(y);
       if (random == nullptr) {
-        decode_groups<bits, false>(codes, scales, first, n, format.group, GroupRandom{0, 0}, elements, stream);
+        decode_groups<bits, false>(codes, scales, first, n, format.group, RoundingBits{0, 0}, elements, stream);
       } else {
         decode_groups<bits, true>(codes, scales, first, n, format.group, *random, elements, stream);
       }

@@ -168,7 +168,7 @@ MUTANTS = [
         "dither of the first stream",
         "cuda/storage.cuh",
         "random.block(begin)",
-        "GroupRandom{random.seed, 0}.block(begin)",
+        "RoundingBits{random.seed, 0}.block(begin)",
         "storage",
         STORAGE,
     ),
