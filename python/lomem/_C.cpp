@@ -35,6 +35,14 @@ std::pair<std::vector<double>, std::vector<double>> step_function(
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
+std::pair<double, double> drawn_levels(
+    const std::string& function, int64_t bits, const std::vector<double>& parameters) {
+  HANDLE_TH_ERRORS
+  const lomem::DrawnLevels<double> levels = lomem::drawn_levels(function, bits, parameters);
+  return {levels.low, levels.step};
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
 /// The table of activations, for tests and documentation: name, parameters with their defaults, whether the gradient is
 /// exact, and whether there is a published step function.
 pybind11::list activations() {
@@ -181,6 +189,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "step_function", &step_function,
       "Boundaries and levels of the library's step function for an activation of the table.");
+  m.def(
+      "drawn_levels", &drawn_levels,
+      "Lowest level, and distance of levels, among which an activation of the table draws its derivative.");
   m.def(
       "activations", &activations,
       "The table of activations: (name, ((parameter, default or None), ...), is_exact, is_published).");

@@ -30,7 +30,7 @@ if _torch.version.cuda is not None and _C.cuda_archs():
 from . import functional, memory, nn, random, reference
 from .conversion import GradientWarning, NothingToConvertError, convert, restore
 from .mapping import convert_activation, convert_linear, map_module
-from .steps import StepFunction
+from .steps import DrawnLevels, StepFunction
 
 
 def __getattr__(name: str) -> object:
@@ -46,6 +46,7 @@ def __getattr__(name: str) -> object:
 cmake_prefix_path = str(_Path(_C.__file__).resolve().parent)
 
 __all__ = [
+    "DrawnLevels",
     "GradientWarning",
     "NothingToConvertError",
     "StepFunction",

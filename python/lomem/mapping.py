@@ -120,8 +120,8 @@ def convert_activation(module: nn.Module, **kwargs: Any) -> nn.Module:
 
     Args:
         module: Any module; not modified.
-        **kwargs: ``bits`` and ``criterion`` of the new module, see :class:`lomem.nn.FewBitActivation`; ignored for
-            activations whose exact gradient needs only 1 bit per element.
+        **kwargs: ``bits``, ``criterion`` and ``rounding`` of the new module, see :class:`lomem.nn.FewBitActivation`;
+            ignored for activations whose exact gradient needs only 1 bit per element.
 
     Returns:
         The new module, or ``module`` if it is not converted.
@@ -137,7 +137,7 @@ def convert_activation(module: nn.Module, **kwargs: Any) -> nn.Module:
     _taking_over(result, module)
     if issubclass(counterpart, activations.FewBitActivation):
         made = activations.Sigmoid(**kwargs)  # all of them have these attributes
-        vars(result).update({name: vars(made)[name] for name in ("_bits", "_steps", "criterion")})
+        vars(result).update({name: vars(made)[name] for name in ("_bits", "_steps", "_rounding", "criterion")})
     return result
 
 

@@ -10,7 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["StepFunction"]
+__all__ = ["DrawnLevels", "StepFunction"]
+
+
+@dataclass(frozen=True)
+class DrawnLevels:
+    """The levels among which a derivative is drawn at random: ``low + step * code`` for codes from 0 to 2^bits - 1.
+
+    What the gradient is multiplied by is ``low + step * (code + u - 1/2)``, where ``u`` in (0, 1) is the random number
+    that the code was drawn with (subtracted dither: Schuchman, IEEE Trans. Commun. Technol. 12, 1964). Its mean is the
+    derivative.
+
+    Attributes:
+        low: The least value of the derivative.
+        step: Distance of neighbouring levels. The last level is the largest value of the derivative.
+        bits: Number of bits per code.
+    """
+
+    low: float
+    step: float
+    bits: int
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of what is drawn: ``step / sqrt(12)``, whatever the derivative is."""
+        return self.step / math.sqrt(12)
 
 
 @dataclass(frozen=True)

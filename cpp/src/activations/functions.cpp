@@ -6,6 +6,7 @@
 
 #include "../checks.h"
 #include "../op.h"
+#include "drawn.h"
 #include "table.h"
 
 namespace lomem {
@@ -48,6 +49,26 @@ struct UserActivation : torch::autograd::Function<UserActivation> {
   }
 };
 
+/// Whether codes are drawn at random.
+bool draws(const char* op, const FewBit& few_bit) {
+  if (few_bit.rounding == "nearest") {
+    TORCH_CHECK_VALUE(
+        !detail::has_tensor(few_bit.seed), op,
+        ": seed is given, expected none with rounding 'nearest', which draws nothing");
+    return false;
+  }
+  TORCH_CHECK_VALUE(
+      few_bit.rounding == "stochastic", op, ": rounding is '", few_bit.rounding,
+      "', expected 'nearest' or 'stochastic'");
+  TORCH_CHECK_VALUE(
+      !few_bit.steps, op,
+      ": steps are given, expected none with rounding 'stochastic', which has no step function");
+  TORCH_CHECK_VALUE(
+      few_bit.criterion == "derivative", op, ": criterion is '", few_bit.criterion,
+      "', expected 'derivative' with rounding 'stochastic', which has no step function");
+  return true;
+}
+
 /// Calls an op with the arguments that select the step function.
 template <class Op>
 auto call(
@@ -67,6 +88,9 @@ namespace detail {
 
 at::Tensor few_bit_activation(
     const at::Tensor& input, std::string_view function, Doubles parameters, const FewBit& few_bit) {
+  if (draws(ops::drawn_activation.name, few_bit)) {
+    return ops::drawn_activation(input, function, parameters, few_bit.bits, few_bit.seed, 0);
+  }
   return call(ops::step_activation, input, function, parameters, few_bit);
 }
 
@@ -114,7 +138,31 @@ at::Tensor step_activation(
 
 std::tuple<at::Tensor, at::Tensor> step_activation_forward(
     const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters, const FewBit& few_bit) {
+  constexpr const char* op = detail::ops::step_activation_forward.name;
+  TORCH_CHECK_VALUE(
+      !draws(op, few_bit), op, ": rounding is 'stochastic', expected 'nearest', or a call of drawn_activation_forward");
   return call(detail::ops::step_activation_forward, input, function, parameters, few_bit);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> drawn_activation_forward(
+    const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters, const FewBit& few_bit) {
+  constexpr const char* op = detail::ops::drawn_activation_forward.name;
+  TORCH_CHECK_VALUE(draws(op, few_bit), op, ": rounding is 'nearest', expected 'stochastic'");
+  return detail::ops::drawn_activation_forward(input, function, parameters, few_bit.bits, few_bit.seed, 0);
+}
+
+at::Tensor drawn_activation_backward(
+    const at::Tensor& grad_output, const at::Tensor& codes, const at::Tensor& seed, const DrawnLevels<double>& levels,
+    int64_t bits) {
+  return detail::ops::drawn_activation_backward(grad_output, codes, seed, levels.low, levels.step, bits, 0);
+}
+
+DrawnLevels<double> drawn_levels(std::string_view function, int64_t bits, const std::vector<double>& parameters) {
+  constexpr const char* op = "lomem::drawn_levels";
+  const detail::Activation& activation = detail::find_activation(op, function, parameters);
+  detail::check_bits(op, bits);
+  const auto drawn = detail::resolve_drawn(activation, parameters);
+  return {drawn->low(), drawn->step(bits)};
 }
 
 at::Tensor step_codes(const at::Tensor& input, at::ArrayRef<double> boundaries, int64_t bits) {

@@ -27,13 +27,19 @@ _CHANCE = 0.05
 
 @functools.cache
 def step_error(function: Function, bits: int, criterion: Criterion) -> float:
-    """Relative error of the derivative of a step function, in the 2-norm over the standard normal distribution."""
+    """Relative error of the derivative of a step function, in the 2-norm over the standard normal distribution.
+
+    Of codes that are drawn at random, the relative standard deviation.
+    """
     x = torch.linspace(-8, 8, 8001, dtype=torch.float64, device="cpu")
     with torch.enable_grad():
         leaf = x.clone().requires_grad_()
         y = F.gelu(leaf) if function is Function.GELU else F.silu(leaf)
         (slope,) = torch.autograd.grad(y.sum(), leaf)
     density = torch.exp(-(x**2) / 2)
+    if criterion is Criterion.DRAWN:
+        variance = LF.drawn_levels(function.value, bits).deviation ** 2
+        return float((density.sum() * variance / (density @ slope**2)).sqrt())
     steps = LF.step_function(function.value, bits, criterion=criterion.value).derivative(x)
     return float((density @ (slope - steps) ** 2 / (density @ slope**2)).sqrt())
 
@@ -81,12 +87,14 @@ def advice(
         # The cosine is that of an error at right angles. No exponential beyond what a number holds.
         return 1 / math.hypot(1, math.expm1(min(error * max(factors), 700))) >= AIM
 
-    other = [] if criterion is Criterion.DERIVATIVE else ['criterion="derivative"']
+    drawn = criterion is Criterion.DRAWN
+    other = [] if drawn or criterion is Criterion.DERIVATIVE else ['criterion="derivative"']
+    best = Criterion.DRAWN if drawn else Criterion.DERIVATIVE
     if groups or wishes.pair_groups is not None or wishes.norm_groups is not None:
         fewer = min([*groups, bits]) < 8
         if not exact and not fewer:
             return None
-        dial = 8 if fewer and (not exact or enough(8, Criterion.DERIVATIVE)) else 16
+        dial = 8 if fewer and (not exact or enough(8, best)) else 16
         stored = "8bit" if dial == 8 else "auto"
         kept = (None, "auto", KEEP)
         settings = [f'{name}="{stored}"' for name in ("norms", "pairs") if given[name] not in kept]
@@ -96,22 +104,25 @@ def advice(
     if other and enough(bits, Criterion.DERIVATIVE):
         return other[0]
     for more in range(bits + 1, 9):
-        if enough(more, Criterion.DERIVATIVE):
+        if enough(more, best):
             return ", ".join([f'activations="{more}bit"', *other])
     if exact:
         return "bits=16"  # not activations="keep", which would leave exact pairs too
     return None if bits == 8 else ", ".join(['activations="8bit"', *other])
 
 
-def warning(gradient: GradientFidelity, layers: Mapping[str, GradientFidelity], settings: str | None) -> str:
-    """One sentence about a gradient that is far from the exact one."""
+def warning(
+    gradient: GradientFidelity, layers: Mapping[str, GradientFidelity], settings: str | None, *, drawn: bool
+) -> str:
+    """One sentence about a gradient that is far from the exact one. ``drawn``: it is one of many that may be drawn."""
     cure = f"pass {settings} for a closer one" if settings is not None else "lomem.restore undoes the conversion"
     counting = [name for name, layer in layers.items() if layer.share >= _COUNTS]
     worst = sorted(counting, key=lambda name: layers[name].cosine)
     named = [f"{name or '(the model)'} ({layers[name].cosine:.3f})" for name in worst[:3]]
     more = sum(layers[name].cosine < LEAST for name in worst[3:])
     where = ", ".join(named) + (f", and {more} more below {LEAST}" if more else "")
+    which = "one draw of the gradient" if drawn else "the gradient"
     return (
-        f"the gradient on the example batch has a cosine of {gradient.cosine:.3f} to the exact one, furthest off in "
+        f"{which} on the example batch has a cosine of {gradient.cosine:.3f} to the exact one, furthest off in "
         f"{where}: {cure}"
     )

@@ -19,7 +19,7 @@ from .check import Outputs, verify
 from .exchange import exchange_all, give_all_back, give_back, is_converted, original_class, wrapped_since
 from .fidelity import ExactGradient, GradientWarning
 from .flow import trace
-from .kinds import KEEP, Auto, Criterion, Kind, Wishes
+from .kinds import KEEP, Auto, Criterion, Kind, Rounding, Wishes
 from .ledger import Candidate, Ledger
 from .plan import plan
 from .report import Decision, Report
@@ -41,6 +41,7 @@ def convert(
     pairs: str | None = None,
     dropouts: str = "auto",
     criterion: str = "derivative",
+    rounding: str = "nearest",
     exclude: Iterable[str] = (),
     check: bool = True,
     tolerance: float | None = None,
@@ -98,6 +99,9 @@ def convert(
         dropouts: ``"auto"``; ``"keep"`` converts none.
         criterion: Which step functions the activations use: those fitted to the ``"derivative"`` or to the
             ``"primitive"``, as in :func:`lomem.functional.gelu`, or the 2-bit ones published in the ``"paper"``.
+        rounding: ``"stochastic"`` has activations round their derivative to so many bits at random, with seeds of
+            :mod:`lomem.random`, instead of using a step function: the gradient is noisy, but right in the mean. There
+            is no ``criterion`` to choose then.
         exclude: Names of modules to skip, with wildcards (``["*.layers.0.*"]``). Each must match a module.
         check: Whether to compare the outputs on the example inputs with the original model's, in training and in
             evaluation mode (only in training mode if weights are quantized).
@@ -126,7 +130,7 @@ def convert(
             (``NothingToConvertError``).
         RuntimeError: If the model does not run on the example inputs, or the check fails.
     """
-    wishes = _wishes(model, bits, activations, norms, pairs, dropouts, criterion, exclude, tolerance)
+    wishes = _wishes(model, bits, activations, norms, pairs, dropouts, criterion, rounding, exclude, tolerance)
     _check_gradients(gradients, loss)
     batch = example_inputs
     inputs = None if batch is None else as_batch("lomem.convert", "example_inputs", batch, ValueError)
@@ -149,7 +153,7 @@ def convert(
     exact = None
     if gradients and inputs is not None and not all(c.action.exact for c in chosen):
         exact = _exact_gradient(model, inputs, loss, before)
-    if wishes.pair_groups is not None or wishes.norm_groups is not None:
+    if wishes.pair_groups is not None or wishes.norm_groups is not None or wishes.criterion is Criterion.DRAWN:
         _C.begin_random_stream()  # so that a program that sets torch's seed draws the same seeds each time
     try:
         exchange_all(modules, [c.changes for c in chosen])
@@ -223,7 +227,8 @@ def _with_gradient(
     report = dataclasses.replace(report, gradient=whole, layers=layers)
     if whole.cosine >= LEAST:
         return report, None
-    message = warning(whole, layers, advice(whole, chosen, wishes, given))
+    drawn = wishes.criterion is Criterion.DRAWN
+    message = warning(whole, layers, advice(whole, chosen, wishes, given), drawn=drawn)
     return _noted(report, message), message
 
 
@@ -266,6 +271,7 @@ def _wishes(
     pairs: Any,
     dropouts: Any,
     criterion: Any,
+    rounding: Any,
     exclude: Any,
     tolerance: Any,
 ) -> Wishes:
@@ -288,8 +294,15 @@ def _wishes(
             raise ValueError(f"lomem.convert: {name} is {value!r}, expected 'auto' or 'keep' with bits=16")
     if dropouts not in [*Auto]:
         raise ValueError(f"lomem.convert: dropouts is {dropouts!r}, expected 'auto' or 'keep'")
-    if criterion not in [*Criterion]:
+    if criterion not in [*Criterion] or criterion == Criterion.DRAWN:
         raise ValueError(f"lomem.convert: criterion is {criterion!r}, expected 'derivative', 'primitive' or 'paper'")
+    if rounding not in [*Rounding]:
+        raise ValueError(f"lomem.convert: rounding is {rounding!r}, expected 'nearest' or 'stochastic'")
+    if rounding == Rounding.STOCHASTIC and criterion != Criterion.DERIVATIVE:
+        raise ValueError(
+            f"lomem.convert: criterion is {criterion!r}, expected 'derivative' with rounding='stochastic', which has "
+            "no step function"
+        )
     if not (tolerance is None or (isinstance(tolerance, int | float) and tolerance >= 0)):
         raise ValueError(f"lomem.convert: tolerance is {tolerance!r}, expected a number of at least 0")
     few = _BITS.get(activations)
@@ -310,7 +323,7 @@ def _wishes(
         )
     return Wishes(
         few,
-        Criterion(criterion),
+        Criterion.DRAWN if rounding == Rounding.STOCHASTIC else Criterion(criterion),
         norms=norms != KEEP,
         pairs=pairs != KEEP,
         dropouts=dropouts != KEEP,

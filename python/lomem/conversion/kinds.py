@@ -6,7 +6,7 @@ import enum
 import fnmatch
 from dataclasses import dataclass
 
-__all__ = ["KEEP", "Action", "Auto", "Criterion", "Function", "Kind", "ResultDtype", "Text", "Wishes"]
+__all__ = ["KEEP", "Action", "Auto", "Criterion", "Function", "Kind", "ResultDtype", "Rounding", "Text", "Wishes"]
 
 #: Option value that converts no activations, or no norms.
 KEEP = "keep"
@@ -102,11 +102,20 @@ class ResultDtype(Text):
 
 
 class Criterion(Text):
-    """What the step functions of activations are fitted to."""
+    """What the step functions of activations are fitted to; or that there are none, because codes are drawn."""
 
     DERIVATIVE = "derivative"
     PRIMITIVE = "primitive"
     PAPER = "paper"
+    #: With the option ``rounding="stochastic"``; not a value of the option ``criterion``.
+    DRAWN = "drawn"
+
+
+class Rounding(Text):
+    """How derivatives of activations become a few bits."""
+
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"
 
 
 class Auto(Text):

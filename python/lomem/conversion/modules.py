@@ -19,6 +19,7 @@ from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.groups import FLOATS, FromGroups, Load, can_store, store
 from .._trace.handover import current_hooks, hold, in_a_region, itself, linear_of_offered, offer, offer_itself, take
 from .._trace.once import differentiable_once
+from ..functional.activations import drawn_of
 from ..functional.norms import LAYER_NORM, RMS_NORM, NormOps
 from ..steps import StepFunction
 from .exchange import Converted
@@ -62,10 +63,19 @@ def _hands_nothing_over() -> bool:
 
 
 def _few_bit(function: Function, x: Tensor, approximate: str, bits: int, criterion: Criterion) -> Tensor:
-    """GELU or SiLU with the step function for a number of bits and a criterion."""
+    """GELU or SiLU with the step function for a number of bits and a criterion, or with codes drawn at random."""
+    if criterion is Criterion.DRAWN:
+        drawn: dict[str, Any] = {"bits": bits, "rounding": "stochastic"}
+        return LF.gelu(x, approximate, **drawn) if function is Function.GELU else LF.silu(x, **drawn)
     if function is Function.GELU:
         return LF.gelu(x, approximate, bits=bits, criterion=criterion.value)
     return LF.silu(x, bits=bits, criterion=criterion.value)
+
+
+def _name(form: ActivationForm) -> str:
+    """The name under which the library knows a form, apart from its scale."""
+    tanh = form.kind is Function.GELU and form.approximate == "tanh"
+    return "gelu_tanh" if tanh else form.kind.value
 
 
 class Steps(NamedTuple):
@@ -86,9 +96,7 @@ class Steps(NamedTuple):
     @classmethod
     def of(cls, form: ActivationForm, bits: int, criterion: Criterion, scale: float) -> Steps:
         """Looks up the step function of a form."""
-        tanh = form.kind is Function.GELU and form.approximate == "tanh"
-        name = "gelu_tanh" if tanh else form.kind.value
-        return cls.scaled(LF.step_function(name, bits, criterion=criterion.value), scale)
+        return cls.scaled(LF.step_function(_name(form), bits, criterion=criterion.value), scale)
 
     @classmethod
     def scaled(cls, function: StepFunction, scale: float) -> Steps:
@@ -171,7 +179,7 @@ class ConvertedActivation(OfActivation, FewBit):
     def attributes(module: nn.Module, form: ActivationForm, bits: int, criterion: Criterion) -> dict[str, Any]:
         """The mixin's attributes for a module to be converted."""
         scale = _current(module, form, "scale")
-        resolved = not form.torch_op and _is_scale(scale)
+        resolved = not form.torch_op and _is_scale(scale) and criterion is not Criterion.DRAWN
         return {
             "lomem_activation": form,
             "lomem_bits": bits,
@@ -189,6 +197,8 @@ class ConvertedActivation(OfActivation, FewBit):
             scale = self.current("scale")
             if not _is_scale(scale):
                 return super().forward(*args, **kwargs)  # not a scaled SiLU any more
+            if self.lomem_criterion is Criterion.DRAWN:
+                return drawn_of(x, super().forward, _name(form), self.lomem_bits, scale)
             steps = self._steps(form, scale)
             return LF.step_activation(x, super().forward, steps.boundaries, steps.levels)
         result = _few_bit(form.kind, x, self.current("approximate"), self.lomem_bits, self.lomem_criterion)

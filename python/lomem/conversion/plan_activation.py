@@ -11,7 +11,7 @@ from .._trace.groups import stored_bytes
 from .exchange import Converted
 from .finder import CALLS, Finder, ways_of_its_own
 from .forms import ActivationForm
-from .kinds import Action, Function, Kind, Wishes
+from .kinds import Action, Criterion, Function, Kind, Wishes
 from .ledger import Candidate
 from .modules import ConvertedActivation, StepCalls
 from .pairs import PairCalls, PairedActivation
@@ -46,7 +46,7 @@ def plan_activation(
         known: Whether a module is a norm or an activation, or excluded.
     """
     bits, criterion = wishes.bits or 2, wishes.criterion
-    c = Candidate(name, Kind.ACTIVATION, form, Action.of_bits(bits), _few(bits))
+    c = Candidate(name, Kind.ACTIVATION, form, Action.of_bits(bits), _few(bits, criterion))
     c.changes[name] = (ConvertedActivation, ConvertedActivation.attributes(module, form, bits, criterion))
     if finder is None:
         if wishes.exact:
@@ -87,8 +87,9 @@ def plan_activation(
     return c
 
 
-def _few(bits: int) -> str:
-    return f"its backward pass saves {bits} bit{'s' * (bits > 1)} per element"
+def _few(bits: int, criterion: Criterion) -> str:
+    drawn = ", drawn at random" if criterion is Criterion.DRAWN else ""
+    return f"its backward pass saves {bits} bit{'s' * (bits > 1)} per element{drawn}"
 
 
 def _packed_bytes(numel: int, bits: int) -> int:

@@ -13,7 +13,7 @@ from ..memory._report import Report, Section
 from ..nn.activations import WithSteps
 from ..steps import StepFunction
 from ._fit import fit
-from ._layers import Loss, activation_layers, derivative, watch
+from ._layers import Loss, activation_layers, derivative, draws_codes, watch
 
 __all__ = ["Calibration", "Histogram", "LayerCalibration", "calibrate"]
 
@@ -157,8 +157,8 @@ def calibrate(
 
     Returns:
         The errors before and after and the step function of each layer, and the skipped layers with the reason (a layer
-        was not called or saw too few distinct inputs). The step functions are not part of the ``state_dict``;
-        :meth:`Calibration.apply` sets them again.
+        was not called, saw too few distinct inputs, or draws its codes at random). The step functions are not part of
+        the ``state_dict``; :meth:`Calibration.apply` sets them again.
 
     Raises:
         TypeError: If ``model`` or ``batches`` has the wrong type.
@@ -177,6 +177,9 @@ def calibrate(
     count = watch(function, model, layers, batches, loss, seen)
     results, skipped = {}, {}
     for name, layer in layers.items():
+        if draws_codes(layer):
+            skipped[name] = "draws its codes at random: there is nothing to fit, its error is the same for all inputs"
+            continue
         width = layer.step_function().bits if bits is None else bits
         values, weights = histograms[name].points()
         if len(values) < 2**width:

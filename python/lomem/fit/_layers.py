@@ -128,3 +128,16 @@ def derivative(layer: WithSteps, x: Tensor) -> Tensor:
     with torch.enable_grad():
         (result,) = torch.autograd.grad(layer.exact(leaf).sum(), leaf)
     return result
+
+
+def draws_codes(layer: WithSteps) -> bool:
+    """Whether a layer draws its codes at random, and has no step function."""
+    return getattr(layer, "rounding", "nearest") == "stochastic"
+
+
+def drawn_gradient(layer: WithSteps, x: Tensor, grad: Tensor) -> Tensor:
+    """A gradient of such a layer for a gradient of its output, both float64."""
+    leaf = x.detach().to(torch.float64).requires_grad_()
+    with torch.enable_grad():
+        (result,) = torch.autograd.grad(layer.forward(leaf.clone()), leaf, grad)
+    return result

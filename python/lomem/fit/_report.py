@@ -22,7 +22,18 @@ from ..memory._report import Report, Section
 from ..steps import StepFunction
 from ._fit import CRITERIA, fit, measured
 from ._functions import Function
-from ._layers import Loss, activation_layers, as_list, derivative, own, scalar, step_layers, watch
+from ._layers import (
+    Loss,
+    activation_layers,
+    as_list,
+    derivative,
+    drawn_gradient,
+    draws_codes,
+    own,
+    scalar,
+    step_layers,
+    watch,
+)
 
 __all__ = ["Fidelity", "FidelityReport", "report"]
 
@@ -257,9 +268,10 @@ def _of_model(model: nn.Module, batches: Any, loss: Loss | None, draws: Any) -> 
 
     def seen(layer: str, x: Tensor, grad: Tensor | None) -> None:
         assert grad is not None
-        steps, x64, g = layers[layer].step_function(), x.double(), grad.double()
+        module, x64, g = layers[layer], x.double(), grad.double()
         # The layer rounds boundaries to float32; the effect is below the digits shown here.
-        sums[layer].add(g * steps.derivative(x64), g * derivative(layers[layer], x64))
+        a = drawn_gradient(module, x, g) if draws_codes(module) else g * module.step_function().derivative(x64)
+        sums[layer].add(a, g * derivative(module, x64))
 
     if layers:
         watch(name, model, layers, batches, loss, seen)

@@ -14,10 +14,11 @@ from torch.overrides import has_torch_function_unary
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _C
-from ..steps import StepFunction
+from ..steps import DrawnLevels, StepFunction
 
 __all__ = [
     "celu",
+    "drawn_levels",
     "elu",
     "gelu",
     "hardshrink",
@@ -49,6 +50,9 @@ _step_activation = torch.ops.lomem.step_activation.default
 _hard_activation = torch.ops.lomem.hard_activation.default
 _regelu2 = torch.ops.lomem.regelu2.default
 _resilu2 = torch.ops.lomem.resilu2.default
+_drawn_activation = torch.ops.lomem.drawn_activation.default
+_drawn_activation_forward = torch.ops.lomem.drawn_activation_forward.default
+_drawn_activation_backward = torch.ops.lomem.drawn_activation_backward.default
 _step_codes = torch.ops.lomem.step_codes.default
 _step_activation_backward = torch.ops.lomem.step_activation_backward.default
 
@@ -100,9 +104,13 @@ def _few_bit(
     bits: int,
     criterion: str,
     steps: StepFunction | None,
+    rounding: str,
+    seed: Tensor | None,
     inplace: bool = False,
     fast: bool = False,
 ) -> Tensor:
+    if rounding != "nearest" or seed is not None:
+        return _drawn(function, input, parameters, bits, criterion, steps, rounding, seed, inplace)
     if steps is not None:
         bits, criterion = steps.bits, "derivative" if criterion == "paper" else criterion
     # User-supplied steps change only the gradient.
@@ -135,6 +143,38 @@ def _few_bit_op(
     return input.copy_(output) if inplace else output
 
 
+def _drawn(
+    function: str,
+    input: Tensor,
+    parameters: tuple[float, ...],
+    bits: int,
+    criterion: str,
+    steps: StepFunction | None,
+    rounding: str,
+    seed: Tensor | None,
+    inplace: bool,
+) -> Tensor:
+    """The path for codes drawn at random."""
+    name = f"lomem.functional.{'gelu' if function == 'gelu_tanh' else function}"
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"{name}: rounding is {rounding!r}, expected 'nearest' or 'stochastic'")
+    if rounding == "nearest":
+        raise ValueError(f"{name}: seed is given, expected None with rounding='nearest', which draws nothing")
+    if not (seed is None or isinstance(seed, Tensor)):
+        raise TypeError(f"{name}: seed is {seed!r}, expected a 0-d int64 tensor or None")
+    if steps is not None or criterion != "derivative":
+        wrong = (
+            f"criterion is {criterion!r}, expected 'derivative'" if steps is None else "steps are given, expected None"
+        )
+        raise ValueError(f"{name}: {wrong} with rounding='stochastic', which has no step function")
+    _check_numbers(function, parameters)
+    if is_jagged(input):
+        _C.drawn_levels(function, bits, parameters)  # raises the op's errors for bad arguments
+        return _of_torch(function, input, parameters, inplace)
+    output = _drawn_activation(input, function, parameters, bits, seed)
+    return input.copy_(output) if inplace else output
+
+
 def _exact(function: str, input: Tensor, parameters: tuple[float, ...] = (), inplace: bool = False) -> Tensor:
     if not (has_torch_function_unary(input) or is_compiling()):
         output = _C.exact_activation(input, function, parameters)
@@ -154,6 +194,8 @@ def gelu(
     bits: int = 3,
     criterion: str = "derivative",
     steps: StepFunction | None = None,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
     fast: bool = False,
 ) -> Tensor:
     """GELU that saves ``bits`` bits per element for the backward pass.
@@ -172,11 +214,18 @@ def gelu(
             one published in the latter paper, available for GELU, QuickGELU and SiLU with 2 bits; see :func:`regelu2`.
         steps: Step function to use instead of the library's, for example one from :mod:`lomem.fit`. Its number of bits
             overrides ``bits``.
-        fast: Allows a faster forward pass whose results are not bit-identical to torch's; see :func:`regelu2`.
+        rounding: ``"nearest"``: the gradient is that of a step function. ``"stochastic"``: the derivative itself is
+            rounded to one of ``2**bits`` evenly spaced levels at random, so that the mean of the gradient over the
+            draws is the exact gradient (stochastic rounding with subtracted dither). The standard deviation of the
+            derivative is that of :func:`drawn_levels`, whatever the input is. There is no ``criterion`` to choose then.
+        seed: With ``rounding="stochastic"``: 0-d int64 tensor on the device of ``input`` from which random numbers are
+            drawn; the same seed gives the same gradient. By default the next one of :mod:`lomem.random`.
+        fast: Allows a faster forward pass whose results are not bit-identical to torch's; see :func:`regelu2`. Has no
+            effect with ``rounding="stochastic"``.
 
     Returns:
         A tensor with the shape, dtype and strides that ``F.gelu`` returns. Saved for backward:
-        ``ceil(bits * numel / 8)`` bytes.
+        ``ceil(bits * numel / 8)`` bytes, and 8 bytes of a seed with ``rounding="stochastic"``.
 
     Raises:
         ValueError: If an argument is out of range, or the library has no step function for it.
@@ -184,17 +233,23 @@ def gelu(
     if approximate not in ("none", "tanh"):
         raise ValueError(f"lomem.functional.gelu: approximate is {approximate!r}, expected 'none' or 'tanh'")
     function = "gelu" if approximate == "none" else "gelu_tanh"
-    return _few_bit(function, input, (), bits, criterion, steps, fast=fast)
+    return _few_bit(function, input, (), bits, criterion, steps, rounding, seed, fast=fast)
 
 
 def quick_gelu(
-    input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
+    input: Tensor,
+    *,
+    bits: int = 3,
+    criterion: str = "derivative",
+    steps: StepFunction | None = None,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``input * sigmoid(1.702 * input)``, as in CLIP, that saves ``bits`` bits per element.
 
     Arguments and saved bytes are as in :func:`gelu`.
     """
-    return _few_bit("quick_gelu", input, (), bits, criterion, steps)
+    return _few_bit("quick_gelu", input, (), bits, criterion, steps, rounding, seed)
 
 
 def silu(
@@ -204,13 +259,15 @@ def silu(
     bits: int = 3,
     criterion: str = "derivative",
     steps: StepFunction | None = None,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
     fast: bool = False,
 ) -> Tensor:
     """``F.silu`` that saves ``bits`` bits per element. Arguments and saved bytes are as in :func:`gelu`.
 
     With ``inplace=True`` the result overwrites ``input``; a temporary of the same size is allocated either way.
     """
-    return _few_bit("silu", input, (), bits, criterion, steps, inplace, fast)
+    return _few_bit("silu", input, (), bits, criterion, steps, rounding, seed, inplace, fast)
 
 
 def mish(
@@ -220,31 +277,53 @@ def mish(
     bits: int = 3,
     criterion: str = "derivative",
     steps: StepFunction | None = None,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``F.mish`` that saves ``bits`` bits per element. Arguments as in :func:`silu`."""
-    return _few_bit("mish", input, (), bits, criterion, steps, inplace)
+    return _few_bit("mish", input, (), bits, criterion, steps, rounding, seed, inplace)
 
 
 def sigmoid(
-    input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
+    input: Tensor,
+    *,
+    bits: int = 3,
+    criterion: str = "derivative",
+    steps: StepFunction | None = None,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``torch.sigmoid`` that saves ``bits`` bits per element, not the output.
 
     Arguments as in :func:`gelu`. torch saves the output, which costs nothing extra if the next op saves it too.
     """
-    return _few_bit("sigmoid", input, (), bits, criterion, steps)
+    return _few_bit("sigmoid", input, (), bits, criterion, steps, rounding, seed)
 
 
-def tanh(input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None) -> Tensor:
+def tanh(
+    input: Tensor,
+    *,
+    bits: int = 3,
+    criterion: str = "derivative",
+    steps: StepFunction | None = None,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
+) -> Tensor:
     """``torch.tanh`` that saves ``bits`` bits per element, not the output; see :func:`sigmoid`."""
-    return _few_bit("tanh", input, (), bits, criterion, steps)
+    return _few_bit("tanh", input, (), bits, criterion, steps, rounding, seed)
 
 
 def tanhshrink(
-    input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
+    input: Tensor,
+    *,
+    bits: int = 3,
+    criterion: str = "derivative",
+    steps: StepFunction | None = None,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``F.tanhshrink`` that saves ``bits`` bits per element. Arguments as in :func:`gelu`."""
-    return _few_bit("tanhshrink", input, (), bits, criterion, steps)
+    return _few_bit("tanhshrink", input, (), bits, criterion, steps, rounding, seed)
 
 
 def softplus(
@@ -255,6 +334,8 @@ def softplus(
     bits: int = 3,
     criterion: str = "derivative",
     steps: StepFunction | None = None,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``F.softplus`` that saves ``bits`` bits per element. Other arguments as in :func:`gelu`.
 
@@ -268,22 +349,36 @@ def softplus(
         bits: Number of bits saved per element, 1 to 8.
         criterion: ``"derivative"`` or ``"primitive"``; see :func:`gelu`.
         steps: Step function to use instead of the library's.
+        rounding: ``"nearest"`` or ``"stochastic"``; see :func:`gelu`.
+        seed: Where random numbers are drawn from; see :func:`gelu`.
     """
-    return _few_bit("softplus", input, (beta, threshold), bits, criterion, steps)
+    return _few_bit("softplus", input, (beta, threshold), bits, criterion, steps, rounding, seed)
 
 
 def softsign(
-    input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
+    input: Tensor,
+    *,
+    bits: int = 3,
+    criterion: str = "derivative",
+    steps: StepFunction | None = None,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``F.softsign`` that saves ``bits`` bits per element. Arguments as in :func:`gelu`."""
-    return _few_bit("softsign", input, (), bits, criterion, steps)
+    return _few_bit("softsign", input, (), bits, criterion, steps, rounding, seed)
 
 
 def logsigmoid(
-    input: Tensor, *, bits: int = 3, criterion: str = "derivative", steps: StepFunction | None = None
+    input: Tensor,
+    *,
+    bits: int = 3,
+    criterion: str = "derivative",
+    steps: StepFunction | None = None,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``F.logsigmoid`` that saves ``bits`` bits per element. Arguments as in :func:`gelu`."""
-    return _few_bit("logsigmoid", input, (), bits, criterion, steps)
+    return _few_bit("logsigmoid", input, (), bits, criterion, steps, rounding, seed)
 
 
 def elu(
@@ -294,6 +389,8 @@ def elu(
     bits: int = 3,
     criterion: str = "derivative",
     steps: StepFunction | None = None,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``F.elu`` that saves ``bits`` bits per element. Other arguments as in :func:`silu`.
 
@@ -305,8 +402,10 @@ def elu(
         bits: Number of bits saved per element, 1 to 8.
         criterion: ``"derivative"`` or ``"primitive"``; see :func:`gelu`.
         steps: Step function to use instead of the library's.
+        rounding: ``"nearest"`` or ``"stochastic"``; see :func:`gelu`.
+        seed: Where random numbers are drawn from; see :func:`gelu`.
     """
-    return _few_bit("elu", input, (alpha,), bits, criterion, steps, inplace)
+    return _few_bit("elu", input, (alpha,), bits, criterion, steps, rounding, seed, inplace)
 
 
 def celu(
@@ -317,12 +416,14 @@ def celu(
     bits: int = 3,
     criterion: str = "derivative",
     steps: StepFunction | None = None,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``F.celu`` that saves ``bits`` bits per element. Other arguments as in :func:`silu`.
 
     ``alpha`` is positive. The step function is ELU's with its boundaries multiplied by ``alpha``, which is optimal.
     """
-    return _few_bit("celu", input, (alpha,), bits, criterion, steps, inplace)
+    return _few_bit("celu", input, (alpha,), bits, criterion, steps, rounding, seed, inplace)
 
 
 def selu(
@@ -332,9 +433,11 @@ def selu(
     bits: int = 3,
     criterion: str = "derivative",
     steps: StepFunction | None = None,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``F.selu`` that saves ``bits`` bits per element. Arguments as in :func:`silu`."""
-    return _few_bit("selu", input, (), bits, criterion, steps, inplace)
+    return _few_bit("selu", input, (), bits, criterion, steps, rounding, seed, inplace)
 
 
 def hardswish(
@@ -344,9 +447,11 @@ def hardswish(
     bits: int = 3,
     criterion: str = "derivative",
     steps: StepFunction | None = None,
+    rounding: str = "nearest",
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``F.hardswish`` that saves ``bits`` bits per element. Arguments as in :func:`silu`."""
-    return _few_bit("hardswish", input, (), bits, criterion, steps, inplace)
+    return _few_bit("hardswish", input, (), bits, criterion, steps, rounding, seed, inplace)
 
 
 # LowMemoryBP's names, so that code written for it runs unchanged.
@@ -486,6 +591,57 @@ def step_function(
     """
     boundaries, levels = _C.step_function(function, bits, criterion, parameters)
     return StepFunction(tuple(boundaries), tuple(levels))
+
+
+def drawn_levels(function: str, bits: int, *, parameters: Sequence[float] = ()) -> DrawnLevels:
+    """Returns the levels among which ``rounding="stochastic"`` draws the derivative of an activation.
+
+    Args:
+        function: Name of the activation, as in :func:`step_function`.
+        bits: Number of bits per code, 1 to 8.
+        parameters: All parameters of the activation, as in :func:`step_function`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    low, step = _C.drawn_levels(function, bits, parameters)
+    return DrawnLevels(low, step, bits)
+
+
+class _DrawnOf(torch.autograd.Function):
+    """A function that computes one of the table by other ops, with a derivative drawn at random."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, fn: Callable[[Tensor], Tensor], function: str, bits: int, scale: float
+    ) -> Tensor:
+        # The op draws the seed too, which compilers know.
+        scaled = input.detach().contiguous() * scale
+        _, codes, seed = _drawn_activation_forward(scaled, function, (), bits)
+        ctx.save_for_backward(codes, seed)
+        ctx.levels = drawn_levels(function, bits)
+        output = _checked(fn, input.detach())
+        return output.clone() if not is_compiling() and _share_memory(output, input) else output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
+        codes, seed = ctx.saved_tensors
+        levels: DrawnLevels = ctx.levels
+        grad = _drawn_activation_backward(grad_output, codes, seed, levels.low, levels.step, levels.bits)
+        return grad, None, None, None, None
+
+
+def drawn_of(input: Tensor, fn: Callable[[Tensor], Tensor], function: str, bits: int, scale: float = 1.0) -> Tensor:
+    """``fn(input)``, which is ``h(scale * input) / scale`` for an activation h, with a gradient drawn at random.
+
+    Args:
+        input: As in :func:`step_activation`.
+        fn: As in :func:`step_activation`.
+        function: Name of h.
+        bits: Number of bits saved per element, 1 to 8.
+        scale: A number.
+    """
+    return _DrawnOf.apply(input, fn, function, bits, scale)  # type: ignore[no-any-return]
 
 
 def _checked(fn: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..steps import StepFunction
+from ..steps import DrawnLevels, StepFunction
 
 __all__ = [
     "CELU",
@@ -68,6 +68,8 @@ class FewBitActivation(WithSteps):
         criterion: ``"derivative"``, ``"primitive"`` or ``"paper"``; see :func:`lomem.functional.gelu`.
         steps: Step function to use instead of the library's; its number of bits overrides ``bits``. See
             :mod:`lomem.fit`.
+        rounding: ``"nearest"``, or ``"stochastic"`` to draw codes at random, with a seed of :mod:`lomem.random` in each
+            call, so that the mean of the gradient is the exact one; see :func:`lomem.functional.gelu`.
         kwargs: Keyword arguments of torch's module.
 
     Raises:
@@ -82,6 +84,7 @@ class FewBitActivation(WithSteps):
     criterion: str
     _bits: int
     _steps: StepFunction | None
+    _rounding: str = "nearest"  # of modules pickled by versions without it
 
     def __init__(
         self,
@@ -89,6 +92,7 @@ class FewBitActivation(WithSteps):
         bits: int = 3,
         criterion: str = "derivative",
         steps: StepFunction | None = None,
+        rounding: str = "nearest",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -100,6 +104,12 @@ class FewBitActivation(WithSteps):
                 "'paper'"
             )
         self.criterion = criterion
+        self.rounding = rounding
+        if rounding == "stochastic" and criterion != "derivative":
+            raise ValueError(
+                f"lomem.nn.{type(self).__name__}: criterion is {criterion!r}, expected 'derivative' with "
+                "rounding='stochastic', which has no step function"
+            )
         self.steps = steps
         if criterion == "paper":
             self.step_function()  # raises if there is none
@@ -133,9 +143,29 @@ class FewBitActivation(WithSteps):
             raise ValueError(
                 f"lomem.nn.{type(self).__name__}: steps is a {type(steps).__name__}, expected a lomem.StepFunction"
             )
+        if steps is not None and self._rounding == "stochastic":
+            raise ValueError(
+                f"lomem.nn.{type(self).__name__}: steps are given, expected None with rounding='stochastic', which has "
+                "no step function"
+            )
         self._steps = steps
         if steps is not None:
             self._bits = steps.bits
+
+    @property
+    def rounding(self) -> str:
+        """``"nearest"`` or ``"stochastic"``. Setting it to the latter drops ``steps``."""
+        return self._rounding
+
+    @rounding.setter
+    def rounding(self, rounding: str) -> None:
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(
+                f"lomem.nn.{type(self).__name__}: rounding is {rounding!r}, expected 'nearest' or 'stochastic'"
+            )
+        self._rounding = rounding
+        if rounding == "stochastic":
+            self._steps = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("criterion", *self._arguments) and name != "inplace" and self.__dict__.get("_steps") is not None:
@@ -146,6 +176,8 @@ class FewBitActivation(WithSteps):
         """Applies the activation; the result is bit-identical to that of torch's module."""
         arguments = [getattr(self, name) for name in self._arguments]
         options = {name: getattr(self, name) for name in self._options}
+        if self._rounding == "stochastic":
+            return type(self)._function(input, *arguments, bits=self._bits, rounding=self._rounding, **options)
         return type(self)._function(
             input, *arguments, bits=self._bits, criterion=self.criterion, steps=self._steps, **options
         )
@@ -155,10 +187,22 @@ class FewBitActivation(WithSteps):
         return super().forward(input.clone() if getattr(self, "inplace", False) else input)
 
     def step_function(self) -> StepFunction:
-        """The step function in use."""
+        """The step function in use.
+
+        Raises:
+            ValueError: With ``rounding="stochastic"``, which has none; see :meth:`drawn_levels`.
+        """
+        if self._rounding == "stochastic":
+            raise ValueError(
+                f"lomem.nn.{type(self).__name__}: rounding is 'stochastic', expected 'nearest': it has no step function"
+            )
         if self.steps is not None:
             return self.steps
         return F.step_function(self._name(), self.bits, criterion=self.criterion, parameters=self._parameter_values())
+
+    def drawn_levels(self) -> DrawnLevels:
+        """The levels among which ``rounding="stochastic"`` draws."""
+        return F.drawn_levels(self._name(), self.bits, parameters=self._parameter_values())
 
     def _name(self) -> str:
         """Name of the activation that the op takes."""
@@ -170,6 +214,7 @@ class FewBitActivation(WithSteps):
     def extra_repr(self) -> str:
         """Formats the arguments for ``repr``."""
         how = f"criterion={self.criterion!r}" if self.steps is None else "steps=..."
+        how = how if self.rounding == "nearest" else f"rounding={self.rounding!r}"
         options = [f"{name}=True" for name in self._options if getattr(self, name)]
         return ", ".join(filter(None, (super().extra_repr(), f"bits={self.bits}", how, *options)))
 

@@ -1,7 +1,8 @@
-// Step functions as values: the boundaries and levels that approximate a derivative.
+// Step functions as values: the boundaries and levels that approximate a derivative; and levels that are drawn at random.
 #pragma once
 
 #include <lomem/config.h>
+#include <lomem/core/drawn.h>
 
 #include <cstdint>
 #include <string_view>
@@ -28,5 +29,10 @@ struct LOMEM_API StepFunction {
 LOMEM_API StepFunction step_function(
     std::string_view function, int64_t bits, std::string_view criterion = "derivative",
     const std::vector<double>& parameters = {});
+
+/// The levels among which rounding "stochastic" draws the derivative of an activation: low + step * code, with codes
+/// from 0 to 2^bits - 1 (core/drawn.h). Arguments as above. The standard deviation of what is drawn is step / sqrt(12).
+LOMEM_API DrawnLevels<double> drawn_levels(
+    std::string_view function, int64_t bits, const std::vector<double>& parameters = {});
 
 }  // namespace lomem
