@@ -37,7 +37,8 @@ from matplotlib.figure import Figure
 from scipy.stats import t as students_t
 from torch import nn
 
-#: Arguments of lomem.convert; None leaves the model unconverted. Step functions replace exact pairs, to be compared.
+#: Arguments of lomem.convert; None leaves the model unconverted. Step functions and codes drawn at random replace exact
+#: pairs, to be compared.
 SETTINGS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "plain again": None,
@@ -49,9 +50,13 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
         for bits in range(6, 0, -1)
     },
     "steps, 2 bits, paper": {"pairs": "keep", "criterion": "paper"},
+    **{
+        f"drawn, {bits} bits": {"activations": f"{bits}bit", "pairs": "keep", "rounding": "stochastic"}
+        for bits in range(6, 1, -1)
+    },
 }
 #: Of tasks that take long.
-FINALISTS = ("plain", "exact", "8 bits", "4 bits", "steps, 4 bits", "steps, 2 bits", "steps, 2 bits, paper")
+FINALISTS = ("plain", "exact", "8 bits", "steps, 4 bits", "steps, 2 bits", "drawn, 4 bits", "steps, 2 bits, paper")
 RESULTS = Path(__file__).parent.parent / "benchmarks/results/fidelity"
 #: Limits of the loss of quality, by what a score's name begins with.
 LIMITS = {"accuracy": 0.5, "loss": 0.01}
@@ -215,7 +220,7 @@ def _limit(name: str) -> float:
     return next(limit for start, limit in LIMITS.items() if _class(name).score_name.startswith(start))
 
 
-_MARKERS = "os^vDP*X<>h"
+_MARKERS = "os^vDP*X<>hpd8H4"
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:

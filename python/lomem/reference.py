@@ -22,6 +22,7 @@ __all__ = [
     "RESILU2",
     "StepFunction",
     "dequantize_groups",
+    "drawn_activation_backward",
     "dropout_apply",
     "gated",
     "lora",
@@ -270,6 +271,27 @@ def dequantize_groups(
         target = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
     target.as_strided((n,), (1,)).copy_(value)
     return target
+
+
+def drawn_activation_backward(
+    grad_output: Tensor, codes: Tensor, seed: Tensor, low: float, step: float, bits: int, *, offset: int = 0
+) -> Tensor:
+    """The gradient of an activation whose codes were drawn at random.
+
+    Args:
+        grad_output: Gradient of the result.
+        codes: Packed codes of ``bits`` bits, in the row-major order of ``grad_output``.
+        seed: Seed that they were drawn with, 0-d int64.
+        low: The lowest level.
+        step: Distance of neighbouring levels.
+        bits: 1 to 8.
+        offset: Number of the stream of random bits.
+    """
+    dtype, n = _compute_dtype(grad_output.dtype), grad_output.numel()
+    u = _uniform(seed, n, offset).to(grad_output.device)
+    place = (unpack_bits(codes, bits, n).float() + (u - 0.5)).to(dtype)
+    level = torch.tensor(low, dtype=dtype) + torch.tensor(step, dtype=dtype) * place
+    return (grad_output.reshape(-1).to(dtype) * level).to(grad_output.dtype).reshape(grad_output.shape)
 
 
 class _MSNorm(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,9 @@ from .._trace.batch import as_batch
 from .._trace.state import module_state, preserved, restore_module, seed
 from ..conversion.exchange import given_back, is_converted, wrapped_since
 from ..conversion.fidelity import Sums, layers_of, undisturbed
+from ..functional import drawn_levels
 from ..memory._report import Report, Section
-from ..steps import StepFunction
+from ..steps import DrawnLevels, StepFunction
 from ._fit import CRITERIA, fit, measured
 from ._functions import Function
 from ._layers import (
@@ -188,7 +190,8 @@ def report(
     Args:
         target: Either an activation, as a name or a callable as in :func:`fit`, or a model that is run: one with
             activations of :mod:`lomem.nn`, or one that :func:`lomem.convert` converted. For an activation, the default
-            is to compare the optimal step functions on the real line for both criteria with 1 to 4, 6 and 8 bits.
+            is to compare the optimal step functions on the real line for both criteria with 1 to 4, 6 and 8 bits, and
+            for an activation of the library what is expected of ``rounding="stochastic"``.
         batches: Iterable of batches for a model; see :func:`calibrate`.
         steps: Step functions of an activation, by name, to compare instead of the default ones.
         density: Density that the means are taken over for an activation, as in :func:`fit`. The default is the standard
@@ -217,13 +220,16 @@ def report(
         raise ValueError("lomem.fit.report: batches are given with a function, expected None or a model")
     if draws != 1:
         raise ValueError(f"lomem.fit.report: draws is {draws!r} with a function, expected 1 or a model")
-    return _of_function(target, _best(target) if steps is None else steps, density)
+    return _of_function(target, _best(target) if steps is None else steps, density, default=steps is None)
+
+
+_BITS = (1, 2, 3, 4, 6, 8)
 
 
 def _best(target: Any) -> dict[str, StepFunction]:
     found = {}
     for criterion in CRITERIA:
-        for bits in (1, 2, 3, 4, 6, 8):
+        for bits in _BITS:
             try:
                 step = fit(target, bits, criterion=criterion).step  # type: ignore[arg-type]
             except ValueError:
@@ -234,7 +240,7 @@ def _best(target: Any) -> dict[str, StepFunction]:
     return found
 
 
-def _of_function(target: Any, steps: Mapping[str, StepFunction], density: Any) -> FidelityReport:
+def _of_function(target: Any, steps: Mapping[str, StepFunction], density: Any, *, default: bool) -> FidelityReport:
     function, x, weights = measured(target, density)
     exact = torch.from_numpy(function.slope(x))
     rows = {}
@@ -243,7 +249,23 @@ def _of_function(target: Any, steps: Mapping[str, StepFunction], density: Any) -
         sums.add(torch.from_numpy(step.derivative(x)), exact, torch.from_numpy(weights))
         rows[label] = _fidelity(sums)
     name = target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
+    if isinstance(target, str) and default:
+        for bits in _BITS:
+            label = f"drawn, {bits} bit{'s' * (bits > 1)}"
+            rows[label] = _of_levels(drawn_levels(target, bits, parameters=_DEFAULTS.get(target, ())), exact, weights)
     return FidelityReport(name, f"mean over {density!r:.40}", rows, dict(steps), function)
+
+
+#: Parameters with which :func:`fit` knows activations by name.
+_DEFAULTS = {"softplus": (1.0, 20.0), "elu": (1.0,), "celu": (1.0,)}
+
+
+def _of_levels(levels: DrawnLevels, exact: Tensor, weights: Any) -> Fidelity:
+    """What is expected of a derivative that is drawn at random: its noise is that of a uniform number."""
+    weighed = torch.from_numpy(weights)
+    error = levels.deviation / float((exact.square() @ weighed / weighed.sum()).sqrt())
+    length = math.hypot(1, error)
+    return Fidelity(1 / length, error, 0.0, error, length)
 
 
 def _of_model(model: nn.Module, batches: Any, loss: Loss | None, draws: Any) -> FidelityReport:
