@@ -44,6 +44,7 @@ inline void check_launch(const char* op, const at::Tensor& /*tensor*/, cudaError
 // Registered under the other name: the tensors are on the CPU.
 #define CUDA CPU
 #include "../../../cpp/cuda/activations.cpp"
+#include "../../../cpp/cuda/drawn.cpp"
 #include "../../../cpp/cuda/dropout.cpp"
 #include "../../../cpp/cuda/gated.cpp"
 #include "../../../cpp/cuda/norms.cpp"
