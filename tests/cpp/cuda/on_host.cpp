@@ -41,6 +41,21 @@ inline void check_launch(const char* op, const at::Tensor& /*tensor*/, cudaError
 #include "../../../cpp/src/gated/rows.h"
 #include "../../../cpp/src/norms/backend.h"
 
+namespace lomem::detail {
+namespace {
+
+/// An op that is composed of others on CUDA, but not on the CPU.
+void as_on_cuda(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CUDA), stack);
+}
+
+TORCH_LIBRARY_IMPL(lomem, CPU, m) {
+  m.impl("drawn_activation_forward", torch::CppFunction::makeFromBoxedFunction<&as_on_cuda>());
+}
+
+}  // namespace
+}  // namespace lomem::detail
+
 // Registered under the other name: the tensors are on the CPU.
 #define CUDA CPU
 #include "../../../cpp/cuda/activations.cpp"
