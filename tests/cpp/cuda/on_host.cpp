@@ -44,13 +44,14 @@ inline void check_launch(const char* op, const at::Tensor& /*tensor*/, cudaError
 namespace lomem::detail {
 namespace {
 
-/// An op that is composed of others on CUDA, but not on the CPU.
-void as_on_cuda(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CUDA), stack);
+/// An op that is composed of others on CUDA, as on all devices that have no kernel of their own for it; but the CPU
+/// has.
+void composed(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), stack);
 }
 
 TORCH_LIBRARY_IMPL(lomem, CPU, m) {
-  m.impl("drawn_activation_forward", torch::CppFunction::makeFromBoxedFunction<&as_on_cuda>());
+  m.impl("drawn_activation_forward", torch::CppFunction::makeFromBoxedFunction<&composed>());
 }
 
 }  // namespace
