@@ -174,7 +174,7 @@ MUTANTS = [
         STORAGE,
     ),
     Mutant("no dither of a drawn level", "core/drawn.h", "+ dither(random)", "+ 0.0f * dither(random)", "drawn", DRAWN),
-    Mutant("drawn codes rounded down", "core/drawn.h", "target + (0xffffu ^ random)", "target", "drawn", DRAWN),
+    Mutant("drawn codes rounded down", "core/drawn.h", "+ (0xffffu ^ random)", "+ 0 * random", "drawn", DRAWN),
     Mutant("a drawn origin on the right", "core/drawn.h", "d > 0.0f ? 1 : 0", "d >= 0.0f ? 1 : 0", "drawn", DRAWN),
     Mutant("a bound within the pieces", "core/drawn.h", "!(m < table", "!(m <= table", "drawn", DRAWN),
     Mutant(
