@@ -95,8 +95,8 @@ LOMEM_HOST_DEVICE constexpr float drawn_value(const DrawnTable& table, float x) 
   return drawn_value(table, drawn_place(table, x), [&](int k) { return table.coefficients[k]; });
 }
 
-/// The largest float below 1/2: added to a number in [0, 2^24) and rounded down, it gives the nearest integer. (With 1/2
-/// itself, odd integers from 2^23 on would become the next even ones.)
+/// The largest float below 1/2: added to a number in [0, 2^24) and rounded down, it gives the nearest integer. (With
+/// 1/2 itself, odd integers from 2^23 on would become the next even ones.)
 inline constexpr float nearly_half = 0x1.fffffep-2f;
 
 /// t of s, as a multiple of 2^-16.
