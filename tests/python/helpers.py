@@ -4,6 +4,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import lomem
@@ -16,6 +17,9 @@ SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 
 # Path of a library that replaces the CPU kernels by the CUDA kernels, executed on the CPU.
 CUDA_ON_HOST = os.environ.get("LOMEM_CUDA_ON_HOST", "")
+if CUDA_ON_HOST:
+    # It calls functions of the library that Python has loaded.
+    ctypes.CDLL(str(Path(lomem.__file__).with_name("lib") / "liblomem.so"), mode=ctypes.RTLD_GLOBAL)
 
 
 def _emulator_fault_count():

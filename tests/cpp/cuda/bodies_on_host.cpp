@@ -1,6 +1,7 @@
 // The launchers of the CUDA kernels (lomem/cuda/kernels.h) with the bodies of the kernels executed on the CPU.
 #include <lomem/cuda/kernels.h>
 #include <lomem/cuda/norm_plan.h>
+#include <lomem/cuda/drawn.cuh>
 #include <lomem/cuda/dropout.cuh>
 #include <lomem/cuda/gated.cuh>
 #include <lomem/cuda/packing.cuh>
@@ -62,6 +63,21 @@ cudaError_t step_backward(
               static_cast<const T*>(grad_output), codes, levels, n, static_cast<T*>(grad_input))));
     });
   });
+}
+
+cudaError_t drawn_encode(
+    DType dtype, const DrawnTable& table, const void* x, std::int64_t n, int bits, const std::int64_t* seed,
+    std::uint64_t offset, std::uint8_t* codes, cudaStream_t /*stream*/) {
+  return drawn_encode_by(
+      dtype, table, x, n, bits, {seed, offset}, codes, [](const auto& body) { return status(host.body(body)); });
+}
+
+cudaError_t drawn_backward(
+    DType dtype, const void* grad_output, const std::uint8_t* codes, const DrawnLevels<double>& levels, int bits,
+    std::int64_t n, const std::int64_t* seed, std::uint64_t offset, void* grad_input, cudaStream_t /*stream*/) {
+  return drawn_backward_by(
+      dtype, grad_output, codes, levels, bits, n, {seed, offset}, grad_input,
+      [](const auto& body) { return status(host.body(body)); });
 }
 
 cudaError_t mask_multiply(

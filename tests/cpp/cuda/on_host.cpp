@@ -41,9 +41,26 @@ inline void check_launch(const char* op, const at::Tensor& /*tensor*/, cudaError
 #include "../../../cpp/src/gated/rows.h"
 #include "../../../cpp/src/norms/backend.h"
 
+namespace lomem::detail {
+namespace {
+
+/// An op that is composed of others on CUDA, as on all devices that have no kernel of their own for it; but the CPU
+/// has.
+void composed(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), stack);
+}
+
+TORCH_LIBRARY_IMPL(lomem, CPU, m) {
+  m.impl("drawn_activation_forward", torch::CppFunction::makeFromBoxedFunction<&composed>());
+}
+
+}  // namespace
+}  // namespace lomem::detail
+
 // Registered under the other name: the tensors are on the CPU.
 #define CUDA CPU
 #include "../../../cpp/cuda/activations.cpp"
+#include "../../../cpp/cuda/drawn.cpp"
 #include "../../../cpp/cuda/dropout.cpp"
 #include "../../../cpp/cuda/gated.cpp"
 #include "../../../cpp/cuda/norms.cpp"

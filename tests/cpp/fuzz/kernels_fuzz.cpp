@@ -564,6 +564,75 @@ void fuzz_storage(Choices& choices) {
   });
 }
 
+/// Codes drawn at random from any table of numbers, and gradients of any codes.
+void fuzz_drawn(Choices& choices) {
+  const DType dtype = choices.dtype();
+  const int bits = 1 + choices.byte() % lomem::max_bits;
+  const std::size_t count = choices.number(most_elements);
+  const auto n = static_cast<std::int64_t>(count);
+  const std::size_t offset = choices.number(most_bytes_off);
+  const bool stream = choices.flag();
+  const bool stores = choices.flag() && lomem::element_size(dtype) == 2;
+  const std::int64_t first = 8 * static_cast<std::int64_t>(choices.number(60000));
+  lomem::RoundingBits random{};
+  std::memcpy(&random, choices.bytes(sizeof(random)).data(), sizeof(random));
+  // Bounds and densities belong together, beyond is in [0, 1]; the coefficients are any.
+  lomem::DrawnTable drawn{};
+  drawn.origin = static_cast<float>(choices.byte()) / 64 - 2;
+  drawn.rational = choices.flag();
+  for (auto& side : drawn.sides) {
+    const auto bound = static_cast<float>(choices.byte()) / 32;
+    side.bound = drawn.rational && bound > 0 ? 1 : bound;
+    side.density = side.bound > 0 ? lomem::DrawnTable::side_pieces / side.bound : 0;
+    side.beyond = static_cast<float>(choices.byte()) / 255;
+  }
+  for (auto& row : drawn.coefficients) {
+    for (float& coefficient : row) {
+      coefficient = static_cast<float>(choices.byte()) / 128 - 1;
+    }
+  }
+  const Bytes x = choices.elements(dtype, count);
+  const Bytes grad = choices.elements(dtype, count);
+  const Bytes codes = choices.bytes(lomem::packed_bytes(count, bits));
+  const lomem::DrawnLevels<double> levels{choices.byte() / 256.0 - 0.5, choices.byte() / 256.0};
+  Bytes want_codes(codes.size());
+  Bytes want;
+  lomem::visit_dtype(dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    const auto elements = elements_of<T>(x);
+    const auto gradients = elements_of<T>(grad);
+    const lomem::DrawnLevels<compute_t<T>> rounded{
+        static_cast<compute_t<T>>(levels.low), static_cast<compute_t<T>>(levels.step)};
+    std::vector<T> result(count);
+    lomem::visit_bits(bits, [&](auto width) {
+      constexpr int b = decltype(width)::value;
+      lomem::drawn_encode<b>(drawn, elements.data(), first, n, random, want_codes.data());
+      lomem::drawn_decode_multiply<b>(gradients.data(), codes.data(), rounded, first, n, random, result.data());
+    });
+    want = with_one_nan(dtype, bytes_of(result));
+  });
+  for_each_table([&](const KernelTable& table) {
+    std::vector<std::uint32_t> targets;
+    if (stores) {
+      targets.resize(lomem::drawn_target_count);
+      table.drawn_targets(dtype, drawn, bits, targets.data());
+    }
+    Memory source(x, offset * lomem::element_size(dtype));
+    Memory packed(want_codes.size(), offset);
+    table.drawn_encode(
+        dtype, drawn, stores ? targets.data() : nullptr, source.data(), first, n, bits, random,
+        static_cast<std::uint8_t*>(packed.data()));
+    expect_same(table, "drawn codes", packed.written(table), want_codes);
+    Memory gradients(grad, offset * lomem::element_size(dtype));
+    Memory given(codes, offset);
+    Memory result(grad.size(), offset * lomem::element_size(dtype));
+    table.drawn_decode_multiply(
+        dtype, gradients.data(), static_cast<const std::uint8_t*>(given.data()), levels, bits, first, n, random,
+        result.data(), stream);
+    expect_same(table, "gradients of drawn codes", with_one_nan(dtype, result.written(table)), want);
+  });
+}
+
 /// Gradients of a gated unit, which are the scalar formulas'.
 void fuzz_gated(Choices& choices) {
   const DType dtype = choices.dtype();
@@ -611,6 +680,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   Choices choices(data, size);
   std::vector<void (*)(Choices&)> targets = {
       &fuzz_decode,
+      &fuzz_drawn,
       &fuzz_dropout,
       &fuzz_gated,
       &fuzz_packing,

@@ -42,7 +42,8 @@ TEST(Registration, HasKernelsWhereTheTraitsSaySo) {
     const bool composite = handle.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
     if (op.has(op_list::kernels)) {
       EXPECT_TRUE(handle.hasKernelForDispatchKey(DispatchKey::Meta));
-      EXPECT_EQ(handle.hasKernelForDispatchKey(DispatchKey::CPU), !op.has(op_list::composite));
+      // (One that is composed of others needs none, but may have a quicker one.)
+      EXPECT_TRUE(handle.hasKernelForDispatchKey(DispatchKey::CPU) || op.has(op_list::composite));
       EXPECT_FALSE(composite);
     }
     // For other devices: what it is made of, or what it says there.

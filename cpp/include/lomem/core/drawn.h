@@ -95,10 +95,14 @@ LOMEM_HOST_DEVICE constexpr float drawn_value(const DrawnTable& table, float x) 
   return drawn_value(table, drawn_place(table, x), [&](int k) { return table.coefficients[k]; });
 }
 
+/// The largest float below 1/2: added to a number in [0, 2^24) and rounded down, it gives the nearest integer. (With
+/// 1/2 itself, odd integers from 2^23 on would become the next even ones.)
+inline constexpr float nearly_half = 0x1.fffffep-2f;
+
 /// t of s, as a multiple of 2^-16.
 LOMEM_HOST_DEVICE constexpr std::uint32_t drawn_target(float s, int bits) {
   const float scale = static_cast<float>(max_code(bits)) * 0x1p16f;
-  return static_cast<std::uint32_t>(static_cast<std::int32_t>(rounded_product(s, scale) + 0.5f));
+  return static_cast<std::uint32_t>(static_cast<std::int32_t>(rounded_product(s, scale) + nearly_half));
 }
 
 /// The code of t for 16 random bits, from which u = (random + 1/2) / 2^16.

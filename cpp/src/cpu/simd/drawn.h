@@ -93,7 +93,7 @@ inline Floats drawn_values(const DrawnTable& table, const Floats& x) {
 /// lomem::drawn_target of each lane.
 inline Words targets_of(const Floats& s, int bits) {
   const float scale = static_cast<float>(max_code(bits)) * 0x1p16f;
-  return bits_of<Words>(__builtin_convertvector(s * scale + 0.5f, Ints));
+  return bits_of<Words>(__builtin_convertvector(s * scale + nearly_half, Ints));
 }
 
 /// Computes t of `lanes` elements.

@@ -29,6 +29,7 @@
 #include <random>
 #include <string>
 
+#include "../../core/drawn_cases.h"
 #include "../../core/elements.h"
 #include "../../core/fused_functions.h"
 #include "../../core/gates.h"
@@ -320,6 +321,31 @@ void count_storage(DType dtype, int bits, bool misaligned) {
   });
 }
 
+void count_drawn(DType dtype, int bits, bool misaligned) {
+  constexpr std::int64_t n = tensor_elements;
+  const auto size = static_cast<std::int64_t>(lomem::element_size(dtype));
+  const std::int64_t code_bytes = lomem::packed_bytes(n, bits);
+  const std::string end = std::string(" ") + name_of(dtype) + " " + std::to_string(bits) +
+                          (bits == 1 ? " bit" : " bits") + (misaligned ? " misaligned" : "");
+  const Mapping results((n + 64) * size);
+  const std::int64_t offset = misaligned ? size : 0;
+  const std::uint8_t* input = normal_numbers(dtype) + offset;
+  const auto* seed = reinterpret_cast<const std::int64_t*>(random_bytes());
+  const lomem::DrawnTable table = drawn::waves().table;
+  count("drawn_encode" + end, n, n * size + code_bytes, 2, [&] {
+    return drawn_encode(dtype, table, input, n, bits, seed, 1, results.data() + offset, nullptr);
+  });
+  count("drawn_backward" + end, n, 2 * n * size + code_bytes, 2, [&] {
+    return drawn_backward(
+        dtype, input, random_bytes(), {-0.125, 0.25}, bits, n, seed, 1, results.data() + offset, nullptr);
+  });
+  if (bits == 4 && !misaligned) {
+    count("drawn_encode slow" + end, n, n * size + code_bytes, 2, [&] {
+      return drawn_encode(dtype, drawn::slow().table, input, n, bits, seed, 1, results.data(), nullptr);
+    });
+  }
+}
+
 void count_forward(DType dtype, bool misaligned) {
   constexpr std::int64_t n = tensor_elements;
   const auto size = static_cast<std::int64_t>(lomem::element_size(dtype));
@@ -499,6 +525,12 @@ int main() {
   for (const int bits : {1, 2, 4}) {
     count_activations(DType::bfloat16, bits, true);
   }
+  for (const DType dtype : dtypes) {
+    for (int bits = 1; bits <= 8; ++bits) {
+      count_drawn(dtype, bits, false);
+    }
+  }
+  count_drawn(DType::bfloat16, 4, true);
   for (const DType dtype : dtypes) {
     count_dropout(dtype, false);
   }

@@ -48,6 +48,7 @@ ACTIVATIONS = "Sweep.Activations"
 GATED = "Sweep.Gated"
 NORMS = "Sweep.*Norms"
 STORAGE = "Sweep.Storage"
+DRAWN = "Sweep.Drawn"
 FULL = "if (aligned && Grid::is_full(block, n)) {"
 UNALIGNED = "if (Grid::is_full(block, n)) {"
 
@@ -108,7 +109,7 @@ MUTANTS = [
     Mutant("no offset of the stream", "cuda/storage.cuh", "*seed), offset}", "*seed), 0}", "storage", STORAGE),
     Mutant(
         "random numbers of the neighbor",
-        "core/storage.h",
+        "core/rounding.h",
         "random_half(j < 4 ? low : high, j % 2 != 0)",
         "random_half(j < 4 ? low : high, j % 2 == 0)",
         "storage",
@@ -133,13 +134,13 @@ MUTANTS = [
     Mutant("no dither", "cuda/storage.cuh", "code += dither(", "code += 0.0f * dither(", "storage", STORAGE),
     Mutant(
         "the dither is added",
-        "core/storage.h",
+        "core/rounding.h",
         "(static_cast<float>(random) + 0.5f) * 0x1p-16f - 0.5f;",
         "0.5f - (static_cast<float>(random) + 0.5f) * 0x1p-16f;",
         "storage",
         STORAGE,
     ),
-    Mutant("dither without its mean", "core/storage.h", "* 0x1p-16f - 0.5f;", "* 0x1p-16f;", "storage", STORAGE),
+    Mutant("dither without its mean", "core/rounding.h", "* 0x1p-16f - 0.5f;", "* 0x1p-16f;", "storage", STORAGE),
     Mutant(
         "dither of the neighbor",
         "cuda/storage.cuh",
@@ -171,6 +172,37 @@ MUTANTS = [
         "RoundingBits{random.seed, 0}.block(begin)",
         "storage",
         STORAGE,
+    ),
+    Mutant("no dither of a drawn level", "core/drawn.h", "+ dither(random)", "+ 0.0f * dither(random)", "drawn", DRAWN),
+    Mutant("drawn codes rounded down", "core/drawn.h", "+ (0xffffu ^ random)", "+ 0 * random", "drawn", DRAWN),
+    Mutant("a drawn origin on the right", "core/drawn.h", "d > 0.0f ? 1 : 0", "d >= 0.0f ? 1 : 0", "drawn", DRAWN),
+    Mutant("a bound within the pieces", "core/drawn.h", "!(m < table", "!(m <= table", "drawn", DRAWN),
+    Mutant(
+        "the first rows of drawn coefficients only",
+        "cuda/drawn.cuh",
+        "k <= DrawnTable::degree; k += rows",
+        "k < DrawnTable::degree; k += rows",
+        "drawn",
+        DRAWN,
+    ),
+    Mutant("no offset of a draw", "cuda/drawn.cuh", "*seed), offset}", "*seed), 0}", "drawn", DRAWN),
+    Mutant(
+        "vectors at any address, drawing",
+        "cuda/drawn.cuh",
+        "if (aligned && begin + unit <= n) {",
+        "if (begin + unit <= n) {",
+        "drawn",
+        DRAWN,
+        nth=0,
+    ),
+    Mutant(
+        "vectors at any address, gradients of a draw",
+        "cuda/drawn.cuh",
+        "if (aligned && begin + unit <= n) {",
+        "if (begin + unit <= n) {",
+        "drawn",
+        DRAWN,
+        nth=1,
     ),
     Mutant(
         "a block is full that is not",

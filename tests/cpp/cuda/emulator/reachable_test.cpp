@@ -39,6 +39,9 @@ void launch_activations() {
     for (int bits = 1; bits <= 8; ++bits) {
       step_encode(dtype, bytes, 100, numbers.data(), bits, bytes, nullptr);
       step_backward(dtype, bytes, bytes, numbers.data(), bits, 100, bytes, nullptr);
+      const auto* seed = reinterpret_cast<const std::int64_t*>(bytes);
+      drawn_encode(dtype, lomem::DrawnTable{}, bytes, 100, bits, seed, 0, bytes, nullptr);
+      drawn_backward(dtype, bytes, bytes, {0, 1}, bits, 100, seed, 0, bytes, nullptr);
     }
     band_encode(dtype, bytes, 100, 0, 1, bytes, nullptr);
     mask_multiply(dtype, bytes, bytes, 2, 100, bytes, nullptr);

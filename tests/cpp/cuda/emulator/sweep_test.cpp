@@ -11,6 +11,7 @@
 #include <random>
 #include <string>
 
+#include "../../core/drawn_cases.h"
 #include "../../core/elements.h"
 #include "../../core/fused_functions.h"
 #include "../../core/gates.h"
@@ -392,6 +393,55 @@ void sweep_storage(Random& random) {
   }
 }
 
+/// Codes drawn at random, and gradients from them, against the definition in double.
+void sweep_drawn(Random& random) {
+  const DType dtype = pick_dtype(random);
+  const std::int64_t n = pick_size(random);
+  const int bits = static_cast<int>(random.below(8)) + 1;
+  const drawn::Case of = drawn::cases()[random.below(4)];
+  SCOPED_TRACE(name_of(dtype) + " " + std::to_string(n) + ", bits " + std::to_string(bits) + ", " + of.name);
+  const std::int64_t seed = random.below(1 << 30) * 0x123456789 - 12345;
+  const auto offset = static_cast<std::uint64_t>(random.below(1 << 30)) << random.below(33);
+  Bytes seed_bytes(sizeof(seed));
+  cudaMemcpy(seed_bytes.data(), &seed, sizeof(seed), cudaMemcpyHostToDevice);
+  const auto* device_seed = reinterpret_cast<const std::int64_t*>(seed_bytes.data());
+  DeviceArray x(dtype, n, random.one_in(3) ? random.below(8) : 0);
+  const std::vector<double> places = drawn::places(of);
+  x.assign([&](std::int64_t) {
+    return random.one_in(4) ? places[random.below(static_cast<std::int64_t>(places.size()))] : random.normal(3);
+  });
+  DeviceArray grad_output(dtype, n, random.one_in(3) ? random.below(8) : 0);
+  grad_output.assign([&](std::int64_t) { return random.normal(); });
+  DeviceArray grad_input(dtype, n, random.one_in(3) ? random.below(8) : 0);
+  Bytes codes(lomem::packed_bytes(n, bits), random.one_in(3) ? random.below(8) : 0);
+  const int q = (1 << bits) - 1;
+  const lomem::DrawnLevels<double> levels{random.normal(), random.normal() / q};
+  ASSERT_EQ(drawn_encode(dtype, of.table, x.data(), n, bits, device_seed, offset, codes.data(), nullptr), cudaSuccess);
+  ASSERT_EQ(
+      drawn_backward(
+          dtype, grad_output.data(), codes.data(), levels, bits, n, device_seed, offset, grad_input.data(), nullptr),
+      cudaSuccess);
+  grad_input.read();
+  const std::vector<std::uint8_t> bytes = codes.read();
+  std::vector<std::uint8_t> unpacked;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const int code = drawn::unpack(bytes, i, bits);
+    unpacked.push_back(static_cast<std::uint8_t>(code));
+    const double place = code + (drawn::random_bits({static_cast<std::uint64_t>(seed), offset}, i) + 0.5) / 65536 - 0.5;
+    // t is rounded to a multiple of 2^-16; from 2^22 * 2^-16 on, in two steps.
+    ASSERT_LE(std::fabs(place - q * drawn::value(of, x[i])), 0.5 + q * drawn::tolerance + 0x1p-16) << x[i];
+    // Low and step are rounded, code and dither (to float32), their product with the step, the sum, and the gradient.
+    const double level = levels.low + levels.step * place;
+    const double compute = dtype == DType::float64 ? std::ldexp(1, -53) : std::ldexp(1, -24);
+    const double near = 4 * compute * (std::fabs(levels.low) + std::fabs(levels.step * place)) +
+                        std::ldexp(std::fabs(levels.step), -17);
+    const double want = grad_output[i] * level;
+    ASSERT_NEAR(grad_input[i], want, spacing_at(dtype, want) / 2 + 2 * near * std::fabs(grad_output[i])) << i;
+  }
+  // Bits behind the last code are 0.
+  EXPECT_EQ(bytes, oracle::pack(unpacked, bits));
+}
+
 /// A gated unit whose operands are apart, halves or pairs, of rows that are some elements apart.
 void sweep_gated(Random& random) {
   const DType dtype = pick_dtype(random);
@@ -478,6 +528,13 @@ TEST(Sweep, Storage) {
   for (int k = 0; k < number_of_cases(); ++k) {
     Random random(5000 + k);
     sweep_storage(random);
+  }
+}
+
+TEST(Sweep, Drawn) {
+  for (int k = 0; k < number_of_cases(); ++k) {
+    Random random(6000 + k);
+    sweep_drawn(random);
   }
 }
 
