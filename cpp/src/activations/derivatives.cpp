@@ -5,11 +5,14 @@
 namespace lomem::detail {
 namespace {
 
-// Reaches: where the derivative is nearer than 4e-7 to its limit.
+// Reaches: where the derivative is nearer than 4e-7 to its limit; mish's on the left than 4e-6, because there its poles
+// are so near to the line that pieces must be shorter.
 constexpr double gelu_reach = 6;
 constexpr double sigmoid_reach = 16;
 constexpr double silu_reach = 18;
 constexpr double tanh_reach = 8.5;
+constexpr double mish_left_reach = 15.2;
+constexpr double mish_right_reach = 9.5;
 
 double logistic(double x) {
   return 1 / (1 + std::exp(-x));
@@ -64,8 +67,8 @@ Derivative mish_derivative() {
             const double t = std::tanh(std::log1p(std::exp(x)));
             return t + x * (1 - t * t) * logistic(x);
           },
-      .left = {silu_reach, 0},
-      .right = {silu_reach, 1}};
+      .left = {mish_left_reach, 0},
+      .right = {mish_right_reach, 1}};
 }
 
 Derivative sigmoid_derivative() {

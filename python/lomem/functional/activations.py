@@ -608,6 +608,12 @@ def drawn_levels(function: str, bits: int, *, parameters: Sequence[float] = ()) 
     return DrawnLevels(low, step, bits)
 
 
+@torch.compiler.assume_constant_result
+def _low_and_step(function: str, bits: int) -> tuple[float, float]:
+    """The levels, for compilers too."""
+    return _C.drawn_levels(function, bits, ())
+
+
 class _DrawnOf(torch.autograd.Function):
     """A function that computes one of the table by other ops, with a derivative drawn at random."""
 
@@ -619,15 +625,14 @@ class _DrawnOf(torch.autograd.Function):
         scaled = input.detach().contiguous() * scale
         _, codes, seed = _drawn_activation_forward(scaled, function, (), bits)
         ctx.save_for_backward(codes, seed)
-        ctx.levels = drawn_levels(function, bits)
+        ctx.levels, ctx.bits = _low_and_step(function, bits), bits
         output = _checked(fn, input.detach())
         return output.clone() if not is_compiling() and _share_memory(output, input) else output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         codes, seed = ctx.saved_tensors
-        levels: DrawnLevels = ctx.levels
-        grad = _drawn_activation_backward(grad_output, codes, seed, levels.low, levels.step, levels.bits)
+        grad = _drawn_activation_backward(grad_output, codes, seed, *ctx.levels, ctx.bits)
         return grad, None, None, None, None
 
 
