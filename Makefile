@@ -97,7 +97,7 @@ ctest ctest-all: install gtest build/oldest-cmake/.done
 	ctest --preset release -j $(JOBS) $(if $(filter %-all,$@),,-LE slow)
 
 # Of the ops that have kernels.
-OP_TESTS := $(addprefix tests/python/test_,activation_modules.py activations.py cpu_kernels.py dropout.py dropout_seeds.py gated.py \
+OP_TESTS := $(addprefix tests/python/test_,activation_modules.py activations.py cpu_kernels.py drawn.py dropout.py dropout_seeds.py gated.py \
   norms.py packing.py saved_bytes.py step_activations.py step_backward.py storage.py transforms.py)
 # With other kernels than usual: what torch.compile and torch.export do with an op does not depend on them.
 WITHOUT_COMPILER := -k 'not compile and not export'

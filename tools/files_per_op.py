@@ -54,7 +54,7 @@ GENERATED = (
 ITSELF = "tools/files_per_op.py"
 
 #: Names in lomem.functional.activations that are not activations.
-_OTHERS = ("step_function",)
+_OTHERS = ("drawn_levels", "step_function")
 _OP = re.compile(r"^LOMEM_OP\(\s*(\w+)|^ *m\.def\(\s*\"(\w+)\(", re.MULTILINE)
 _HALVES = ("_forward", "_backward", "_weight_grad")
 

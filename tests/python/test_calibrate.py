@@ -355,9 +355,9 @@ def test_report_of_a_function():
 def test_report_by_default():
     report = lomem.fit.report("sigmoid")
     # One bit cannot match two parallel asymptotes.
-    assert list(report.rows) == [
-        f"{criterion}, {bits} bits" for criterion in ("primitive", "derivative") for bits in (2, 3, 4, 6, 8)
-    ]
+    steps = [f"{criterion}, {bits} bits" for criterion in ("primitive", "derivative") for bits in (2, 3, 4, 6, 8)]
+    drawn = [f"drawn, {bits} bit{'s' * (bits > 1)}" for bits in (1, 2, 3, 4, 6, 8)]
+    assert list(report.rows) == steps + drawn
     errors = [report.rows[f"derivative, {bits} bits"].error for bits in (2, 3, 4, 6, 8)]
     assert errors == sorted(errors, reverse=True)
     assert json.loads(report.to_json()).keys() == {"subject", "under", "rows"}

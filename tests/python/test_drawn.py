@@ -93,8 +93,8 @@ def test_levels_span_the_derivative(name):
         levels = levels_of(name, bits)
         assert levels.bits == bits
         high = levels.low + levels.step * (2**bits - 1)
-        # The grid has a distance of 2e-4, which is squared at a smooth extremum, but not at hardswish's jumps; softsign's
-        # tail ends at 6e-4.
+        # The grid has a distance of 2e-4, which is squared at a smooth extremum, but not at hardswish's jumps. The tail
+        # of softsign ends at 6e-4.
         room = {"softsign": 1e-3, "hardswish": 1e-4}.get(name, 1e-6)
         assert levels.low == pytest.approx(float(exact.min()), abs=room)
         assert high == pytest.approx(float(exact.max()), abs=room)

@@ -58,6 +58,16 @@ def samples(device):
         "step_codes": [((x0, [-1.0, 0.5], 2), {}), ((image0, [0.0], 7), {})],
         "band_codes": [((x0, -1.0, 0.5), {}), ((image0, 0.0, 9.0), {})],
         "step_activation_backward": [((x, ops.step_codes(x0, [-6.0, 0.0, 6.0], 2), [0.0, -0.1, 1.1, 1.0], 2), {})],
+        "drawn_activation": [
+            ((x, "gelu", [], 3, seed), {}),
+            ((image, "elu", [2.0], 8, seed), {"offset": 2}),
+        ],
+        "drawn_activation_forward": [((x0, "gelu_tanh", [], 3, seed), {}), ((image0, "tanh", [], 5, seed), {})],
+        "drawn_activation_backward": [
+            ((x, ops.drawn_codes(x0, "gelu", [], 2, seed), seed, -0.1, 0.4, 2), {}),
+            ((x0, ops.drawn_codes(x0, "mish", [], 8, seed), seed, -0.1, 0.4, 8), {"offset": 1}),
+        ],
+        "drawn_codes": [((x0, "softsign", [], 2, seed), {}), ((image0, "silu", [], 7, seed), {"offset": 3})],
         # (Of those that draw, the results of two calls are compared: only nothing is the same.)
         "dropout": [((x, 0.0), {}), ((image, 0.0), {}), ((x0, 0.0), {})],
         "dropout_forward": [((x0, 0.0), {}), ((image0, 0.0), {})],
@@ -584,9 +594,12 @@ def of_last(shape, x, values=(1.0, -2.0, 0.5)):
 
 STEPS = ((-1.0, 0.0, 1.0), (0.0, 0.1, 0.9, 1.0))
 
+# Not of tensors.
+LEVELS = {"drawn_levels", "step_function"}
+
 # Every function of a tensor of floating-point numbers, whose last dimension is of 6.
 FUNCTIONS = {
-    **{name: getattr(LF, name) for name in lomem.functional.activations.__all__ if name != "step_function"},
+    **{name: getattr(LF, name) for name in lomem.functional.activations.__all__ if name not in LEVELS},
     "gelu-tanh": lambda x: LF.gelu(x, "tanh", bits=8),
     "threshold": lambda x: LF.threshold(x, 0.1, 0.2),
     "step_activation": lambda x: LF.step_activation(x, swish, *STEPS),
@@ -639,7 +652,7 @@ MODULES = {
 def test_every_function_and_module_is_here():
     packing = {"pack_bits", "pack_bool_to_uint8", "unpack_bits", "unpack_uint8_to_bool"}
     storage = {"quantize_groups", "dequantize_groups"}
-    assert {name.split("-")[0] for name in FUNCTIONS} == set(LF.__all__) - packing - storage - {"step_function"}
+    assert {name.split("-")[0] for name in FUNCTIONS} == set(LF.__all__) - packing - storage - LEVELS
     assert {name.split("-")[0] for name in MODULES} == set(lomem.nn.__all__) - {"FewBitActivation"}
 
 

@@ -86,16 +86,16 @@ Derivative tanhshrink_derivative() {
   return {.at = [](double x) { return square(std::tanh(x)); }, .left = {tanh_reach, 1}, .right = {tanh_reach, 1}};
 }
 
-Derivative softplus_derivative(double beta, double threshold) {
+Derivative logistic_derivative(double slope, double end) {
   Derivative derivative{
-      .at = [beta](double x) { return logistic(beta * x); },
-      .left = {sigmoid_reach / beta, 0},
-      .right = {sigmoid_reach / beta, 1}};
-  // Above the threshold it is 1: a jump, of which less than 4e-7 is left far out.
+      .at = [slope](double x) { return logistic(slope * x); },
+      .left = {sigmoid_reach / slope, 0},
+      .right = {sigmoid_reach / slope, 1}};
+  // Beyond it is 1: a jump, of which less than 4e-7 is left far out.
   constexpr double far = 15;
-  if (threshold < far) {
-    derivative.origin = threshold / beta;
-    derivative.left.reach = threshold > -far ? (far + threshold) / beta : 0;
+  if (end < far) {
+    derivative.origin = end / slope;
+    derivative.left.reach = end > -far ? (far + end) / slope : 0;
     derivative.right.reach = 0;
   }
   return derivative;
@@ -114,7 +114,7 @@ Derivative logsigmoid_derivative() {
   return {.at = [](double x) { return logistic(-x); }, .left = {sigmoid_reach, 1}, .right = {sigmoid_reach, 0}};
 }
 
-Derivative elu_derivative(double alpha, double width, double scale) {
+Derivative exponential_derivative(double alpha, double width, double scale) {
   const double slope = scale * alpha / width;
   return {
       .at = [slope, width](double x) { return slope * std::exp(x / width); },

@@ -34,11 +34,12 @@ Derivative mish_derivative();
 Derivative sigmoid_derivative();
 Derivative tanh_derivative();
 Derivative tanhshrink_derivative();
-Derivative softplus_derivative(double beta, double threshold);
+/// Of log(1 + e^(slope * x)) / slope, and x where slope * x is above `end`.
+Derivative logistic_derivative(double slope, double end);
 Derivative softsign_derivative();
 Derivative logsigmoid_derivative();
 /// Of scale * x for positive x and scale * alpha * (e^(x / width) - 1) elsewhere.
-Derivative elu_derivative(double alpha, double width, double scale);
+Derivative exponential_derivative(double alpha, double width, double scale);
 Derivative hardswish_derivative();
 
 }  // namespace lomem::detail

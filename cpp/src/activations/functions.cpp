@@ -61,8 +61,7 @@ bool draws(const char* op, const FewBit& few_bit) {
       few_bit.rounding == "stochastic", op, ": rounding is '", few_bit.rounding,
       "', expected 'nearest' or 'stochastic'");
   TORCH_CHECK_VALUE(
-      !few_bit.steps, op,
-      ": steps are given, expected none with rounding 'stochastic', which has no step function");
+      !few_bit.steps, op, ": steps are given, expected none with rounding 'stochastic', which has no step function");
   TORCH_CHECK_VALUE(
       few_bit.criterion == "derivative", op, ": criterion is '", few_bit.criterion,
       "', expected 'derivative' with rounding 'stochastic', which has no step function");

@@ -252,12 +252,14 @@ def _of_function(target: Any, steps: Mapping[str, StepFunction], density: Any, *
     if isinstance(target, str) and default:
         for bits in _BITS:
             label = f"drawn, {bits} bit{'s' * (bits > 1)}"
-            rows[label] = _of_levels(drawn_levels(target, bits, parameters=_DEFAULTS.get(target, ())), exact, weights)
+            rows[label] = _of_levels(drawn_levels(target, bits, parameters=_defaults(target)), exact, weights)
     return FidelityReport(name, f"mean over {density!r:.40}", rows, dict(steps), function)
 
 
-#: Parameters with which :func:`fit` knows activations by name.
-_DEFAULTS = {"softplus": (1.0, 20.0), "elu": (1.0,), "celu": (1.0,)}
+def _defaults(name: str) -> tuple[float, ...]:
+    """The parameters with which :func:`fit` knows an activation by name."""
+    (parameters,) = (given for known, given, *_ in _C.activations() if known == name)
+    return tuple(value for _, value in parameters if value is not None)
 
 
 def _of_levels(levels: DrawnLevels, exact: Tensor, weights: Any) -> Fidelity:

@@ -31,6 +31,14 @@ inline Words load_random(const std::uint16_t* halves) {
   return to_words(load<Halves>(halves)) << 7;
 }
 
+/// The codes of n elements, one per byte, as a bit stream, and back.
+inline void pack(const std::uint8_t* codes, std::int64_t n, int bits, std::uint8_t* packed) {
+  visit_bits(bits, [&](auto width) { pack_groups<decltype(width)::value>(codes, n, packed); });
+}
+inline void unpack(const std::uint8_t* packed, std::int64_t n, int bits, std::uint8_t* codes) {
+  visit_bits(bits, [&](auto width) { unpack_groups<decltype(width)::value>(packed, n, codes); });
+}
+
 /// row[piece] of DrawnTable::pieces entries.
 inline Floats look_up(const float* row, const Words& piece) {
   static_assert(DrawnTable::pieces == 32);
@@ -153,7 +161,7 @@ template <class Targets, class T>
           targets, x + begin + i, count - i < 2 * block_elements ? count - i : 2 * block_elements, random + i,
           codes + i);
     }
-    pack_bits(codes, count, bits, packed + begin / group_size * bits);
+    pack(codes, count, bits, packed + begin / group_size * bits);
   }
   if (whole < n) {
     T rest[pair_elements] = {};
@@ -162,7 +170,7 @@ template <class Targets, class T>
     }
     store_random(source, first + whole, pair_elements, random);
     draw_codes(targets, rest, pair_elements, random, codes);
-    pack_bits(codes, n - whole, bits, packed + whole / group_size * bits);
+    pack(codes, n - whole, bits, packed + whole / group_size * bits);
   }
 }
 
@@ -240,7 +248,7 @@ template <class T>
   for (std::int64_t begin = 0; begin < whole; begin += drawn_batch) {
     const std::int64_t count = whole - begin < drawn_batch ? whole - begin : drawn_batch;
     store_random(source, first + begin, count, random);
-    unpack_bits(packed + begin / group_size * bits, count, bits, codes);
+    unpack(packed + begin / group_size * bits, count, bits, codes);
     for (std::int64_t i = 0; i < count; i += lanes) {
       multiply_by_levels(grad_output + begin + i, codes + i, random + i, levels, grad_input + begin + i, streams);
     }
@@ -252,7 +260,7 @@ template <class T>
     }
     store_random(source, first + whole, pair_elements, random);
     std::memset(codes, 0, pair_elements);
-    unpack_bits(packed + whole / group_size * bits, n - whole, bits, codes);
+    unpack(packed + whole / group_size * bits, n - whole, bits, codes);
     for (std::int64_t i = 0; i < pair_elements; i += lanes) {
       multiply_by_levels(rest + i, codes + i, random + i, levels, rest + i, false);
     }
