@@ -186,11 +186,13 @@ def activation_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
 
 def few_bit_case(name: str, elements: int, dtype: str, plan: Plan) -> Case:
     """GELU that saves the given number of bits per element; one contender computes only the codes."""
-    size = DTYPES[dtype].itemsize
-    bits = int(name.removeprefix("gelu-").removesuffix("bit"))
+    size, bits = DTYPES[dtype].itemsize, int(name.removeprefix("gelu-").removesuffix("bit"))
     steps = functional.step_function("gelu", bits)
     contenders = {
         "lomem": Contender(partial(functional.gelu, bits=bits), 2 * size + bits / 8, 2 * size + bits / 8),
+        "lomem drawn": Contender(
+            partial(functional.gelu, bits=bits, rounding="stochastic"), 2 * size + bits / 8, 2 * size + bits / 8
+        ),
         "lomem codes": Contender(
             lambda x: torch.ops.lomem.step_codes(x, steps.boundaries, bits), size + bits / 8, 0, ("forward",)
         ),
