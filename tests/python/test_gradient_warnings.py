@@ -199,6 +199,8 @@ def test_a_gradient_that_is_not_finite_is_warned_of(monkeypatch):
         ("gelu", "primitive", (0.320, 0.357, 0.112, 0.054, 0.004)),
         ("silu", "derivative", (0.421, 0.148, 0.103, 0.049, 0.003)),
         ("silu", "primitive", (0.421, 0.471, 0.184, 0.085, 0.005)),
+        ("gelu", "drawn", (0.538, 0.179, 0.077, 0.036, 0.002)),
+        ("silu", "drawn", (0.562, 0.187, 0.080, 0.037, 0.002)),
     ],
 )
 def test_errors_of_step_functions_are_those_of_the_docs(function, criterion, errors):

@@ -32,10 +32,11 @@ struct LOMEM_API FewBit {
   /// SiLU have them; if there is no such kernel, the option has no effect.
   bool fast = false;
   /// "nearest", or "stochastic": the derivative itself is rounded to `bits` bits at random, so that the mean of the
-  /// gradient over the draws is the exact one (core/drawn.h). Then `criterion` is "derivative", and there are no `steps`.
+  /// gradient over the draws is the exact one (core/drawn.h). Then `criterion` is "derivative", and there are no
+  /// `steps`.
   std::string rounding = "nearest";
-  /// Of what is drawn: 0-d int64 on the device of the input, never read on the host but for the CPU. The same seed gives
-  /// the same gradient. By default the next one of lomem's stream (ops/linear.h).
+  /// Of what is drawn: 0-d int64 on the device of the input, never read on the host but for the CPU. The same seed
+  /// gives the same gradient. By default the next one of lomem's stream (ops/linear.h).
   std::optional<at::Tensor> seed = std::nullopt;
 };
 
@@ -197,8 +198,8 @@ LOMEM_API at::Tensor step_activation(
 LOMEM_API std::tuple<at::Tensor, at::Tensor> step_activation_forward(
     const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters, const FewBit& few_bit);
 
-/// The activation, codes that are drawn at random, and the seed that they are drawn with: a copy of `few_bit.seed`, or a
-/// new one. `few_bit.rounding` is "stochastic". Codes are in the memory order of the output.
+/// The activation, codes that are drawn at random, and the seed that they are drawn with: a copy of `few_bit.seed`, or
+/// a new one. `few_bit.rounding` is "stochastic". Codes are in the memory order of the output.
 LOMEM_API std::tuple<at::Tensor, at::Tensor, at::Tensor> drawn_activation_forward(
     const at::Tensor& input, std::string_view function, at::ArrayRef<double> parameters, const FewBit& few_bit);
 

@@ -1,4 +1,5 @@
-// Step functions as values: the boundaries and levels that approximate a derivative; and levels that are drawn at random.
+// Step functions as values: the boundaries and levels that approximate a derivative; and levels that are drawn at
+// random.
 #pragma once
 
 #include <lomem/config.h>
