@@ -573,3 +573,19 @@ def test_bad_arguments(call, message):
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message) as error:
         call()
     assert len(str(error.value).split("\n")[0]) < 300
+
+
+def test_conversion_counts_the_seed():
+    """An activation so small that a seed is more than what it would save is left."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Flatten())
+    x = torch.randn(1, 2, requires_grad=True)
+    with pytest.raises(lomem.NothingToConvertError):
+        lomem.convert(model, x, pairs="keep", rounding="stochastic")
+    report = lomem.convert(model, torch.randn(8, 2), pairs="keep", rounding="stochastic")
+    assert report.saved_before - report.saved_after == 8 * 2 * 4 - (16 * 2 // 8 + 8)
+
+
+def test_transforms_of_a_composed_activation_raise():
+    model, _ = converted(nn.Sequential(nn.Linear(5, 6), Scaled(1.702)), torch.randn(3, 5), activations="2bit")
+    with pytest.raises(NotImplementedError, match="torch.func"):
+        torch.func.grad(lambda x: model(x).sum())(torch.randn(3, 5))

@@ -59,7 +59,7 @@ def plan_activation(
         return c
     ledger = finder.ledger
     c.own = ledger.within(call.saved for call in calls)
-    c.added = sum(_packed_bytes(call.numel, bits) for call in calls)
+    c.added = sum(_code_bytes(call.numel, bits, criterion) for call in calls)
     # A scale that is read at each call may change before the backward pass.
     if wishes.pairs and not form.inplace and form.scale_name is None:
         inputs = {call.input for call in calls if call.input is not None}
@@ -92,8 +92,9 @@ def _few(bits: int, criterion: Criterion) -> str:
     return f"its backward pass saves {bits} bit{'s' * (bits > 1)} per element{drawn}"
 
 
-def _packed_bytes(numel: int, bits: int) -> int:
-    return (numel * bits + 7) // 8
+def _code_bytes(numel: int, bits: int, criterion: Criterion) -> int:
+    """Bytes of the codes of an activation, and of the seed that they are drawn with."""
+    return (numel * bits + 7) // 8 + (8 if criterion is Criterion.DRAWN else 0)
 
 
 class _Groups(NamedTuple):
@@ -207,7 +208,7 @@ def _plan_calls(
     ledger = finder.ledger
     calls = [call for call in finder.flows[0].activations if call.module == name and call.replaced]
     c.own = ledger.within(call.saved for call in calls)
-    c.added = sum(_packed_bytes(call.numel, bits) for call in calls)
+    c.added = sum(_code_bytes(call.numel, bits, criterion) for call in calls)
     problem = ways_of_its_own(finder.modules[name])
     if problem is not None:
         c.leave(problem)

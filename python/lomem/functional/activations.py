@@ -646,6 +646,7 @@ def drawn_of(input: Tensor, fn: Callable[[Tensor], Tensor], function: str, bits:
         bits: Number of bits saved per element, 1 to 8.
         scale: A number.
     """
+    _refuse_transforms("lomem.convert")
     return _DrawnOf.apply(input, fn, function, bits, scale)  # type: ignore[no-any-return]
 
 
@@ -712,6 +713,15 @@ class _WithSteps(torch.autograd.Function):
         return _step_activation_backward(grad_output, codes, steps.levels, steps.bits), None, None
 
 
+def _refuse_transforms(name: str) -> None:
+    if not is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    ):
+        raise NotImplementedError(
+            f"{name}: called under torch.func or forward-mode differentiation, expected neither: they are not supported"
+        )
+
+
 def step_activation(
     input: Tensor,
     fn: Callable[[Tensor], Tensor],
@@ -743,13 +753,7 @@ def step_activation(
             f"lomem.functional.step_activation: fn, a {type(fn).__name__}, has parameters that require gradients, "
             "expected none: they would get no gradient"
         )
-    if not is_compiling() and (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    ):
-        raise NotImplementedError(
-            "lomem.functional.step_activation: called under torch.func or forward-mode differentiation, expected "
-            "neither: they are not supported"
-        )
+    _refuse_transforms("lomem.functional.step_activation")
     if not is_compiling() and torch.jit.is_tracing():
         return fn(input)
     if is_jagged(input):
