@@ -587,5 +587,14 @@ def test_conversion_counts_the_seed():
 
 def test_transforms_of_a_composed_activation_raise():
     model, _ = converted(nn.Sequential(nn.Linear(5, 6), Scaled(1.702)), torch.randn(3, 5), activations="2bit")
-    with pytest.raises(NotImplementedError, match="torch.func"):
+    with pytest.raises(NotImplementedError, match="called under torch"):
         torch.func.grad(lambda x: model(x).sum())(torch.randn(3, 5))
+
+
+def test_building_a_module_starts_the_stream_of_seeds():
+    grads = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        model = nn.Sequential(nn.Linear(5, 6), lomem.nn.SiLU(bits=2, rounding="stochastic"))
+        grads.append(torch.autograd.grad(model(torch.randn(7, 5)).sum(), model[0].weight)[0])
+    assert torch.equal(*grads)

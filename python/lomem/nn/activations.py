@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import _C
 from .. import functional as F
 from ..steps import DrawnLevels, StepFunction
 
@@ -69,7 +70,8 @@ class FewBitActivation(WithSteps):
         steps: Step function to use instead of the library's; its number of bits overrides ``bits``. See
             :mod:`lomem.fit`.
         rounding: ``"nearest"``, or ``"stochastic"`` to draw codes at random, with a seed of :mod:`lomem.random` in each
-            call, so that the mean of the gradient is the exact one; see :func:`lomem.functional.gelu`.
+            call, so that the mean of the gradient is the exact one; see :func:`lomem.functional.gelu`. Building such a
+            module restarts the stream of seeds.
         kwargs: Keyword arguments of torch's module.
 
     Raises:
@@ -111,6 +113,8 @@ class FewBitActivation(WithSteps):
                 "rounding='stochastic', which has no step function"
             )
         self.steps = steps
+        if rounding == "stochastic":
+            _C.begin_random_stream()
         if criterion == "paper":
             self.step_function()  # raises if there is none
 

@@ -6,7 +6,9 @@
 #include <cmath>
 #include <functional>
 #include <map>
+#include <optional>
 #include <set>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -182,6 +184,59 @@ TEST(DrawnActivations, Errors) {
   EXPECT_THROW(drawn(x.to(at::kInt), "gelu", 2, std::nullopt), c10::Error);
   EXPECT_THROW(drawn(x, "gelu", 2, torch::ones({1}, at::kLong)), c10::Error);
   EXPECT_THROW(drawn(x, "gelu", 2, seed_of(1), -1), c10::Error);
+}
+
+/// As C++ training code calls them: functions, modules, and the halves of both.
+TEST(DrawnActivations, HaveACppInterface) {
+  const lomem::FewBit draws{.bits = 3, .rounding = "stochastic", .seed = seed_of(9)};
+  const Tensor x = torch::randn({50, 7});
+  const auto by_function = gradient([&](const Tensor& t) { return lomem::gelu(t, "tanh", draws); }, x);
+  EXPECT_TRUE(
+      torch::equal(by_function, gradient([&](const Tensor& t) { return drawn(t, "gelu_tanh", 3, seed_of(9)); }, x)));
+  const auto [output, codes, seed] = lomem::drawn_activation_forward(x, "gelu_tanh", {}, draws);
+  const lomem::DrawnLevels<double> levels = lomem::drawn_levels("gelu_tanh", 3);
+  EXPECT_TRUE(torch::equal(output, torch::gelu(x, "tanh")));
+  EXPECT_TRUE(
+      torch::equal(by_function, lomem::drawn_activation_backward(torch::ones_like(output), codes, seed, levels, 3)));
+
+  // A module draws another seed in each call, the same ones if it is built at the same position of torch's generator.
+  std::vector<Tensor> grads;
+  for (int run = 0; run < 2; ++run) {
+    torch::manual_seed(4);
+    lomem::nn::SiLU module(lomem::FewBit{.bits = 2, .rounding = "stochastic"});
+    grads.push_back(gradient([&](const Tensor& t) { return module(t); }, x));
+    grads.push_back(gradient([&](const Tensor& t) { return module(t); }, x));
+  }
+  EXPECT_FALSE(torch::equal(grads[0], grads[1]));
+  EXPECT_TRUE(torch::equal(grads[0], grads[2]));
+  EXPECT_TRUE(torch::equal(grads[1], grads[3]));
+  std::ostringstream text;
+  text << lomem::nn::SiLU(draws);
+  EXPECT_EQ(text.str(), "lomem::nn::SiLU(bits=3, rounding=stochastic)");
+}
+
+TEST(DrawnActivations, ErrorsOfTheCppInterface) {
+  const Tensor x = torch::ones({4});
+  const auto message = [&](const lomem::FewBit& few_bit) { return error_of([&] { lomem::silu(x, few_bit); }); };
+  EXPECT_EQ(
+      message({.rounding = "up"}), "lomem::drawn_activation: rounding is 'up', expected 'nearest' or 'stochastic'");
+  EXPECT_EQ(
+      message({.seed = seed_of(1)}),
+      "lomem::drawn_activation: seed is given, expected none with rounding 'nearest', which draws nothing");
+  EXPECT_EQ(
+      message({.criterion = "primitive", .rounding = "stochastic"}),
+      "lomem::drawn_activation: criterion is 'primitive', expected 'derivative' with rounding 'stochastic', which has "
+      "no step function");
+  EXPECT_EQ(
+      message({.steps = lomem::StepFunction{{0}, {0, 1}}, .rounding = "stochastic"}),
+      "lomem::drawn_activation: steps are given, expected none with rounding 'stochastic', which has no step function");
+  EXPECT_EQ(
+      error_of([&] { lomem::step_activation_forward(x, "silu", {}, {.rounding = "stochastic"}); }),
+      "lomem::step_activation_forward: rounding is 'stochastic', expected 'nearest', or a call of "
+      "drawn_activation_forward");
+  EXPECT_EQ(
+      error_of([&] { lomem::drawn_activation_forward(x, "silu", {}, {}); }),
+      "lomem::drawn_activation_forward: rounding is 'nearest', expected 'stochastic'");
 }
 
 }  // namespace

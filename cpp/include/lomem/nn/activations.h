@@ -3,6 +3,7 @@
 
 #include <lomem/config.h>
 #include <lomem/ops/activations.h>
+#include <lomem/ops/linear.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/options/activation.h>
 #include <torch/nn/pimpl.h>
@@ -15,19 +16,25 @@ namespace lomem::nn {
 
 struct NoOptions {};
 
-/// Module of an activation `Function`, which defines its options and the call.
+/// Module of an activation `Function`, which defines its options and the call. One that draws at random restarts
+/// lomem's stream of seeds when it is built, as RandomizedLinear does (ops/linear.h).
 template <class Function>
 class FewBitImpl : public torch::nn::Cloneable<FewBitImpl<Function>> {
  public:
   using Options = typename Function::Options;
 
   explicit FewBitImpl(Options options = {}, FewBit few_bit = {})
-      : options(std::move(options)), few_bit(std::move(few_bit)) {}
-  explicit FewBitImpl(FewBit few_bit) : few_bit(std::move(few_bit)) {}
+      : options(std::move(options)), few_bit(std::move(few_bit)) {
+    if (this->few_bit.rounding == "stochastic") {
+      lomem::detail::begin_random_stream();
+    }
+  }
+  explicit FewBitImpl(FewBit few_bit) : FewBitImpl(Options{}, std::move(few_bit)) {}
 
   void reset() override {}
   void pretty_print(std::ostream& stream) const override {
-    stream << "lomem::nn::" << Function::name << "(bits=" << few_bit.bits << ")";
+    stream << "lomem::nn::" << Function::name << "(bits=" << few_bit.bits
+           << (few_bit.rounding == "stochastic" ? ", rounding=stochastic)" : ")");
   }
   torch::Tensor forward(const torch::Tensor& input) {
     return Function::call(input, options, few_bit);
