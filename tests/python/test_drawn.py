@@ -105,7 +105,6 @@ POINTS = torch.tensor([-INF, -20.0, -6.5, -3.0, -2.1, -1.3, -0.7, -0.2, 0.0, 0.1
 DRAWS = 1 << 14
 
 
-@pytest.mark.slow
 @of_functions
 @of_dtypes
 @of_bits
@@ -177,6 +176,7 @@ def gradient(model, x):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
+@pytest.mark.cpu_kernels  # thousands of backward passes
 def test_mean_gradient_of_a_network():
     """Its error falls as one over the root of the number of draws, to 1e-3 of the gradient."""
     model, x = network(), torch.randn(8, 12, dtype=torch.float64)
@@ -598,3 +598,48 @@ def test_building_a_module_starts_the_stream_of_seeds():
         model = nn.Sequential(nn.Linear(5, 6), lomem.nn.SiLU(bits=2, rounding="stochastic"))
         grads.append(torch.autograd.grad(model(torch.randn(7, 5)).sum(), model[0].weight)[0])
     assert torch.equal(*grads)
+
+
+def test_composed_activations_in_16_bits():
+    """What is drawn is the derivative at the scaled element, not at its rounding."""
+    x = torch.randn(2000).bfloat16()
+    model, _ = converted(nn.Sequential(Scaled(1.702), nn.Flatten(0)), x.clone().requires_grad_(), activations="8bit")
+    grads = []
+    for _ in range(50):
+        leaf = x.clone().requires_grad_()
+        model(leaf).float().sum().backward()
+        grads.append(leaf.grad.double())
+    error = torch.stack(grads).mean(0) - slope("quick_gelu", x)
+    levels = LF.drawn_levels("silu", 8)
+    # Five standard errors, and half a unit in the last place.
+    assert float(error.abs().max()) < 5 * levels.deviation / 50**0.5 + 2.0**-9
+
+
+def test_parameters_that_change():
+    """More functions than the library keeps at a time: each still has its own derivative."""
+    x = torch.tensor([-0.5])
+    for i in [*range(1, 80), 1, 2]:
+        leaf = x.clone().requires_grad_()
+        LF.elu(leaf, i / 8, bits=8, rounding="stochastic").sum().backward()
+        levels = LF.drawn_levels("elu", 8, parameters=(i / 8,))
+        assert abs(float(leaf.grad) - i / 8 * math.exp(-0.5)) < levels.step * 0.51
+
+
+def test_calibration_is_not_applied_to_what_draws():
+    fit = pytest.importorskip("lomem.fit")
+    torch.manual_seed(0)
+    model = nn.Sequential(lomem.nn.GELU(bits=2), lomem.nn.SiLU(bits=2))
+    calibration = fit.calibrate(model, [torch.randn(100, 4)])
+    model[1].rounding = "stochastic"
+    model[0].steps = None
+    with pytest.raises(ValueError, match=r"'1' of model draws its codes at random, expected it to have"):
+        calibration.apply(model)
+    assert model[0].steps is None
+
+
+def test_jagged(device):
+    """torch's own functions, compiled too."""
+    x = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=torch.jagged, device=device)
+    for f in (LF.gelu, torch.compile(LF.gelu, fullgraph=True, backend="eager")):
+        y = f(x, bits=2, rounding="stochastic")
+        assert torch.equal(y.values(), F.gelu(x.values()))

@@ -10,8 +10,9 @@
 
 namespace lomem::detail {
 
-/// Entries are added and never change. There are at most `most`, which limits the memory of a program that changes a
-/// parameter in every step.
+/// Entries never change. There are at most `most`; if there are more, all are dropped and made again where they are
+/// still needed: of a program that changes a parameter in every step, memory is limited, and the others' calls stay
+/// quick.
 template <class Key, class Value, size_t most>
 class Cache {
  public:
@@ -26,10 +27,10 @@ class Cache {
     }
     std::shared_ptr<const Value> found(new Value(make()));  // (Values need not be movable.)
     const std::unique_lock lock(mutex_);
-    if (entries_.size() < most) {
-      return entries_.emplace(key, std::move(found)).first->second;
+    if (entries_.size() >= most) {
+      entries_.clear();
     }
-    return found;
+    return entries_.emplace(key, std::move(found)).first->second;
   }
 
  private:

@@ -64,10 +64,10 @@ struct Pieces {
   }
 };
 
-/// Calls visit(h'(x)) for x so close to each other that extrema are found to about 1e-9 of the range.
+/// Calls visit(h'(x)) for x so close to each other that extrema are found to about 2e-7 of the range.
 template <class Visit>
 void visit_values(const Pieces& pieces, const Visit& visit) {
-  constexpr int samples = 4096;
+  constexpr int samples = 1024;
   for (int i = 0; i < 2; ++i) {
     visit(pieces.side(i).beyond);
     if (pieces.bound(i) > 0) {
@@ -126,7 +126,7 @@ const uint32_t* DrawnFunction::targets(DType dtype, int64_t bits) const {
 
 std::shared_ptr<const DrawnFunction> resolve_drawn(const Activation& activation, Doubles parameters) {
   using Key = std::tuple<const Activation*, double, double>;
-  static Cache<Key, DrawnFunction, 64> cache;
+  static Cache<Key, DrawnFunction, 32> cache;
   const Key key{&activation, parameters.empty() ? 0 : parameters[0], parameters.size() < 2 ? 0 : parameters[1]};
   return cache.get(key, [&] { return DrawnFunction(activation.derivative(parameters)); });
 }

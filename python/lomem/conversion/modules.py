@@ -198,6 +198,8 @@ class ConvertedActivation(OfActivation, FewBit):
             if not _is_scale(scale):
                 return super().forward(*args, **kwargs)  # not a scaled SiLU any more
             if self.lomem_criterion is Criterion.DRAWN:
+                if torch.compiler.is_exporting():
+                    return super().forward(*args, **kwargs)  # else the exported program would draw too
                 return drawn_of(x, super().forward, _name(form), self.lomem_bits, scale)
             steps = self._steps(form, scale)
             return LF.step_activation(x, super().forward, steps.boundaries, steps.levels)

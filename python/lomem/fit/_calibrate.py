@@ -106,7 +106,8 @@ class Calibration(Report):
             model: Model whose layers are modified in place.
 
         Raises:
-            ValueError: If a layer is missing or has a different class; no layer is modified then.
+            ValueError: If a layer is missing, has a different class or draws its codes at random; no layer is modified
+                then.
         """
         layers = activation_layers("lomem.fit.Calibration.apply", model)
         missing = [name for name in self.layers if name not in layers]
@@ -119,6 +120,11 @@ class Calibration(Report):
             if (kind := type(layers[name]).__name__) != calibrated.function:
                 raise ValueError(
                     f"lomem.fit.Calibration.apply: {name!r} of model is a {kind}, expected a {calibrated.function}"
+                )
+            if draws_codes(layers[name]):
+                raise ValueError(
+                    f"lomem.fit.Calibration.apply: {name!r} of model draws its codes at random, expected it to have a "
+                    "step function"
                 )
         for name, calibrated in self.layers.items():
             layers[name].steps = calibrated.steps

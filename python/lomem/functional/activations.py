@@ -169,7 +169,8 @@ def _drawn(
         raise ValueError(f"{name}: {wrong} with rounding='stochastic', which has no step function")
     _check_numbers(function, parameters)
     if is_jagged(input):
-        _C.drawn_levels(function, bits, parameters)  # raises the op's errors for bad arguments
+        if not is_compiling():  # raises the op's errors for bad arguments
+            _C.drawn_levels(function, bits, parameters)
         return _of_torch(function, input, parameters, inplace)
     output = _drawn_activation(input, function, parameters, bits, seed)
     return input.copy_(output) if inplace else output
@@ -621,8 +622,9 @@ class _DrawnOf(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, fn: Callable[[Tensor], Tensor], function: str, bits: int, scale: float
     ) -> Tensor:
-        # The op draws the seed too, which compilers know.
-        scaled = input.detach().contiguous() * scale
+        # The op draws the seed too, which compilers know. (In 16 bits, a rounded product would be another element.)
+        x = input.detach().contiguous()
+        scaled = x if scale == 1 else (x if x.dtype == torch.float64 else x.float()) * scale
         _, codes, seed = _drawn_activation_forward(scaled, function, (), bits)
         ctx.save_for_backward(codes, seed)
         ctx.levels, ctx.bits = _low_and_step(function, bits), bits
