@@ -287,12 +287,14 @@ def test_few_bit_cases(bits):
     (case,) = bench.make_cases(f"gelu-{bits}bit", plan._replace(elements=[1024], dtypes=["bf16"]))
     assert {name: (c.forward_bytes, c.backward_bytes, c.passes) for name, c in case.contenders.items()} == {
         "lomem": (4 + bits / 8, 4 + bits / 8, bench.PASSES),
+        "lomem drawn": (4 + bits / 8, 4 + bits / 8, bench.PASSES),
         "lomem codes": (2 + bits / 8, 0, ("forward",)),
         "torch": (4, 6, bench.PASSES),
     }
     (x,) = case.make_inputs()
     assert case.contenders["lomem codes"].function(x).nbytes == 128 * bits
-    assert torch.equal(case.contenders["lomem"].function(x), case.contenders["torch"].function(x))
+    for name in ("lomem", "lomem drawn"):
+        assert torch.equal(case.contenders[name].function(x), case.contenders["torch"].function(x))
 
 
 @pytest.mark.parametrize("name", bench_report.GATED)

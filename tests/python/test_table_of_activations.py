@@ -21,8 +21,8 @@ PYTHON_NAMES = {name: "gelu" if name == "gelu_tanh" else name for name in ROWS}
 HEADER = Path(lomem.__file__).parent / "include/lomem/ops/activations.h"
 if not HEADER.exists():  # run from a checkout
     HEADER = Path(__file__).parents[2] / "cpp/include/lomem/ops/activations.h"
-FEW_BIT = {"bits": 3, "criterion": "derivative", "steps": None}
-OTHERS = {*PUBLISHED, "step_activation", "step_function"}
+FEW_BIT = {"bits": 3, "criterion": "derivative", "steps": None, "rounding": "nearest", "seed": None}
+OTHERS = {*PUBLISHED, "drawn_levels", "step_activation", "step_function"}
 
 
 def module_of(function):
