@@ -19,11 +19,11 @@ ops = torch.ops.lomem
 of_functions = pytest.mark.parametrize("name", SMOOTH)
 of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 of_bits = pytest.mark.parametrize("bits", range(1, 9))
-#: How far polynomials are from derivatives, relative to the range of these: where pieces end, a derivative is nearer
-#: than 4e-6 to its limit; elsewhere interpolation and float32 are off by less than 5e-6 (with a threshold that cuts off
-#: the tail of softplus at 15, pieces are longer: 3e-5).
-FIT = 5e-6
-FIT_LONG = 3e-5
+#: How far polynomials are from derivatives, relative to the range of these: interpolation, float32, and what is left of
+#: a tail where pieces end are less than 4e-6 together. Those of mish are longer than its poles allow, and so are those
+#: of softplus with a threshold that cuts off its tail at 15.
+FIT = 4e-6
+FIT_LONG = {"mish": 5e-6, "softplus-parameters": 3e-5}
 INF, NAN = float("inf"), float("nan")
 
 
@@ -47,7 +47,7 @@ def levels_of(name, bits):
 
 
 def fit_of(name):
-    return FIT_LONG if name == "softplus-parameters" else FIT
+    return FIT_LONG.get(name, FIT)
 
 
 def special_values(dtype, device):
@@ -198,8 +198,8 @@ def test_mean_gradient_of_a_network():
         errors[number] = float((total / draws - exact).norm() / exact.norm())
     one = (single / draws) ** 0.5 / float(exact.norm())
     for number, error in errors.items():
-        # A factor of 3 either way: most of the gradient is that of a few numbers, whose errors go together.
-        assert one / number**0.5 / 3 < error < 3 * one / number**0.5, (errors, one)
+        # Not exactly: most of the gradient is that of a few numbers, whose errors go together.
+        assert one / number**0.5 / 3 < error < 2 * one / number**0.5, (errors, one)
     assert errors[4096] < 1e-3
 
 

@@ -119,9 +119,9 @@ TEST(DrawnActivations, GradientsAreRightInTheMean) {
       const double step = range / static_cast<double>((1 << bits) - 1);
       const Tensor got =
           gradient([&, &of = c](const Tensor& x) { return drawn(x, name, bits, seed_of(7), 3, of.parameters); }, many);
-      // Pieces of polynomials are off by less than 5e-6 of the range; targets are multiples of 2^-16 steps, code and
-      // dither float32.
-      const double near = 5e-6 * range + 2 * 0x1p-16 * step;
+      // Pieces of polynomials are off by less than 4e-6 of the range, those of mish, whose poles are nearest to the
+      // line, by less than 5e-6; targets are multiples of 2^-16 steps, code and dither float32.
+      const double near = (name == "mish" ? 5e-6 : 4e-6) * range + 2 * 0x1p-16 * step;
       EXPECT_LE((got - exact).abs().max().item<double>(), step / 2 + near) << name << ", bits " << bits;
       // 5.5 standard deviations of the mean, of 199 means.
       const double deviation = 5.5 * step / std::sqrt(12.0 * draws);
