@@ -164,7 +164,7 @@ def test_the_trace_leaves_no_trace():
 def test_without_example_inputs_activations_are_converted():
     model = make()
     report = lomem.convert(model)
-    assert actions(report) == {"1.norm": "left", "1.activation": "2bit", "2.norm": "left", "2.activation": "2bit"}
+    assert actions(report) == {"1.norm": "left", "1.activation": "4bit", "2.norm": "left", "2.activation": "4bit"}
     assert report.saved_before is report.saved_after is report.difference is None
     assert "example_inputs" in str(report)
 
@@ -252,7 +252,7 @@ KEEP_ALL = dict.fromkeys(["activations", "norms", "pairs", "dropouts"], "keep")
         ),
         (
             lambda model, x: lomem.convert(model, x, criterion="best"),
-            "criterion is 'best', expected 'derivative', 'primitive' or 'paper'",
+            "criterion is 'best', expected 'derivative', 'primitive', 'paper' or None",
         ),
         (
             lambda model, x: lomem.convert(model, x, activations="3bit", criterion="paper"),

@@ -35,7 +35,7 @@ def test_activations_change_no_bit_of_the_output(activation, dtype, device):
     model, x = make(activation=activation, dtype=dtype).to(device), batch(dtype).to(device)
     y = model(x)
     report = lomem.convert(model, x, norms="keep", pairs="keep")
-    assert [d.action for d in report.decisions if d.kind == "activation"] == ["2bit"] * 2
+    assert [d.action for d in report.decisions if d.kind == "activation"] == ["4bit"] * 2
     assert report.difference == 0
     assert torch.equal(model(x), y)
     assert model(x).requires_grad
@@ -52,7 +52,7 @@ def test_a_composite_activation_keeps_its_forward_and_gets_the_step_function_of_
     x = torch.linspace(-6, 6, 4001, dtype=torch.float64)[:, None].requires_grad_()
     model = nn.Sequential(Quick())
     y = model(x)
-    lomem.convert(model, x, criterion=criterion)
+    lomem.convert(model, x, activations="2bit", criterion=criterion)
     with saved_for_backward() as saved:
         z = model(x)
     assert torch.equal(y, z)
@@ -117,7 +117,7 @@ def test_activations_of_more_and_fewer_bits(name, bits, device):
     make_module, few_bit = FEW_BIT[name]
     model, x = nn.Sequential(nn.Linear(D, D), make_module()).to(device), batch().to(device)
     y = model(x)
-    report = lomem.convert(model, x, activations=f"{bits}bit")
+    report = lomem.convert(model, x, activations=f"{bits}bit", rounding="nearest")
     converted = [d for d in report.decisions if d.kind != "norm"]
     assert [d.action for d in converted] == [f"{bits}bit"]
     tensors = 2 if isinstance(model[1], Spelled) else 1  # x and the sigmoid
@@ -220,7 +220,7 @@ def test_more_bits_are_nearer_to_the_derivative(make_module):
     errors = []
     for bits in range(1, 9):
         model = nn.Sequential(make_module())
-        lomem.convert(model, activations=f"{bits}bit")
+        lomem.convert(model, activations=f"{bits}bit", rounding="nearest")
         difference = gradient_of(model, x) - exact
         errors.append(((weight * difference.square()).sum() / (weight * exact.square()).sum()).sqrt().item())
     assert all(b < 0.75 * a for a, b in itertools.pairwise(errors))
@@ -231,10 +231,62 @@ def test_more_bits_are_nearer_to_the_derivative(make_module):
 def test_one_criterion_is_the_default_of_every_width():
     x = torch.linspace(-9, 9, 2001, dtype=torch.float64)
     for bits in range(1, 9):
-        models = [nn.Sequential(nn.GELU()) for _ in range(2)]
-        lomem.convert(models[0], activations=f"{bits}bit")
+        models = [nn.Sequential(nn.GELU()) for _ in range(3)]
+        lomem.convert(models[0], activations=f"{bits}bit", rounding="nearest")
         lomem.convert(models[1], activations=f"{bits}bit", criterion="derivative")
-        assert torch.equal(gradient_of(models[0], x), gradient_of(models[1], x))
+        lomem.convert(models[2], activations=f"{bits}bit", criterion="derivative", rounding="nearest")
+        first, *others = (gradient_of(model, x) for model in models)
+        assert all(torch.equal(first, other) for other in others)
+
+
+def drawn_as(options, bits):
+    """Whether an activation draws codes of this many bits after a conversion with these options."""
+    model, x = nn.Sequential(nn.GELU()), torch.linspace(-9, 9, 2001, dtype=torch.float64)
+    lomem.convert(model, **options)
+    lomem.random.manual_seed(7)
+    gradient = gradient_of(model, x)
+    lomem.random.manual_seed(7)
+    return torch.equal(gradient, gradient_of(partial(LF.gelu, bits=bits, rounding="stochastic"), x))
+
+
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ({}, 4),
+        ({"rounding": "stochastic"}, 4),
+        ({"bits": 8}, 8),
+        ({"bits": 4}, 4),
+        ({"bits": 2}, 2),
+        *(({"activations": f"{bits}bit"}, bits) for bits in range(1, 9)),
+        ({"bits": 8, "activations": "3bit"}, 3),
+    ],
+    ids=str,
+)
+def test_codes_are_drawn_unless_a_step_function_is_asked_for(options, bits):
+    assert drawn_as(options, bits)
+
+
+@pytest.mark.parametrize(
+    ("options", "bits", "criterion"),
+    [
+        ({"rounding": "nearest"}, 4, "derivative"),
+        ({"criterion": "derivative"}, 4, "derivative"),
+        ({"criterion": "primitive"}, 4, "primitive"),
+        ({"criterion": "primitive", "rounding": "nearest"}, 4, "primitive"),
+        ({"criterion": "paper"}, 2, "paper"),
+        ({"criterion": "paper", "rounding": "nearest"}, 2, "paper"),
+        ({"bits": 2, "criterion": "paper"}, 2, "paper"),
+        ({"bits": 8, "rounding": "nearest"}, 8, "derivative"),
+        ({"activations": "3bit", "criterion": "primitive"}, 3, "primitive"),
+    ],
+    ids=str,
+)
+def test_step_functions_are_asked_for(options, bits, criterion):
+    model = nn.Sequential(nn.GELU())
+    lomem.convert(model, **options)
+    steps = steps_of("gelu", bits, criterion)
+    x = places(steps, 1.0)
+    assert torch.equal(gradient_of(model, x), levels_at(x, steps, 1.0))
 
 
 @pytest.mark.parametrize("bits", [1, 3, 4, 5, 6, 7, 8])
@@ -258,7 +310,7 @@ def test_the_paper_is_asked_for_by_name():
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_step_functions_are_looked_up_once_and_follow_the_scale(criterion, monkeypatch):
     model = nn.Sequential(Before(), Spelled(1.702))
-    lomem.convert(model, criterion=criterion)
+    lomem.convert(model, activations="2bit", criterion=criterion)
     steps = steps_of("silu", 2, criterion)
 
     def refuse(*args, **kwargs):
@@ -288,9 +340,9 @@ def test_functional_calls_are_replaced():
     model, x = make(Functional, depth=1), batch()
     y = model(x)
     report = lomem.convert(model, x, pairs="keep")
-    assert [(d.name, d.kind, d.action) for d in report.decisions] == [("1", "call", "2bit")]
+    assert [(d.name, d.kind, d.action) for d in report.decisions] == [("1", "call", "4bit")]
     assert torch.equal(model(x), y)
-    assert report.saved_before - report.saved_after == 2 * (4 * x.numel() - x.numel() // 4)
+    assert report.saved_before - report.saved_after == 2 * (4 * x.numel() - x.numel() // 2 - 8)
 
 
 def test_a_functional_call_in_place_is_left_to_torch():
@@ -364,7 +416,7 @@ def test_what_is_excluded_is_not_reached_by_a_call_outside_of_it():
     }
     report = lomem.convert(model, x, pairs="keep")
     assert len(report.converted) == 2
-    assert report.saved_before - report.saved_after == 2 * (4 * x.numel() - x.numel() // 4)
+    assert report.saved_before - report.saved_after == 2 * (4 * x.numel() - x.numel() // 2 - 8)
 
 
 @pytest.mark.parametrize(("bits", "criterion"), [(2, "derivative"), (3, "primitive"), (2, "paper")])

@@ -535,7 +535,7 @@ def test_one_that_is_excluded_does_where_it_may_be_reached(name, run):
     # If it ran, its ops were recorded: no call in it can be replaced along with those around it.
     free = name == "quick" and run
     call = next(d for d in report.decisions if d.name == "0")
-    assert (call.action == "2bit") == free
+    assert (call.action == "4bit") == free
     assert free or call.reason == f"{patterns[0]} inside it is not converted"
 
 
@@ -555,7 +555,8 @@ def test_calls_in_and_around_a_module_are_replaced_together_or_not():
     model = nn.Sequential(Around(Kept(1), True))
     before = kept(model, x)
     around, inside = lomem.convert(model, x).converted
-    assert (around.saved_bytes, inside.saved_bytes) == (4 * x.numel() - x.numel() // 4, -x.numel() // 4)
+    codes = x.numel() // 2 + 8  # and a seed
+    assert (around.saved_bytes, inside.saved_bytes) == (4 * x.numel() - codes, -codes)
     assert before - kept(model, x) == around.saved_bytes + inside.saved_bytes
     assert inside.reason == "calls in 0 can only be replaced together with those in it"
     # The codes inside take more than is freed around it.

@@ -51,14 +51,15 @@ def warned(model, batch, **options):
 
 
 MESSAGE = re.compile(
-    r"lomem\.convert: the gradient on the example batch has a cosine of (-?[\d.]+) to the exact one, furthest off in "
-    r"(.+?)(?:, and (\d+) more below 0\.95)?: pass (.+) for a closer one"
+    r"lomem\.convert: (the|one draw of the) gradient on the example batch has a cosine of (-?[\d.]+) to the exact one, "
+    r"furthest off in (.+?)(?:, and (\d+) more below (0\.9|0\.95))?: pass (.+) for a closer one"
 )
+STEPS = {"rounding": "nearest"}
 
 
 def advised(message):
     """The options that a message advises."""
-    options = re.findall(r'(\w+)=("?)(\w+)\2', MESSAGE.fullmatch(message)[4])
+    options = re.findall(r'(\w+)=("?)(\w+)\2', MESSAGE.fullmatch(message)[6])
     return {name: value if quote else int(value) for name, quote, value in options}
 
 
@@ -92,23 +93,27 @@ def efficient(depth=12):
 
 
 DESERVING = {
-    "conv": (lambda: conv(10), {}),
-    "deep conv": (lambda: conv(30), {}),
-    "deep conv, 1 bit": (lambda: conv(20), {"activations": "1bit"}),
+    "conv": (lambda: conv(10), STEPS | {"activations": "2bit"}),
+    "deep conv": (lambda: conv(30), STEPS | {"activations": "2bit"}),
+    "deep conv, 1 bit": (lambda: conv(20), STEPS | {"activations": "1bit"}),
+    "deep conv, 1 bit drawn": (lambda: conv(20), {"activations": "1bit"}),
+    "deep conv, 2 bits drawn": (lambda: conv(60), {"activations": "2bit"}),
     "deep conv, paper": (lambda: conv(10), {"criterion": "paper"}),
     "shallow conv, paper": (lambda: conv(1), {"criterion": "paper"}),
     "very deep conv, paper": (lambda: conv(40), {"criterion": "paper"}),
-    "deep conv, primitive": (lambda: conv(30), {"criterion": "primitive"}),
+    "deep conv, primitive": (lambda: conv(30), {"criterion": "primitive", "activations": "2bit"}),
     "deep conv, primitive in 3 bits": (lambda: conv(40), {"criterion": "primitive", "activations": "3bit"}),
-    "deep conv, bits=2": (lambda: conv(30), {"bits": 2}),
+    "deep conv, bits=2": (lambda: conv(30), STEPS | {"bits": 2}),
+    "deep conv, bits=2 drawn": (lambda: conv(60), {"bits": 2}),
     "deep conv, bits=2, paper": (lambda: conv(10), {"bits": 2, "criterion": "paper"}),
-    "GELU": (lambda: conv(30, activation=nn.GELU), {}),
-    "MLP": (lambda: deep_mlp(nn.SiLU), {"pairs": "keep"}),
+    "GELU": (lambda: conv(30, activation=nn.GELU), STEPS | {"activations": "2bit"}),
+    "MLP": (lambda: deep_mlp(nn.SiLU), STEPS | {"activations": "2bit", "pairs": "keep"}),
     "MLP of GELU, paper": (lambda: deep_mlp(nn.GELU, 10), {"pairs": "keep", "criterion": "paper"}),
-    "MLP in 4 bits": (lambda: deep_mlp(nn.SiLU, 40), {"bits": 4}),
-    "MLP in groups of 4 bits": (lambda: deep_mlp(nn.SiLU, 40), {"pairs": "4bit"}),
-    "MLP in groups of 4 bits, norms too": (lambda: deep_mlp(nn.SiLU, 40), {"pairs": "4bit", "norms": "4bit"}),
-    "EfficientNet, 1 bit": (efficient, {"activations": "1bit"}),
+    "MLP in 4 bits": (lambda: deep_mlp(nn.GELU), {"bits": 4}),
+    "MLP in groups of 4 bits": (lambda: deep_mlp(nn.GELU), {"pairs": "4bit"}),
+    "MLP in groups of 4 bits, norms too": (lambda: deep_mlp(nn.GELU), {"pairs": "4bit", "norms": "4bit"}),
+    "EfficientNet, 1 bit": (efficient, STEPS | {"activations": "1bit"}),
+    "EfficientNet, 1 bit drawn": (efficient, {"activations": "1bit"}),
     "EfficientNet, paper": (efficient, {"criterion": "paper"}),
     "ViT, paper": (vit, {"pairs": "keep", "criterion": "paper"}),
     "GPT-2, paper": (gpt2, {"pairs": "keep", "criterion": "paper"}),
@@ -121,16 +126,22 @@ def test_the_advised_setting_gives_no_warning(name):
     model, batch = seeded(make)
     report, message = warned(model, batch, **options)
     assert message is not None, report.gradient
-    cosine, worst, more, _ = MESSAGE.fullmatch(message).groups()
+    which, cosine, worst, more, least, _ = MESSAGE.fullmatch(message).groups()
     assert float(cosine) == pytest.approx(report.gradient.cosine, abs=6e-4)
-    assert report.gradient.cosine < 0.95
+    # Noise averages out, so more of it is allowed.
+    codes = any(d.action.code_bits for d in report.converted)
+    drawn = codes and options.get("rounding") != "nearest" and "criterion" not in options
+    assert which == ("one draw of the" if drawn else "the")
+    limit = 0.9 if drawn else 0.95
+    assert report.gradient.cosine < limit
     below = sorted((layer.cosine, name) for name, layer in report.layers.items() if layer.share >= 1e-3)
     assert worst == ", ".join(f"{name} ({cosine:.3f})" for cosine, name in below[:3])
-    assert int(more or 0) == sum(cosine < 0.95 for cosine, _ in below[3:])
+    assert int(more or 0) == sum(cosine < limit for cosine, _ in below[3:])
+    assert float(least or limit) == limit
     other, _ = seeded(make)
     better, again = warned(other, batch, **(options | advised(message)))
     assert again is None
-    assert better.gradient is None or better.gradient.cosine >= 0.95
+    assert better.gradient is None or better.gradient.cosine >= limit
 
 
 def test_layers_whose_gradient_is_rounding_noise_are_not_named():
@@ -145,11 +156,11 @@ def test_layers_whose_gradient_is_rounding_noise_are_not_named():
     model, batch = seeded(lambda: conv(20))
     for i in range(0, 80, 4):
         model.insert(i + 1, Shifted())
-    report, message = warned(model, batch)
+    report, message = warned(model, batch, activations="2bit", rounding="nearest")
     noise = [name for name, layer in report.layers.items() if layer.share < 1e-3]
     assert noise == [str(i) for i in range(1, 80, 4)]
     assert min(report.layers, key=lambda name: report.layers[name].cosine) in noise
-    assert not set(re.findall(r"(\d+) \(", MESSAGE.fullmatch(message)[2])) & set(noise)
+    assert not set(re.findall(r"(\d+) \(", MESSAGE.fullmatch(message)[3])) & set(noise)
     whole = sum(layer.share**2 for layer in report.layers.values())
     assert whole == pytest.approx(1, rel=1e-6)
 
@@ -168,7 +179,7 @@ def test_a_warning_that_is_an_error_leaves_the_model_unconverted():
     model, batch = conv(20)
     before = classes(model)
     with pytest.raises(lomem.GradientWarning):
-        lomem.convert(model, batch)
+        lomem.convert(model, batch, activations="1bit")
     assert classes(model) == before
 
 
@@ -217,7 +228,7 @@ def test_the_paper_is_first_advised_another_criterion():
 def test_groups_are_advised_more_bits():
     wanted = {"bits": 4}, {"pairs": "4bit"}, {"pairs": "4bit", "norms": "4bit"}
     for options in wanted:
-        model, batch = seeded(lambda: deep_mlp(nn.SiLU, 40))
+        model, batch = seeded(lambda: deep_mlp(nn.GELU))
         _, message = warned(model, batch, **options)
         given = {name: "8bit" for name in options if name != "bits"}
         assert advised(message) == {"bits": 8} | given

@@ -136,11 +136,12 @@ def test_nothing_accumulates(name):
 
 
 @pytest.mark.parametrize("zero", [False, True], ids=["inverted", "normalized"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("activations", ["2bit", "4bit"])
-def test_training_accumulates_nothing(zero, activations):
+def test_training_accumulates_nothing(zero, activations, rounding):
     model = build(zero)
     optimizer = torch.optim.AdamW(model.parameters())
-    lomem.convert(model, X, activations=activations)
+    lomem.convert(model, X, activations=activations, rounding=rounding)
 
     def step():
         optimizer.zero_grad()

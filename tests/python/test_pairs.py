@@ -575,7 +575,7 @@ def test_exact_pairs_inside_a_module_whose_own_calls_are_not(bits):
     report = lomem.convert(model, x, bits=bits)
     actions = {d.name: d.action for d in report.converted}
     assert actions["pair.act"] == actions["called"] == "exact"
-    assert actions.get("") == ("2bit" if bits is None else None)
+    assert actions.get("") == ("4bit" if bits is None else None)
 
     # From the gradient of its result, the gradient of the activation's input must follow exactly.
     seen = []

@@ -101,16 +101,20 @@ def test_a_compiled_model_saves_no_more_than_eagerly_or_plain(kind, tuned, budge
     plain, model = build(kind, tuned), build(kind, tuned)
     x = torch.randn(BATCH, TOKENS, D)
     _, expected = run(plain, x, plain)
-    lomem.convert(model, x)
-    eager, in_eager = run(model, x, model)
-    nbytes, grads = compiled(model, x, budget)
     limit, _ = compiled(plain, x, budget)
-    # rstd of the norms, one float per row, is what the two may differ in: the share of it is below 1 %.
-    assert nbytes <= 1.01 * limit
-    assert nbytes <= eager
-    # Rounding in float32, over two blocks. Codes are approximate, but the same whether compiled or not.
-    codes = any(d.action == "2bit" for d in lomem.convert(build(kind, tuned), x, dry_run=True).decisions)
-    assert off(grads, in_eager if codes else expected) < 1e-4
+    codes = any(d.action == "4bit" for d in lomem.convert(model, x).decisions)
+    # With a budget, codes that are drawn at random may be drawn again in the backward pass, with other numbers.
+    for rounding in ["stochastic", "nearest"] if codes else ["stochastic"]:
+        lomem.restore(model)
+        lomem.convert(model, x, rounding=rounding)
+        eager, in_eager = run(model, x, model)
+        nbytes, grads = compiled(model, x, budget)
+        # rstd of the norms, one float per row, is what the two may differ in: the share of it is below 1 %.
+        assert nbytes <= 1.01 * limit
+        assert nbytes <= eager
+        # Rounding in float32, over two blocks. Step functions are approximate, but the same whether compiled or not.
+        if rounding == "nearest" or not codes:
+            assert off(grads, in_eager if codes else expected) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu", "called"])

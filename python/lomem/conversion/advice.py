@@ -15,10 +15,12 @@ from .forms import ActivationForm
 from .kinds import KEEP, Criterion, Function, Wishes
 from .ledger import Candidate
 
-__all__ = ["LEAST", "advice", "step_error", "warning"]
+__all__ = ["LEAST", "LEAST_OF_ONE_DRAW", "advice", "step_error", "warning"]
 
 #: The cosine of a gradient to the exact one below which :func:`lomem.convert` warns, and the one that it aims at.
 LEAST, AIM = 0.95, 0.99
+#: The same of one draw of a gradient that is right in the mean: noise averages out, an error that stays does not.
+LEAST_OF_ONE_DRAW = 0.9
 #: Least share of the gradient with which a layer is named.
 _COUNTS = 1e-3
 #: A cosine below which that of unrelated gradients may be.
@@ -119,8 +121,9 @@ def warning(
     counting = [name for name, layer in layers.items() if layer.share >= _COUNTS]
     worst = sorted(counting, key=lambda name: layers[name].cosine)
     named = [f"{name or '(the model)'} ({layers[name].cosine:.3f})" for name in worst[:3]]
-    more = sum(layers[name].cosine < LEAST for name in worst[3:])
-    where = ", ".join(named) + (f", and {more} more below {LEAST}" if more else "")
+    least = LEAST_OF_ONE_DRAW if drawn else LEAST
+    more = sum(layers[name].cosine < least for name in worst[3:])
+    where = ", ".join(named) + (f", and {more} more below {least}" if more else "")
     which = "one draw of the gradient" if drawn else "the gradient"
     return (
         f"{which} on the example batch has a cosine of {gradient.cosine:.3f} to the exact one, furthest off in "

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import _C
 from .._trace.batch import Batch, as_batch
-from .advice import LEAST, advice, warning
+from .advice import LEAST, LEAST_OF_ONE_DRAW, advice, warning
 from .check import Outputs, verify
 from .exchange import exchange_all, give_all_back, give_back, is_converted, original_class, wrapped_since
 from .fidelity import ExactGradient, GradientWarning
@@ -40,8 +40,8 @@ def convert(
     norms: str | None = None,
     pairs: str | None = None,
     dropouts: str = "auto",
-    criterion: str = "derivative",
-    rounding: str = "nearest",
+    criterion: str | None = None,
+    rounding: str | None = None,
     exclude: Iterable[str] = (),
     check: bool = True,
     tolerance: float | None = None,
@@ -63,9 +63,10 @@ def convert(
     saves that tensor, which others save or share, and makes the copy again.
 
     Where no linear layer saves the result of an activation, those that compute GELU (exact or tanh) or
-    ``x * sigmoid(c * x)`` save 2 bits per element, or as many as ``activations`` says; so do calls of ``F.gelu`` and
-    ``F.silu`` in a module's forward. Their results are unchanged, bit for bit; their gradient is that of a step
-    function (:func:`lomem.functional.step_function`).
+    ``x * sigmoid(c * x)`` save 4 bits per element, or as many as ``activations`` says; so do calls of ``F.gelu`` and
+    ``F.silu`` in a module's forward. Their results are unchanged, bit for bit. Their derivative is rounded to so many
+    bits at random, which makes the gradient noisy, but right in the mean (:func:`lomem.functional.drawn_levels`); with
+    ``criterion`` it is that of a step function (:func:`lomem.functional.step_function`).
 
     Norms that compute layer or RMS norm save what the linear layers after them save anyway, if the example run shows
     that these do. Their gradient is exact up to rounding. In order of preference:
@@ -87,7 +88,7 @@ def convert(
             are unknown.
         bits: One dial for the next three options. 16 allows only what is exact: pairs and norms, but no step functions.
             8, 4 and 2 stand for that many bits for activations, and for 8, 4 and 4 bits for pairs and norms. None, the
-            default, stands for exact pairs and norms, and 2 bits for activations.
+            default, stands for exact pairs and norms, and 4 bits for activations.
         activations: ``"1bit"``, ``"2bit"``, ... or ``"8bit"``, where no linear layer saves the result; ``"keep"``
             converts none. None, as for the next two, leaves it to ``bits``.
         norms: ``"auto"``; ``"8bit"`` or ``"4bit"`` has norms whose output only linear layers save keep their normalized
@@ -97,11 +98,11 @@ def convert(
             or gate and up; with ``"keep"``, no linear layer rebuilds the result of an activation, a product, a cast or
             a dropout.
         dropouts: ``"auto"``; ``"keep"`` converts none.
-        criterion: Which step functions the activations use: those fitted to the ``"derivative"`` or to the
+        criterion: Has the activations use step functions: those fitted to the ``"derivative"`` or to the
             ``"primitive"``, as in :func:`lomem.functional.gelu`, or the 2-bit ones published in the ``"paper"``.
-        rounding: ``"stochastic"`` has activations round their derivative to so many bits at random, with seeds of
-            :mod:`lomem.random`, instead of using a step function: the gradient is noisy, but right in the mean. There
-            is no ``criterion`` to choose then.
+        rounding: ``"stochastic"``, the default without ``criterion``: activations round their derivative at random,
+            with seeds of :mod:`lomem.random`. ``"nearest"``: they use step functions, those fitted to the derivative if
+            there is no ``criterion``.
         exclude: Names of modules to skip, with wildcards (``["*.layers.0.*"]``). Each must match a module.
         check: Whether to compare the outputs on the example inputs with the original model's, in training and in
             evaluation mode (only in training mode if weights are quantized).
@@ -153,7 +154,7 @@ def convert(
     exact = None
     if gradients and inputs is not None and not all(c.action.exact for c in chosen):
         exact = _exact_gradient(model, inputs, loss, before)
-    if wishes.pair_groups is not None or wishes.norm_groups is not None or wishes.criterion is Criterion.DRAWN:
+    if not all(c.action.exact for c in chosen):
         _C.begin_random_stream()  # so that a program that sets torch's seed draws the same seeds each time
     try:
         exchange_all(modules, [c.changes for c in chosen])
@@ -225,9 +226,11 @@ def _with_gradient(
         )
         return _noted(report, message), message
     report = dataclasses.replace(report, gradient=whole, layers=layers)
-    if whole.cosine >= LEAST:
+    codes = any(c.action.code_bits is not None for c in chosen)
+    groups = any(c.action.group_bits is not None for c in chosen)
+    drawn = codes and wishes.criterion is Criterion.DRAWN
+    if whole.cosine >= (LEAST_OF_ONE_DRAW if drawn and not groups else LEAST):
         return report, None
-    drawn = wishes.criterion is Criterion.DRAWN
     message = warning(whole, layers, advice(whole, chosen, wishes, given), drawn=drawn)
     return _noted(report, message), message
 
@@ -259,8 +262,8 @@ def restore(model: nn.Module) -> int:
 
 _BITS = {f"{bits}bit": bits for bits in range(1, 9)}
 _GROUPS = {"8bit": 8, "4bit": 4}
-#: What the dial stands for: activations, and both norms and pairs.
-_DIAL = {None: ("2bit", "auto"), 16: ("2bit", "auto"), 8: ("8bit", "8bit"), 4: ("4bit", "4bit"), 2: ("2bit", "4bit")}
+#: What the dial stands for: activations, and both norms and pairs. The default is what docs/convert.md's rule admits.
+_DIAL = {None: ("4bit", "auto"), 16: ("4bit", "auto"), 8: ("8bit", "8bit"), 4: ("4bit", "4bit"), 2: ("2bit", "4bit")}
 
 
 def _wishes(
@@ -281,7 +284,8 @@ def _wishes(
     if isinstance(bits, bool) or not (bits is None or isinstance(bits, int)) or bits not in _DIAL:
         raise ValueError(f"lomem.convert: bits is {bits!r}, expected 16, 8, 4, 2 or None")
     few_bits, groups = _DIAL[bits]
-    activations = few_bits if activations is None else activations
+    if activations is None:
+        activations = "2bit" if bits is None and criterion == Criterion.PAPER else few_bits
     norms, pairs = (groups if value is None else value for value in (norms, pairs))
     if activations not in (*_BITS, KEEP):
         raise ValueError(
@@ -294,15 +298,19 @@ def _wishes(
             raise ValueError(f"lomem.convert: {name} is {value!r}, expected 'auto' or 'keep' with bits=16")
     if dropouts not in [*Auto]:
         raise ValueError(f"lomem.convert: dropouts is {dropouts!r}, expected 'auto' or 'keep'")
-    if criterion not in [*Criterion] or criterion == Criterion.DRAWN:
-        raise ValueError(f"lomem.convert: criterion is {criterion!r}, expected 'derivative', 'primitive' or 'paper'")
-    if rounding not in [*Rounding]:
-        raise ValueError(f"lomem.convert: rounding is {rounding!r}, expected 'nearest' or 'stochastic'")
-    if rounding == Rounding.STOCHASTIC and criterion != Criterion.DERIVATIVE:
+    if criterion not in [None, *Criterion] or criterion == Criterion.DRAWN:
         raise ValueError(
-            f"lomem.convert: criterion is {criterion!r}, expected 'derivative' with rounding='stochastic', which has "
-            "no step function"
+            f"lomem.convert: criterion is {criterion!r}, expected 'derivative', 'primitive', 'paper' or None"
         )
+    if rounding not in [None, *Rounding]:
+        raise ValueError(f"lomem.convert: rounding is {rounding!r}, expected 'stochastic', 'nearest' or None")
+    if rounding == Rounding.STOCHASTIC and criterion is not None:
+        raise ValueError(
+            f"lomem.convert: criterion is {criterion!r}, expected None with rounding='stochastic', which has no step "
+            "function"
+        )
+    if criterion is None:
+        criterion = Criterion.DERIVATIVE if rounding == Rounding.NEAREST else Criterion.DRAWN
     if not (tolerance is None or (isinstance(tolerance, int | float) and tolerance >= 0)):
         raise ValueError(f"lomem.convert: tolerance is {tolerance!r}, expected a number of at least 0")
     few = _BITS.get(activations)
@@ -323,7 +331,7 @@ def _wishes(
         )
     return Wishes(
         few,
-        Criterion.DRAWN if rounding == Rounding.STOCHASTIC else Criterion(criterion),
+        Criterion(criterion),
         norms=norms != KEEP,
         pairs=pairs != KEEP,
         dropouts=dropouts != KEEP,

@@ -107,7 +107,7 @@ class Criterion(Text):
     DERIVATIVE = "derivative"
     PRIMITIVE = "primitive"
     PAPER = "paper"
-    #: With the option ``rounding="stochastic"``; not a value of the option ``criterion``.
+    #: Without the option ``criterion``; not a value of it.
     DRAWN = "drawn"
 
 
