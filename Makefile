@@ -29,8 +29,8 @@ ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host cuda-emulat
 # The oldest CMake that lomem says it works with: consumer projects are tested with it.
 OLDEST_CMAKE := 3.22
 
-.PHONY: help demo test test-all test-pairs install ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host soak types \
-  asan asan-install asan-pytest arm-check cuda-check emulate-build cuda-emulate cuda-emulate-all cuda-mutants cuda-counts \
+.PHONY: help demo test test-all test-pairs thorough install ctest ctest-all pytest pytest-all pytest-capabilities \
+  pytest-on-host soak types asan asan-install asan-pytest arm-check cuda-check emulate-build cuda-emulate cuda-emulate-all cuda-mutants cuda-counts \
   cuda-counts-check bench paper whole-step study fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench \
   gpu-sanitize dev lint format gtest clean FORCE
 
@@ -108,6 +108,9 @@ pytest pytest-all: install
 # What is converted together, with everything that may be around it: all cases. About an hour.
 test-pairs: install
 	$(BIN)/python -m pytest -q -n $(JOBS) -m long
+
+# What .ci/run leaves out because of its time: hours. Before a release, and after changes of what it covers.
+thorough: pytest-capabilities cuda-check test-all test-pairs cuda-emulate-all cuda-mutants soak
 
 # What is done again and again leaves nothing behind: in full, for about an hour.
 soak: install

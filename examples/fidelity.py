@@ -46,12 +46,12 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "8 bits": {"bits": 8},
     "4 bits": {"bits": 4},
     **{
-        f"steps, {bits} bit{'s' * (bits > 1)}": {"activations": f"{bits}bit", "pairs": "keep"}
+        f"steps, {bits} bit{'s' * (bits > 1)}": {"activations": f"{bits}bit", "pairs": "keep", "rounding": "nearest"}
         for bits in range(6, 0, -1)
     },
     "steps, 2 bits, paper": {"pairs": "keep", "criterion": "paper"},
     **{
-        f"drawn, {bits} bits": {"activations": f"{bits}bit", "pairs": "keep", "rounding": "stochastic"}
+        f"drawn, {bits} bits": {"activations": f"{bits}bit", "pairs": "keep"}
         for bits in range(6, 1, -1)
     },
 }

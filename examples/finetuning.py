@@ -29,7 +29,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "exact": {"bits": 16},
     "8 bits": {"bits": 8},
-    "2 bits": {"pairs": "keep"},
+    "2 bits": {"activations": "2bit", "pairs": "keep", "criterion": "derivative"},
     "2 bits, paper": {"pairs": "keep", "criterion": "paper"},
 }
 
