@@ -123,8 +123,9 @@ def convert(
         What was converted, what was not, and why.
 
     Warns:
-        GradientWarning: If the cosine of the gradient to the exact one is below 0.95. The message names the layers that
-            are the furthest off, and a setting with which the gradient is expected to be closer.
+        GradientWarning: If the cosine of the gradient to the exact one is below 0.95, or below 0.9 where it is one draw
+            of a gradient that is right in the mean. The message names the layers that are the furthest off, and a
+            setting with which the gradient is expected to be closer.
 
     Raises:
         ValueError: If an argument is wrong, the model is already converted, or there is nothing to convert
