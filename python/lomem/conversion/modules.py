@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from torch.overrides import TorchFunctionMode
 
 from .. import functional as LF
@@ -39,6 +39,7 @@ __all__ = [
     "StepCalls",
     "as_activation",
     "fixed_of_activation",
+    "is_recorded",
     "is_transformed",
     "may_redirect",
     "needs_gradient",
@@ -57,9 +58,17 @@ def is_transformed() -> bool:
     )
 
 
+def is_recorded() -> bool:
+    """Whether a program is made of what runs, by torch.export or torch.jit.trace.
+
+    It gets the original ops, so that it needs no lomem where it is loaded, and draws nothing.
+    """
+    return torch.jit.is_tracing() or is_exporting()
+
+
 def _hands_nothing_over() -> bool:
     """Whether a compiler, tracer or transform is running, under which nothing is handed over."""
-    return is_compiling() or torch.jit.is_tracing() or is_transformed()
+    return is_compiling() or is_recorded() or is_transformed()
 
 
 def _few_bit(function: Function, x: Tensor, approximate: str, bits: int, criterion: Criterion) -> Tensor:
@@ -145,7 +154,7 @@ class OfActivation(Converted):
             or not isinstance(values[0], Tensor)
             or not needs_gradient(values[0])
             or values[0].is_nested
-            or torch.jit.is_tracing()
+            or is_recorded()
             or not holds(self, self.lomem_fixed)
         ):
             return None
@@ -198,8 +207,6 @@ class ConvertedActivation(OfActivation, FewBit):
             if not _is_scale(scale):
                 return super().forward(*args, **kwargs)  # not a scaled SiLU any more
             if self.lomem_criterion is Criterion.DRAWN:
-                if torch.compiler.is_exporting():
-                    return super().forward(*args, **kwargs)  # else the exported program would draw too
                 return drawn_of(x, super().forward, _name(form), self.lomem_bits, scale)
             steps = self._steps(form, scale)
             return LF.step_activation(x, super().forward, steps.boundaries, steps.levels)
@@ -293,7 +300,7 @@ class Redirect(TorchFunctionMode):
 def may_redirect() -> bool:
     """Whether a converted module enters its mode."""
     # Any mode, even one that does nothing, disables torch's fast paths in evaluation.
-    return torch.is_grad_enabled() and not torch.jit.is_tracing() and not in_a_region()
+    return torch.is_grad_enabled() and not is_recorded() and not in_a_region()
 
 
 class StepCalls(FewBit):
@@ -547,8 +554,11 @@ class MSNorm(Converted):
             or not (eps is None or 0 <= eps < math.inf)
         ):
             return super().forward(*args, **kwargs)  # not verified for such inputs
-        # Tracing records the original: torch.jit.trace traces again without gradients, and compares the graphs.
-        if torch.jit.is_tracing() or (is_compiling() and not plan.inverted):
+        # What is evaluated without gradients saves nothing, so it may as well be the original, bit for bit. Not in
+        # training: a reentrant checkpoint runs the same ops without gradients first.
+        if not (self.training or torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        if is_recorded() or (is_compiling() and not plan.inverted):
             return super().forward(*args, **kwargs)
         weight = getattr(self, form.gamma) if form.gamma is not None else None
         bias = getattr(self, form.beta) if form.beta is not None else None

@@ -32,6 +32,7 @@ from .modules import (
     StepCalls,
     as_activation,
     fixed_of_activation,
+    is_recorded,
     is_transformed,
     may_redirect,
 )
@@ -663,7 +664,6 @@ class PairCalls(StepCalls):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same result as the original."""
-        passed = not torch.compiler.is_exporting() and may_redirect()
         mode = _Pairs(
             self.lomem_bits,
             self.lomem_criterion,
@@ -672,7 +672,7 @@ class PairCalls(StepCalls):
             dropouts=self.lomem_dropouts,
             storage=self.lomem_storage,
         )
-        with mode if passed else contextlib.nullcontext():
+        with mode if may_redirect() else contextlib.nullcontext():
             return super(StepCalls, self).forward(*args, **kwargs)
 
 
@@ -709,7 +709,7 @@ class PairedActivation(OfActivation):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Same result as the original."""
         form, original, x = self.lomem_activation, super().forward, self.argument(args, kwargs)
-        if form is None or x is None or torch.compiler.is_exporting() or is_transformed() or self.current("inplace"):
+        if form is None or x is None or is_transformed() or self.current("inplace"):
             return original(*args, **kwargs)
         if is_compiling() and self.lomem_gated:
             return original(x)  # a product is recomputed as a whole, see _Pairs
@@ -744,7 +744,7 @@ class ConvertedDropout(Converted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same result as the original."""
         step = None
-        if len(args) == 1 and not kwargs and torch.is_grad_enabled() and not (is_compiling() or torch.jit.is_tracing()):
+        if len(args) == 1 and not kwargs and torch.is_grad_enabled() and not (is_compiling() or is_recorded()):
             options = {"p": self.p, "training": self.training, "inplace": self.inplace}
             step = None if is_transformed() else as_step(F.dropout, args, options)
         return super().forward(*args, **kwargs) if step is None else _drop(args[0], step.p, self.lomem_takers)
