@@ -1,19 +1,22 @@
 """Slow, readable implementations in plain torch, for every device that torch supports.
 
-They are the reference of the tests, and a fallback for devices without kernels. Arguments and results are those of
+They are the reference of the tests, and what the ops run on devices without kernels. Arguments and results are those of
 :mod:`lomem.functional`, and the codes are identical byte for byte. Formulas: Yang et al., ICML 2024, arXiv:2406.16282.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._trace.float64 import has_float64
 from ._trace.seeds import draw_seed
 from .steps import StepFunction
 
@@ -21,13 +24,21 @@ __all__ = [
     "REGELU2",
     "RESILU2",
     "StepFunction",
+    "band_codes",
     "dequantize_groups",
     "drawn_activation_backward",
+    "drawn_codes",
     "dropout_apply",
+    "fused_activation_forward",
     "gated",
+    "gated_backward",
     "lora",
     "ms_layer_norm",
+    "ms_layer_norm_backward",
+    "ms_layer_norm_forward",
     "ms_rms_norm",
+    "ms_rms_norm_backward",
+    "ms_rms_norm_forward",
     "pack_bits",
     "philox_words",
     "quantize_groups",
@@ -60,6 +71,11 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """A tensor in float64, or in float32 on a device without float64."""
+    return tensor.to(torch.float64 if has_float64(tensor.device) else torch.float32)
+
+
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """See :func:`lomem.functional.pack_bits`."""
     shifts = torch.arange(bits, device=codes.device)
@@ -75,13 +91,33 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     return (groups << torch.arange(bits, device=packed.device)).sum(1).to(torch.uint8)
 
 
-def step_codes(input: Tensor, step: StepFunction) -> Tensor:
-    """Number of boundaries below each element, as uint8 in the shape of the input. NaN has code 0."""
+def _boundaries_below(input: Tensor, boundaries: Sequence[float]) -> Tensor:
     x = input.to(_compute_dtype(input.dtype))
     codes = torch.zeros(input.shape, dtype=torch.uint8, device=input.device)
-    for boundary in step.boundaries:
+    for boundary in boundaries:
         codes += x > torch.tensor(boundary, dtype=x.dtype, device=x.device)
     return codes
+
+
+def step_codes(input: Tensor, step: StepFunction) -> Tensor:
+    """Number of boundaries below each element, as uint8 in the shape of the input. NaN has code 0."""
+    return _boundaries_below(input, step.boundaries)
+
+
+def band_codes(input: Tensor, low: float, high: float) -> Tensor:
+    """Whether ``low <= x <= high`` for each element ``x``, 0 for NaN: packed codes of 1 bit, in row-major order.
+
+    Args:
+        input: float64, float32, bfloat16 or float16 tensor of any shape.
+        low: Lower limit, rounded to float32 unless the input is float64.
+        high: Upper limit, likewise.
+
+    Returns:
+        A 1-D uint8 tensor of ``ceil(numel / 8)`` bytes.
+    """
+    x = input.to(_compute_dtype(input.dtype))
+    least, most = (torch.tensor(limit, dtype=x.dtype, device=x.device) for limit in (low, high))
+    return pack_bits(((x >= least) & (x <= most)).to(torch.uint8), 1)
 
 
 def step_activation_backward(grad_output: Tensor, codes: Tensor, levels: Sequence[float], bits: int) -> Tensor:
@@ -133,15 +169,79 @@ _GATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _halves(both: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """Views of gate and up where the last dimension holds both."""
+    if layout == "interleaved":
+        return both[..., ::2], both[..., 1::2]
+    first, second = both.chunk(2, -1) if both.shape[-1] > 0 else (both, both)
+    return (first, second) if layout == "gate_up" else (second, first)
+
+
 def gated(gate: Tensor, up: Tensor | None = None, activation: str = "silu", *, layout: str = "gate_up") -> Tensor:
     """See :func:`lomem.functional.gated`."""
     if up is None:
-        if layout == "interleaved":
-            gate, up = gate[..., ::2], gate[..., 1::2]
-        else:
-            first, second = gate.chunk(2, -1)
-            gate, up = (first, second) if layout == "gate_up" else (second, first)
+        gate, up = _halves(gate, layout)
     return _GATES[activation](gate) * up
+
+
+def _value_and_slope(activation: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A gate's activation and its derivative."""
+    if activation == "relu":
+        return torch.where(x <= 0, 0, x), torch.where(x <= 0, torch.zeros_like(x), 1)
+    if activation == "gelu":
+        cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+        return x * cdf, cdf + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    if activation == "sigmoid":
+        value = torch.sigmoid(x)
+        return value, value * torch.sigmoid(-x)
+    # SiLU and GELU's approximation by tanh are x * sigmoid(z), with z a polynomial of x. (Beyond 20 its derivative does
+    # not count, but could overflow.)
+    linear, cubic = (1.0, 0.0) if activation == "silu" else (math.sqrt(8 / math.pi), math.sqrt(8 / math.pi) * 0.044715)
+    z = x * (linear + cubic * x * x) if cubic else x
+    factor = torch.sigmoid(z)
+    value = x * factor
+    return value, factor + value * torch.sigmoid(-z) * (linear + 3 * cubic * x.clamp(-20, 20).square())
+
+
+def gated_backward(
+    grad_output: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    *,
+    layout: str = "gate_up",
+    output_mask: Sequence[bool] = (True, True, False),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of a gated unit, and its result again. Computes in float32, or float64 for float64 operands.
+
+    Args:
+        grad_output: Gradient of the result, in its shape and dtype.
+        gate: Gate, or gate and up in the last dimension.
+        up: In the shape and dtype of ``gate``, or None.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"sigmoid"``.
+        layout: Where gate and up are without ``up``, as in :func:`lomem.functional.gated`.
+        output_mask: Which of the three results are wanted.
+
+    Returns:
+        The gradients of ``gate`` and ``up`` and the result of the unit; None for what is not wanted, and for the
+        gradient of a missing ``up``, which is then in that of ``gate``.
+    """
+    wants_gate, wants_up, wants_output = output_mask
+    dtype = _compute_dtype(gate.dtype)
+    x, factor = (t.to(dtype) for t in (_halves(gate, layout) if up is None else (gate, up)))
+    value, slope = _value_and_slope(activation, x)
+    grad = grad_output.to(dtype)
+    of_gate = grad * factor * slope
+    if activation == "relu":  # 0 times an infinite gradient is 0
+        of_gate = torch.where(slope == 0, 0, of_gate)
+    of_up = grad * value
+    grad_gate = of_gate.to(gate.dtype) if wants_gate else None
+    if up is None and wants_gate:
+        grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        for half, gradient in zip(_halves(grad_gate, layout), (of_gate, of_up), strict=True):
+            half.copy_(gradient)
+    grad_up = of_up.to(gate.dtype) if wants_up and up is not None else None
+    return grad_gate, grad_up, gated(gate, up, activation, layout=layout) if wants_output else None
 
 
 def lora(
@@ -294,41 +394,87 @@ def drawn_activation_backward(
     return (grad_output.reshape(-1).to(dtype) * level).to(grad_output.dtype).reshape(grad_output.shape)
 
 
+def _norm_forward(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    dims = tuple(range(-len(normalized_shape), 0))
+    x = _wide(input)
+    centre = x.mean(dims, keepdim=True) if centred else torch.zeros((), dtype=x.dtype, device=x.device)
+    rstd = ((x - centre).square().mean(dims, keepdim=True) + eps).rsqrt()
+    z = (x - centre) * rstd
+    if weight is not None:
+        z = z * _wide(weight)
+    if bias is not None:
+        z = z + _wide(bias)
+    return z.to(dtype or input.dtype), rstd.to(_compute_dtype(input.dtype))
+
+
+def _norm_backward(
+    grad_output: Tensor,
+    output: Tensor,
+    rstd: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    input_dtype: torch.dtype,
+    centred: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dims = tuple(range(-len(normalized_shape), 0))
+    y, g = _wide(output), _wide(grad_output)
+    grad_weight = grad_bias = None
+    leading = tuple(range(y.dim() - len(dims)))
+    if bias is not None:
+        grad_bias = g.sum(leading).to(bias.dtype) if leading else g.to(bias.dtype)
+        y = y - _wide(bias)
+    if weight is not None:
+        y = y / _wide(weight)
+        grad_weight = ((g * y).sum(leading) if leading else g * y).to(weight.dtype)
+        g = g * _wide(weight)
+    mean_g = g.mean(dims, keepdim=True) if centred else 0
+    mean_gy = (g * y).mean(dims, keepdim=True)
+    grad_input = _wide(rstd).reshape(mean_gy.shape) * (g - mean_g - y * mean_gy)
+    return grad_input.to(input_dtype), grad_weight, grad_bias
+
+
 class _MSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, normalized_shape, weight, bias, eps, dtype, centred):
-        dims = tuple(range(-len(normalized_shape), 0))
-        x = input.double()
-        centre = x.mean(dims, keepdim=True) if centred else torch.zeros((), dtype=x.dtype, device=x.device)
-        rstd = ((x - centre).square().mean(dims, keepdim=True) + eps).rsqrt()
-        z = (x - centre) * rstd
-        if weight is not None:
-            z = z * weight.double()
-        if bias is not None:
-            z = z + bias.double()
-        output = z.to(dtype or input.dtype)
-        ctx.dims, ctx.centred, ctx.input_dtype = dims, centred, input.dtype
-        ctx.save_for_backward(output, rstd.to(_compute_dtype(input.dtype)), weight, bias)
+        output, rstd = _norm_forward(input, normalized_shape, weight, bias, eps, dtype, centred)
+        ctx.normalized_shape, ctx.centred, ctx.input_dtype = normalized_shape, centred, input.dtype
+        ctx.save_for_backward(output, rstd, weight, bias)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         output, rstd, weight, bias = ctx.saved_tensors
-        y, g = output.double(), grad_output.double()
-        grad_weight = grad_bias = None
-        leading = tuple(range(y.dim() - len(ctx.dims)))
-        if bias is not None:
-            grad_bias = g.sum(leading).to(bias.dtype) if leading else g.to(bias.dtype)
-            y = y - bias.double()
-        if weight is not None:
-            y = y / weight.double()
-            grad_weight = ((g * y).sum(leading) if leading else g * y).to(weight.dtype)
-            g = g * weight.double()
-        mean_g = g.mean(ctx.dims, keepdim=True) if ctx.centred else 0
-        mean_gy = (g * y).mean(ctx.dims, keepdim=True)
-        grad_input = rstd.double() * (g - mean_g - y * mean_gy)
-        return grad_input.to(ctx.input_dtype), None, grad_weight, grad_bias, None, None, None
+        grad_input, grad_weight, grad_bias = _norm_backward(
+            grad_output, output, rstd, ctx.normalized_shape, weight, bias, ctx.input_dtype, ctx.centred
+        )
+        return grad_input, None, grad_weight, grad_bias, None, None, None
+
+
+def _check_recoverable(op: str, weight: Tensor | None, dtype: torch.dtype) -> None:
+    """Raises if the backward pass cannot divide by weight."""
+    if weight is None or weight.numel() == 0:
+        return
+    smallest = torch.finfo(dtype).smallest_normal
+    values = weight.detach().flatten().to("cpu", torch.float64)
+    small = values.abs() < smallest
+    if bool(small.any()):
+        index = int(small.to(torch.uint8).argmax())
+        raise ValueError(
+            f"{op}: weight is {float(values[index]):g} at element {index}, expected magnitudes of at least "
+            f"{smallest:g}, the smallest normal number of the output's dtype: the backward pass divides by weight (use "
+            "torch's norm for this layer; in a model converted by lomem.convert, call lomem.restore and lomem.convert "
+            "again, which then saves this norm's normalized input)"
+        )
 
 
 def ms_layer_norm(
@@ -356,3 +502,189 @@ def ms_rms_norm(
     if eps is None:
         eps = torch.finfo(_compute_dtype(input.dtype)).eps
     return _MSNorm.apply(input, normalized_shape, weight, None, eps, dtype, False)
+
+
+def ms_layer_norm_forward(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The result of :func:`ms_layer_norm`, and what its backward pass needs besides.
+
+    Returns:
+        The output, and the reciprocal standard deviation of each row: float32 (float64 for a float64 input), in the
+        shape of the input with 1 in place of each size of ``normalized_shape``.
+
+    Raises:
+        ValueError: If a weight is 0, or below the smallest normal number of the output's dtype.
+    """
+    _check_recoverable("lomem::ms_layer_norm", weight, dtype or input.dtype)
+    return _norm_forward(input, normalized_shape, weight, bias, eps, dtype, True)
+
+
+def ms_layer_norm_backward(
+    grad_output: Tensor,
+    output: Tensor,
+    rstd: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    input_dtype: torch.dtype,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of :func:`ms_layer_norm` from the results of :func:`ms_layer_norm_forward`.
+
+    Args:
+        grad_output: Gradient of the output, in its shape.
+        output: First result.
+        rstd: Second result.
+        normalized_shape: That of the forward pass.
+        weight: That of the forward pass, of shape ``normalized_shape``, or None.
+        bias: Likewise.
+        input_dtype: The dtype of the input.
+        output_mask: Which of the gradients of input, weight and bias are wanted.
+
+    Returns:
+        The three gradients, each None if not wanted or if there is no such parameter.
+    """
+    found = _norm_backward(grad_output, output, rstd, normalized_shape, weight, bias, input_dtype, True)
+    grad_input, grad_weight, grad_bias = (t if wanted else None for t, wanted in zip(found, output_mask, strict=True))
+    return grad_input, grad_weight, grad_bias
+
+
+def ms_rms_norm_forward(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`ms_layer_norm_forward`, for :func:`ms_rms_norm`."""
+    _check_recoverable("lomem::ms_rms_norm", weight, dtype or input.dtype)
+    eps = torch.finfo(_compute_dtype(input.dtype)).eps if eps is None else eps
+    return _norm_forward(input, normalized_shape, weight, None, eps, dtype, False)
+
+
+def ms_rms_norm_backward(
+    grad_output: Tensor,
+    output: Tensor,
+    rstd: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    input_dtype: torch.dtype,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """As :func:`ms_layer_norm_backward`, for :func:`ms_rms_norm`, which has no bias."""
+    grad_input, grad_weight, _ = _norm_backward(
+        grad_output, output, rstd, normalized_shape, weight, None, input_dtype, False
+    )
+    return grad_input if output_mask[0] else None, grad_weight if output_mask[1] else None
+
+
+def drawn_codes(
+    input: Tensor, function: str, parameters: Sequence[float], bits: int, seed: Tensor, *, offset: int = 0
+) -> Tensor:
+    """Codes of an activation's derivative, drawn at random.
+
+    Drawn by the CPU's kernel from a copy of the input: the polynomials that stand for the derivatives are in the C++
+    library alone, and every device must draw the same codes.
+
+    Args:
+        input: float64, float32, bfloat16 or float16 tensor of any shape.
+        function: Name of the activation.
+        parameters: Its parameters.
+        bits: 1 to 8.
+        seed: 0-d int64.
+        offset: Number of the stream of random bits.
+
+    Returns:
+        Packed codes, 1-D uint8, in the row-major order of ``input``, on its device.
+
+    Raises:
+        ValueError: For an unknown function, or ``bits`` that are out of range.
+    """
+    drawn = torch.ops.lomem.drawn_codes(input.detach().cpu(), function, parameters, bits, seed.cpu(), offset=offset)
+    return drawn.to(input.device)  # type: ignore[no-any-return]
+
+
+def _step_codes(input: Tensor, boundaries: Sequence[float], bits: int) -> Tensor:
+    return pack_bits(_boundaries_below(input, boundaries), bits)
+
+
+def fused_activation_forward(
+    input: Tensor, function: str, boundaries: Sequence[float], bits: int, *, fast: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The result of an activation and its codes.
+
+    Args:
+        input: float64, float32, bfloat16 or float16 tensor of any shape.
+        function: ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
+        boundaries: At most ``2**bits - 1`` ascending numbers.
+        bits: 1 to 8.
+        fast: Has no effect: the result is torch's.
+
+    Returns:
+        The result of torch's op, and the number of boundaries below each element: packed codes, 1-D uint8, in the
+        memory order of the result.
+    """
+    # torch's results have the strides of empty_like. A device's may not, but codes depend on them.
+    output = torch.empty_like(input).copy_(_GATES[function](input))
+    dense = torch.empty_like(output).copy_(input)
+    return output, _step_codes(dense.as_strided((dense.numel(),), (1,)), boundaries, bits)
+
+
+def _quantize_groups(
+    input: Tensor, bits: int = 8, seed: Tensor | None = None, *, offset: int = 0, group_size: int = 128
+) -> tuple[Tensor, Tensor]:
+    rounding = "nearest" if seed is None else "stochastic"
+    return quantize_groups(input, bits, rounding=rounding, seed=seed, offset=offset, group_size=group_size)
+
+
+def _dequantize_groups(
+    codes: Tensor,
+    scales: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int] | None,
+    dtype: torch.dtype,
+    bits: int = 8,
+    seed: Tensor | None = None,
+    *,
+    offset: int = 0,
+    group_size: int = 128,
+) -> Tensor:
+    return dequantize_groups(
+        codes, scales, size, dtype, bits, stride=stride, seed=seed, offset=offset, group_size=group_size
+    )
+
+
+#: The ops that need kernels of their own, with the arguments of ``torch.ops.lomem``: what devices without kernels run.
+OPS: dict[str, Callable[..., Any]] = {
+    **{
+        function.__name__: function
+        for function in (
+            band_codes,
+            drawn_activation_backward,
+            drawn_codes,
+            dropout_apply,
+            fused_activation_forward,
+            gated,
+            gated_backward,
+            ms_layer_norm,
+            ms_layer_norm_backward,
+            ms_layer_norm_forward,
+            ms_rms_norm,
+            ms_rms_norm_backward,
+            ms_rms_norm_forward,
+            pack_bits,
+            seeded_dropout_apply,
+            step_activation_backward,
+            unpack_bits,
+        )
+    },
+    **{function.__name__[1:]: function for function in (_dequantize_groups, _quantize_groups, _step_codes)},
+}

@@ -19,6 +19,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 def autocast_to(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
     """Autocast to a dtype on a device type; None disables autocast."""
-    if not torch.amp.is_autocast_available(device):
+    # (Of a device that a program adds, is_autocast_available does not say whether torch.autocast takes it.)
+    if not torch.amp.is_autocast_available(device) or (dtype is None and not torch.is_autocast_enabled(device)):
         return contextlib.nullcontext()
     return torch.autocast(device, dtype=dtype) if dtype is not None else torch.autocast(device, enabled=False)

@@ -31,7 +31,7 @@ def can_store(tensor: Tensor) -> bool:
     if is_compiling():  # which cannot ask a tensor whether it is from inference mode
         return False
     ordinary = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_inference()
-    return ordinary and tensor.dtype in FLOATS and tensor.device.type in KERNELS
+    return ordinary and tensor.dtype in FLOATS
 
 
 class Load:

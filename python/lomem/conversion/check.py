@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from .._trace.autocast import autocast_dtype
 from .._trace.batch import Batch
+from .._trace.float64 import in_float64
 from .._trace.state import seed
 from .exchange import exchange_all, give_all_back
 from .flow import modes, untouched
@@ -80,7 +81,7 @@ class Difference:
 def _relative(before: Tensor, after: Tensor) -> float:
     finite = before.isfinite() & after.isfinite()
     same = torch.equal(before[~finite], after[~finite]) or bool((before.isnan() == after.isnan()).all())
-    before, after = before[finite].double(), after[finite].double()
+    before, after = in_float64(before[finite]), in_float64(after[finite])
     norm = before.norm().item()
     return (after - before).norm().item() / norm if norm and same else float("inf")
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .._trace.batch import Batch
+from .._trace.float64 import has_float64
 from .._trace.state import preserved, seed
 from .._units import size
 from .flow import untouched
@@ -78,8 +79,7 @@ class Sums:
 
     def add(self, approximate: Tensor, exact: Tensor, weights: Tensor | None = None) -> None:
         """Adds the elements of two tensors of one shape, on the device of the first."""
-        # MPS has no float64.
-        device = "cpu" if approximate.device.type == "mps" else approximate.device
+        device = approximate.device if has_float64(approximate.device) else torch.device("cpu")
         given = [approximate, exact] if weights is None else [approximate, exact, weights]
         for parts in zip(*(_flat(t).split(_PART) for t in given), strict=True):
             a, e, *w = (part.to(device, torch.float64) for part in parts)

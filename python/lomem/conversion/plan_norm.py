@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
+from .._trace.float64 import in_float64
 from .._trace.groups import stored_bytes
 from .._trace.keeps import KEEPS, saves_operands
 from .._trace.recorder import Op, Storage
@@ -44,14 +45,14 @@ def badly_conditioned(module: nn.Module, form: NormForm, dtype: torch.dtype) -> 
     gamma = _real(getattr(module, form.gamma))
     if gamma is None:
         return None
-    gamma = (gamma.double() + form.one_plus).abs()
+    gamma = (in_float64(gamma) + form.one_plus).abs()
     # Six bits above the smallest normal number: outputs have full precision for normalized inputs of at least 1/64.
     small = int((gamma < 64 * torch.finfo(dtype).tiny).sum())
     if small:
         return f"{small} of {gamma.numel()} weights are too small to divide by"
     beta = _real(getattr(module, form.beta)) if form.beta is not None else None
     if beta is not None:
-        large = int((beta.double().abs() > CONDITIONING * gamma).sum())
+        large = int((in_float64(beta).abs() > CONDITIONING * gamma).sum())
         if large:
             return f"in {large} of {gamma.numel()} channels the bias is over {CONDITIONING:g} times the weight"
     return None
