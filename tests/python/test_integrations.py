@@ -65,7 +65,8 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.norm, self.up = nn.Embedding(WORDS, 32), nn.LayerNorm(32), nn.Linear(32, 64)
-        self.act, self.down, self.batch = nn.GELU(), nn.Linear(64, 32), nn.BatchNorm1d(32)
+        # (The gradient of a bias in front of batch norm is 0 but for rounding, which AdamW would blow up.)
+        self.act, self.down, self.batch = nn.GELU(), nn.Linear(64, 32, bias=False), nn.BatchNorm1d(32)
 
     def forward(self, input_ids, labels):
         x = self.embed(input_ids)
@@ -150,9 +151,9 @@ def assert_the_same_training(got, want, exact):
     assert all(map(torch.equal, got.batches, want.batches))
     # The forward pass of exact norms may be rounded differently, by some units in the last of 24 bits.
     assert got.losses[0] == pytest.approx(want.losses[0], rel=1e-6)
-    # Gradients are exact to rounding, and AdamW divides by their size: where one is nearly 0, a weight may move by up
-    # to 1e-4 differently in each of six steps. Codes of 4 bits add noise of a few percent of such a step.
-    assert got.losses == pytest.approx(want.losses, rel=1e-4 if exact else 1e-3)
+    # Gradients are exact to rounding as well, which AdamW and batch norm magnify. Codes of 4 bits add noise of a few
+    # percent of a step, none of which moves a weight by more than about 1e-4.
+    assert got.losses == pytest.approx(want.losses, rel=3e-5 if exact else 1e-3)
 
 
 MODELS = [gpt2, llama, llama_with_lora, bert, Net]
@@ -258,7 +259,7 @@ def test_evaluation(tmp_path):
     runs = [trained(gpt2, callbacks, tmp_path, **options) for callbacks in ([], [TrainerCallback(bits=16)])]
     want, got = ([log["eval_loss"] for log in run.state.log_history if "eval_loss" in log] for run in runs)
     assert len(want) == 2
-    assert got == pytest.approx(want, rel=1e-4)  # as in assert_the_same_training
+    assert got == pytest.approx(want, rel=3e-5)  # as in assert_the_same_training
     assert not runs[1].model.training
 
 
@@ -321,18 +322,23 @@ def test_a_sharded_model_is_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_without_transformers():
-    """lomem itself does not need it; the callback says what to install."""
+@pytest.mark.parametrize(
+    ("name", "modules", "package"),
+    [
+        ("TrainerCallback", ["transformers"], "transformers[torch]"),
+        ("LightningCallback", ["lightning", "pytorch_lightning"], "lightning"),
+    ],
+)
+def test_without_the_package(name, modules, package):
+    """lomem itself needs none; the callback says what to install."""
     code = (
-        "import sys; sys.modules['transformers'] = None; import lomem\n"
-        "try: lomem.integrations.TrainerCallback\n"
+        f"import sys; sys.modules.update(dict.fromkeys({modules})); import lomem\n"
+        f"try: lomem.integrations.{name}\n"
         "except ImportError as error: print(error)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
-    assert result.stdout.startswith("lomem.integrations.TrainerCallback: got an ImportError (")
-    assert result.stdout.endswith(
-        "), expected transformers with what its Trainer needs: pip install 'transformers[torch]'\n"
-    )
+    assert result.stdout.startswith(f"lomem.integrations.{name}: got an ImportError (")
+    assert result.stdout.endswith(f"), expected the package: pip install '{package}'\n")
 
 
 def test_other_names():

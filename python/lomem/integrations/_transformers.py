@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import itertools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, IterableDataset
 
 from .._trace.autocast import autocast_to
-from .._trace.state import preserved
 from ..conversion import Report, convert
 from ..conversion.exchange import is_converted
+from ._shared import check_not_sharded, check_options, first_rows
 
 __all__ = ["TrainerCallback"]
 
@@ -49,11 +44,7 @@ class TrainerCallback(transformers.TrainerCallback):
     """
 
     def __init__(self, example_inputs: Any = None, *, verbose: bool = True, **options: Any) -> None:
-        known = {name for name in inspect.signature(convert).parameters if name not in ("model", "example_inputs")}
-        if unknown := options.keys() - known:
-            raise TypeError(
-                f"{_NAME}: got {min(unknown)}, expected options of lomem.convert: {', '.join(sorted(known))}"
-            )
+        check_options(_NAME, options)
         self.example_inputs, self.verbose, self.options = example_inputs, verbose, options
         self.report: Report | None = None
 
@@ -74,14 +65,9 @@ class TrainerCallback(transformers.TrainerCallback):
         model: nn.Module = kwargs["model"]
         if any(map(is_converted, model.modules())):
             return
-        if _is_sharded(model):
-            raise ValueError(
-                f"{_NAME}: the model is sharded by FSDP already when training begins, expected one that is not: call "
-                "lomem.convert before the trainer is made"
-            )
-        with preserved(model):
-            inputs = self.example_inputs
-            inputs = _first_rows(kwargs["train_dataloader"], model) if inputs is None else inputs
+        check_not_sharded(_NAME, model)
+        inputs = self.example_inputs
+        inputs = first_rows(_NAME, kwargs["train_dataloader"], model) if inputs is None else inputs
         device = next(model.parameters()).device
         inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -90,26 +76,3 @@ class TrainerCallback(transformers.TrainerCallback):
             self.report = convert(model, inputs, **self.options)
         if self.verbose and state.is_world_process_zero:
             print(self.report)
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
-
-
-def _first_rows(loader: DataLoader[Any], model: nn.Module) -> Any:
-    """The first two rows of a dataloader's data, collated: of one row alone, some norms have no statistics."""
-    dataset: Any = loader.dataset
-    if hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
-        rows = [dataset[i] for i in range(min(2, len(dataset)))]
-    elif iter(dataset) is iter(dataset):
-        raise ValueError(f"{_NAME}: the data can be iterated over only once, expected example_inputs with it")
-    else:
-        rows = list(itertools.islice(dataset, 2))
-    # A collator may have a generator of random numbers, and others have the model itself, which is not to be copied.
-    collate = copy.deepcopy(loader.collate_fn, {id(module): module for module in model.modules()})
-    batch = collate(rows)
-    return dict(batch) if isinstance(batch, Mapping) else batch
