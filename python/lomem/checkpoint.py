@@ -84,6 +84,7 @@ class _Policy:
             return CheckpointPolicy.MUST_SAVE
         if self._drawing is None or not _draws(op, args, kwargs):
             return CheckpointPolicy.PREFER_RECOMPUTE
+        assert isinstance(op, OpOverload)  # since it draws
         if op._schema.is_mutable:
             raise RuntimeError(
                 f"lomem.checkpoint.policy: save has {_name(self._drawing)}, and the region also runs {_name(op)}, "
@@ -116,7 +117,7 @@ def _name(op: _Op) -> str:
 def _runs(op: Any) -> list[tuple[_Op, _Condition]]:
     """What an op that a user names runs as."""
     name = getattr(op, "__name__", "")
-    if callable(op) and getattr(functional, name, None) is op and name in functional.__all__:
+    if name in functional.__all__ and getattr(functional, name) is op:
         return _runs_of_function(op, name)
     if isinstance(op, HigherOrderOperator):
         return [(op, _always)]
