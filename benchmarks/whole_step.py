@@ -50,9 +50,10 @@ METHODS = {
     "8bit": "`lomem.convert(bits=8)`",
     "compile": "`torch.compile`",
     "checkpointing": "gradient checkpointing",
+    "every-second": "`lomem.convert(bits=16)`, checkpointing of every second block",
 }
 #: Of the methods that convert the model.
-_BITS = {"lomem": None, "exact": 16, "8bit": 8}
+_BITS = {"lomem": None, "exact": 16, "8bit": 8, "every-second": 16}
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,16 @@ CASES = {
 }
 
 
+def checkpoint_blocks(model: Any, every: int) -> None:
+    """Checkpoints the first of every so many blocks of a model of transformers."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for number, block in enumerate(blocks):
+        block.gradient_checkpointing = number % every == 0
+
+
 # --- One process ------------------------------------------------------------------------------------------------------
 
 
@@ -172,11 +183,11 @@ class Training:
                 lomem.convert(self.model, example, bits=_BITS[method])
         elif method == "compile":
             self.forward = torch.compile(self.model)
-        elif method == "checkpointing":
-            if not hasattr(model, "gradient_checkpointing_enable"):
+        if method in ("checkpointing", "every-second"):
+            if hasattr(model, "gradient_checkpointing_enable"):
+                checkpoint_blocks(model, 2 if method == "every-second" else 1)
+            elif method == "checkpointing":  # (What is not made of blocks has no second one.)
                 self.forward = functools.partial(checkpoint, self.model, use_reentrant=False)
-            else:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
 
     def _autocast(self) -> torch.autocast:

@@ -27,7 +27,7 @@ from . import _C
 if _torch.version.cuda is not None and _C.cuda_archs():
     _torch.ops.load_library(str(_Path(_C.__file__).with_name("lib") / "liblomem_cuda.so"))
 
-from . import _other_devices, functional, memory, nn, random, reference
+from . import _other_devices, checkpoint, functional, integrations, memory, nn, random, reference
 from .conversion import GradientWarning, NothingToConvertError, convert, restore
 from .mapping import convert_activation, convert_linear, map_module
 from .steps import DrawnLevels, StepFunction
@@ -53,11 +53,13 @@ __all__ = [
     "NothingToConvertError",
     "StepFunction",
     "__version__",
+    "checkpoint",
     "cmake_prefix_path",
     "convert",
     "convert_activation",
     "convert_linear",
     "functional",
+    "integrations",
     "map_module",
     "memory",
     "nn",
