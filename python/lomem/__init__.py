@@ -28,6 +28,7 @@ if _torch.version.cuda is not None and _C.cuda_archs():
     _torch.ops.load_library(str(_Path(_C.__file__).with_name("lib") / "liblomem_cuda.so"))
 
 from . import _other_devices, checkpoint, functional, integrations, memory, nn, random, reference
+from ._decompositions import decompositions
 from .conversion import GradientWarning, NothingToConvertError, convert, restore
 from .mapping import convert_activation, convert_linear, map_module
 from .steps import DrawnLevels, StepFunction
@@ -58,6 +59,7 @@ __all__ = [
     "convert",
     "convert_activation",
     "convert_linear",
+    "decompositions",
     "functional",
     "integrations",
     "map_module",

@@ -1,0 +1,112 @@
+"""What lomem's ops compute, in plain torch: for exported programs that are to run without lomem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["decompositions"]
+
+#: The functions of activations, of an input and of their parameters in the order of their signature in torch.
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def _activation(input: Tensor, function: str, parameters: Sequence[float], *options: Any, **others: Any) -> Tensor:
+    of = _ACTIVATIONS.get(function) or getattr(F, function)
+    return of(input, *parameters)  # type: ignore[no-any-return]
+
+
+def _gated(gate: Tensor, up: Tensor | None, activation: str, *, layout: str = "gate_up") -> Tensor:
+    return reference.gated(gate, up, activation, layout=layout)
+
+
+def _gated_linear(
+    gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str, *, layout: str = "gate_up"
+) -> Tensor:
+    return F.linear(_gated(gate, up, activation, layout=layout), weight, bias)
+
+
+def _lora(
+    input: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float = 1.0,
+    *,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    x = input.to(dtype or lora_a.dtype)
+    x = F.dropout(x, p) if p > 0 else x
+    return F.linear(F.linear(x.to(lora_a.dtype), lora_a), lora_b, bias) * scaling
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    # As the kernels, in float32 whatever the dtypes: torch's norm takes weights of the input's dtype alone.
+    wide = torch.promote_types(input.dtype, torch.float32)
+    parameters = (None if t is None else t.to(wide) for t in (weight, bias))
+    return F.layer_norm(input.to(wide), normalized_shape, *parameters, eps).to(dtype or input.dtype)
+
+
+def _rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    wide = torch.promote_types(input.dtype, torch.float32)
+    weight = None if weight is None else weight.to(wide)
+    return F.rms_norm(input.to(wide), normalized_shape, weight, eps).to(dtype or input.dtype)
+
+
+_TABLE: dict[str, Callable[..., Tensor]] = {
+    "drawn_activation": _activation,
+    "dropout": lambda input, p, saves="mask": F.dropout(input, p),
+    "gated": _gated,
+    "gated_linear": _gated_linear,
+    "hard_activation": _activation,
+    "lora": _lora,
+    "ms_layer_norm": _layer_norm,
+    "ms_rms_norm": _rms_norm,
+    "randomized_linear": lambda input, weight, bias=None, **options: F.linear(input, weight, bias),
+    "regelu2": lambda input, approximate="none", fast=False: F.gelu(input, approximate=approximate),
+    "resilu2": lambda input, fast=False: F.silu(input),
+    "step_activation": _activation,
+}
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
+    """What the ops of lomem's layers compute, in torch's ops, for ``torch.export.ExportedProgram.run_decompositions``.
+
+        program = torch.export.export(model, (x,))
+        program = program.run_decompositions(lomem.decompositions())
+
+    The program then needs no lomem where it is loaded. Its results are those of the layers, up to rounding. If it is
+    differentiated, its gradients are torch's, and it saves what torch saves.
+
+    Returns:
+        A new dict from ops to functions. ``{**torch.export.default_decompositions().items(), ...}`` joins it with
+        torch's own.
+    """
+    return {getattr(torch.ops.lomem, name).default: function for name, function in _TABLE.items()}
