@@ -3,9 +3,9 @@
     python benchmarks/initial_gradients.py                          # tests/python/zoo.py's models, and larger ones
     python benchmarks/initial_gradients.py --nets efficientnet-b0 --settings "steps, 4 bits"
 
-A setting passes on a net if the cosine of its gradient to the exact one is at least 0.99: that of one pass, or, for codes
-drawn at random and for groups, that of the mean of 8 draws, where one draw has to have 0.9. Codes replace exact pairs
-here, so that every activation of a net takes part. Writes benchmarks/results/initial-gradients.md.
+A setting passes on a net if the cosine of its gradient to the exact one is at least 0.99: that of one pass, or, for
+codes drawn at random and for groups, that of the mean of 8 draws, of which each has to have 0.9. Codes replace exact
+pairs here, so that every activation of a net takes part. Writes benchmarks/results/initial-gradients.md.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def _efficientnet() -> Made:
 
 
 def _mobilevit() -> Made:
-    config = tf.MobileViTConfig(image_size=64, hidden_sizes=[64, 80, 96], neck_hidden_sizes=[16, 32, 48, 64, 80, 96, 320])
+    config = tf.MobileViTConfig(
+        image_size=64, hidden_sizes=[64, 80, 96], neck_hidden_sizes=[16, 32, 48, 64, 80, 96, 320]
+    )
     return _convolutions(tf.MobileViTForImageClassification(_ten(config))), _images(64, 8)
 
 
@@ -131,7 +133,7 @@ def flat(gradient: Mapping[str, Tensor], names: list[str]) -> Tensor:
 
 
 def cosines(name: str, setting: str) -> tuple[float, float] | None:
-    """Least cosine of one draw, and that of the mean; None where the setting converts nothing that changes gradients."""
+    """Least cosine of one draw, and that of the mean; None where nothing is converted that changes gradients."""
     torch.manual_seed(0)
     model, batch = NETS[name]()
     model.train()
@@ -182,8 +184,8 @@ def table(found: Mapping[tuple[str, str], tuple[float, float] | None], nets: lis
         verdicts.append("passes" if not failed else f"fails on {len(failed)} of {len(own)}")
     lines += ["| all | " + " | ".join(verdicts) + " |", ""]
     lines += [
-        "Cosine of the whole gradient to the exact one, in float32 and training mode. For drawn codes and groups: that of "
-        f"the mean of {DRAWS} draws, and the least one of one draw. Bold: under {ENOUGH}, or under {ENOUGH_OF_ONE} for "
+        "Cosine of the whole gradient to the exact one, in float32 and training mode. For drawn codes and groups: that "
+        f"of the mean of {DRAWS} draws, and the least one of one draw. Bold: under {ENOUGH}, or under {ENOUGH_OF_ONE} for "
         "one draw. Codes replace exact pairs. Empty: nothing is converted that changes the gradient.",
         "",
         f"torch {torch.__version__}, transformers {tf.__version__}",

@@ -50,10 +50,7 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
         for bits in range(6, 0, -1)
     },
     "steps, 2 bits, paper": {"pairs": "keep", "criterion": "paper"},
-    **{
-        f"drawn, {bits} bits": {"activations": f"{bits}bit", "pairs": "keep"}
-        for bits in range(6, 1, -1)
-    },
+    **{f"drawn, {bits} bits": {"activations": f"{bits}bit", "pairs": "keep"} for bits in range(6, 1, -1)},
 }
 #: Of tasks that take long.
 FINALISTS = ("plain", "exact", "8 bits", "steps, 4 bits", "steps, 2 bits", "drawn, 4 bits", "steps, 2 bits, paper")

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .checkpoint import DRAWN, EXACT, FEW_BIT
+from .functional import linear
 
 __all__ = ["decompositions"]
 
@@ -63,8 +65,8 @@ def _layer_norm(
 ) -> Tensor:
     # As the kernels, in float32 whatever the dtypes: torch's norm takes weights of the input's dtype alone.
     wide = torch.promote_types(input.dtype, torch.float32)
-    parameters = (None if t is None else t.to(wide) for t in (weight, bias))
-    return F.layer_norm(input.to(wide), normalized_shape, *parameters, eps).to(dtype or input.dtype)
+    gamma, beta = (None if t is None else t.to(wide) for t in (weight, bias))
+    return F.layer_norm(input.to(wide), normalized_shape, gamma, beta, eps).to(dtype or input.dtype)
 
 
 def _rms_norm(
@@ -80,19 +82,20 @@ def _rms_norm(
     return F.rms_norm(input.to(wide), normalized_shape, weight, eps).to(dtype or input.dtype)
 
 
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    return F.linear(input, weight, bias)
+
+
 _TABLE: dict[str, Callable[..., Tensor]] = {
-    "drawn_activation": _activation,
-    "dropout": lambda input, p, saves="mask": F.dropout(input, p),
+    **{ops[0]: _activation for ops in (DRAWN, EXACT, FEW_BIT)},
+    "dropout": lambda x, p, saves="mask": F.dropout(x, p),
     "gated": _gated,
     "gated_linear": _gated_linear,
-    "hard_activation": _activation,
     "lora": _lora,
     "ms_layer_norm": _layer_norm,
     "ms_rms_norm": _rms_norm,
-    "randomized_linear": lambda input, weight, bias=None, **options: F.linear(input, weight, bias),
-    "regelu2": lambda input, approximate="none", fast=False: F.gelu(input, approximate=approximate),
-    "resilu2": lambda input, fast=False: F.silu(input),
-    "step_activation": _activation,
+    "regelu2": lambda x, approximate="none", fast=False: F.gelu(x, approximate=approximate),
+    "resilu2": lambda x, fast=False: F.silu(x),
 }
 
 
@@ -109,4 +112,5 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
         A new dict from ops to functions. ``{**torch.export.default_decompositions().items(), ...}`` joins it with
         torch's own.
     """
-    return {getattr(torch.ops.lomem, name).default: function for name, function in _TABLE.items()}
+    table = {getattr(torch.ops.lomem, name).default: function for name, function in _TABLE.items()}
+    return {**table, linear.OP: _linear}

@@ -23,11 +23,12 @@ _Op: TypeAlias = OpOverload | HigherOrderOperator
 _Condition: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], bool]
 
 _ACTIVATIONS = {name: exact for name, _, exact, _ in _C.activations()}
-_FEW_BIT = ("step_activation", "step_activation_forward", "fused_activation_forward")
-_DRAWN = ("drawn_activation", "drawn_activation_forward")
-_EXACT = ("hard_activation", "hard_activation_forward")
+#: Ops of activations: the public one, and what runs as it.
+FEW_BIT = ("step_activation", "step_activation_forward", "fused_activation_forward")
+DRAWN = ("drawn_activation", "drawn_activation_forward")
+EXACT = ("hard_activation", "hard_activation_forward")
 #: What ops run as below autograd, where that is not the op itself or the one that is called so with `_forward`.
-_RUNS_AS = {_FEW_BIT[0]: _FEW_BIT, "dropout": ("dropout", "dropout_forward", "seeded_dropout_forward")}
+_RUNS_AS = {FEW_BIT[0]: FEW_BIT, "dropout": ("dropout", "dropout_forward", "seeded_dropout_forward")}
 #: Ops of published step functions, with the names of their activations.
 _PUBLISHED = {"regelu2": (reference.REGELU2, ("gelu", "gelu_tanh")), "resilu2": (reference.RESILU2, ("silu",))}
 
@@ -171,7 +172,7 @@ def _runs_of_op(name: str) -> list[tuple[_Op, _Condition]]:
             "pass"
         )
     if name in _PUBLISHED:
-        return [(_overload(_FEW_BIT[0]), _is_published(name)), (_overload(_FEW_BIT[-1]), _is_published(name))]
+        return [(_overload(FEW_BIT[0]), _is_published(name)), (_overload(FEW_BIT[-1]), _is_published(name))]
     names = _RUNS_AS.get(name, (name, f"{name}_forward"))
     runs = [(_overload(one), _always) for one in names if hasattr(torch.ops.lomem, one)]
     # With codes in groups goes the seed of their dither, which is drawn before them: another one would add noise.
@@ -181,10 +182,10 @@ def _runs_of_op(name: str) -> list[tuple[_Op, _Condition]]:
 def _runs_of_function(function: Callable[..., Any], name: str) -> list[tuple[_Op, _Condition]]:
     if name in _ACTIVATIONS:
         names = {name, f"{name}_tanh"} & _ACTIVATIONS.keys()
-        ops = _EXACT if _ACTIVATIONS[name] else (*_FEW_BIT, *_DRAWN)
+        ops = EXACT if _ACTIVATIONS[name] else (*FEW_BIT, *DRAWN)
         return [(_overload(op), lambda args, kwargs: args[1] in names) for op in ops]
     # (LowMemoryBP's names of norms lack the prefix.) What computes a function of the user's is made of the user's ops.
-    found = [one for one in (name, f"ms_{name}") if hasattr(torch.ops.lomem, one) and name != _FEW_BIT[0]]
+    found = [one for one in (name, f"ms_{name}") if hasattr(torch.ops.lomem, one) and name != FEW_BIT[0]]
     if not found:
         raise ValueError(
             f"lomem.checkpoint.policy: save has lomem.functional.{name}, which runs no op of its own, expected a "

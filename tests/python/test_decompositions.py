@@ -60,7 +60,9 @@ def test_every_activation_of_the_table(name):
     x = torch.linspace(-5, 5, 401)
     table = lomem.decompositions()
     bits = () if exact else (3,)
-    torch.testing.assert_close(table[op.default](x, name, arguments, *bits), op(x, name, arguments, *bits), rtol=0, atol=0)
+    torch.testing.assert_close(
+        table[op.default](x, name, arguments, *bits), op(x, name, arguments, *bits), rtol=0, atol=0
+    )
 
 
 def test_lora_in_another_dtype_and_with_a_bias():

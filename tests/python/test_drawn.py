@@ -562,7 +562,10 @@ X = torch.randn(4, requires_grad=True)
         (lambda: LF.drawn_levels("gelu", 0), "bits is 0, expected 1 to 8"),
         (lambda: lomem.nn.GELU(rounding="up"), "lomem.nn.GELU: rounding is 'up', expected 'nearest' or 'stochastic'"),
         (lambda: lomem.nn.SiLU(rounding="stochastic", criterion="primitive"), "criterion is 'primitive', expected"),
-        (lambda: lomem.convert(nn.GELU(), rounding="up"), "lomem.convert: rounding is 'up', expected 'stochastic', 'nearest' or None"),
+        (
+            lambda: lomem.convert(nn.GELU(), rounding="up"),
+            "lomem.convert: rounding is 'up', expected 'stochastic', 'nearest' or None",
+        ),
         (
             lambda: lomem.convert(nn.GELU(), rounding="stochastic", criterion="paper"),
             "lomem.convert: criterion is 'paper', expected None with rounding='stochastic'",

@@ -59,7 +59,7 @@ class Positional(nn.Module):
 
     def forward(self, *tensors):
         output = self.model(**dict(zip(self.names, tensors, strict=True)))
-        return [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()][0]
+        return next(t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point())
 
 
 def exported(model, batch, **options):

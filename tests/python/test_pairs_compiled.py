@@ -109,9 +109,9 @@ def test_a_compiled_model_saves_no_more_than_eagerly_or_plain(kind, tuned, budge
         lomem.convert(model, x, rounding=rounding)
         eager, in_eager = run(model, x, model)
         nbytes, grads = compiled(model, x, budget)
-        # rstd of the norms, one float per row, is what the two may differ in: the share of it is below 1 %. A budget is a
-        # share of what the same graph would save without one: with codes that is so much less that a small budget is
-        # met by recomputing the norms, where the plain model has to recompute its attention.
+        # rstd of the norms, one float per row, is what the two may differ in: the share of it is below 1 %. A budget
+        # is a share of what the same graph would save without one: with codes that is so much less that a small budget
+        # is met by recomputing the norms, where the plain model has to recompute its attention.
         if not codes or budget >= 0.9:
             assert nbytes <= 1.01 * limit
         assert nbytes <= eager

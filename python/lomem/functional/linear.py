@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["randomized_linear"]
+__all__ = ["randomized_linear"]  # and OP, the op itself, for the rest of the package
 
-_randomized_linear = torch.ops.lomem.randomized_linear.default
+OP = torch.ops.lomem.randomized_linear.default
 
 
 def randomized_linear(
@@ -57,7 +57,7 @@ def randomized_linear(
         ``weight`` if ``input`` requires a gradient. Second derivatives through the gradient of ``weight`` raise; those
         through the gradient of ``input`` are exact.
     """
-    return _randomized_linear(
+    return OP(
         input,
         weight,
         bias,

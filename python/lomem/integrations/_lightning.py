@@ -13,7 +13,7 @@ from ._shared import check_not_sharded, check_options, first_rows
 try:
     from lightning.pytorch import Callback
 except ImportError:  # the package of the same authors that has Lightning alone
-    from pytorch_lightning import Callback
+    from pytorch_lightning import Callback  # type: ignore[assignment]
 
 __all__ = ["LightningCallback"]
 
