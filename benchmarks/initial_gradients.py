@@ -185,8 +185,8 @@ def table(found: Mapping[tuple[str, str], tuple[float, float] | None], nets: lis
     lines += ["| all | " + " | ".join(verdicts) + " |", ""]
     lines += [
         "Cosine of the whole gradient to the exact one, in float32 and training mode. For drawn codes and groups: that "
-        f"of the mean of {DRAWS} draws, and the least one of one draw. Bold: under {ENOUGH}, or under {ENOUGH_OF_ONE} for "
-        "one draw. Codes replace exact pairs. Empty: nothing is converted that changes the gradient.",
+        f"of the mean of {DRAWS} draws, and the least one of one draw. Bold: under {ENOUGH}, or under {ENOUGH_OF_ONE} "
+        "for one draw. Codes replace exact pairs. Empty: nothing is converted that changes the gradient.",
         "",
         f"torch {torch.__version__}, transformers {tf.__version__}",
         "",
