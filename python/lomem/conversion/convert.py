@@ -155,7 +155,7 @@ def convert(
     exact = None
     if gradients and inputs is not None and not all(c.action.exact for c in chosen):
         exact = _exact_gradient(model, inputs, loss, before)
-    if not all(c.action.exact for c in chosen):
+    if any(_draws(c, wishes) for c in chosen):
         _C.begin_random_stream()  # so that a program that sets torch's seed draws the same seeds each time
     try:
         exchange_all(modules, [c.changes for c in chosen])
@@ -187,6 +187,12 @@ def convert(
 
 def _noted(report: Report, note: str) -> Report:
     return dataclasses.replace(report, notes=(*report.notes, note))
+
+
+def _draws(c: Candidate, wishes: Wishes) -> bool:
+    """Whether what is converted draws random numbers of lomem's stream."""
+    codes = c.action.code_bits is not None and wishes.criterion is Criterion.DRAWN
+    return codes or c.action.group_bits is not None
 
 
 def _exact_gradient(
@@ -227,9 +233,8 @@ def _with_gradient(
         )
         return _noted(report, message), message
     report = dataclasses.replace(report, gradient=whole, layers=layers)
-    codes = any(c.action.code_bits is not None for c in chosen)
     groups = any(c.action.group_bits is not None for c in chosen)
-    drawn = codes and wishes.criterion is Criterion.DRAWN
+    drawn = wishes.criterion is Criterion.DRAWN and any(c.action.code_bits is not None for c in chosen)
     if whole.cosine >= (LEAST_OF_ONE_DRAW if drawn and not groups else LEAST):
         return report, None
     message = warning(whole, layers, advice(whole, chosen, wishes, given), drawn=drawn)
