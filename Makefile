@@ -30,8 +30,8 @@ ctest ctest-all pytest pytest-all pytest-capabilities pytest-on-host cuda-emulat
 OLDEST_CMAKE := 3.22
 
 .PHONY: help demo test test-all test-pairs thorough install ctest ctest-all pytest pytest-all pytest-capabilities \
-  pytest-on-host soak types asan asan-install asan-pytest arm-check cuda-check emulate-build cuda-emulate cuda-emulate-all cuda-mutants cuda-counts \
-  cuda-counts-check bench paper whole-step study fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench \
+  pytest-on-host soak types asan asan-install asan-pytest arm-check cuda-check emulate-build cuda-emulate \
+  cuda-emulate-all cuda-mutants cuda-counts cuda-counts-check bench paper whole-step study fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench \
   gpu-sanitize dev lint format gtest clean FORCE
 
 help:

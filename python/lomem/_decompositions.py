@@ -29,14 +29,10 @@ def _activation(input: Tensor, function: str, parameters: Sequence[float], *opti
     return of(input, *parameters)  # type: ignore[no-any-return]
 
 
-def _gated(gate: Tensor, up: Tensor | None, activation: str, *, layout: str = "gate_up") -> Tensor:
-    return reference.gated(gate, up, activation, layout=layout)
-
-
 def _gated_linear(
     gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str, *, layout: str = "gate_up"
 ) -> Tensor:
-    return F.linear(_gated(gate, up, activation, layout=layout), weight, bias)
+    return F.linear(reference.gated(gate, up, activation, layout=layout), weight, bias)
 
 
 def _lora(
@@ -89,7 +85,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, **options
 _TABLE: dict[str, Callable[..., Tensor]] = {
     **{ops[0]: _activation for ops in (DRAWN, EXACT, FEW_BIT)},
     "dropout": lambda x, p, saves="mask": F.dropout(x, p),
-    "gated": _gated,
+    "gated": reference.gated,
     "gated_linear": _gated_linear,
     "lora": _lora,
     "ms_layer_norm": _layer_norm,
@@ -109,8 +105,8 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
     differentiated, its gradients are torch's, and it saves what torch saves.
 
     Returns:
-        A new dict from ops to functions. ``{**torch.export.default_decompositions().items(), ...}`` joins it with
-        torch's own.
+        A new dict from ops to functions. To use torch's own table as well, ``update`` that of
+        ``torch.export.default_decompositions()`` with it.
     """
     table = {getattr(torch.ops.lomem, name).default: function for name, function in _TABLE.items()}
     return {**table, linear.OP: _linear}

@@ -68,7 +68,7 @@ def test_the_default_passes(net, script):
     assert one >= 0.9
     assert mean >= 0.99
     assert script.passes(DEFAULT, one, mean)
-    assert mean >= one
+    assert mean > one - 1e-12  # where nothing but rounding in float64 is left, either may be larger
 
 
 def test_what_passes(script):
@@ -95,6 +95,39 @@ def test_the_committed_table_is_of_all_nets_and_settings_and_admits_the_default(
         verdict = verdicts[header.index(setting)]
         assert verdict == "passes" if not failed else verdict.startswith(f"fails on {failed} of ")
     assert verdicts[header.index(DEFAULT)] == "passes"
+
+
+def cells_of(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+def test_the_documents_say_what_the_table_says(script):
+    header, _, *nets, _ = cells_of(script.RESULTS)
+    checked = []
+    for kind, setting, bits, _, least, verdict in (row for row in cells_of(ROOT / "docs/convert.md") if len(row) == 6):
+        name = {"step functions, paper": "steps, 2 bits, paper", "`bits=8`": "8 bits", "`bits=4`": "4 bits"}.get(
+            setting
+        )
+        if kind not in ("(a)", "(b)") or setting == "**exact pairs**":
+            continue
+        number = bits.strip("*").split(",")[0]
+        what = {"step functions": "steps", "drawn codes": "drawn"}.get(setting.strip("*"))
+        name = name or f"{what}, {number} bit{'s' * (number != '1')}"
+        numbers = []
+        for row in nets:
+            if cell := row[header.index(name)]:
+                found = [float(number) for number in re.findall(r"-?\d\.\d+", cell)]
+                numbers.append((found[0], found[-1], cell.startswith("**")))
+        stated = [float(number) for number in re.findall(r"-?\d\.\d+", least)]
+        ends = [min(mean for mean, _, _ in numbers), min(one for _, one, _ in numbers)][: len(stated)]
+        assert stated == pytest.approx(ends, abs=6e-3 if "-" in least or len(stated) > 1 else 6e-4), name
+        failed = sum(bad for *_, bad in numbers)
+        fails = re.search(r"fails on (\d+)", least)
+        assert (int(fails[1]) if fails else 0) == failed
+        assert (verdict == "not admitted") == (failed > 0)
+        checked.append(name)
+    assert len(checked) == len(set(checked)) == 13  # (in one row are 5 and 6 drawn bits)
 
 
 def test_the_table_says_what_fails(script):

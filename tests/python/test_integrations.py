@@ -20,6 +20,14 @@ from transformers import Trainer, TrainingArguments
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORDS, LENGTH, ROWS = 50, 12, 22
+SIZES = {
+    "vocab_size": WORDS,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": LENGTH,
+}
 
 
 def gpt2():
@@ -30,16 +38,7 @@ def gpt2():
 
 
 def llama():
-    config = transformers.LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH,
-        use_cache=False,
-    )
-    return transformers.LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, use_cache=False))
 
 
 def llama_with_lora():
@@ -48,15 +47,7 @@ def llama_with_lora():
 
 
 def bert():
-    config = transformers.BertConfig(
-        vocab_size=WORDS,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH,
-    )
-    return transformers.BertForMaskedLM(config)
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
 
 
 class Net(nn.Module):

@@ -86,7 +86,7 @@ def convert(
         example_inputs: A small batch of the kind that the model is trained with: a tensor, a tuple of arguments or a
             dict of keyword arguments. Without it, norms are left unconverted and there are no pairs, since consumers
             are unknown.
-        bits: One dial for the next three options. 16 allows only what is exact: pairs and norms, but no step functions.
+        bits: One dial for the next three options. 16 allows only what is exact: pairs and norms, but no few-bit codes.
             8, 4 and 2 stand for that many bits for activations, and for 8, 4 and 4 bits for pairs and norms. None, the
             default, stands for exact pairs and norms, and 4 bits for activations.
         activations: ``"1bit"``, ``"2bit"``, ... or ``"8bit"``, where no linear layer saves the result; ``"keep"``
