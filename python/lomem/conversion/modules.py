@@ -61,8 +61,8 @@ def is_transformed() -> bool:
 def is_recorded() -> bool:
     """Whether a program is made of what runs, by torch.export or torch.jit.trace.
 
-    It gets the original ops, so that it needs no lomem where it is loaded, and draws nothing. (torch.jit.trace also traces
-    again without gradients, and compares the graphs.)
+    It gets the original ops, so that it needs no lomem where it is loaded, and draws nothing. (torch.jit.trace also
+    traces again without gradients, and compares the graphs.)
     """
     return torch.jit.is_tracing() or is_exporting()
 
