@@ -143,3 +143,15 @@ def test_onnx(training):
     with torch.no_grad():
         # The same formulas in float32, by NumPy.
         torch.testing.assert_close(torch.from_numpy(got), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_aot_inductor(tmp_path):
+    torch.manual_seed(0)
+    model, x = Everything(), torch.randn(3, 5, D)
+    lomem.convert(model, x)
+    model.eval()
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        # The generated code fuses operations and may add in another order, in float32.
+        torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), model(x), rtol=1e-5, atol=1e-6)
