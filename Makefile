@@ -31,7 +31,7 @@ OLDEST_CMAKE := 3.22
 
 .PHONY: help demo test test-all test-pairs thorough install ctest ctest-all pytest pytest-all pytest-capabilities \
   pytest-on-host soak types asan asan-install asan-pytest arm-check cuda-check emulate-build cuda-emulate \
-  cuda-emulate-all cuda-mutants cuda-counts cuda-counts-check bench paper whole-step study fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench \
+  cuda-emulate-all cuda-mutants cuda-counts cuda-counts-check versions bench paper whole-step study fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench \
   gpu-sanitize dev lint format gtest clean FORCE
 
 help:
@@ -102,8 +102,22 @@ OP_TESTS := $(addprefix tests/python/test_,activation_modules.py activations.py 
 # With other kernels than usual: what torch.compile and torch.export do with an op does not depend on them.
 WITHOUT_COMPILER := -k 'not compile and not export'
 
+PYTEST_ARGS ?=
 pytest pytest-all: install
-	$(BIN)/python -m pytest -q -n $(JOBS) -m '$(if $(filter %-all,$@),not long,not slow)'
+	$(BIN)/python -m pytest -q -n $(JOBS) -m '$(if $(filter %-all,$@),not long,not slow)' $(PYTEST_ARGS)
+
+# The Python tests with other versions of torch, each in an environment of its own: about half an hour and, where torch
+# is built with CUDA, six gigabytes a version. The table of the results goes to $(RESULTS); fails if a test did.
+VERSIONS ?= 2.11.0 2.15.0
+versions:
+	for version in $(VERSIONS); do \
+	  folder=build/versions/$$version; mkdir -p $$folder; \
+	  echo "torch==$$version" > $$folder/constraints.txt; \
+	  PIP_CONSTRAINT="$(CURDIR)/$$folder/constraints.txt" $(MAKE) pytest VENV=$$folder/venv TORCH=torch==$$version \
+	    WHEEL_BUILD=$$folder/wheel PYTEST_ARGS="-p no:cacheprovider --junitxml=$$folder/results.xml" || true; \
+	done
+	mkdir -p $(RESULTS)
+	$(PYTHON) tools/versions.py $(VERSIONS)
 
 # What is converted together, with everything that may be around it: all cases. About an hour.
 test-pairs: install

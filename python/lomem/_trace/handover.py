@@ -29,7 +29,10 @@ A producer may keep what it offers in 8 or 4 bits (:mod:`lomem._trace.groups`); 
 Offers are passed on: a cheap op on an offered tensor (a product, a sum, a cast) offers its own result, to be recomputed
 from the same tensors and its other operands (:mod:`lomem.conversion.pairs`).
 
-Under a compiler nothing is offered. Instead, cheap ops are marked to be recomputed (:func:`recomputed`).
+Under a compiler, an offer is an attribute of the result, which the compiler follows while it traces, and nothing of it
+is left in the compiled code. Norms are handed over so. Cheap ops are not: they are marked to be recomputed
+(:func:`recomputed`), which leaves the compiler more freedom. Nothing is handed over in a checkpointed region, which saves
+nothing in the first place.
 """
 
 from __future__ import annotations
@@ -187,6 +190,10 @@ def offer(
         grouped: Whether ``rebuild`` brings tensors back from groups, see :class:`Offer`.
     """
     if is_compiling():
+        if takers and not _is_tracing_a_region():
+            kept = tuple(kept)
+            traced = _Traced(kept, rebuild, _traced_version("result"), takers, differentiable, grouped)
+            result._lomem_offer = traced  # type: ignore[attr-defined]
         return
     hooks = current_hooks()
     _end_others(hooks)
@@ -318,13 +325,57 @@ def offered(result: Any) -> tuple[Tensor, ...]:
     return () if tensors is None else tuple(t for t in tensors if t is not None)
 
 
-def take(input: Tensor) -> tuple[tuple[Tensor | None, ...], Offer] | None:
+class _Traced:
+    """An offer under a compiler. (Its code is traced: no weak references, no versions of real tensors.)"""
+
+    weak = False
+
+    def __init__(
+        self,
+        kept: tuple[Tensor | None, ...],
+        rebuild: Rebuild,
+        version: int,
+        takers: int,
+        differentiable: bool,
+        grouped: bool,
+    ) -> None:
+        self.kept, self.rebuild, self.version, self.takers = kept, rebuild, version, takers
+        self.differentiable, self.grouped = differentiable, grouped
+
+
+def _traced_version(local: str) -> int:
+    """Version of a local variable of the function that calls this, while a compiler traces that; -1 if unknown."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        frame = InstructionTranslator.current_tx().output.current_tx
+        variable = frame.symbolic_locals[local].realize()
+        return int(variable.proxy.node.meta["example_value"]._version)
+    except (AttributeError, KeyError, RuntimeError):  # in another version of torch
+        return -1
+
+
+_traced_version._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _take_traced(input: Tensor) -> tuple[tuple[Tensor | None, ...], _Traced] | None:
+    made: _Traced | None = getattr(input, "_lomem_offer", None)
+    if made is None or made.version < 0 or made.version != _traced_version("input"):
+        return None
+    kept = made.kept
+    made.takers -= 1
+    if made.takers == 0:
+        made.kept = ()  # so that a result that leaves the graph takes nothing along
+    return (kept, made) if kept else None
+
+
+def take(input: Tensor) -> tuple[tuple[Tensor | None, ...], Offer | _Traced] | None:
     """The tensors that a linear layer may save instead of its input, and the offer; None for none.
 
     Each linear layer must call this exactly once, even if it does not use the result.
     """
     if is_compiling():
-        return None
+        return None if _is_tracing_a_region() else _take_traced(input)
     hooks = current_hooks()
     _end_others(hooks)
     made: Offer | None = _offers.get(input)
@@ -349,6 +400,30 @@ def recomputed(function: Rebuild, *tensors: Tensor) -> Tensor:
 def _rows(tensor: Tensor) -> Tensor:
     # Not flatten, which cannot be batched.
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _in_the_backward_pass(kept: Tensor, grad: Tensor) -> Tensor:
+    """The same tensor, as a function of the gradient too.
+
+    What depends on saved tensors alone, a compiler may compute in the forward pass, and save that.
+    """
+    zero = grad.flatten()[0] > math.inf  # of NaN too
+    return kept + zero.to(kept.dtype)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> Any:
+    weight, *kept = ctx.saved_tensors
+    grad_input = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_input = (grad @ weight.to(ctx.dtype)).to(ctx.input_dtype)
+    rows = _rows(grad)
+    if ctx.needs_input_grad[1]:
+        if is_compiling():
+            kept[0] = _in_the_backward_pass(kept[0], rows)
+        grad_weight = (rows.T @ _rows(ctx.rebuild(*kept).to(ctx.dtype))).to(ctx.weight_dtype)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        grad_bias = rows.sum(0).to(ctx.bias_dtype)
+    return grad_input, grad_weight, grad_bias, None, None, *(None for _ in kept)
 
 
 class _LinearOfOffered(torch.autograd.Function):
@@ -378,16 +453,7 @@ class _LinearOfOffered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        weight, *kept = ctx.saved_tensors
-        grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_input = (grad @ weight.to(ctx.dtype)).to(ctx.input_dtype)
-        rows = _rows(grad)
-        if ctx.needs_input_grad[1]:
-            grad_weight = (rows.T @ _rows(ctx.rebuild(*kept).to(ctx.dtype))).to(ctx.weight_dtype)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0).to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, None, None, *(None for _ in kept)
+        return _linear_backward(ctx, grad)
 
 
 class _LinearOfConstants(_LinearOfOffered):
@@ -396,7 +462,7 @@ class _LinearOfConstants(_LinearOfOffered):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _LinearOfOffered.backward(ctx, grad)
+        return _linear_backward(ctx, grad)
 
 
 def linear_of_offered(

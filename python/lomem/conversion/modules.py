@@ -68,8 +68,8 @@ def is_recorded() -> bool:
 
 
 def _hands_nothing_over() -> bool:
-    """Whether a compiler, tracer or transform is running, under which nothing is handed over."""
-    return is_compiling() or is_recorded() or is_transformed()
+    """Whether a tracer or transform is running, or a compiler in a region of its own: nothing is handed over there."""
+    return is_recorded() or is_transformed() or in_a_region()
 
 
 def _few_bit(function: Function, x: Tensor, approximate: str, bits: int, criterion: Criterion) -> Tensor:
@@ -559,7 +559,7 @@ class MSNorm(Converted):
         # training: a reentrant checkpoint runs the same ops without gradients first.
         if not (self.training or torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
-        if is_recorded() or (is_compiling() and not plan.inverted):
+        if is_recorded() or (in_a_region() and not plan.inverted):
             return super().forward(*args, **kwargs)
         weight = getattr(self, form.gamma) if form.gamma is not None else None
         bias = getattr(self, form.beta) if form.beta is not None else None
@@ -591,12 +591,14 @@ class MSNorm(Converted):
             offer(result, (*kept, *given), FromGroups(_affine_in(full), *loads), plan.takers, grouped=True)
             hold(result, [t for t in given if t is not None])
             return result  # type: ignore[no-any-return]
-        if plan.shared and needs_gradient(x, weight, bias) and not is_compiling():
+        if plan.shared and needs_gradient(x, weight, bias) and not in_a_region():
             full = dtype or autocast_dtype(device) or x.dtype
             kept_dtype = plan.kept_dtype(device, full)
             if not plan.inverted or kept_dtype != full:
                 with autocast_to(device, None):
                     result, kept = _NormOfTwoOutputs.apply(x, weight, bias, plan, eps, full, kept_dtype)
+                if is_compiling():
+                    result = result.view_as(result)
                 if plan.inverted:
                     offer(result, (kept,), itself, plan.takers)
                 else:

@@ -475,7 +475,8 @@ class _Pairs(Redirect):
         kwargs = kwargs or {}
         call = as_activation(func, args, kwargs)
         if call is not None:
-            if not self.activations:
+            # A compiler recomputes those of modules too: the product of one is recomputed as a whole (_compiled).
+            if not (self.activations or (is_compiling() and self.exact)):
                 return func(*args, **kwargs)
             if not self.exact:
                 return super().__torch_function__(func, types, args, kwargs)
