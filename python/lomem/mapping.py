@@ -59,6 +59,7 @@ def mapped(
     fn: Callable[..., nn.Module],
     pattern: str | re.Pattern[str] | None,
     matches: Callable[[re.Pattern[str], str], bool],
+    names: tuple[str, str] = ("fn", "pattern"),
 ) -> nn.Module:
     """:func:`map_module` for any reading of patterns.
 
@@ -68,12 +69,15 @@ def mapped(
         fn: As in :func:`map_module`.
         pattern: As in :func:`map_module`.
         matches: Whether a pattern matches the qualified name of a module.
+        names: Names of the arguments ``fn`` and ``pattern``, for messages.
     """
     if not isinstance(root, nn.Module):
         raise TypeError(f"{function}: root is of type {type(root).__name__}, expected a torch.nn.Module")
     if not callable(fn):
-        raise TypeError(f"{function}: fn is of type {type(fn).__name__}, expected a function that takes a module")
-    compiled = _pattern(function, pattern)
+        raise TypeError(
+            f"{function}: {names[0]} is of type {type(fn).__name__}, expected a function that takes a module"
+        )
+    compiled = _pattern(f"{function}: {names[1]}", pattern)
     # The first matching name of each module that is passed to fn.
     chosen: dict[int, str] = {}
     for name, module in root.named_modules(remove_duplicate=False):
@@ -81,7 +85,7 @@ def mapped(
             chosen.setdefault(id(module), name)
     if not chosen:
         warnings.warn(
-            f"{function}: pattern {compiled.pattern!r} matches no module of the {type(root).__name__}, "
+            f"{function}: {names[1]} {compiled.pattern!r} matches no module of the {type(root).__name__}, "
             f"whose modules have names such as {_examples(root)}",
             stacklevel=3,
         )
@@ -93,13 +97,13 @@ def mapped(
         if module not in replaced:
             for name, child in list(module._modules.items()):
                 if child is not None and (new := visit(child)) is not child:
-                    _replace(function, module, name, new)
+                    _replace(f"{function}: {names[0]}", module, name, new)
             replaced[module] = apply(module) if id(module) in chosen else module
         return replaced[module]
 
     def apply(module: nn.Module) -> nn.Module:
         result = fn(module, _path(chosen[id(module)])) if takes_path else fn(module)
-        return _checked(function, result, module)
+        return _checked(f"{function}: {names[0]}", result, module)
 
     return visit(root)
 
@@ -125,27 +129,25 @@ def _takes_path(fn: Callable[..., Any]) -> bool:
     return sum(p.kind in positional and p.default is p.empty for p in parameters) == 2
 
 
-def _pattern(function: str, pattern: Any) -> re.Pattern[str]:
+def _pattern(argument: str, pattern: Any) -> re.Pattern[str]:
     try:
         return re.compile("" if pattern is None else pattern)
     except (TypeError, re.error) as error:
-        raise ValueError(f"{function}: pattern is {pattern!r}, expected a regular expression: {error}") from error
+        raise ValueError(f"{argument} is {pattern!r}, expected a regular expression: {error}") from error
 
 
-def _replace(function: str, module: nn.Module, name: str, new: nn.Module) -> None:
+def _replace(argument: str, module: nn.Module, name: str, new: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ValueError(
-            f"{function}: fn returned a {type(new).__name__} for module {name!r} of a ScriptModule, whose "
+            f"{argument} returned a {type(new).__name__} for module {name!r} of a ScriptModule, whose "
             "modules cannot be replaced, expected the module itself"
         )
     setattr(module, name, new)
 
 
-def _checked(function: str, result: object, module: nn.Module) -> nn.Module:
+def _checked(argument: str, result: object, module: nn.Module) -> nn.Module:
     if not isinstance(result, nn.Module):
-        raise TypeError(
-            f"{function}: fn returned {type(result).__name__} for a {type(module).__name__}, expected a module"
-        )
+        raise TypeError(f"{argument} returned {type(result).__name__} for a {type(module).__name__}, expected a module")
     return result
 
 

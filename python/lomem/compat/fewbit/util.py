@@ -39,7 +39,7 @@ def map_module(root: nn.Module, func: Callable[..., nn.Module], patt: str | re.P
         return func(module, path)
 
     fn = with_path if callable(func) and _takes_two(func) else func
-    return mapped("lomem.compat.fewbit.util.map_module", root, fn, patt, matches)
+    return mapped("lomem.compat.fewbit.util.map_module", root, fn, patt, matches, ("func", "patt"))
 
 
 def _takes_two(func: Callable[..., Any]) -> bool:

@@ -30,15 +30,17 @@ BITS = 3
 #: Ends of the domain that FewBit fits step functions on.
 _DOMAIN = 100.0
 
-# name -> parameters with their defaults, of the functions that torch has under the same name
-_TABLE = {name: dict(parameters) for name, parameters, _, _ in _C.activations() if hasattr(torch.nn.functional, name)}
-_EXACT = [name for name, _, exact, _ in _C.activations() if exact]
+# Those of lomem's functions that torch has under the same name.
+_SHARED = [row for row in _C.activations() if hasattr(torch.nn.functional, row[0])]
+_EXACT = sorted(name for name, _, exact, _ in _SHARED if exact)
+# name -> parameters, which all have defaults
+_SMOOTH = {name: [value or 0.0 for _, value in parameters] for name, parameters, exact, _ in _SHARED if not exact}
 
-STEPWISE = (*sorted(_EXACT), "stepwise")
-CONTINOUS = tuple(sorted(_TABLE.keys() - set(_EXACT)))
+STEPWISE = (*_EXACT, "stepwise")
+CONTINOUS = tuple(sorted(_SMOOTH))
 
-__all__ = ["CONTINOUS", "STEPWISE", "StepwiseStore", "store", "stepwise"]
-__all__ += [*_EXACT, *CONTINOUS]
+__all__ = ["StepwiseStore", "store"]
+__all__ += [*STEPWISE, *CONTINOUS]
 
 
 def step_function(where: str, borders: Any, values: Any) -> StepFunction:
@@ -154,7 +156,7 @@ class StepwiseStore:
                 f"lomem.compat.fewbit.functional.store.get: no step function for {name!r} with {bits!r} bits, expected "
                 f"1 to 8 bits and one of {', '.join(CONTINOUS)}"
             )
-        steps = LF.step_function(name, bits, parameters=[float(value) for value in _TABLE[name].values()])
+        steps = LF.step_function(name, bits, parameters=_SMOOTH[name])
         end = max(_DOMAIN, *(2 * abs(boundary) for boundary in steps.boundaries))
         borders = torch.tensor([-end, *steps.boundaries, end], dtype=torch.float64)
         return borders, torch.tensor(steps.levels, dtype=torch.float64)
@@ -231,12 +233,16 @@ def stepwise(
 
 
 def _few_bit(name: str) -> Callable[..., Tensor]:
-    """lomem's function with FewBit's arguments."""
+    """The function of lomem with FewBit's arguments."""
     of_lomem = getattr(LF, name)
     where = f"lomem.compat.fewbit.functional.{name}"
     kind = inspect.Parameter
-    parameters = [kind("input", kind.POSITIONAL_OR_KEYWORD, annotation=Tensor)]
-    parameters += [p for p in inspect.signature(of_lomem).parameters.values() if p.name in _TABLE[name]]
+    # torch's own, without those that FewBit has not.
+    parameters = [
+        p
+        for p in inspect.signature(of_lomem).parameters.values()
+        if p.kind is kind.POSITIONAL_OR_KEYWORD and p.name not in ("approximate", "inplace")
+    ]
     bits = kind("bits", kind.KEYWORD_ONLY, default=None, annotation=int | None)
     if name == "gelu":  # gelu(x, 3) in FewBit's first versions
         bits = bits.replace(kind=kind.POSITIONAL_OR_KEYWORD)

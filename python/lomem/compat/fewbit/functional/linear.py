@@ -114,8 +114,8 @@ def linear_crs(input: Tensor, weight: Tensor, bias: Tensor | None, nopairs: int)
     """``F.linear`` that saves a random sample of the columns (features) of its input.
 
     ``nopairs`` columns are drawn uniformly, with replacement, from torch's default CPU generator. The gradient of the
-    weight is that of the columns drawn, times ``in_features / nopairs`` and the number of times that each was drawn, and
-    0 in the others: an unbiased estimate. (lomem's own ``matmul="crs"`` samples rows, in proportion to their norms.)
+    weight is that of the columns drawn, times ``in_features / nopairs`` and the number of times that each was drawn,
+    and 0 in the others: an unbiased estimate. (lomem's ``matmul="crs"`` samples rows, in proportion to their norms.)
 
     Args:
         input: Shape ``(*, in_features)``.
@@ -143,9 +143,9 @@ def linear_crs(input: Tensor, weight: Tensor, bias: Tensor | None, nopairs: int)
     columns, scales = drawn.to(input.device), (counts * (features / nopairs)).to(input.device)
     device = input.device.type
     dtype = autocast_dtype(device)
-    input, weight, bias = (_cast(tensor, dtype) for tensor in (input, weight, bias))
+    cast = [_cast(tensor, dtype) for tensor in (input, weight, bias)]
     with autocast_to(device, None):
-        return _SampledColumns.apply(input, weight, bias, columns, scales)  # type: ignore[no-any-return]
+        return _SampledColumns.apply(*cast, columns, scales)  # type: ignore[no-any-return]
 
 
 def _cast(tensor: Any, dtype: torch.dtype | None) -> Any:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .... import nn as lnn
 from ....steps import StepFunction
-from ..functional.activations import BITS, step_function, store, stepwise
+from ..functional.activations import BITS, step_function, stepwise, store
 
 # lomem's modules that torch has under the same name.
 _SHARED = {
@@ -26,8 +25,7 @@ _SHARED = {
 STEPWISE = (*sorted(name for name, kind in _SHARED.items() if not issubclass(kind, lnn.FewBitActivation)), "Stepwise")
 CONTINOUS = tuple(sorted(name for name, kind in _SHARED.items() if issubclass(kind, lnn.FewBitActivation)))
 
-__all__ = ["CONTINOUS", "STEPWISE", "Stepwise"]
-__all__ += [*_SHARED]
+__all__ = [*STEPWISE, *CONTINOUS]
 
 
 class Stepwise(nn.Module):
@@ -101,7 +99,7 @@ def _with_arguments_of_fewbit(name: str, of_lomem: type[nn.Module]) -> type[nn.M
     bits = kind("bits", kind.KEYWORD_ONLY, default=None, annotation=int | None)
     signature = inspect.Signature([*parameters, bits])
 
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def construct(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         try:
             arguments = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
@@ -114,7 +112,7 @@ def _with_arguments_of_fewbit(name: str, of_lomem: type[nn.Module]) -> type[nn.M
 
     :class:`lomem.nn.{name}` with FewBit's arguments; see :mod:`lomem.compat.fewbit.modules.activations`.
     """,
-        "__init__": __init__,
+        "__init__": construct,
         "__module__": __name__,
         "__signature__": signature,
     }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ....nn import linear
-from ..functional.linear import linear_crs, linear_grp
+from ..functional.linear import linear_crs, linear_grp, projected_rows
 
 __all__ = ["LinearCRS", "LinearGRP", "RandomizedLinear"]
 
@@ -93,18 +93,17 @@ class RandomizedLinear(linear.RandomizedLinear):
         matmul: str = "gaussian",
         generator: torch.Generator | None = None,
     ) -> None:
-        # lomem's layer checks what it would take; FewBit's also takes ratios above 1, and neither ratio nor number.
-        checked = proj_dim if proj_dim is not None or proj_dim_ratio is None else None
+        # lomem's layer checks what they have in common. FewBit's also takes ratios above 1, and neither size.
         super().__init__(
             in_features,
             out_features,
             bias,
             device,
             dtype,
-            proj_dim=1 if checked is None and proj_dim_ratio is None else checked,
-            proj_dim_ratio=proj_dim_ratio if proj_dim is None and proj_dim_ratio is not None else None,
+            proj_dim=1 if proj_dim is None else proj_dim,
             matmul=matmul,
         )
+        projected_rows(1, proj_dim_ratio, proj_dim, proj_dim_max, proj_dim_min)
         self.proj_dim_ratio = proj_dim_ratio
         self.proj_dim = proj_dim
         self.proj_dim_min = proj_dim_min

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..functional.linear import projected_rows
 from ..functional.variance import GradientStorage, catch_gradients
 
-__all__ = ["VarianceEstimator", "estimate_correlation", "estimate_variance_rmm", "estimate_variance_sgd"]
+__all__ = ["VarianceEstimator"]  # and the three estimates, which FewBit does not export either
 
 _SIZES = ("proj_dim_ratio", "proj_dim", "proj_dim_max", "proj_dim_min")
 
@@ -76,15 +76,13 @@ class _Estimates(GradientStorage):
         """Computes the three numbers and calls the callback."""
         if self.input is None or self.grad_output is None:
             return
-        input, output = (
-            tensor.reshape(-1, tensor.shape[-1]).to(torch.promote_types(tensor.dtype, torch.float32))
-            for tensor in (self.input, self.grad_output)
-        )
-        output = output.to(input.dtype)
+        # 16-bit sums of squares would overflow; under autocast the two may differ in dtype.
+        dtype = torch.promote_types(torch.promote_types(self.input.dtype, self.grad_output.dtype), torch.float32)
+        x, y = (tensor.reshape(-1, tensor.shape[-1]).to(dtype) for tensor in (self.input, self.grad_output))
         self.variance = (
-            estimate_correlation(input, output),
-            estimate_variance_sgd(input, output, self.bs),
-            estimate_variance_rmm(input, output, self.bs_proj),
+            estimate_correlation(x, y),
+            estimate_variance_sgd(x, y, self.bs),
+            estimate_variance_rmm(x, y, self.bs_proj),
         )
         if self.callback is not None:
             self.callback(*self.variance, self.step)
@@ -111,8 +109,8 @@ class VarianceEstimator(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module) or not all(hasattr(model, name) for name in _SIZES):
             raise TypeError(
-                f"lomem.compat.fewbit.VarianceEstimator: model is of type {type(model).__name__}, expected a randomized "
-                f"linear layer, with the attributes {', '.join(_SIZES)}"
+                f"lomem.compat.fewbit.VarianceEstimator: model is of type {type(model).__name__}, expected a "
+                f"randomized linear layer, with the attributes {', '.join(_SIZES)}"
             )
         if callback is not None and not callable(callback):
             raise TypeError(
