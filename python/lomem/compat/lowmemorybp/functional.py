@@ -5,6 +5,5 @@ from .activation import *  # noqa: F403
 from .normalization import *  # noqa: F403
 from .packing import *  # noqa: F403
 
-__all__ = [
-    name for module in (activation, normalization, packing) for name in module.__all__ if not name.endswith("Function")
-]
+_modules = (activation, normalization, packing)
+__all__ = [*(name for module in _modules for name in module.__all__ if not name.endswith("Function"))]

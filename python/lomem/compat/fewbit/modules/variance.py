@@ -93,7 +93,7 @@ class VarianceEstimator(nn.Module):
     """A randomized linear layer that estimates its noise in every backward pass.
 
     Args:
-        model: A layer with the attributes of :class:`lomem.compat.fewbit.RandomizedLinear`; :class:`lomem.nn`'s has
+        model: A layer with the attributes of :class:`lomem.compat.fewbit.LinearGRP`; :class:`lomem.nn`'s has
             them too.
         callback: Called after each backward pass with :func:`estimate_correlation`, :func:`estimate_variance_sgd`,
             :func:`estimate_variance_rmm` and the number of passes before.
