@@ -37,11 +37,11 @@ _other_devices.register()
 
 
 def __getattr__(name: str) -> object:
-    # lomem.fit needs NumPy and SciPy, so it is imported on first use.
-    if name == "fit":
+    # Imported on first use: lomem.fit needs NumPy and SciPy, the others are LowMemoryBP's and FewBit's names.
+    if name in ("activation", "compat", "fit", "normalization", "packing"):
         import importlib
 
-        return importlib.import_module(".fit", __name__)
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

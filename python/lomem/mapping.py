@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ __all__ = ["convert_activation", "convert_linear", "map_module"]
 
 
 def map_module(
-    root: nn.Module, fn: Callable[[nn.Module], nn.Module], pattern: str | re.Pattern[str] | None = None
+    root: nn.Module, fn: Callable[..., nn.Module], pattern: str | re.Pattern[str] | None = None
 ) -> nn.Module:
     r"""Replaces every module of a model with the result of a function, in place.
 
@@ -28,10 +30,13 @@ def map_module(
 
     Args:
         root: The model; modified in place.
-        fn: Function that takes a module and returns its replacement, or the module itself to leave it unchanged.
+        fn: Function that takes a module and returns its replacement, or the module itself to leave it unchanged. A
+            function with two positional parameters that have no defaults also gets the path of the module:
+            ``"/encoder/layer/0"``, and ``"/"`` for the root.
         pattern: Regular expression searched in the qualified names of the modules (``"encoder.layer.0"``; the root's
-            name is empty). Only modules with a matching name are passed to ``fn``; for a module with several names,
-            one match is enough. By default all modules match.
+            name is empty) and, if it contains a slash, in their paths. Only modules with a matching name or path are
+            passed to ``fn``; for a module with several names, one match is enough. By default all modules match. If
+            none does, there is a warning.
 
     Returns:
         The root, or the module that ``fn`` returned for it.
@@ -40,12 +45,51 @@ def map_module(
         TypeError: If ``root`` is not a module, ``fn`` is not callable or ``fn`` returns something other than a module.
         ValueError: If ``pattern`` is not a regular expression, or ``fn`` replaces a module of a ScriptModule.
     """
+
+    def matches(compiled: re.Pattern[str], name: str) -> bool:
+        in_path = "/" in compiled.pattern and compiled.search(_path(name)) is not None
+        return in_path or compiled.search(name) is not None
+
+    return mapped("lomem.map_module", root, fn, pattern, matches)
+
+
+def mapped(
+    function: str,
+    root: nn.Module,
+    fn: Callable[..., nn.Module],
+    pattern: str | re.Pattern[str] | None,
+    matches: Callable[[re.Pattern[str], str], bool],
+    names: tuple[str, str] = ("fn", "pattern"),
+) -> nn.Module:
+    """:func:`map_module` for any reading of patterns.
+
+    Args:
+        function: Name of the public function that calls this one, for messages.
+        root: As in :func:`map_module`.
+        fn: As in :func:`map_module`.
+        pattern: As in :func:`map_module`.
+        matches: Whether a pattern matches the qualified name of a module.
+        names: Names of the arguments ``fn`` and ``pattern``, for messages.
+    """
     if not isinstance(root, nn.Module):
-        raise TypeError(f"lomem.map_module: root is of type {type(root).__name__}, expected a torch.nn.Module")
+        raise TypeError(f"{function}: root is of type {type(root).__name__}, expected a torch.nn.Module")
     if not callable(fn):
-        raise TypeError(f"lomem.map_module: fn is of type {type(fn).__name__}, expected a function that takes a module")
-    found = _pattern(pattern).search
-    chosen = {id(module) for name, module in root.named_modules(remove_duplicate=False) if found(name)}
+        raise TypeError(
+            f"{function}: {names[0]} is of type {type(fn).__name__}, expected a function that takes a module"
+        )
+    compiled = _pattern(f"{function}: {names[1]}", pattern)
+    # The first matching name of each module that is passed to fn.
+    chosen: dict[int, str] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        if pattern is None or matches(compiled, name):
+            chosen.setdefault(id(module), name)
+    if not chosen:
+        warnings.warn(
+            f"{function}: {names[1]} {compiled.pattern!r} matches no module of the {type(root).__name__}, "
+            f"whose modules have names such as {_examples(root)}",
+            stacklevel=3,
+        )
+    takes_path = _takes_path(fn)
     # Keyed by the modules themselves, which keeps them alive: the id of a freed module may be reused.
     replaced: dict[nn.Module, nn.Module] = {}
 
@@ -53,34 +97,57 @@ def map_module(
         if module not in replaced:
             for name, child in list(module._modules.items()):
                 if child is not None and (new := visit(child)) is not child:
-                    _replace(module, name, new)
-            replaced[module] = _checked(fn(module), module) if id(module) in chosen else module
+                    _replace(f"{function}: {names[0]}", module, name, new)
+            replaced[module] = apply(module) if id(module) in chosen else module
         return replaced[module]
+
+    def apply(module: nn.Module) -> nn.Module:
+        result = fn(module, _path(chosen[id(module)])) if takes_path else fn(module)
+        return _checked(f"{function}: {names[0]}", result, module)
 
     return visit(root)
 
 
-def _pattern(pattern: Any) -> re.Pattern[str]:
+def _path(name: str) -> str:
+    """The path of a module: its qualified name in FewBit's notation."""
+    return "/" + name.replace(".", "/")
+
+
+def _examples(root: nn.Module) -> str:
+    """The last of a model's names, which tends to be the longest, as a name and as a path."""
+    *_, (name, _) = root.named_modules()
+    return f"{name!r}, in paths {_path(name)!r}"
+
+
+def _takes_path(fn: Callable[..., Any]) -> bool:
+    """Whether a function has two positional parameters without defaults."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # implemented in C
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters) == 2
+
+
+def _pattern(argument: str, pattern: Any) -> re.Pattern[str]:
     try:
         return re.compile("" if pattern is None else pattern)
     except (TypeError, re.error) as error:
-        raise ValueError(f"lomem.map_module: pattern is {pattern!r}, expected a regular expression: {error}") from error
+        raise ValueError(f"{argument} is {pattern!r}, expected a regular expression: {error}") from error
 
 
-def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
+def _replace(argument: str, module: nn.Module, name: str, new: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ValueError(
-            f"lomem.map_module: fn returned a {type(new).__name__} for module {name!r} of a ScriptModule, whose "
+            f"{argument} returned a {type(new).__name__} for module {name!r} of a ScriptModule, whose "
             "modules cannot be replaced, expected the module itself"
         )
     setattr(module, name, new)
 
 
-def _checked(result: object, module: nn.Module) -> nn.Module:
+def _checked(argument: str, result: object, module: nn.Module) -> nn.Module:
     if not isinstance(result, nn.Module):
-        raise TypeError(
-            f"lomem.map_module: fn returned {type(result).__name__} for a {type(module).__name__}, expected a module"
-        )
+        raise TypeError(f"{argument} returned {type(result).__name__} for a {type(module).__name__}, expected a module")
     return result
 
 

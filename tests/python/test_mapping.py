@@ -65,7 +65,11 @@ def test_every_linear_layer_is_replaced_and_shared_ones_by_one():
         (r"^0\.first", ["0.first"]),
         # Found under one of its names, a shared module is replaced under all.
         (r"^1\.b$", ["0.shared", "1.a.shared", "1.b", "2"]),
-        (r"nothing", []),
+        # With a slash, in paths.
+        ("/first$", ["0.first", "1.a.first"]),
+        ("^/0/first", ["0.first"]),
+        ("^/1/b$", ["0.shared", "1.a.shared", "1.b", "2"]),
+        (r"^[^/]*first$", ["0.first", "1.a.first"]),
         (None, ["0.first", "0.shared", "1.a.first", "1.a.shared", "1.b", "2"]),
     ],
 )
@@ -73,6 +77,42 @@ def test_patterns(pattern, replaced):
     model = make_model()
     lomem.map_module(model, convert, pattern)
     assert kinds(model, Randomized) == replaced
+
+
+def test_a_pattern_without_a_match_warns():
+    model = make_model()
+    names = dict(model.named_modules())
+    with pytest.warns(UserWarning, match="matches no module") as warned:
+        assert lomem.map_module(model, convert, "nothing") is model
+    assert [str(warning.message) for warning in warned] == [
+        "lomem.map_module: pattern 'nothing' matches no module of the Sequential, whose modules have names such as "
+        "'1.a.act', in paths '/1/a/act'"
+    ]
+    assert warned[0].filename == __file__
+    assert dict(model.named_modules()) == names
+
+
+def test_a_function_of_two_arguments_gets_the_path():
+    model = make_model()
+    seen = []
+
+    def note(module, path):
+        seen.append((path, module))
+        return module
+
+    assert lomem.map_module(model, note) is model
+    assert seen[-1] == ("/", model)
+    assert len(seen) == len(list(model.modules()))
+    assert all(model.get_submodule(path[1:].replace("/", ".")) is module for path, module in seen)
+    seen.clear()
+    # A shared module comes under the first of its names that matches.
+    lomem.map_module(model, note, r"^(1\.b|2)$")
+    assert [path for path, _ in seen] == ["/1/b"]
+    # Parameters with defaults and further ones are the function's own.
+    for fn in (lambda module, bits=4: seen.append(bits) or module, lambda module, *rest: seen.append(rest) or module):
+        seen.clear()
+        lomem.map_module(nn.Sequential(nn.GELU()), fn)
+        assert seen in ([4, 4], [(), ()])
 
 
 def test_order_and_roots():

@@ -749,7 +749,11 @@ def step_activation(
         ValueError: If an argument is not as described.
         NotImplementedError: Under ``torch.func`` transforms and forward-mode differentiation.
     """
-    steps = StepFunction(tuple(boundaries), tuple(levels))
+    return with_steps(input, fn, StepFunction(tuple(boundaries), tuple(levels)))
+
+
+def with_steps(input: Tensor, fn: Callable[[Tensor], Tensor], steps: StepFunction) -> Tensor:
+    """:func:`step_activation` with the step function as an object."""
     if isinstance(fn, torch.nn.Module) and any(p.requires_grad for p in fn.parameters()):
         raise ValueError(
             f"lomem.functional.step_activation: fn, a {type(fn).__name__}, has parameters that require gradients, "

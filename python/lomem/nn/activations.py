@@ -418,6 +418,9 @@ class ReGELU2(nn.Module):
         fast: Allows a faster forward pass whose results are not bit-identical to torch's.
     """
 
+    approximate: str = "none"  # of pickles of LowMemoryBP's module, which has the same name and no attributes
+    fast: bool = False
+
     def __init__(self, approximate: str = "none", *, fast: bool = False) -> None:
         super().__init__()
         if approximate not in ("none", "tanh"):
@@ -444,6 +447,9 @@ class ReSiLU2(nn.Module):
             temporary of the input's size is allocated either way.
         fast: Allows a faster forward pass whose results are not bit-identical to torch's.
     """
+
+    inplace: bool = False  # of pickles of LowMemoryBP's module
+    fast: bool = False
 
     def __init__(self, inplace: bool = False, *, fast: bool = False) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ class MemorySharingNorm(nn.Module):
     """Base class of the norms. Subclasses register ``weight`` and ``bias``."""
 
     weight: nn.Parameter | None
+    _names: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -32,6 +34,19 @@ class MemorySharingNorm(nn.Module):
         self.eps = eps
         self.elementwise_affine = elementwise_affine
         self.output_dtype = output_dtype
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # LowMemoryBP's modules have the names of these, so its pickles load here. They have no affine parameters.
+        super().__setstate__({"elementwise_affine": False, "output_dtype": None, **state})
+        self.normalized_shape = tuple(self.normalized_shape)
+        vars(self).pop("num_dims", None)
+        for name in self._names:
+            self._parameters.setdefault(name, None)
+
+    @property
+    def num_dims(self) -> int:
+        """Number of dimensions that are normalized over."""
+        return len(self.normalized_shape)
 
     def _register(self, name: str, present: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         parameter = torch.empty(self.normalized_shape, device=device, dtype=dtype) if present else None
@@ -64,6 +79,7 @@ class MSLayerNorm(MemorySharingNorm):
 
     eps: float
     bias: nn.Parameter | None
+    _names = ("weight", "bias")
 
     def __init__(
         self,
@@ -114,6 +130,8 @@ class MSRMSNorm(MemorySharingNorm):
         output_dtype: Dtype of the output. The default is the autocast dtype if autocast is on, otherwise the dtype of
             the input.
     """
+
+    _names = ("weight",)
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ namespace lomem::nn {
 struct NoOptions {};
 
 /// Module of an activation `Function`, which defines its options and the call. One that draws at random restarts
-/// lomem's stream of seeds when it is built, as RandomizedLinear does (ops/linear.h).
+/// lomem's stream of seeds when it is built, as a randomized linear layer does (ops/linear.h).
 template <class Function>
 class FewBitImpl : public torch::nn::Cloneable<FewBitImpl<Function>> {
  public:
