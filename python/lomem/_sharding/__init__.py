@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["is_distributed", "register"]
+__all__ = ["is_distributed", "register", "wrapped_by"]
 
 _DTENSOR = "torch.distributed.tensor"
 
@@ -25,6 +25,16 @@ _classes: tuple[type, ...] = ()
 def is_distributed(*tensors: Any) -> bool:
     """Whether a tensor is a DTensor."""
     return any(isinstance(t, _classes) for t in tensors)
+
+
+def wrapped_by(tensor: Any) -> Any:
+    """The local tensor that a DTensor was made of by ``DTensor.from_local``; None for others."""
+    if not is_distributed(tensor):
+        return None
+    local = tensor._local_tensor
+    base = local._base  # DTensor.from_local makes a view
+    same = base is not None and (local.shape, local.stride()) == (base.shape, base.stride())
+    return base if same and local.storage_offset() == base.storage_offset() else None
 
 
 def _register_rules() -> None:

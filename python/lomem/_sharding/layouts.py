@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -50,8 +49,8 @@ class CodesOf(Partial):
 
     def _raise(self, *args: Any) -> Any:
         raise RuntimeError(
-            f"lomem: codes of a tensor with placement {self.placement!r} got a redistribution, expected none: each rank "
-            "has the codes of its own shard, in the order of its elements in memory"
+            f"lomem: codes of a tensor with placement {self.placement!r} got a redistribution, expected none: each "
+            "rank has the codes of its own shard, in the order of its elements in memory"
         )
 
     _reduce_value = _reduce_shard_value = _partition_value = _raise

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from .layouts import Layout, as_distributed, contiguous_strides, is_sharded, seed_of_shard
+from .layouts import Layout, as_distributed, contiguous_strides, is_sharded, moved, seed_of_shard
 
 __all__ = ["gated_linear", "linear", "lora", "randomized_linear"]
 
@@ -110,18 +110,34 @@ def _product(
 
 
 def linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, function: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    function: Callable[[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]], Tensor],
 ) -> DTensor | None:
-    """A linear layer that ``function`` computes; None if its input would have to be redistributed."""
-    names = ("input", "weight", "bias")
-    given = as_distributed("linear", dict(zip(names, (input, weight, bias), strict=True)))
-    operands: list[DTensor] = [t for t in given.values() if t is not None]
-    letters = ("*i", "oi", "o")
-    output = [*_axes(letters[0], input)[:-1], "o"]
-    plan = _plan(letters[: len(operands)], output, operands)
-    if plan.inputs[0] != operands[0].placements:
+    """A linear layer, if no rank needs more of its input than it has; otherwise None.
+
+    Args:
+        input: Shape (..., in).
+        weight: Shape (out, in).
+        bias: Shape (out,), or None.
+        function: Computes it from local tensors, and from a function that makes a local tensor of another DTensor with
+            the placements of the input.
+    """
+    names, letters = ("input", "weight", "bias"), ("*i", "oi", "o")
+    tensors = (input, weight, bias)
+    if not all(t is None or isinstance(t, DTensor) for t in tensors) or input.device_mesh != weight.device_mesh:
         return None
-    return _product("linear", names, letters, (input, weight, bias), lambda _, *local: function(*local))
+    operands: list[DTensor] = [t for t in tensors if t is not None]  # type: ignore[misc]
+    plan = _plan(letters[: len(operands)], [*_axes("*i", input)[:-1], "o"], operands)
+    layout = plan.inputs[0]
+    if layout != operands[0].placements:
+        return None
+
+    def local(tensor: Tensor) -> Tensor:
+        return moved(tensor, layout) if isinstance(tensor, DTensor) else tensor
+
+    return _product("linear", names, letters, tensors, lambda _, *operands: function(*operands, local))
 
 
 def gated_linear(
@@ -149,15 +165,16 @@ def gated_linear(
 
 def lora(input: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, *, bias: Tensor | None, p: float) -> Any:
     """What :func:`lomem.functional.lora` does with DTensors."""
+    rows = input
     if p and isinstance(input, DTensor) and any(map(is_sharded, input.placements)):
         # Shards have to draw different numbers, which the op cannot.
-        input, p = torch.ops.lomem.dropout(input.to(lora_a.dtype), p), 0.0
+        rows, p = torch.ops.lomem.dropout(input.to(lora_a.dtype), p), 0.0
 
     def function(_: _Plan, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.lomem.lora(x, a, b, scaling, bias=bias, p=p)  # type: ignore[no-any-return]
 
     names = ("input", "lora_a", "lora_b", "bias")
-    return _product("lomem::lora", names, ("*i", "ri", "or", "o"), (input, lora_a, lora_b, bias), function)
+    return _product("lomem::lora", names, ("*i", "ri", "or", "o"), (rows, lora_a, lora_b, bias), function)
 
 
 def randomized_linear(

@@ -9,7 +9,6 @@ becomes a replica, a ``Partial`` among it, as with torch's ops. What an op saves
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
