@@ -70,6 +70,25 @@ def _plan(letters: Sequence[str], output: Sequence[str], tensors: Sequence[DTens
     return _Plan(mesh, inputs, gradients, tuple(column[2] for column in columns))
 
 
+class _Local(torch.autograd.Function):
+    """The local tensor of a DTensor with other placements, whose gradient has those in which it is computed.
+
+    That of ``redistribute`` would be brought back to the placements before, which is left to whoever needs them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor, layout: Layout, gradients: Layout) -> Tensor:
+        ctx.mesh, ctx.gradients = tensor.device_mesh, gradients
+        ctx.shape, ctx.strides = tensor.shape, contiguous_strides(tensor.shape)
+        local = moved(tensor, layout)
+        return local.view_as(local)  # a tensor of its own
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        options: dict[str, Any] = {"shape": ctx.shape, "stride": ctx.strides}
+        return DTensor.from_local(grad.contiguous(), ctx.mesh, ctx.gradients, run_check=False, **options), None, None
+
+
 def _product(
     op: str,
     names: Sequence[str],
@@ -93,9 +112,8 @@ def _product(
     output = [*_axes(letters[0], rows)[:-1], "o"]
     plan = _plan([of for of, _ in present], output, operands)
     local = iter(
-        # (A redistribution to the same placements would reduce the gradient, which torch leaves to whoever needs it.)
-        (t if t.placements == layout else t.redistribute(plan.mesh, layout)).to_local(grad_placements=gradients)
-        for t, layout, gradients in zip(operands, plan.inputs, plan.gradients, strict=True)
+        _Local.apply(tensor, layout, gradients)
+        for tensor, layout, gradients in zip(operands, plan.inputs, plan.gradients, strict=True)
     )
     locals_ = [None if given[name] is None else next(local) for name in names]
     if locals_[-1] is not None:

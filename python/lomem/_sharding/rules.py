@@ -48,8 +48,8 @@ class Call:
     def __init__(self, op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         self.op = op
         arguments = op._schema.arguments
-        self.values = {a.name: a.default_value for a in arguments if a.has_default_value()}
-        self.values |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+        given = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+        self.values: dict[str, Any] = {a.name: given.get(a.name, a.default_value) for a in arguments}
         # (A seed is the same on every rank.)
         tensors = {name: v for name, v in self.values.items() if isinstance(v, Tensor) and name != "seed"}
         distributed = as_distributed(op._schema.name, tensors)
@@ -160,13 +160,19 @@ def _unpacked(call: Call) -> DTensor:
 
 
 def _of_codes(call: Call) -> DTensor:
-    """The op that multiplies a tensor by what codes of its elements, in row-major order, stand for."""
+    """The op that multiplies a tensor by what codes of its elements, in row-major order, stand for.
+
+    Or a seed. It keeps the placements of the tensor that it was drawn for, if it was drawn here.
+    """
     name = next(iter(call.values))
     x: DTensor = call.values[name]
-    kept = "mask" if "mask" in call.values else "codes"
-    codes: DTensor = call.values[kept]
-    layout = placements_of_coded(codes.placements)
-    others = {kept: codes.to_local(), **call.seed(layout)}
+    kept = next((of for of in ("codes", "mask") if of in call.values), "seed")
+    codes = call.values[kept]
+    drawn = isinstance(codes, DTensor)
+    layout = placements_of_coded(codes.placements) if drawn else _stays(x.placements)
+    others = {kept: codes.to_local()} if drawn else {}
+    call.values |= others
+    others |= call.seed(layout)
     # Where every rank has all codes, shards of the tensor need not be gathered: they are put where they belong.
     taken = {p.dim for p in layout if is_sharded(p)}  # type: ignore[attr-defined]
     finer = tuple(
@@ -185,17 +191,6 @@ def _of_codes(call: Call) -> DTensor:
     whole = local.new_zeros(size)
     whole[place] = local
     return call.wrapped(call.run(**{name: whole}, **others)[place].contiguous(), finer, x.shape)
-
-
-def _of_seed(call: Call) -> DTensor:
-    """The same with a seed, which keeps the placements of the tensor that it was drawn for, if it was drawn here."""
-    x, seed = call.values["input"], call.values["seed"]
-    layout = _stays(x.placements)
-    if isinstance(seed, DTensor) and not all(p.is_replicate() for p in seed.placements):
-        layout = placements_of_coded(seed.placements)
-        call.values["seed"] = seed.to_local()
-    x_local = moved(x, layout)
-    return call.wrapped(call.run(input=x_local, **call.seed(layout)).contiguous(), layout, x.shape)
 
 
 # Shards draw different numbers and replicas the same ones, although all ranks advance torch's generator alike: by one
@@ -475,7 +470,7 @@ RULES: dict[str, Rule] = {
     "randomized_linear_weight_grad": _randomized_weight_grad,
     "regelu2": _decomposed,
     "resilu2": _decomposed,
-    "seeded_dropout_apply": _of_seed,
+    "seeded_dropout_apply": _of_codes,
     "seeded_dropout_forward": lambda call: _dropped(call, by_seed=True),
     "step_activation": _elementwise,
     "step_activation_backward": _of_codes,
