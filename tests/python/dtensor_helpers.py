@@ -48,7 +48,7 @@ def all_placements(dims):
 
 
 def distributed(x, mesh, *placements):
-    """A DTensor with these placements, also if they are partial: every rank then has an equal term, without rounding."""
+    """A DTensor with these placements, also partial ones: every rank then has an equal term, without rounding."""
     terms = 1
     for dim, placement in enumerate(placements):
         terms *= mesh.size(dim) if placement.is_partial() else 1

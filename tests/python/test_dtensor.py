@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import dtensor_models as models
 import dtensor_ops as of
 import pytest
 import torch
@@ -67,3 +68,26 @@ def test_linear_layers(tmp_path):
 
 def test_what_is_around(tmp_path):
     run(tmp_path, [(of.mixed, ()), (of.around, ())])
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
+def test_tensor_parallel_models(tmp_path, sequence):
+    cases = [
+        (models.tensor_parallel, (name, order, sequence, local))
+        for name in models.BLOCKS
+        for order in ("first", "after")
+        for local in (False, True)
+    ]
+    run(tmp_path, cases)
+
+
+def test_modules(tmp_path):
+    run(tmp_path, [(models.modules, ()), (models.context, ())])
+
+
+def test_a_transformer(tmp_path):
+    run(tmp_path, [(models.llama, (sequence,)) for sequence in (False, True)])
+
+
+def test_sharded_in_two_dimensions(tmp_path):
+    run(tmp_path, [(models.sharded_in_two_dimensions, (sequence,)) for sequence in (False, True)], world=4)

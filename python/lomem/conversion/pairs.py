@@ -156,6 +156,8 @@ def as_step(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Step | No
         return None  # asks for the type
     if kind is None or not args or any(isinstance(value, Tensor) for value in kwargs.values()):
         return None
+    if kind is StepKind.DROPOUT and is_distributed(*args):
+        return None  # of shards, lomem drops other elements than torch
     p = _probability(args, kwargs) if kind is StepKind.DROPOUT else 0.0
     found = range(1) if kind in UNARY else range(len(args))
     positions = tuple(i for i in found if isinstance(args[i], Tensor))
