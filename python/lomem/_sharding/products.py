@@ -6,6 +6,7 @@ where one of them is sharded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from ..functional.linear import OP
 from .layouts import Layout, as_distributed, contiguous_strides, is_sharded, moved, seed_of_shard
 
-__all__ = ["gated_linear", "linear", "lora", "randomized_linear"]
+__all__ = ["compressed_linear", "gated_linear", "linear", "lora"]
 
 
 class _Plan(NamedTuple):
@@ -116,10 +118,9 @@ def _product(
         for tensor, layout, gradients in zip(operands, plan.inputs, plan.gradients, strict=True)
     )
     locals_ = [None if given[name] is None else next(local) for name in names]
-    if locals_[-1] is not None:
-        # In a sum over ranks, the bias counts once.
-        terms = [plan.mesh.get_local_rank(i) for i, p in enumerate(plan.output) if isinstance(p, Partial)]
-        locals_[-1] = locals_[-1] * 0.0 if any(terms) else locals_[-1]
+    terms = math.prod(plan.mesh.size(i) for i, p in enumerate(plan.output) if isinstance(p, Partial))
+    if locals_[-1] is not None and terms > 1:
+        locals_[-1] = locals_[-1] / terms  # as torch does, for the same bits
     sizes = {axis: size for of, t in present for axis, size in zip(_axes(of, t), t.shape, strict=True)}
     shape = torch.Size([sizes[axis] for axis in output])
     result = function(plan, *locals_)
@@ -195,10 +196,10 @@ def lora(input: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, *, bias:
     return _product("lomem::lora", names, ("*i", "ri", "or", "o"), (rows, lora_a, lora_b, bias), function)
 
 
-def randomized_linear(
+def compressed_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, *, seed: Tensor | None, **options: Any
 ) -> Any:
-    """What :func:`lomem.functional.randomized_linear` does with DTensors: each rank compresses the rows that it has."""
+    """A randomized linear layer of DTensors: each rank compresses the rows that it has."""
     if isinstance(seed, DTensor):
         seed = seed.full_tensor()
 
@@ -216,7 +217,7 @@ def randomized_linear(
             for name in ("proj_dim", "proj_dim_min", "proj_dim_max"):
                 if own[name] is not None:
                     own[name] = max(1, round(own[name] * part))
-        return torch.ops.lomem.randomized_linear(x, weight, bias, **own)  # type: ignore[no-any-return]
+        return OP(x, weight, bias, **own)  # type: ignore[no-any-return]
 
     names = ("input", "weight", "bias")
-    return _product("lomem::randomized_linear", names, ("*i", "oi", "o"), (input, weight, bias), function)
+    return _product(OP._schema.name, names, ("*i", "oi", "o"), (input, weight, bias), function)

@@ -19,6 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ..checkpoint import _PUBLISHED, DRAWN, EXACT, FEW_BIT
+from ..functional import linear, packing
+from ..functional.norms import LAYER_NORM, RMS_NORM
 from .layouts import (
     Layout,
     as_distributed,
@@ -147,7 +150,7 @@ def _with_drawn_codes(call: Call) -> tuple[DTensor, DTensor, DTensor]:
 
 def _codes_alone(call: Call) -> DTensor:
     """Codes in row-major order."""
-    name = "input" if "input" in call.values else "codes"  # (of pack_bits)
+    name = "input" if "input" in call.values else "codes"
     x: DTensor = call.values[name]
     layout = _stays(x.placements)
     codes = call.run(**{name: moved(x, layout)}, **call.seed(layout))
@@ -216,7 +219,7 @@ def _dropped(call: Call, *, by_seed: bool) -> tuple[DTensor, DTensor]:
             output = torch.ops.lomem.seeded_dropout_apply(x, seed, p)
         else:
             ones = torch.ones(x.shape, dtype=x.dtype, device=x.device)
-            kept = torch.ops.lomem.pack_bits((torch.ops.lomem.seeded_dropout_apply(ones, seed, p) != 0).byte(), 1)
+            kept = packing.pack_bool_to_uint8(torch.ops.lomem.seeded_dropout_apply(ones, seed, p) != 0)
             output = torch.ops.lomem.dropout_apply(x, kept, p)
     output = call.wrapped(in_order(output, memory_order(whole.shape, strides)), layout, whole.shape, strides)
     if by_seed:
@@ -336,7 +339,7 @@ def _gated_linear(call: Call) -> Tensor:
     return F.linear(hidden.to(v["weight"].dtype), v["weight"], v["bias"])
 
 
-# Low-rank adapters, the randomized linear layer: products are torch's, which has rules for them ----------------------
+# Linear layers: called as functions, they have rules of their own (products.py); here products are torch's ------------
 
 
 def _lora(call: Call) -> Tensor:
@@ -366,12 +369,12 @@ def _lora_weight_grad(call: Call) -> DTensor:
     return call.wrapped(local, of, (grad.shape[1], x.shape[last]))
 
 
-def _randomized(call: Call) -> Tensor:
+def _plain_linear(call: Call) -> Tensor:
     """Without a gradient of the weight, nothing is compressed."""
     return F.linear(call.values["input"], call.values["weight"], call.values["bias"])
 
 
-def _randomized_forward(call: Call) -> tuple[Tensor, ...]:
+def _compressed_forward(call: Call) -> tuple[Tensor, ...]:
     """Each rank compresses the rows, or the columns, that it has. The results are named after these."""
     v = call.values
     x: DTensor = v["input"]  # a matrix
@@ -403,7 +406,7 @@ def _randomized_forward(call: Call) -> tuple[Tensor, ...]:
     )
 
 
-def _randomized_weight_grad(call: Call) -> DTensor:
+def _compressed_weight_grad(call: Call) -> DTensor:
     grad: DTensor = call.values["grad_output"]
     compressed, indices = call.values["compressed"], call.values["indices"]
     of = placements_of_coded(compressed.placements)
@@ -438,45 +441,35 @@ def _decomposed(call: Call) -> Any:
     return call.op.decompose(**call.values)
 
 
+def _names(*ops: torch._ops.OpOverload) -> list[str]:
+    return [op._opname for op in ops]
+
+
 #: The rule of each op.
 RULES: dict[str, Rule] = {
-    "band_codes": _codes_alone,
-    "dequantize_groups": _from_groups,
-    "drawn_activation": _elementwise,
-    "drawn_activation_backward": _of_codes,
-    "drawn_activation_forward": _with_drawn_codes,
-    "drawn_codes": _codes_alone,
+    **dict.fromkeys((FEW_BIT[0], EXACT[0], DRAWN[0]), _elementwise),
+    **dict.fromkeys((*FEW_BIT[1:], *EXACT[1:]), _with_codes),
+    DRAWN[1]: _with_drawn_codes,
+    **dict.fromkeys((f"{name}_backward" for name in (FEW_BIT[0], DRAWN[0])), _of_codes),
+    **dict.fromkeys(("band_codes", "drawn_codes", "step_codes", *_names(packing.PACK)), _codes_alone),
+    **dict.fromkeys(_names(packing.UNPACK), _unpacked),
+    **dict.fromkeys(_PUBLISHED, _decomposed),
     "dropout": _dropout,
-    "dropout_apply": _of_codes,
     "dropout_forward": lambda call: _dropped(call, by_seed=False),
-    "fused_activation_forward": _with_codes,
+    "seeded_dropout_forward": lambda call: _dropped(call, by_seed=True),
+    **dict.fromkeys(("dropout_apply", "seeded_dropout_apply"), _of_codes),
+    "quantize_groups": _in_groups,
+    "dequantize_groups": _from_groups,
+    **dict.fromkeys(_names(*(op for norm in (LAYER_NORM, RMS_NORM) for op in (norm.op, norm.forward))), _norm),
+    **dict.fromkeys(_names(LAYER_NORM.backward, RMS_NORM.backward), _norm_backward),
     "gated": _gated,
     "gated_backward": _gated_backward,
     "gated_linear": _gated_linear,
-    "hard_activation": _elementwise,
-    "hard_activation_forward": _with_codes,
     "lora": _lora,
     "lora_weight_grad": _lora_weight_grad,
-    "ms_layer_norm": _norm,
-    "ms_layer_norm_backward": _norm_backward,
-    "ms_layer_norm_forward": _norm,
-    "ms_rms_norm": _norm,
-    "ms_rms_norm_backward": _norm_backward,
-    "ms_rms_norm_forward": _norm,
-    "pack_bits": _codes_alone,
-    "quantize_groups": _in_groups,
-    "randomized_linear": _randomized,
-    "randomized_linear_forward": _randomized_forward,
-    "randomized_linear_weight_grad": _randomized_weight_grad,
-    "regelu2": _decomposed,
-    "resilu2": _decomposed,
-    "seeded_dropout_apply": _of_codes,
-    "seeded_dropout_forward": lambda call: _dropped(call, by_seed=True),
-    "step_activation": _elementwise,
-    "step_activation_backward": _of_codes,
-    "step_activation_forward": _with_codes,
-    "step_codes": _codes_alone,
-    "unpack_bits": _unpacked,
+    linear.OP._opname: _plain_linear,
+    f"{linear.OP._opname}_forward": _compressed_forward,
+    f"{linear.OP._opname}_weight_grad": _compressed_weight_grad,
 }
 
 _library = torch.library.Library("lomem", "FRAGMENT")

@@ -69,5 +69,5 @@ def randomized_linear(
     if is_distributed(input, weight, bias):
         from .._sharding import products
 
-        return products.randomized_linear(input, weight, bias, seed=seed, **options)  # type: ignore[no-any-return]
+        return products.compressed_linear(input, weight, bias, seed=seed, **options)  # type: ignore[no-any-return]
     return OP(input, weight, bias, **options, seed=seed)
