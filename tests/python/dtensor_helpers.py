@@ -5,6 +5,7 @@ import itertools
 import pathlib
 import traceback
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing as mp
@@ -28,7 +29,7 @@ def _work(rank, world, folder, cases):
         torch.manual_seed(0)
         try:
             case(mesh, *arguments)
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             with failures.open("a") as file:
                 file.write(f"{case.__name__}{arguments}, rank {rank}\n{traceback.format_exc()}\n")
     dist.destroy_process_group()
