@@ -139,7 +139,8 @@ def tensor_parallel(mesh, name, order, sequence, local):
             lomem.convert(model, share[0], **options)
         except lomem.NothingToConvertError:
             # What is behind a norm takes what has been gathered, or wrapped.
-            assert local and (sequence or name == "Ill")  # noqa: PT017
+            assert options
+            assert sequence or name == "Ill"
     own_loss, own_gradients, counts = step(model, *share)
     with lomem.memory.saved_for_backward(model.parameters()) as saved:
         model(share[0])
