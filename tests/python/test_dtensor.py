@@ -62,7 +62,7 @@ def test_norms_and_gated_units(tmp_path):
 
 def test_linear_layers(tmp_path):
     cases = [(of.linear_layers, (shape,)) for shape in (of.EVEN, of.UNEVEN)]
-    cases += [(of.randomized, (m,)) for m in ("gaussian", "rademacher", "dct", "dft", "crs", "wta-crs")]
+    cases += [(of.randomized, (matmul,)) for matmul in ("gaussian", "dft", "crs", "wta-crs")]
     run(tmp_path, [*cases, (of.linear_layers_in_one, ()), (of.lora_with_dropout, ()), (of.direct_calls, ())])
 
 
@@ -70,15 +70,11 @@ def test_what_is_around(tmp_path):
     run(tmp_path, [(of.mixed, ()), (of.around, ())])
 
 
+@pytest.mark.parametrize("name", models.BLOCKS)
 @pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
-def test_tensor_parallel_models(tmp_path, sequence):
-    cases = [
-        (models.tensor_parallel, (name, order, sequence, local))
-        for name in models.BLOCKS
-        for order in ("first", "after")
-        for local in (False, True)
-    ]
-    run(tmp_path, cases)
+def test_tensor_parallel_models(tmp_path, sequence, name):
+    options = [(order, sequence, local) for order in ("first", "after") for local in (False, True)]
+    run(tmp_path, [(models.tensor_parallel, (name, *of)) for of in options])
 
 
 def test_modules(tmp_path):

@@ -47,13 +47,15 @@ class CodesOf(Partial):
         super().__init__("lomem_codes")
         object.__setattr__(self, "placement", placement)
 
-    def _raise(self, *args: Any) -> Any:
+    def _moved(self, *args: Any) -> Any:
         raise RuntimeError(
             f"lomem: codes of a tensor with placement {self.placement!r} got a redistribution, expected none: each "
             "rank has the codes of its own shard, in the order of its elements in memory"
         )
 
-    _reduce_value = _reduce_shard_value = _partition_value = _raise
+    _reduce_value: Any = _moved
+    _reduce_shard_value: Any = _moved
+    _partition_value: Any = _moved
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CodesOf) and self.placement == other.placement
@@ -157,10 +159,10 @@ def memory_order(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
 
 def in_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
     """The tensor itself if it is dense in a memory order, otherwise a copy that is."""
-    ordered = tensor.permute(order)
+    ordered = tensor.permute(*order)
     if ordered.is_contiguous():
         return tensor
-    return ordered.contiguous().permute([order.index(dim) for dim in range(len(order))])
+    return ordered.contiguous().permute(*(order.index(dim) for dim in range(len(order))))
 
 
 # Random numbers ------------------------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ def _plan(letters: Sequence[str], output: Sequence[str], tensors: Sequence[DTens
                 Shard(output.index(split)) if split in output else Partial(),
             )
         )
-    inputs, gradients = ([tuple(column[which][i] for column in columns) for i in range(len(names))] for which in (0, 1))
+    inputs = [tuple(column[0][i] for column in columns) for i in range(len(names))]
+    gradients = [tuple(column[1][i] for column in columns) for i in range(len(names))]
     return _Plan(mesh, inputs, gradients, tuple(column[2] for column in columns))
 
 
@@ -108,8 +109,8 @@ def _product(
         function: Computes the product from local operands, in this order, and from the plan.
     """
     given = as_distributed(op, dict(zip(names, tensors, strict=True)))
-    present = [(of, given[name]) for of, name in zip(letters, names, strict=True) if given[name] is not None]
-    operands: list[DTensor] = [t for _, t in present]  # type: ignore[misc]
+    present = [(of, t) for of, t in zip(letters, given.values(), strict=True) if t is not None]
+    operands = [t for _, t in present]
     rows = operands[0]
     output = [*_axes(letters[0], rows)[:-1], "o"]
     plan = _plan([of for of, _ in present], output, operands)
@@ -145,9 +146,9 @@ def linear(
     """
     names, letters = ("input", "weight", "bias"), ("*i", "oi", "o")
     tensors = (input, weight, bias)
-    if not all(t is None or isinstance(t, DTensor) for t in tensors) or input.device_mesh != weight.device_mesh:
+    operands = [t for t in tensors if isinstance(t, DTensor)]
+    if len(operands) < 2 + (bias is not None) or len({t.device_mesh for t in operands}) > 1:
         return None
-    operands: list[DTensor] = [t for t in tensors if t is not None]  # type: ignore[misc]
     plan = _plan(letters[: len(operands)], [*_axes("*i", input)[:-1], "o"], operands)
     layout = plan.inputs[0]
     if layout != operands[0].placements:
@@ -156,7 +157,7 @@ def linear(
     def local(tensor: Tensor) -> Tensor:
         return moved(tensor, layout) if isinstance(tensor, DTensor) else tensor
 
-    return _product("linear", names, letters, tensors, lambda _, *operands: function(*operands, local))
+    return _product("linear", names, letters, tensors, lambda _, x, w, b: function(x, w, b, local))
 
 
 def gated_linear(
