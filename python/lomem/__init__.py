@@ -27,13 +27,14 @@ from . import _C
 if _torch.version.cuda is not None and _C.cuda_archs():
     _torch.ops.load_library(str(_Path(_C.__file__).with_name("lib") / "liblomem_cuda.so"))
 
-from . import _other_devices, checkpoint, functional, integrations, memory, nn, random, reference
+from . import _other_devices, _sharding, checkpoint, functional, integrations, memory, nn, random, reference
 from ._decompositions import decompositions
 from .conversion import GradientWarning, NothingToConvertError, convert, restore
 from .mapping import convert_activation, convert_linear, map_module
 from .steps import DrawnLevels, StepFunction
 
 _other_devices.register()
+_sharding.register()
 
 
 def __getattr__(name: str) -> object:

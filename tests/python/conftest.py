@@ -74,6 +74,7 @@ SLOW = {
     "test_rows_sum_to_what_the_converted_model_keeps_less": 11,
     "test_saved_for_backward_of_odd_models": 5,
     "test_second_derivatives": 3,
+    "test_tensor_parallel_models": 4,
     "test_the_default_passes": 5,
     "test_the_estimate_is_the_real_count_to_the_byte": 11,
     "test_the_mean_of_gradients_is_exact": 5,

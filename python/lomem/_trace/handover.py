@@ -51,6 +51,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from .._sharding import wrapped_by
 from .once import differentiable_once
 
 __all__ = [
@@ -379,6 +380,11 @@ def take(input: Tensor) -> tuple[tuple[Tensor | None, ...], Offer | _Traced] | N
     hooks = current_hooks()
     _end_others(hooks)
     made: Offer | None = _offers.get(input)
+    if made is None:
+        # Tensor parallelism wraps what a layer is called with.
+        wrapped = wrapped_by(input)
+        made = None if wrapped is None else _offers.get(wrapped)
+        input = input if wrapped is None else wrapped  # noqa: A001
     if made is None or made.hooks is not hooks or made.version != input._version:
         return None
     tensors = made.tensors()

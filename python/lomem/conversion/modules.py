@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,9 +15,20 @@ from torch.compiler import is_compiling, is_exporting
 from torch.overrides import TorchFunctionMode
 
 from .. import functional as LF
+from .._sharding import is_distributed
 from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.groups import FLOATS, FromGroups, Load, can_store, store
-from .._trace.handover import current_hooks, hold, in_a_region, itself, linear_of_offered, offer, offer_itself, take
+from .._trace.handover import (
+    Offer,
+    current_hooks,
+    hold,
+    in_a_region,
+    itself,
+    linear_of_offered,
+    offer,
+    offer_itself,
+    take,
+)
 from .._trace.once import differentiable_once
 from ..functional.activations import drawn_of
 from ..functional.norms import LAYER_NORM, RMS_NORM, NormOps
@@ -662,4 +673,23 @@ class SharedInput(Converted):
         if not form.transposed:
             weight = weight.T
         with autocast_to(device, None):
-            return linear_of_offered(x, weight, bias, dtype, kept, made.rebuild, differentiable=made.differentiable)
+            if not is_distributed(x, weight):
+                options = {"differentiable": made.differentiable}
+                return linear_of_offered(x, weight, bias, dtype, kept, made.rebuild, **options)
+            result = _distributed_linear(x, weight, bias, dtype, kept, made)
+        return super().forward(*args, **kwargs) if result is None else result
+
+
+def _distributed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, kept: Sequence[Tensor | None], made: Offer
+) -> Tensor | None:
+    """The same with DTensors, on the local tensors of each rank; None if they would have to be redistributed."""
+    from .._sharding import products
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor | None, local: Callable[[Tensor], Tensor]) -> Tensor:
+        def rebuild(*kept: Tensor | None) -> Tensor:
+            return local(made.rebuild(*kept))
+
+        return linear_of_offered(x, weight, bias, dtype, kept, rebuild, differentiable=made.differentiable)
+
+    return products.linear(x, weight, bias, function)

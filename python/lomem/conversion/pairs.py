@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 
+from .._sharding import is_distributed
 from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.groups import FLOATS, KERNELS, FromGroups, can_store, store
 from .._trace.handover import Offer, hold, is_offered, offer, peek, recomputed
@@ -155,14 +156,20 @@ def as_step(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Step | No
         return None  # asks for the type
     if kind is None or not args or any(isinstance(value, Tensor) for value in kwargs.values()):
         return None
+    if kind is StepKind.DROPOUT and is_distributed(*args):
+        return None  # of shards, lomem drops other elements than torch
     p = _probability(args, kwargs) if kind is StepKind.DROPOUT else 0.0
     found = range(1) if kind in UNARY else range(len(args))
     positions = tuple(i for i in found if isinstance(args[i], Tensor))
     operands = tuple(args[i] for i in positions)
-    ordinary = is_compiling() or all(type(t) in _ORDINARY and not t.is_inference() for t in operands)
+    ordinary = is_compiling() or all(_is_ordinary(t) and not t.is_inference() for t in operands)
     if not operands or p is None or not ordinary:
         return None
     return Step(kind, positions, operands, p)
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    return type(tensor) in _ORDINARY or is_distributed(tensor)
 
 
 def _probability(args: Sequence[Any], kwargs: dict[str, Any]) -> float | None:

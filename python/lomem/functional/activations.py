@@ -609,10 +609,13 @@ def drawn_levels(function: str, bits: int, *, parameters: Sequence[float] = ()) 
     return DrawnLevels(low, step, bits)
 
 
-@torch.compiler.assume_constant_result
 def _low_and_step(function: str, bits: int) -> tuple[float, float]:
     """The levels, for compilers too."""
     return _C.drawn_levels(function, bits, ())
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler.
+_low_and_step._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _DrawnOf(torch.autograd.Function):
@@ -688,11 +691,10 @@ def _check_input(input: Tensor) -> None:
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     if is_traceable_wrapper_subclass(a) and is_traceable_wrapper_subclass(b):
-        return any(
-            _share_memory(getattr(a, of_a), getattr(b, of_b))
-            for of_a in a.__tensor_flatten__()[0]
-            for of_b in b.__tensor_flatten__()[0]
-        )
+        inner = [[getattr(t, name) for name in t.__tensor_flatten__()[0]] for t in (a, b)]
+        # (A DTensor also has a mesh.)
+        inner = [[t for t in of if isinstance(t, Tensor)] for of in inner]
+        return any(_share_memory(of_a, of_b) for of_a in inner[0] for of_b in inner[1])
     # Not data_ptr(): the storage of a wrapper subclass has none.
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._sharding import is_distributed
+
 __all__ = ["lora"]
 
 _lora = torch.ops.lomem.lora.default
@@ -47,4 +49,8 @@ def lora(
         RuntimeError: If shapes, dtypes or devices do not match.
         ValueError: If ``scaling`` is not finite, or ``p`` not in [0, 1).
     """
+    if is_distributed(input, lora_a, lora_b, bias):
+        from .._sharding import products
+
+        return products.lora(input, lora_a, lora_b, scaling, bias=bias, p=p if training else 0.0)  # type: ignore[no-any-return]
     return _lora(input, lora_a, lora_b, scaling, bias=bias, p=p if training else 0.0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._sharding import is_distributed
 from .activations import is_jagged
 
 __all__ = ["gated", "gated_linear"]
@@ -74,4 +75,8 @@ def gated_linear(
         RuntimeError: As :func:`gated`, and if ``weight`` or ``bias`` do not match.
         ValueError: As :func:`gated`.
     """
+    if is_distributed(gate, up, weight, bias):
+        from .._sharding import products
+
+        return products.gated_linear(gate, up, weight, bias, activation, layout=layout)  # type: ignore[no-any-return]
     return _gated_linear(gate, up, weight, bias, activation, layout=layout)

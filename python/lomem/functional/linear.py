@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._sharding import is_distributed
+
 __all__ = ["randomized_linear"]  # and OP, the op itself, for the rest of the package
 
 OP = torch.ops.lomem.randomized_linear.default
@@ -57,14 +59,15 @@ def randomized_linear(
         ``weight`` if ``input`` requires a gradient. Second derivatives through the gradient of ``weight`` raise; those
         through the gradient of ``input`` are exact.
     """
-    return OP(
-        input,
-        weight,
-        bias,
-        matmul=matmul,
-        proj_dim=proj_dim,
-        proj_dim_ratio=proj_dim_ratio,
-        proj_dim_min=proj_dim_min,
-        proj_dim_max=proj_dim_max,
-        seed=seed,
-    )
+    options = {
+        "matmul": matmul,
+        "proj_dim": proj_dim,
+        "proj_dim_ratio": proj_dim_ratio,
+        "proj_dim_min": proj_dim_min,
+        "proj_dim_max": proj_dim_max,
+    }
+    if is_distributed(input, weight, bias):
+        from .._sharding import products
+
+        return products.compressed_linear(input, weight, bias, seed=seed, **options)  # type: ignore[no-any-return]
+    return OP(input, weight, bias, **options, seed=seed)

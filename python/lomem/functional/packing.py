@@ -11,10 +11,15 @@ from torch.compiler import is_compiling
 
 from .activations import is_jagged
 
-__all__ = ["pack_bits", "pack_bool_to_uint8", "unpack_bits", "unpack_uint8_to_bool"]
+__all__ = [
+    "pack_bits",
+    "pack_bool_to_uint8",
+    "unpack_bits",
+    "unpack_uint8_to_bool",
+]  # and the ops themselves, for the rest
 
-_pack_bits = torch.ops.lomem.pack_bits.default
-_unpack_bits = torch.ops.lomem.unpack_bits.default
+PACK = torch.ops.lomem.pack_bits.default
+UNPACK = torch.ops.lomem.unpack_bits.default
 
 
 def _refuse_jagged(op: str, argument: str, tensor: Tensor) -> None:
@@ -37,7 +42,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         A 1-D uint8 tensor of ``ceil(bits * numel / 8)`` bytes.
     """
     _refuse_jagged("pack_bits", "codes", codes)
-    return _pack_bits(codes, bits)
+    return PACK(codes, bits)
 
 
 def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
@@ -54,7 +59,7 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     _refuse_jagged("unpack_bits", "packed", packed)
     if isinstance(numel, int) and not is_compiling() and numel.bit_length() > 63:  # not an int64
         raise ValueError(f"lomem::unpack_bits: numel is {numel}, expected 0 to {2**59 - 1}")
-    return _unpack_bits(packed, bits, numel)
+    return UNPACK(packed, bits, numel)
 
 
 # LowMemoryBP's names, so that code written for it runs unchanged.
