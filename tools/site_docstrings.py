@@ -1,4 +1,4 @@
-"""The package as the site's reference reads it: roles in docstrings, such as ``:func:`lomem.convert```, become links."""
+"""The package as the reference reads it: roles in docstrings, such as ``:func:`lomem.convert```, become links."""
 
 from __future__ import annotations
 
