@@ -307,7 +307,7 @@ build/docs-env/.done: pyproject.toml
 
 docs docs-serve: export NO_MKDOCS_2_WARNING := 1
 docs: build/docs-env/.done
-	$(DOCS)/python -m mkdocs build --strict --quiet
+	$(DOCS)/python -m mkdocs build --strict
 
 docs-serve: build/docs-env/.done
 	$(DOCS)/python -m mkdocs serve --strict
