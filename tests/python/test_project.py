@@ -45,7 +45,7 @@ def strings(value):
 def test_they_are_there():
     assert {*TEXTS, "CITATION.cff", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"} <= set(FILES)
     assert [Path(path).stem for path in FORMS] == ["bug_report", "feature_request"]
-    assert [".github/workflows/ci.yml", ".github/workflows/docs.yml"] == WORKFLOWS
+    assert WORKFLOWS == [".github/workflows/ci.yml", ".github/workflows/docs.yml"]
 
 
 @pytest.mark.parametrize("path", sorted(path for path in FILES if Path(path).suffix in (".yml", ".yaml", ".cff")))
