@@ -498,10 +498,24 @@ def counted_markdown(contents: dict[str, Any]) -> str:
         "tensors that they save, by plain ops (benchmarks/fused_stand_ins.py).",
         "",
         f"- {contents['versions']}",
-        f"- `{contents['command']}`",
+        "- `python benchmarks/whole_step.py --bytes-only`",
         "",
     ]
     return "\n".join(lines)
+
+
+def merged(contents: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The results with those of other cases and methods that the file has, if they are of the same versions."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = [of["cases"] for of in (old, contents) if of.get("versions") == contents["versions"]]
+    cases = {}
+    for name, case in CASES.items():
+        methods = {
+            method: result for of in known for method, result in of.get(name, {"methods": {}})["methods"].items()
+        }
+        if methods:
+            cases[name] = {"title": case.title, "methods": {m: methods[m] for m in _ALL if m in methods}}
+    return {"versions": contents["versions"], "cases": cases}
 
 
 def markdown(contents: dict[str, Any]) -> str:
@@ -584,7 +598,7 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/whole_step.py", *sys.argv[1:]])
     if options.bytes_only:
         cases = {name: {"title": CASES[name].title, "methods": count(name, options)} for name in options.cases}
-        contents = {"command": command, "versions": versions(), "cases": cases}
+        contents = merged({"versions": versions(), "cases": cases}, options.json)
         finish(options, contents, counted_markdown(contents))
         return
     for name in options.methods:

@@ -264,6 +264,21 @@ def test_the_committed_bytes():
             assert case["methods"][method]["host_bytes"] > saved["plain"] / 2
 
 
+def test_counted_bytes_are_added_to_those_of_the_same_versions(tmp_path):
+    def contents(versions, **methods):
+        counts = {method: {"saved_bytes": n, "host_bytes": 0} for method, n in methods.items()}
+        return {"versions": versions, "cases": {"vit-s": {"title": "old", "methods": counts}}}
+
+    def counted(results):
+        return [(m, result["saved_bytes"]) for m, result in results["cases"]["vit-s"]["methods"].items()]
+
+    path = tmp_path / "counted.json"
+    assert counted(whole_step.merged(contents("1", plain=3), path)) == [("plain", 3)]
+    path.write_text(json.dumps(contents("1", half=4, plain=3)))
+    assert counted(whole_step.merged(contents("1", exact=2, half=5), path)) == [("plain", 3), ("exact", 2), ("half", 5)]
+    assert counted(whole_step.merged(contents("2", exact=2), path)) == [("exact", 2)]
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_counting_without_running_is_counting(tmp_path):
     """On tiny models: bytes of shapes alone, and of real steps."""
