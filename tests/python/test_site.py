@@ -240,7 +240,7 @@ def test_the_table_of_methods_is_that_of_the_results():
     assert list(counted) == whole_step.COUNTED_CASES
     for name, case in counted.items():
         assert "\n" + "\n".join(whole_step.counted_table(case, timed.get(name, {}))) + "\n\n" in page
-    assert page.count("| method |") == len(counted)
+    assert page.count("| method | saved") == len(counted)
 
 
 def test_the_committed_bytes():
@@ -255,7 +255,7 @@ def test_the_committed_bytes():
         for method in ("plain", "compile", "checkpointing"):
             assert saved[method] == timed[name]["methods"][method]["saved_bytes"]
         assert saved["every-second"] < saved["half"] < saved["plain"]
-        assert saved["exact-compile"] <= saved["exact"]
+        assert saved["exact"] < saved["exact-compile"] < saved["compile"]
         assert saved["budget"] < saved["compile"]
         assert saved["8bit"] < saved["exact"] < saved["plain"]
         # Hooks get all that is saved; what they copy is more than what was saved, since nothing is shared.
