@@ -590,6 +590,8 @@ def main() -> None:
     if options.serve:
         serve(options)
         return
+    if options.bytes_only and options.small and not (options.json and options.table):
+        parser.error("--small is given with --bytes-only, expected --json and --table too: the figures are no results")
     results = COUNTED if options.bytes_only else RESULTS
     options.json = options.json or results.with_suffix(".json")
     options.table = options.table or results.with_suffix(".md")
