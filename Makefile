@@ -31,8 +31,8 @@ OLDEST_CMAKE := 3.22
 
 .PHONY: help demo test test-all test-pairs thorough install ctest ctest-all pytest pytest-all pytest-capabilities \
   pytest-on-host soak types asan asan-install asan-pytest arm-check cuda-check emulate-build cuda-emulate \
-  cuda-emulate-all cuda-mutants cuda-counts cuda-counts-check versions bench paper whole-step study fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench \
-  gpu-sanitize dev lint format gtest clean FORCE
+  cuda-emulate-all cuda-mutants cuda-counts cuda-counts-check versions bench paper whole-step study fewbit-table \
+  gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench gpu-sanitize dev lint format docs docs-serve gtest clean FORCE
 
 help:
 	@sed -n '1,10p' Makefile
@@ -310,6 +310,21 @@ lint: $(VENV)/.tools
 
 format: $(VENV)/.tools
 	-$(BIN)/pre-commit run --all-files
+
+# The site, in build/site: every warning is an error. Its environment has no torch, and nothing is compiled.
+DOCS := build/docs-env/bin
+build/docs-env/.done: pyproject.toml
+	$(PYTHON) -m venv build/docs-env
+	$(DOCS)/python -m pip --disable-pip-version-check install --quiet --upgrade 'pip>=25.1'
+	$(DOCS)/python -m pip --disable-pip-version-check install --quiet --group docs
+	touch $@
+
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: build/docs-env/.done
+	$(DOCS)/python -m mkdocs build --strict
+
+docs-serve: build/docs-env/.done
+	$(DOCS)/python -m mkdocs serve --strict
 
 clean:
 	rm -rf build $(VENV)

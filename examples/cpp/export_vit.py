@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 DIGITS = Path(__file__).parents[1] / "data" / "digits.csv"
-EPOCHS, BATCH = 6, 64
+EPOCHS, BATCH = 12, 64
 
 
 class Classifier(nn.Module):

@@ -45,7 +45,7 @@ def strings(value):
 def test_they_are_there():
     assert {*TEXTS, "CITATION.cff", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"} <= set(FILES)
     assert [Path(path).stem for path in FORMS] == ["bug_report", "feature_request"]
-    assert WORKFLOWS == [".github/workflows/ci.yml"]
+    assert WORKFLOWS == [".github/workflows/ci.yml", ".github/workflows/docs.yml"]
 
 
 @pytest.mark.parametrize("path", sorted(path for path in FILES if Path(path).suffix in (".yml", ".yaml", ".cff")))
@@ -226,6 +226,20 @@ def test_the_workflow_keeps_the_compiler_cache(workflow):
     (job,) = workflow["jobs"].values()
     (cache,) = (step["with"] for step in job["steps"] if step.get("uses", "").startswith("actions/cache@"))
     assert f'CCACHE_DIR="$PWD/{cache["path"]}"' in read(".ci/run")
+
+
+def test_the_site_is_published_as_it_is_built():
+    """Of the main branch alone; only the job that publishes may write."""
+    workflow = parsed(WORKFLOWS[1])
+    assert workflow[True] == {"push": {"branches": ["main"]}}
+    assert workflow["permissions"] == {"contents": "read"}
+    build, publish = (workflow["jobs"][name] for name in ("build", "publish"))
+    assert [step["run"] for step in build["steps"] if "run" in step] == ["make docs"]
+    (upload,) = (step for step in build["steps"] if "upload-pages-artifact@" in step.get("uses", ""))
+    assert upload["with"] == {"path": parsed("mkdocs.yml")["site_dir"]}
+    assert "permissions" not in build
+    assert publish["permissions"] == {"id-token": "write", "pages": "write"}
+    assert publish["needs"] == "build"
 
 
 def test_what_must_pass_is_made():

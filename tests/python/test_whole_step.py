@@ -98,5 +98,5 @@ def test_saved_bytes_of_plain_training():
 
 def test_the_document_names_what_there_is():
     text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    for option in re.findall(r"`--(\w+)[^`]*`", text[text.index("## Whole training steps") :]):
+    for option in re.findall(r"`--([\w-]+)[^`]*`", text[text.index("## Whole training steps") :]):
         assert f'"--{option}"' in (ROOT / "benchmarks/whole_step.py").read_text(encoding="utf-8")
