@@ -1,5 +1,5 @@
-// Classifies handwritten digits with a model that was trained in Python, converted by lomem, and compiled ahead of time.
-// Evaluated, a converted model is the original: its package needs torch and nothing of lomem's.
+// Classifies handwritten digits with a model that was trained in Python, converted by lomem, and compiled ahead of
+// time. Evaluated, a converted model is the original: its package needs torch and nothing of lomem's.
 //
 //   python export_vit.py digits.pt2
 //   classify_digits digits.pt2 [digits.csv]

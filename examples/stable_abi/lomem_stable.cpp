@@ -21,16 +21,11 @@ constexpr std::int64_t units_per_thread = 512;
 
 lomem::DType to_dtype(ScalarType type) {
   switch (type) {
-    case ScalarType::Float:
-      return lomem::DType::float32;
-    case ScalarType::Double:
-      return lomem::DType::float64;
-    case ScalarType::Half:
-      return lomem::DType::float16;
-    case ScalarType::BFloat16:
-      return lomem::DType::bfloat16;
-    default:
-      STD_TORCH_CHECK(false, "lomem_stable: the dtype is not float32, float64, float16 or bfloat16");
+    case ScalarType::Float: return lomem::DType::float32;
+    case ScalarType::Double: return lomem::DType::float64;
+    case ScalarType::Half: return lomem::DType::float16;
+    case ScalarType::BFloat16: return lomem::DType::bfloat16;
+    default: STD_TORCH_CHECK(false, "lomem_stable: the dtype is not float32, float64, float16 or bfloat16");
   }
 }
 

@@ -109,7 +109,9 @@ def main() -> None:
         if name.startswith("stable"):
             for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
                 check(function, dtype)
-    compiled = torch.compile(functions["stable ABI, torch.library.register_autograd"], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        functions["stable ABI, torch.library.register_autograd"], fullgraph=True, backend="aot_eager"
+    )
     check(compiled, torch.float32)
     x = torch.randn(1, requires_grad=True)
     times: dict[str, list[float]] = {name: [] for name in functions}
