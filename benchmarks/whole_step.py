@@ -102,6 +102,9 @@ MORE_METHODS = {
     "fused-loss": Method("fused loss", fused_loss=True),
     "fused-all": Method("fused norms and SwiGLU, fused loss", fused="kernels", fused_loss=True),
     "exact-compile": Method("`lomem.convert(bits=16)`, `torch.compile`", 16, compiled=True),
+    "exact-budget": Method(
+        "`lomem.convert(bits=16)`, `torch.compile`, `activation_memory_budget = 0.5`", 16, compiled=True, budget=0.5
+    ),
     "exact-offload": Method("`lomem.convert(bits=16)`, `save_on_cpu`", 16, offloaded=True),
     "8bit-every-second": Method("`lomem.convert(bits=8)`, checkpointing of every second block", 8, every=2),
     "exact-loss": Method("`lomem.convert(bits=16)`, fused loss", 16, fused_loss=True),

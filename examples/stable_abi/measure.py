@@ -3,8 +3,8 @@
     python examples/stable_abi/measure.py build/stable-abi/liblomem_stable.so
 
 Inputs have one element, so that the call is timed, forward and backward; the contenders take turns, and figures are
-medians in microseconds. Without lomem in the environment, torch's GELU alone is beside the prototype. docs/versions.md has the
-result, and what follows from it.
+medians in microseconds. Without lomem in the environment, torch's GELU alone is beside the prototype. The result, and
+what follows from it: docs/versions.md.
 """
 
 from __future__ import annotations

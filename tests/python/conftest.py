@@ -29,6 +29,7 @@ SLOW = {
     "test_a_norm_is_recognized_part_by_part": 7,
     "test_a_norm_of_every_width_is_recognized": 7,
     "test_a_compiled_model_saves_no_more_than_eagerly_or_plain": 5,
+    "test_a_compiler_saves_what_is_saved_eagerly": 3,
     "test_a_second_backward_pass": 7,
     "test_all_is_left_as_it_was": 5,
     "test_an_estimate_for_the_cpu_is_exact": 5,

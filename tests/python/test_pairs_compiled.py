@@ -147,22 +147,22 @@ def test_a_compiled_model_saves_no_more_than_eagerly_or_plain(kind, tuned, budge
 @pytest.mark.parametrize("kind", ["gelu", "swiglu", "called", "post", "zero"])
 def test_a_compiler_saves_what_is_saved_eagerly(kind, tuned, autocast):
     model, x = build(kind, tuned), torch.randn(BATCH, 8 * TOKENS, D)
-    plain, exact = compiled(model, x, 1.0, autocast=autocast)
+    _, exact = run(model, x, model)
+    plain, in_plain = compiled(model, x, 1.0, autocast=autocast)
     with mixed(autocast):
         report = lomem.convert(model, x, bits=16)
     assert {d.action for d in report.decisions} - {"exact", "inverted", "two outputs", "normalized", "left"} == set()
     if kind == "zero" and tuned != "LoRA qv":
         assert any(d.action == "normalized" for d in report.decisions)
-    eager, in_eager = run(model, x, model, autocast)
+    eager, _ = run(model, x, model, autocast)
     nbytes, grads = compiled(model, x, 1.0, autocast=autocast)
     # Under autocast, a compiler saves the copies of weights in bfloat16, where a layer that rebuilds its input makes
     # them again from the weight. They do not grow with the batch.
     casts = autocast * sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     assert nbytes <= eager + casts
     assert nbytes <= 1.01 * plain  # rstd of the norms, see above
-    # Roundings to float32, or to bfloat16, of which the decompositions of the compiler omit some.
-    assert off(grads, in_eager) < (1e-2 if autocast else 1e-5)
-    assert off(grads, exact) < (1e-2 if autocast else 1e-5)
+    # Rounding in float32; under autocast in bfloat16, as in the plain model.
+    assert off(grads, exact) < (1.5 * off(in_plain, exact) if autocast else 1e-5)
 
 
 class Changed(PostNorm):
@@ -177,17 +177,18 @@ class Changed(PostNorm):
         return self.norm2(self.q(y) + self.k(y) + y)
 
 
-@pytest.mark.parametrize("kind", ["post", "zero"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_changes_in_place_of_what_is_handed_over_in_a_graph(kind, autocast):
+def test_changes_in_place_of_what_is_handed_over_in_a_graph(autocast):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(D, D), Changed(kind), Changed(kind)), torch.randn(BATCH, TOKENS, D)
+    model, x = nn.Sequential(nn.Linear(D, D), Changed("zero"), Changed("zero")), torch.randn(BATCH, TOKENS, D)
     with mixed(autocast):
-        lomem.convert(model, x, bits=16)
+        report = lomem.convert(model, x, bits=16)
+    assert any(d.action == "normalized" for d in report.decisions)
     model[1].told = model[2].told = True
     _, grads = compiled(model, x, 1.0, autocast=autocast)
     lomem.restore(model)
-    assert off(grads, run(model, x, model, autocast)[1]) < (1e-2 if autocast else 1e-5)  # as above
+    _, expected = run(model, x, model, autocast)
+    assert off(grads, expected) < (2e-2 if autocast else 1e-5)  # a few roundings to bfloat16, of 2^-9 each
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu", "called", "post", "zero"])

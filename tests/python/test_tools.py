@@ -54,3 +54,31 @@ def test_recording_a_compiler(tmp_path):
         assert result.returncode == code
         assert result.stderr == "warning: something else\n"
         assert target.with_name(target.name + ".ptxas").exists() == (code == 0)
+
+
+RESULTS = """\
+<testsuites><testsuite>
+<testcase classname="a" name="passes"/>
+<testcase classname="a" name="fails[1]"><failure message=""/></testcase>
+<testcase classname="a" name="cannot"><error message=""/></testcase>
+<testcase classname="a" name="known"><skipped type="pytest.xfail" message=""/></testcase>
+<testcase classname="a" name="elsewhere"><skipped type="pytest.skip" message=""/></testcase>
+</testsuite></testsuites>
+"""
+
+
+def test_the_table_of_versions(tmp_path):
+    script = tmp_path / "tools/versions.py"
+    for folder in (script.parent, tmp_path / "benchmarks/results", *(tmp_path / "build/versions" / v for v in "ab")):
+        folder.mkdir(parents=True)
+    script.write_text((ROOT / "tools/versions.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "build/versions/a/results.xml").write_text(RESULTS, encoding="utf-8")
+    result = run(script, "a", "c")
+    assert result.returncode == 1, "a test failed, and a version has no results"
+    assert "| a | 5 | 1 | 2 | 1 | 1 |\n| c | no results | | | | |\n" in result.stdout
+    assert result.stdout.endswith("With torch a:\n\n- `a::cannot`\n- `a::fails[1]`\n\nWith torch c:\n\n- `no results`\n")
+    assert (tmp_path / "benchmarks/results/torch-versions.md").read_text(encoding="utf-8") == result.stdout
+    passes = RESULTS.replace("<failure", "<note").replace("<error", "<note")
+    (tmp_path / "build/versions/b/results.xml").write_text(passes, encoding="utf-8")
+    result = run(script, "b")
+    assert (result.returncode, "| b | 5 | 3 | 0 | 1 | 1 |\n" in result.stdout) == (0, True)

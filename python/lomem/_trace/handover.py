@@ -57,6 +57,7 @@ from .once import differentiable_once
 __all__ = [
     "Offer",
     "Rebuild",
+    "TracedOffer",
     "current_hooks",
     "hold",
     "in_a_region",
@@ -193,7 +194,7 @@ def offer(
     if is_compiling():
         if takers and not _is_tracing_a_region():
             kept = tuple(kept)
-            traced = _Traced(kept, rebuild, _traced_version("result"), takers, differentiable, grouped)
+            traced = TracedOffer(kept, rebuild, _traced_version("result"), takers, differentiable, grouped)
             result._lomem_offer = traced  # type: ignore[attr-defined]
         return
     hooks = current_hooks()
@@ -326,7 +327,7 @@ def offered(result: Any) -> tuple[Tensor, ...]:
     return () if tensors is None else tuple(t for t in tensors if t is not None)
 
 
-class _Traced:
+class TracedOffer:
     """An offer under a compiler. (Its code is traced: no weak references, no versions of real tensors.)"""
 
     weak = False
@@ -350,7 +351,7 @@ def _traced_version(local: str) -> int:
 
     try:
         frame = InstructionTranslator.current_tx().output.current_tx
-        variable = frame.symbolic_locals[local].realize()
+        variable: Any = frame.symbolic_locals[local].realize()
         return int(variable.proxy.node.meta["example_value"]._version)
     except (AttributeError, KeyError, RuntimeError):  # in another version of torch
         return -1
@@ -359,8 +360,8 @@ def _traced_version(local: str) -> int:
 _traced_version._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _take_traced(input: Tensor) -> tuple[tuple[Tensor | None, ...], _Traced] | None:
-    made: _Traced | None = getattr(input, "_lomem_offer", None)
+def _take_traced(input: Tensor) -> tuple[tuple[Tensor | None, ...], TracedOffer] | None:
+    made: TracedOffer | None = getattr(input, "_lomem_offer", None)
     if made is None or made.version < 0 or made.version != _traced_version("input"):
         return None
     kept = made.kept
@@ -370,7 +371,7 @@ def _take_traced(input: Tensor) -> tuple[tuple[Tensor | None, ...], _Traced] | N
     return (kept, made) if kept else None
 
 
-def take(input: Tensor) -> tuple[tuple[Tensor | None, ...], Offer | _Traced] | None:
+def take(input: Tensor) -> tuple[tuple[Tensor | None, ...], Offer | TracedOffer] | None:
     """The tensors that a linear layer may save instead of its input, and the offer; None for none.
 
     Each linear layer must call this exactly once, even if it does not use the result.

@@ -20,6 +20,7 @@ from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.groups import FLOATS, FromGroups, Load, can_store, store
 from .._trace.handover import (
     Offer,
+    TracedOffer,
     current_hooks,
     hold,
     in_a_region,
@@ -609,7 +610,7 @@ class MSNorm(Converted):
                 with autocast_to(device, None):
                     result, kept = _NormOfTwoOutputs.apply(x, weight, bias, plan, eps, full, kept_dtype)
                 if is_compiling():
-                    result = result.view_as(result)
+                    result = result.view_as(result)  # (Results of custom functions take no attributes there.)
                 if plan.inverted:
                     offer(result, (kept,), itself, plan.takers)
                 else:
@@ -681,7 +682,12 @@ class SharedInput(Converted):
 
 
 def _distributed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, kept: Sequence[Tensor | None], made: Offer
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    kept: Sequence[Tensor | None],
+    made: Offer | TracedOffer,
 ) -> Tensor | None:
     """The same with DTensors, on the local tensors of each rank; None if they would have to be redistributed."""
     from .._sharding import products
