@@ -1,4 +1,4 @@
-"""ReGELU2 of one library for many versions of torch: checks it, and times a call beside lomem's own.
+"""GELU with two bits, of one library for many versions of torch: checks it, and times a call beside lomem's own.
 
     python examples/stable_abi/measure.py build/stable-abi/liblomem_stable.so
 
@@ -9,6 +9,7 @@ what follows from it: docs/versions.md.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import statistics
 import sys
@@ -21,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CALLS, ROUNDS = 200, 51
-#: Of ReGELU2: arXiv:2406.16282, in float64.
+#: Of GELU's approximation by three ReLUs: Yang et al., 2024, arXiv:2406.16282.
 BOUNDARIES = torch.tensor([-3.1858810036855245, -0.001178821281161997, 3.190832613414926], dtype=torch.float64)
 SLOPES = torch.tensor([-0.04922261145617846, 1.0979632065417297, -0.048740595085551286], dtype=torch.float64)
+LEVELS = torch.cat([torch.zeros(1, dtype=torch.float64), SLOPES.cumsum(0)])
+_boundaries, _levels = BOUNDARIES.tolist(), LEVELS.tolist()
 
 
 class Function(torch.autograd.Function):
@@ -32,14 +35,14 @@ class Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
         """Saves the codes."""
-        output, codes = torch.ops.lomem_stable.regelu2_forward(input)
+        output, codes = torch.ops.lomem_stable.gelu_forward(input, _boundaries)
         ctx.save_for_backward(codes)
         return output  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         """The gradient by the codes."""
-        return torch.ops.lomem_stable.regelu2_backward(grads[0], *ctx.saved_tensors)  # type: ignore[no-any-return]
+        return torch.ops.lomem_stable.step_multiply(grads[0], *ctx.saved_tensors, _levels)  # type: ignore[no-any-return]
 
 
 def register() -> None:
@@ -49,17 +52,17 @@ def register() -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
 
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> Tensor:
-        return torch.ops.lomem_stable.regelu2_backward(grad_output, *ctx.saved_tensors)  # type: ignore[no-any-return]
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> Any:
+        return torch.ops.lomem_stable.step_multiply(grad_output, *ctx.saved_tensors, _levels), None
 
-    torch.library.register_autograd("lomem_stable::regelu2_forward", backward, setup_context=setup_context)
+    torch.library.register_autograd("lomem_stable::gelu_forward", backward, setup_context=setup_context)
 
-    @torch.library.register_fake("lomem_stable::regelu2_forward")
-    def _(input: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.library.register_fake("lomem_stable::gelu_forward")
+    def _(input: Tensor, boundaries: list[float]) -> tuple[Tensor, Tensor]:
         return torch.empty_like(input), input.new_empty([(input.numel() * 2 + 7) // 8], dtype=torch.uint8)
 
-    @torch.library.register_fake("lomem_stable::regelu2_backward")
-    def _(grad_output: Tensor, codes: Tensor) -> Tensor:
+    @torch.library.register_fake("lomem_stable::step_multiply")
+    def _(grad_output: Tensor, codes: Tensor, levels: list[float]) -> Tensor:
         return torch.empty_like(grad_output)
 
 
@@ -71,8 +74,7 @@ def check(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     y = function(x)
     assert torch.equal(y, F.gelu(x)), "the forward pass is not torch's"
     wide = x.detach().double() if dtype is torch.float64 else x.detach().float()
-    levels = torch.cat([torch.zeros(1, dtype=torch.float64), SLOPES.cumsum(0)])
-    level = levels[torch.searchsorted(BOUNDARIES.to(wide), wide)].to(wide)
+    level = LEVELS[torch.searchsorted(BOUNDARIES.to(wide), wide)].to(wide)
     expected = (grad.to(wide) * level).to(dtype)
     (result,) = torch.autograd.grad(y, x, grad)
     assert torch.equal(result, expected), "the gradient is not that of the step function"
@@ -84,9 +86,10 @@ def contenders() -> dict[str, Callable[[Tensor], Tensor]]:
     if importlib.util.find_spec("lomem"):
         import lomem
 
-        result["lomem: C++ autograd"] = lomem.functional.regelu2
+        result["lomem: C++ autograd"] = functools.partial(lomem.functional.gelu, bits=2, criterion="paper")
     result["stable ABI, torch.autograd.Function"] = Function.apply
-    result["stable ABI, torch.library.register_autograd"] = lambda x: torch.ops.lomem_stable.regelu2_forward(x)[0]
+    registered = torch.ops.lomem_stable.gelu_forward
+    result["stable ABI, torch.library.register_autograd"] = lambda x: registered(x, _boundaries)[0]
     return result
 
 
