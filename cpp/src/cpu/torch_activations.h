@@ -22,8 +22,8 @@ namespace lomem::detail {
 // Runs the torch op in tiles, so that what else is done with a tile is done while it is in the cache, and x is read
 // from memory only once. A tile must give the same bits as a single call. Most of torch's kernels evaluate the
 // remainder at the end of a thread's range by another formula, so the last bits depend on where ranges end. Exceptions:
-//   - GELU of float32 and bfloat16 is oneDNN's, which treats every element alike (except in a call
-//     with only one element);
+//   - GELU of float32 and, on CPUs with AVX-512, of bfloat16 is oneDNN's, which treats every element alike (except in a
+//     call with only one element);
 //   - SiLU of 16-bit types: the formulas differ by less than rounding shows, for all 65,536 inputs;
 //   - ReLU rounds nothing;
 //   - one thread: there is only one range, and with tiles that are multiples of every vector length, the only remainder
@@ -46,8 +46,20 @@ constexpr Tiling by_vectors(bool with_threads) {
 /// Large tiles: a call of oneDNN costs as much as about 30,000 elements.
 inline constexpr Tiling by_onednn{true, int64_t{1} << 19, int64_t{1} << 23};
 
+/// Whether torch has oneDNN compute bfloat16. (Where that is not known it is not, which is never wrong here.)
+inline bool onednn_takes_bfloat16() {
+#if defined(__x86_64__)
+  static const bool takes = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return takes;
+#else
+  return false;
+#endif
+}
+
 inline bool is_onednn(at::ScalarType dtype) {
-  return (dtype == at::kFloat || dtype == at::kBFloat16) && at::hasMKLDNN() && at::globalContext().userEnabledMkldnn();
+  return (dtype == at::kFloat || (dtype == at::kBFloat16 && onednn_takes_bfloat16())) && at::hasMKLDNN() &&
+         at::globalContext().userEnabledMkldnn();
 }
 
 // (These bypass the dispatcher.)
