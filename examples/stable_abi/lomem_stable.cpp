@@ -1,4 +1,5 @@
-// GELU that saves 2 bits, on the stable C interface of libtorch: two ops without autograd, which is Python's (measure.py).
+// GELU that saves 2 bits, on the stable C interface of libtorch: two ops without autograd, which is Python's
+// (measure.py).
 #include <lomem/cpu/kernels.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -56,7 +57,8 @@ Tensor step_codes(const Tensor& input, const std::vector<double>& boundaries) {
 /// torch's own GELU, and the codes.
 std::tuple<Tensor, Tensor> gelu_forward(const Tensor& input, std::vector<double> boundaries) {
   STD_TORCH_CHECK(
-      boundaries.size() == 3, "lomem_stable::gelu_forward: boundaries has ", boundaries.size(), " elements, expected 3");
+      boundaries.size() == 3, "lomem_stable::gelu_forward: boundaries has ", boundaries.size(),
+      " elements, expected 3");
   Tensor codes = step_codes(input, boundaries);
   std::array<StableIValue, 2> stack = {
       torch::stable::detail::from(input), torch::stable::detail::from(std::string("none"))};

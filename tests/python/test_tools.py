@@ -76,7 +76,9 @@ def test_the_table_of_versions(tmp_path):
     result = run(script, "a", "c")
     assert result.returncode == 1, "a test failed, and a version has no results"
     assert "| a | 5 | 1 | 2 | 1 | 1 |\n| c | no results | | | | |\n" in result.stdout
-    assert result.stdout.endswith("With torch a:\n\n- `a::cannot`\n- `a::fails[1]`\n\nWith torch c:\n\n- `no results`\n")
+    assert result.stdout.endswith(
+        "With torch a:\n\n- `a::cannot`\n- `a::fails[1]`\n\nWith torch c:\n\n- `no results`\n"
+    )
     assert (tmp_path / "benchmarks/results/torch-versions.md").read_text(encoding="utf-8") == result.stdout
     passes = RESULTS.replace("<failure", "<note").replace("<error", "<note")
     (tmp_path / "build/versions/b/results.xml").write_text(passes, encoding="utf-8")
