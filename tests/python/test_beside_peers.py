@@ -1,4 +1,4 @@
-"""Converted models beside what else saves memory: fused kernels' layers, and losses without the logits of all tokens."""
+"""Converted models beside what else saves memory: layers of fused kernels, and losses without all logits at once."""
 
 import copy
 import sys
