@@ -17,8 +17,8 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and lomem._C.cuda_arch
 # Tests that need a GPU.
 collect_ignore = [] if "cuda" in DEVICES else ["test_cuda.py"]
 
-# OpenMP's threads start with the mode for subnormal numbers of the thread that starts them, and keep it: not in a test that
-# sets another mode.
+# OpenMP's threads start with the mode for subnormal numbers of the thread that starts them, and keep it. So they start
+# here, not in a test that sets another mode.
 torch.ones(1 << 21).exp()
 
 # CI runs use the same examples every time; other runs draw new ones.

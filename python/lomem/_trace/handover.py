@@ -31,8 +31,8 @@ from the same tensors and its other operands (:mod:`lomem.conversion.pairs`).
 
 Under a compiler, an offer is an attribute of the result, which the compiler follows while it traces, and nothing of it
 is left in the compiled code. Norms are handed over so. Cheap ops are not: they are marked to be recomputed
-(:func:`recomputed`), which leaves the compiler more freedom. Nothing is handed over in a checkpointed region, which saves
-nothing in the first place.
+(:func:`recomputed`), which leaves the compiler more freedom. Nothing is handed over in a checkpointed region, which
+saves nothing in the first place.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ def offered(result: Any) -> tuple[Tensor, ...]:
 
 
 class TracedOffer:
-    """An offer under a compiler. (Its code is traced: no weak references, no versions of real tensors.)"""
+    """An offer under a compiler, whose code is traced: without weak references and versions of real tensors."""
 
     weak = False
 
