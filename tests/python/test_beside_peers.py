@@ -112,7 +112,7 @@ def test_beside_losses(loss, bits):
     assert after[2].keys() == before[2].keys()
     norm = sum(g.square().sum() for g in exact[2].values()).sqrt()
     off = sum((after[2][name].double() - g).square().sum() for name, g in exact[2].items()).sqrt() / norm
-    # Rounding in float32; 8 bits err by half a percent per tensor that is kept in them, and a few are behind each other.
+    # Rounding in float32; 8 bits err by half a percent per tensor kept in them, of which a few are behind each other.
     assert off < (2e-2 if bits == 8 else 1e-5)
 
 
