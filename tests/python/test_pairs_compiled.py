@@ -191,6 +191,13 @@ def test_changes_in_place_of_what_is_handed_over_in_a_graph(autocast):
     assert off(grads, expected) < (2e-2 if autocast else 1e-5)  # a few roundings to bfloat16, of 2^-9 each
 
 
+def test_an_empty_batch_in_a_graph():
+    model, x = nn.Sequential(nn.Linear(D, D), Changed("zero")), torch.randn(BATCH, TOKENS, D)
+    lomem.convert(model, x, bits=16)
+    _, grads = compiled(model, x[:0], 1.0)
+    assert grads and all(not g.count_nonzero() or g.isnan().all() for g in grads.values())
+
+
 @pytest.mark.parametrize("kind", ["gelu", "swiglu", "called", "post", "zero"])
 def test_a_checkpointed_region_of_a_graph(kind):
     model, x = build(kind, "full"), torch.randn(BATCH, TOKENS, D)

@@ -414,7 +414,7 @@ def _in_the_backward_pass(kept: Tensor, grad: Tensor) -> Tensor:
 
     What depends on saved tensors alone, a compiler may compute in the forward pass, and save that.
     """
-    zero = grad.flatten()[0] > math.inf  # of NaN too
+    zero = (grad.flatten()[:1] > math.inf).any()  # of NaN and of no elements too
     return kept + zero.to(kept.dtype)
 
 
