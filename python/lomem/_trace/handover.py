@@ -425,7 +425,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> Any:
         grad_input = (grad @ weight.to(ctx.dtype)).to(ctx.input_dtype)
     rows = _rows(grad)
     if ctx.needs_input_grad[1]:
-        if is_compiling():
+        if is_compiling() and ctx.rebuild is not itself:
             kept[0] = _in_the_backward_pass(kept[0], rows)
         grad_weight = (rows.T @ _rows(ctx.rebuild(*kept).to(ctx.dtype))).to(ctx.weight_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
