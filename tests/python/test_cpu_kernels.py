@@ -308,6 +308,86 @@ def test_why_gelu_by_onednn_may_go_in_tiles(dtype):
         assert same_bits(parts[kept], together[: parts.numel()][kept]), size
 
 
+BY_NAME = dict(zip(("gelu", "gelu_tanh", "silu"), ACTIVATIONS.values(), strict=True))
+
+
+def scattered(torch_op, dtype, n):
+    """All finite numbers in random order, and among them, at every fourth place, those whose value depends on the place."""
+    every = all_patterns(dtype)
+    every = every[every.isfinite()]
+    together, alone = torch_op(every), torch_op(every.repeat_interleave(2)[::2])
+    x = every[torch.randint(len(every), (n,))]
+    different = every[together != alone]
+    if len(different):
+        x[::4] = different[torch.randint(len(different), x[::4].shape)]
+    return x
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("mkldnn", [False, True])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "sigmoid"])
+def test_values_by_table_are_bit_for_bit_torchs(name, dtype, mkldnn, count, threads):
+    # From 65,536 elements on, values of 16 bits are looked up, but for those that torch computes by another formula.
+    threads(count)
+    activation = BY_NAME.get(name)
+    torch_op = torch.sigmoid if activation is None else activation.torch_op
+    with torch.backends.mkldnn.flags(enabled=mkldnn):
+        for shape in ((65_536,), (65_537,), (3, 43_777), (1_000_037,)):
+            x = scattered(torch_op, dtype, torch.Size(shape).numel()).view(shape)
+            want, other = torch_op(x), torch.randn(shape).to(dtype)
+            last = torch.randn(shape[-1:]).to(dtype).expand(shape)
+            wide = torch.stack((other, x), -2).flatten(-2)  # x is a half of its last dimension
+            half = wide.tensor_split(2, -1)[1]
+            got = [
+                (ops.gated(x, other, name), want * other),
+                (ops.gated(x, last, name), want * last),
+                (ops.gated(half, other, name), torch_op(half) * other),
+                (ops.gated(wide, None, name, layout="up_gate"), torch_op(half) * other),
+            ]
+            if activation is not None:
+                values, codes = activation.forward(x)
+                want_codes = reference.pack_bits(reference.step_codes(x, activation.step), 2)
+                drawn = ops.drawn_activation_forward(x, name, [], 2)
+                again = ops.drawn_codes(x, name, [], 2, drawn[2])
+                got += [(values, want), (codes, want_codes), (drawn[0], want), (drawn[1], again)]
+                got.append((ops.step_activation(x, name, [], 2), want))
+            assert all(same_bits(a, b) for a, b in got), (shape, [same_bits(a, b) for a, b in got])
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_values_by_table_of_special_numbers(name, dtype):
+    x = all_patterns(dtype).repeat(2)
+    want, got = ACTIVATIONS[name].torch_op(x), ACTIVATIONS[name].forward(x)[0]
+    assert torch.equal(got.isnan(), want.isnan())
+    assert want.isnan().any()
+    assert same_bits(got[~want.isnan()], want[~want.isnan()])
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_values_by_table_where_subnormals_are_flushed(name, dtype):
+    # Before and after the table is made, in a process that has none.
+    program = f"""
+import torch
+from helpers import ACTIVATIONS, all_patterns, same_bits
+torch.set_num_threads(1)
+activation, x = ACTIVATIONS["{name}"], all_patterns({dtype})
+x = x[x.isfinite()].repeat(2)
+kept = activation.torch_op(x)
+torch.set_flush_denormal(True)
+flushed = activation.torch_op(x)
+assert same_bits(activation.forward(x)[0], flushed)
+torch.set_flush_denormal(False)
+assert same_bits(activation.forward(x)[0], kept)
+torch.set_flush_denormal(True)
+assert same_bits(activation.forward(x)[0], flushed)
+"""
+    here = os.path.dirname(__file__)
+    subprocess.run([sys.executable, "-c", program], cwd=here, timeout=300, check=True)
+
+
 # Fast forward -------------------------------------------------------------------------------------------------------
 
 FAST = lomem._C.cpu_capability() != "DEFAULT"

@@ -114,9 +114,8 @@ std::tuple<at::Tensor, at::Tensor> fused_forward(const at::Tensor& input, Double
       return {output, codes};
     }
   }
-  if (const Tiling tiling = Values<Function>::tiling(input.scalar_type());
-      input.is_contiguous() && may_tile(input.numel(), tiling)) {
-    return forward_in_tiles<Function>(input, tiling, encode);
+  if (goes_in_tiles<Function>(input)) {
+    return forward_in_tiles<Function>(input, encode);
   }
 
   // Calls the torch op on the original tensor: torch picks its kernel by strides, and kernels differ in the last bits.
@@ -155,7 +154,7 @@ at::Tensor step_activation_cpu(
         return output;
       }
     }
-    return Values<Function>::value(input);
+    return torch_values<Function>(input);
   });
 }
 

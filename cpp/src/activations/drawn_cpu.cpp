@@ -60,19 +60,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> drawn_activation_forward_cpu(
     int64_t offset) {
   constexpr const char* op = ops::drawn_activation_forward.name;
   const Activation& activation = check_drawn_activation(op, input, function, parameters, bits, seed, offset);
-  if (!activation.fused || !input.is_contiguous()) {
+  if (!activation.fused) {
     return drawn_activation_forward_value(input, function, parameters, bits, seed, offset);
   }
   return visit_fused(function, [&](auto type) {
     using Function = typename decltype(type)::type;
-    const Tiling tiling = Values<Function>::tiling(input.scalar_type());
-    if (!may_tile(input.numel(), tiling)) {
+    if (!goes_in_tiles<Function>(input)) {
       return drawn_activation_forward_value(input, function, parameters, bits, seed, offset);
     }
     const at::Tensor used_seed = has_tensor(seed) ? seed->clone() : draw_seed(op, input.device());
     const auto drawn = resolve_drawn(activation, parameters);
-    auto [output, codes] = forward_in_tiles<Function>(
-        input, tiling, DrawnEncoder(*drawn, bits, used_seed, offset, to_dtype(input.scalar_type())));
+    auto [output, codes] =
+        forward_in_tiles<Function>(input, DrawnEncoder(*drawn, bits, used_seed, offset, to_dtype(input.scalar_type())));
     return std::tuple(output, codes, used_seed);
   });
 }

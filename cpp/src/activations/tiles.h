@@ -14,7 +14,7 @@
 
 #include "../checks.h"
 #include "../cpu/parallel.h"
-#include "../cpu/torch_activations.h"
+#include "../cpu/value_table.h"
 
 namespace lomem::detail {
 
@@ -45,33 +45,17 @@ inline at::Tensor empty_result(const at::Tensor& input) {
   return at::empty_like(input);
 }
 
-/// Values and codes of a contiguous input, tile by tile, so that its elements are read from memory once.
+/// Values and codes of an input that goes in tiles, so that its elements are read from memory once.
 template <class Function, class Encode>
-std::tuple<at::Tensor, at::Tensor> forward_in_tiles(
-    const at::Tensor& input, const Tiling& tiling, const Encode& encode) {
-  const int64_t n = input.numel();
+std::tuple<at::Tensor, at::Tensor> forward_in_tiles(const at::Tensor& input, const Encode& encode) {
   const int64_t size = input.element_size();
   const DType dtype = to_dtype(input.scalar_type());
   at::Tensor output = empty_result(input);
-  at::Tensor codes = empty_codes(n, encode.bits());
+  at::Tensor codes = empty_codes(input.numel(), encode.bits());
   const auto* x = static_cast<const char*>(input.const_data_ptr());
-  auto* y = static_cast<char*>(output.mutable_data_ptr());
   auto* packed = codes.mutable_data_ptr<uint8_t>();
-
-  // The last tile takes the remainder, so that no tile is short.
-  const int64_t tile_size = tile_elements(n, tiling);
-  const int64_t tiles = n / tile_size;
-  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
-    for (int64_t tile = first; tile < last; ++tile) {
-      const int64_t begin = tile * tile_size;
-      const int64_t count = tile + 1 == tiles ? n - begin : tile_size;
-      // (from_blob takes no pointer to const, but the data is not written to.)
-      const at::Tensor source = view_of(const_cast<char*>(x + begin * size), count, input);
-      at::Tensor target = view_of(y + begin * size, count, input);
-      Values<Function>::value_out(target, source);
-      encode(dtype, x + begin * size, begin, count, packed);
-    }
-  });
+  values_in_tiles<Function>(
+      input, output, [&](int64_t begin, int64_t count) { encode(dtype, x + begin * size, begin, count, packed); });
   return {output, codes};
 }
 

@@ -21,6 +21,11 @@ class Subnormals {
     return Subnormals(read() & mask);
   }
 
+  /// Whether none are flushed.
+  bool are_kept() const {
+    return bits_ == 0;
+  }
+
  private:
   friend class SubnormalsScope;
 

@@ -3,6 +3,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorIterator.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/clamp_min_cpu_dispatch.h>
 #include <ATen/ops/from_blob.h>
@@ -62,9 +63,21 @@ inline bool is_onednn(at::ScalarType dtype) {
          at::globalContext().userEnabledMkldnn();
 }
 
-// (These bypass the dispatcher.)
+/// Grain of the loop over threads in torch's GELU.
+inline int64_t grain_of_gelu(int64_t n) {
+  return n / at::get_num_threads();
+}
+
+// (These bypass the dispatcher. `alike` says whether torch is known to compute all elements by one formula, and `grain`
+// is that of its at::parallel_for over n elements, a large number.)
 
 struct GELUValues {
+  static bool alike(at::ScalarType dtype) {
+    return is_onednn(dtype);
+  }
+  static int64_t grain(int64_t n) {
+    return grain_of_gelu(n);
+  }
   static Tiling tiling(at::ScalarType dtype) {
     return is_onednn(dtype) ? by_onednn : by_vectors(false);
   }
@@ -77,6 +90,12 @@ struct GELUValues {
 };
 
 struct GELUTanhValues {
+  static bool alike(at::ScalarType /*dtype*/) {
+    return false;
+  }
+  static int64_t grain(int64_t n) {
+    return grain_of_gelu(n);
+  }
   static Tiling tiling(at::ScalarType /*dtype*/) {
     return by_vectors(false);
   }
@@ -89,6 +108,12 @@ struct GELUTanhValues {
 };
 
 struct SiLUValues {
+  static bool alike(at::ScalarType /*dtype*/) {
+    return false;
+  }
+  static int64_t grain(int64_t /*n*/) {
+    return at::internal::GRAIN_SIZE;
+  }
   static Tiling tiling(at::ScalarType dtype) {
     return by_vectors(dtype == at::kBFloat16 || dtype == at::kHalf);
   }
@@ -101,6 +126,12 @@ struct SiLUValues {
 };
 
 struct ReLUValues {
+  static bool alike(at::ScalarType /*dtype*/) {
+    return true;
+  }
+  static int64_t grain(int64_t /*n*/) {
+    return at::internal::GRAIN_SIZE;
+  }
   static Tiling tiling(at::ScalarType /*dtype*/) {
     return by_vectors(true);
   }
@@ -113,6 +144,12 @@ struct ReLUValues {
 };
 
 struct SigmoidValues {
+  static bool alike(at::ScalarType /*dtype*/) {
+    return false;
+  }
+  static int64_t grain(int64_t /*n*/) {
+    return at::internal::GRAIN_SIZE;
+  }
   static Tiling tiling(at::ScalarType /*dtype*/) {
     return by_vectors(false);
   }

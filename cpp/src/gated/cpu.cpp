@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include "../cpu/parallel.h"
-#include "../cpu/torch_activations.h"
+#include "../cpu/value_table.h"
 #include "ops.h"
 #include "rows.h"
 
@@ -59,25 +59,34 @@ at::Tensor rows_at(const char* data, int64_t rows, int64_t cols, int64_t stride,
 
 /// Contiguous operands: each tile of the activation is multiplied while it is in the cache.
 template <class Function>
-at::Tensor contiguous_in_tiles(const at::Tensor& gate, const at::Tensor& up, const Tiling& tiling) {
+at::Tensor contiguous_in_tiles(const at::Tensor& gate, const at::Tensor& up) {
   at::Tensor output(at::detail::empty_cpu(gate.sizes(), gate.scalar_type()));
-  const int64_t n = gate.numel();
   const int64_t size = gate.element_size();
   const DType dtype = to_dtype(gate.scalar_type());
-  const auto* x = static_cast<const char*>(gate.const_data_ptr());
   const auto* factor = static_cast<const char*>(up.const_data_ptr());
   auto* y = static_cast<char*>(output.mutable_data_ptr());
-  // The last tile takes the remainder, so that no tile is short.
-  const int64_t tile_size = tile_elements(n, tiling);
-  const int64_t tiles = n / tile_size;
-  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
-    for (int64_t tile = first; tile < last; ++tile) {
-      const int64_t begin = tile * tile_size;
-      const int64_t count = tile + 1 == tiles ? n - begin : tile_size;
-      at::Tensor target = view_of(y + begin * size, count, gate);
-      Values<Function>::value_out(target, view_of(const_cast<char*>(x + begin * size), count, gate));
-      cpu::multiply(dtype, y + begin * size, factor + begin * size, count, y + begin * size);
-    }
+  values_in_tiles<Function>(gate, output, [&](int64_t begin, int64_t count) {
+    cpu::multiply(dtype, y + begin * size, factor + begin * size, count, y + begin * size);
+  });
+  return output;
+}
+
+/// Rows of 16-bit numbers, looked up.
+template <class Function>
+at::Tensor rows_by_table(const at::Tensor& gate, const at::Tensor& up) {
+  const ValueTable& table = value_table<Function>(gate.scalar_type());
+  at::Tensor output(at::detail::empty_cpu(gate.sizes(), gate.scalar_type()));
+  const auto [rows, cols] = row_count(gate, gate.is_contiguous() && up.is_contiguous());
+  const DType dtype = to_dtype(gate.scalar_type());
+  const auto x = rows_of(gate);
+  const auto factor = rows_of(up);
+  const auto y = mutable_rows_of(output);
+  for_ranges(rows, cols, [&, row_bytes = cols * output.element_size()](int64_t row, int64_t begin, int64_t end) {
+    const int64_t offset = begin * static_cast<int64_t>(sizeof(uint16_t));
+    char* const target = y.data + row * row_bytes + offset;
+    look_up(
+        table, reinterpret_cast<const uint16_t*>(x.at(row, offset)), end - begin, reinterpret_cast<uint16_t*>(target));
+    cpu::multiply(dtype, target, factor.at(row, offset), end - begin, target);
   });
   return output;
 }
@@ -122,19 +131,29 @@ void multiply_in_place(at::Tensor& value, const at::Tensor& up) {
   });
 }
 
+/// Whether the table has torch's values of all elements of rows. oneDNN only computes those of contiguous tensors.
+template <class Function>
+bool same_in_rows(const at::Tensor& gate) {
+  const at::ScalarType dtype = gate.scalar_type();
+  return (gate.is_contiguous() || !Values<Function>::alike(dtype)) && value_table<Function>(dtype).everywhere;
+}
+
 template <class Function>
 at::Tensor gated_values(const at::Tensor& gate, const at::Tensor& up) {
-  const Tiling tiling = Values<Function>::tiling(gate.scalar_type());
-  if (may_tile(gate.numel(), tiling)) {
-    if (gate.is_contiguous() && up.is_contiguous()) {
-      return contiguous_in_tiles<Function>(gate, up, tiling);
-    }
-    // (Rows that overlap, and a contiguous gate, which torch treats as one row, are left to torch.)
-    if (!gate.is_contiguous() && row_stride(gate).value_or(0) > gate.size(-1) && row_stride(up).value_or(0) > 0) {
-      return rows_in_tiles<Function>(gate, up, tiling);
-    }
+  if (goes_in_tiles<Function>(gate) && up.is_contiguous()) {
+    return contiguous_in_tiles<Function>(gate, up);
   }
-  at::Tensor value = Values<Function>::value(gate);
+  // (Rows that overlap are left to torch.)
+  const auto in_rows = [&] { return row_stride(gate).value_or(0) >= gate.size(-1) && row_stride(up); };
+  if (may_look_up<Function>(gate) && in_rows() && same_in_rows<Function>(gate)) {
+    return rows_by_table<Function>(gate, up);
+  }
+  // (So is a contiguous gate, which torch treats as one row.)
+  if (const Tiling tiling = Values<Function>::tiling(gate.scalar_type());
+      !gate.is_contiguous() && may_tile(gate.numel(), tiling) && in_rows()) {
+    return rows_in_tiles<Function>(gate, up, tiling);
+  }
+  at::Tensor value = torch_values<Function>(gate);
   if (value.is_contiguous() && row_stride(up)) {
     // (The product has the same strides.)
     multiply_in_place(value, up);
