@@ -9,6 +9,7 @@
 #include <lomem/core/dtype.h>
 #include <lomem/core/fast_forward.h>
 #include <lomem/core/gated.h>
+#include <lomem/core/mersenne.h>
 #include <lomem/core/norm.h>
 #include <lomem/core/packing.h>
 #include <lomem/core/philox.h>

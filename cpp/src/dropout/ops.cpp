@@ -14,6 +14,7 @@
 #include "../checks.h"
 #include "../op.h"
 #include "../packing/ops.h"
+#include "draws.h"
 
 namespace lomem {
 
@@ -57,16 +58,6 @@ at::Tensor dropout_value(const at::Tensor& input, double p, std::string_view sav
   return draws_nothing(input, p) ? input.clone() : at::dropout(input, p, /*train=*/true);
 }
 
-/// Draws what torch draws on the CPU for a contiguous input, as a mask.
-at::Tensor drawn_mask(const at::Tensor& input, double p) {
-  // Of bytes, torch draws the same as of every dtype but float64, which takes twice as many numbers from the generator
-  // for its seed.
-  const bool bytes = input.scalar_type() != at::kDouble;
-  const at::Tensor kept =
-      at::empty(input.sizes(), input.options().dtype(bytes ? at::kByte : at::kDouble)).bernoulli_(1 - p);
-  return bytes ? packed_mask(kept) : ops::step_codes(kept, {{0.5}}, 1);
-}
-
 std::tuple<at::Tensor, at::Tensor> dropout_forward_value(const at::Tensor& input, double p) {
   check_dropout(ops::dropout_forward.name, input, p);
   if (draws_nothing(input, p)) {
@@ -78,7 +69,7 @@ std::tuple<at::Tensor, at::Tensor> dropout_forward_value(const at::Tensor& input
     return {output, packed_mask(kept)};
   }
   if (input.is_contiguous()) {
-    at::Tensor mask = drawn_mask(input, p);
+    at::Tensor mask = draw_mask(input.sizes(), input.scalar_type(), 1 - p);
     return {ops::dropout_apply(input, mask, p), mask};
   }
   // As torch does it, with its strides.

@@ -1,4 +1,5 @@
-// Kernels of dropout of every instruction set against the scalar formula, byte for byte: every size and alignment.
+// Kernels of dropout of every instruction set against the scalar formula, byte for byte: every size and alignment. The
+// Mersenne Twister against the standard library's.
 #include <random>
 
 #include "guarded.h"
@@ -77,6 +78,45 @@ TEST_P(DropoutKernels, SeedsOfEverySize) {
       check_seeded(GetParam(), x, ~seed, std::int64_t{1} << 55, 0.3, n % 3, n % 2 == 0);
     }
   });
+}
+
+/// The state of the standard library's generator, which has drawn `used` numbers of the current words.
+lomem::MersenneState state_of(const std::mt19937& generator) {
+  std::stringstream text;
+  text << generator;
+  lomem::MersenneState state;
+  for (std::uint32_t& word : state.words) {
+    text >> word;
+  }
+  text >> state.next;
+  return state;
+}
+
+TEST_P(DropoutKernels, MasksOfTheMersenneTwister) {
+  for (const std::size_t n : awkward_sizes()) {
+    for (const int before : {0, 1, 311, 622, 623, 624, 1001}) {
+      for (const double p : {0.0, 0x1p-60, 0.1, 0.5, 0.9, 1 - 0x1p-53, 1.0}) {
+        std::mt19937 generator(static_cast<unsigned>(n));
+        generator.discard(static_cast<unsigned>(before));
+        lomem::MersenneState state = state_of(generator);
+        std::vector<std::uint8_t> want((n + 7) / 8);
+        for (std::size_t i = 0; i < n; ++i) {
+          const std::uint64_t high = generator();
+          const std::uint64_t low = generator();
+          const double u = static_cast<double>((high << 32 | low) % (std::uint64_t{1} << 53)) * 0x1p-53;
+          want[i / 8] |= static_cast<std::uint8_t>((u < p ? 1 : 0) << (i % 8));
+        }
+        Guarded<std::uint8_t> mask(want.size(), n % 3);
+        GetParam()->bernoulli_mask(state, lomem::bernoulli_bound(p), static_cast<std::int64_t>(n), mask.data());
+        ASSERT_TRUE(same_bytes(mask.values(), want)) << n << " elements after " << before << ", p = " << p;
+        mask.expect_intact();
+        // Both go on alike.
+        const lomem::MersenneState after = state_of(generator);
+        ASSERT_EQ(state.next, after.next);
+        ASSERT_EQ(std::memcmp(state.words, after.words, sizeof(state.words)), 0);
+      }
+    }
+  }
 }
 
 TEST_P(DropoutKernels, EverySize) {

@@ -7,6 +7,7 @@
 #include <lomem/core/drawn.h>
 #include <lomem/core/dtype.h>
 #include <lomem/core/gated.h>
+#include <lomem/core/mersenne.h>
 #include <lomem/core/norm.h>
 #include <lomem/core/storage.h>
 

@@ -6,6 +6,7 @@
 #include "drawn.h"
 #include "dropout.h"
 #include "gated.h"
+#include "mersenne.h"
 #include "norm.h"
 #include "packing.h"
 #include "search.h"
