@@ -47,6 +47,7 @@ __all__ = [
     "Step",
     "StepKind",
     "as_step",
+    "dropped",
     "is_small",
 ]
 
@@ -350,9 +351,14 @@ class _Dropout(torch.autograd.Function):
         return torch.ops.lomem.dropout_apply(grad, mask, ctx.p), None
 
 
+def dropped(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Dropout as torch has it, which saves a bit per element, and these bits."""
+    return _Dropout.apply(x, p)  # type: ignore[no-any-return]
+
+
 def _drop(x: Tensor, p: float, takers: int) -> Tensor:
     """Dropout whose result is offered to linear layers, to be rebuilt from the mask and from what x is."""
-    result, mask = _Dropout.apply(x, p)
+    result, mask = dropped(x, p)
     found = peek(x, copies=True) if takers else None
     if found is not None:
         kept, made = found
@@ -361,7 +367,7 @@ def _drop(x: Tensor, p: float, takers: int) -> Tensor:
         offer(result, (*kept, mask), rebuild, takers, **options)
         # If x needs no gradient, nobody saves the mask. And a producer of x may save the storage, not the tensor.
         hold(result, (mask, *made.held, *(t for t in kept if t is x)))
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 class _OfInput(torch.autograd.Function):
