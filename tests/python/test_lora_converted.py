@@ -144,7 +144,7 @@ def test_groups(kind, p):
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("way", WAYS)
-def test_whatever_is_around(way, p):
+def test_checkpoints_and_hooks_around(way, p):
     plain, theirs, x = build(Stack, "bfloat16 with float32", p)
     model = copy.deepcopy(plain)
     converted(model, x)

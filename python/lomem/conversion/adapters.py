@@ -14,7 +14,7 @@ from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.handover import linear_of_offered, take
 from ..nn import LoRALinear
 from .modules import SharedInput, hands_nothing_over
-from .pairs import dropped
+from .pairs import dropped, dropped_again
 
 __all__ = ["SharedAdapter", "is_adapter"]
 
@@ -50,16 +50,20 @@ class SharedAdapter(SharedInput):
         ):
             return super()._update(input)  # type: ignore[misc,no-any-return]
         kept, made = taken
-        number = len(kept)
-
-        def rebuild(*tensors: Tensor | None) -> Tensor:
-            x, masks = made.rebuild(*tensors[:number]).to(dtype), tensors[number:]
-            return torch.ops.lomem.dropout_apply(x, *masks, p) if masks else x  # type: ignore[no-any-return]
-
         # By the ops of the library's own function, of which the first product saves what it is given.
-        x, *masks = dropped(input.to(dtype), p) if p > 0 else (input.to(dtype),)
+        x, saved = input.to(dtype), list(kept)
+        if p > 0:
+            x, mask = dropped(x, p)
+            saved.append(mask)
+        # (The function must hold neither the offer nor a tensor.)
+        of_producer, number = made.rebuild, len(kept)
+
+        def rebuild(*tensors: Any) -> Tensor:
+            x = of_producer(*tensors[:number]).to(dtype)
+            return dropped_again(x, tensors[number], p) if p > 0 else x
+
         with autocast_to(device, None):
             options = {"differentiable": made.differentiable}
-            product = linear_of_offered(x, a, None, low or dtype, (*kept, *masks), rebuild, **options)
+            product = linear_of_offered(x, a, None, low or dtype, saved, rebuild, **options)
         update = F.linear(product, b, bias)
         return update if scaling == 1 else update * scaling
