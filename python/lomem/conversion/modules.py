@@ -51,6 +51,7 @@ __all__ = [
     "StepCalls",
     "as_activation",
     "fixed_of_activation",
+    "hands_nothing_over",
     "is_recorded",
     "is_transformed",
     "may_redirect",
@@ -79,7 +80,7 @@ def is_recorded() -> bool:
     return torch.jit.is_tracing() or is_exporting()
 
 
-def _hands_nothing_over() -> bool:
+def hands_nothing_over() -> bool:
     """Whether a tracer or transform is running, or a compiler in a region of its own: nothing is handed over there."""
     return is_recorded() or is_transformed() or in_a_region()
 
@@ -638,9 +639,9 @@ class SharedInput(Converted):
     lomem_copies: bool = False
 
     @staticmethod
-    def attributes(module: nn.Module, form: LinearForm, *, copies: bool = False) -> dict[str, Any]:
-        """The mixin's attributes for a module to be converted."""
-        return {"lomem_linear": form, "lomem_fixed": fixed(module), "lomem_copies": copies}
+    def attributes(module: nn.Module, form: LinearForm | None) -> dict[str, Any]:
+        """The mixin's attributes for a module to be converted; without a form, it may change at any time."""
+        return {"lomem_linear": form, "lomem_fixed": () if form is None else fixed(module), "lomem_copies": False}
 
     @classmethod
     def combined(
@@ -652,7 +653,7 @@ class SharedInput(Converted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same result as the original."""
         form, values = self.lomem_linear, (*args, *kwargs.values())
-        if form is None or len(values) != 1 or not isinstance(values[0], Tensor) or _hands_nothing_over():
+        if form is None or len(values) != 1 or not isinstance(values[0], Tensor) or hands_nothing_over():
             return super().forward(*args, **kwargs)
         x = values[0]
         taken = take(x)  # even if it goes unused: the producer counts its takers
@@ -661,15 +662,10 @@ class SharedInput(Converted):
         weight = getattr(self, form.weight)
         bias = getattr(self, form.bias) if form.bias is not None else None
         kept, made = taken
-        if made.weak and not self.lomem_copies:
-            return super().forward(*args, **kwargs)  # it may be changed in place, or nobody else may save it
         device = x.device.type
         low = None if x.dtype == torch.float64 else autocast_dtype(device)
         dtype = low or x.dtype
-        # Do not use a copy that is less precise than this layer.
-        copy = x if made.differentiable or made.grouped else kept[0]
-        few = torch.finfo(copy.dtype).eps > torch.finfo(dtype).eps  # type: ignore[union-attr]
-        if few or not needs_gradient(weight) or (low is None and weight.dtype != x.dtype):
+        if not self.may_take(kept, made, x, dtype, weight) or (low is None and weight.dtype != x.dtype):
             return super().forward(*args, **kwargs)
         if not form.transposed:
             weight = weight.T
@@ -679,6 +675,26 @@ class SharedInput(Converted):
                 return linear_of_offered(x, weight, bias, dtype, kept, made.rebuild, **options)
             result = _distributed_linear(x, weight, bias, dtype, kept, made)
         return super().forward(*args, **kwargs) if result is None else result
+
+    def may_take(
+        self, kept: Sequence[Tensor | None], made: Offer | TracedOffer, x: Tensor, dtype: torch.dtype, weight: Tensor
+    ) -> bool:
+        """Whether the layer may save what is offered.
+
+        Args:
+            kept: Tensors returned by :func:`take`.
+            made: The offer.
+            x: The input.
+            dtype: Dtype in which the layer computes.
+            weight: Its weight.
+        """
+        if made.weak and not self.lomem_copies:
+            return False  # it may be changed in place, or nobody else may save it
+        # Do not use a copy that is less precise than both this layer and its input.
+        copy = x if made.differentiable or made.grouped else kept[0]
+        assert copy is not None
+        eps = max(torch.finfo(d).eps for d in (dtype, x.dtype))
+        return torch.finfo(copy.dtype).eps <= eps and needs_gradient(weight)
 
 
 def _distributed_linear(

@@ -47,6 +47,8 @@ __all__ = [
     "Step",
     "StepKind",
     "as_step",
+    "dropped",
+    "dropped_again",
     "is_small",
 ]
 
@@ -355,21 +357,31 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         (mask,) = ctx.saved_tensors
-        return torch.ops.lomem.dropout_apply(grad, mask, ctx.p), None
+        return dropped_again(grad, mask, ctx.p), None
+
+
+def dropped(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Dropout as torch has it, which saves a bit per element, and these bits."""
+    return _Dropout.apply(x, p)  # type: ignore[no-any-return]
+
+
+def dropped_again(x: Tensor, mask: Tensor, p: float) -> Tensor:
+    """The same of another tensor, or of a gradient."""
+    return torch.ops.lomem.dropout_apply(x, mask, p)  # type: ignore[no-any-return]
 
 
 def _drop(x: Tensor, p: float, takers: int) -> Tensor:
     """Dropout whose result is offered to linear layers, to be rebuilt from the mask and from what x is."""
-    result, mask = _Dropout.apply(x, p)
+    result, mask = dropped(x, p)
     found = peek(x, copies=True) if takers else None
     if found is not None:
         kept, made = found
-        rebuild = _Replayed(made.rebuild, len(kept), lambda x, mask: torch.ops.lomem.dropout_apply(x, mask, p))
+        rebuild = _Replayed(made.rebuild, len(kept), lambda x, mask: dropped_again(x, mask, p))
         options: Any = {"differentiable": made.differentiable, "weak": made.weak, "grouped": made.grouped}
         offer(result, (*kept, mask), rebuild, takers, **options)
         # If x needs no gradient, nobody saves the mask. And a producer of x may save the storage, not the tensor.
         hold(result, (mask, *made.held, *(t for t in kept if t is x)))
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 class _OfInput(torch.autograd.Function):

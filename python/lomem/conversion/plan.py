@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .._trace.batch import Batch
+from .adapters import is_adapter
 from .finder import Finder, ways_of_its_own
 from .flow import Flow, runs
 from .kinds import Kind, Wishes
@@ -89,7 +90,8 @@ def plan(model: nn.Module, inputs: Batch | None, wishes: Wishes) -> tuple[list[C
         All candidates, in the order of the model's modules, and the run in training mode.
     """
     leaves = dict(_leaves(model))
-    watched = [n for n, m in leaves.items() if not isinstance(m, nn.Embedding)]
+    layers = {n: m for n, m in model.named_modules() if n in leaves or is_adapter(m)}
+    watched = [n for n, m in layers.items() if not isinstance(m, nn.Embedding)]
     flows = [] if inputs is None else runs(model, inputs, watched)
     if flows and not wishes.dropouts:
         flows[0].steps = [step for step in flows[0].steps if step.kind is not StepKind.DROPOUT]

@@ -16,7 +16,7 @@ from .flow import Call
 from .forms import NormForm
 from .kinds import Action, Kind
 from .ledger import Candidate
-from .modules import MSNorm, NormPlan, SharedInput
+from .modules import MSNorm, NormPlan
 from .pairs import UNARY
 from .plan_pair import Chain, follow
 
@@ -238,9 +238,9 @@ def _plan_exactly(finder: Finder, name: str, form: NormForm, pairs: bool, known:
     plan = NormPlan(form, problem is None, output.low_precision, shared, takers, chained)
     c.changes[name] = (MSNorm, MSNorm.attributes(finder.modules[name], plan))
     for linear in linears if shared else ():
-        linear_form = finder.linear(linear)
-        assert linear_form is not None
-        c.changes[linear] = (SharedInput, SharedInput.attributes(finder.modules[linear], linear_form))
+        sharing = finder.sharing(linear)
+        assert sharing is not None
+        c.changes[linear] = sharing
     return c
 
 
@@ -324,9 +324,11 @@ def _linears_behind(finder: Finder, name: str, output: _Output) -> dict[str, set
     for call in finder.flows[0].calls:
         if call.input_id not in ids or call.name == name or not call.single or len(call.shapes[0]) < 2:
             continue
-        saved = {i: finder.ledger.saved[i] for i in finder.ledger.within([call.saved])}
-        mine = {i for i, s in saved.items() if s.storage in kept and torch.finfo(s.dtype).eps >= eps}
-        if mine and finder.linear(call.name) is not None:
+        # (An adapter saves the result as it is given, but computes in the autocast dtype too.)
+        if call.dtype is None or torch.finfo(call.dtype).eps < eps:
+            continue
+        mine = {i for i in finder.saved_by(call) if finder.ledger.saved[i].storage in kept}
+        if mine and finder.sharing(call.name) is not None:
             found[call.name] = found.get(call.name, set()) | mine
     return found
 

@@ -12,7 +12,6 @@ from .._trace.recorder import Storage
 from .exchange import Converted
 from .finder import Finder, ways_of_its_own
 from .flow import StepCall
-from .modules import SharedInput
 from .pairs import UNARY, ConvertedDropout, PairCalls, StepKind
 
 __all__ = ["Chain", "dropout_change", "follow", "may_follow"]
@@ -72,9 +71,9 @@ class Chain:
             both = attributes if name not in result else mixin.combined(attributes, result[name][1])[1]
             result[name] = mixin, dict(both)
         for name in self.linears:
-            form = finder.linear(name)
-            assert form is not None
-            result[name] = SharedInput, SharedInput.attributes(finder.modules[name], form, copies=self.copies)
+            sharing = finder.sharing(name)
+            assert sharing is not None
+            result[name] = sharing[0], {**sharing[1], "lomem_copies": self.copies}
         return result
 
 
@@ -120,8 +119,8 @@ def follow(
     for call in flow.calls:
         if call.input_id not in given or not call.single or len(call.shapes[0]) < 2 or known(call.name):
             continue
-        mine = {i for i in ledger.within([call.saved]) if ledger.saved[i].storage in storages}
-        if mine and finder.linear(call.name) is not None:
+        mine = {i for i in finder.saved_by(call) if ledger.saved[i].storage in storages}
+        if mine and finder.sharing(call.name) is not None:
             chain.drops |= mine
             chain.linears += [call.name] if call.name not in chain.linears else []
             takers[call.input_id] = takers.get(call.input_id, 0) + 1

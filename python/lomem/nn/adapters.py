@@ -94,7 +94,11 @@ class LoRALinear(nn.Module):
             raise RuntimeError(f"{_NAME}: the adapter is merged and not enabled, expected a call of unmerge before")
         if self.merged or not self.enabled:
             return result
-        update = F.lora(
+        return (result + self._update(input)).to(result.dtype)
+
+    def _update(self, input: Tensor) -> Tensor:
+        """What the adapter adds to the result of the base."""
+        return F.lora(
             input,
             self.lora_A.weight,
             self.lora_B.weight,
@@ -103,7 +107,6 @@ class LoRALinear(nn.Module):
             p=self.dropout,
             training=self.training,
         )
-        return (result + update).to(result.dtype)
 
     @torch.no_grad()
     def merge(self) -> None:
