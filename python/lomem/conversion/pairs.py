@@ -21,7 +21,7 @@ from torch.compiler import is_compiling
 from .._sharding import is_distributed
 from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.groups import FLOATS, KERNELS, FromGroups, can_store, store
-from .._trace.handover import Offer, hold, is_offered, offer, peek, recomputed
+from .._trace.handover import Offer, TracedOffer, attributed, hold, is_offered, offer, peek, recomputed
 from .._trace.once import differentiable_once
 from .exchange import Converted
 from .kinds import Criterion, Function, Text
@@ -304,6 +304,14 @@ class _GatedFromGroups(torch.autograd.Function):
         return grad_activated, grad_up, None, None, *(None for _ in kept)
 
 
+def _product_backward(ctx: Any, grad: Tensor) -> Any:
+    other, *kept = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grad_factor = (grad * other).to(ctx.dtype) if needs[0] else None
+    grad_other = (grad * ctx.rebuild(*kept)).sum_to_size(other.shape).to(other.dtype) if needs[1] else None
+    return grad_factor, grad_other, None, *(None for _ in kept)
+
+
 class _Product(torch.autograd.Function):
     """A product that saves what its first factor is rebuilt from instead of that factor."""
 
@@ -317,11 +325,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        other, *kept = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        grad_factor = (grad * other).to(ctx.dtype) if needs[0] else None
-        grad_other = (grad * ctx.rebuild(*kept)).sum_to_size(other.shape).to(other.dtype) if needs[1] else None
-        return grad_factor, grad_other, None, *(None for _ in kept)
+        return _product_backward(ctx, grad)
 
 
 class _ProductFromGroups(_Product):
@@ -330,7 +334,7 @@ class _ProductFromGroups(_Product):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _Product.backward(ctx, grad)
+        return _product_backward(ctx, grad)
 
 
 class _Dropout(torch.autograd.Function):
@@ -364,6 +368,22 @@ def _drop(x: Tensor, p: float, takers: int) -> Tensor:
     return result  # type: ignore[no-any-return]
 
 
+def _of_input_backward(ctx: Any, grad: Tensor) -> Any:
+    kept, activation = ctx.saved_tensors, ctx.activation
+    x = kept[0] if ctx.load is None else ctx.load(*kept)
+    if ctx.scale == 1 and not torch.is_grad_enabled() and x.device.type in KERNELS and x.is_contiguous():
+        # The gradient of the gate of a unit whose other factor is 1: torch's own kernels take longer.
+        ones = x.new_ones(x.shape[-1:]).expand(x.shape)
+        mask = [True, False, False]
+        grad_x, *_ = torch.ops.lomem.gated_backward(grad, x, ones, activation, output_mask=mask)
+    else:
+        # The derivative of h(s x) / s is h'(s x). Neither s x nor what is computed from it is rounded to 16 bits.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide = x.to(dtype) * ctx.scale if ctx.scale != 1 else x.to(dtype)
+        grad_x = _derivative(activation, grad.to(dtype), wide).to(x.dtype)
+    return grad_x, None, None, None, *(() if ctx.load is None else (None, *(None for _ in kept)))
+
+
 class _OfInput(torch.autograd.Function):
     """An activation that saves its input alone: ``h(scale * x) / scale``, by any function that computes it."""
 
@@ -378,19 +398,7 @@ class _OfInput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, activation = ctx.saved_tensors, ctx.activation
-        x = kept[0] if ctx.load is None else ctx.load(*kept)
-        if ctx.scale == 1 and not torch.is_grad_enabled() and x.device.type in KERNELS and x.is_contiguous():
-            # The gradient of the gate of a unit whose other factor is 1: torch's own kernels take longer.
-            ones = x.new_ones(x.shape[-1:]).expand(x.shape)
-            mask = [True, False, False]
-            grad_x, *_ = torch.ops.lomem.gated_backward(grad, x, ones, activation, output_mask=mask)
-        else:
-            # The derivative of h(s x) / s is h'(s x). Neither s x nor what is computed from it is rounded to 16 bits.
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            wide = x.to(dtype) * ctx.scale if ctx.scale != 1 else x.to(dtype)
-            grad_x = _derivative(activation, grad.to(dtype), wide).to(x.dtype)
-        return grad_x, None, None, None, *(() if ctx.load is None else (None, *(None for _ in kept)))
+        return _of_input_backward(ctx, grad)
 
 
 class _OfGroups(_OfInput):
@@ -399,7 +407,7 @@ class _OfGroups(_OfInput):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _OfInput.backward(ctx, grad)
+        return _of_input_backward(ctx, grad)
 
 
 #: Below these, activations and their derivatives are under 1e-7: smaller than the noise of what is kept in groups.
@@ -445,7 +453,7 @@ def _of_input(
             offer(result, (x,), again, takers, differentiable=True, **options)
         else:
             kept, load = store(_bounded(x, name, scale), storage)
-            result = _OfGroups.apply(x, name, scale, function, load, *kept)
+            result = attributed(_OfGroups.apply(x, name, scale, function, load, *kept))
             offer(result, kept, FromGroups(again, load), takers, grouped=True, **options)
     return result  # type: ignore[no-any-return]
 
@@ -503,7 +511,7 @@ class _Pairs(Redirect):
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         x, name = call.input, name_of(call.function, call.approximate)
         function = Activated(name)
-        if not is_compiling():
+        if not is_compiling() or (self.storage is not None and can_store(x)):
             return _of_input(x, name, 1, function, function, self.takers, self.storage, torch_op=True)
         # Modes of modules around this one would give it few bits.
         with torch._C.DisableTorchFunction():
@@ -519,7 +527,7 @@ class _Pairs(Redirect):
                     if operand is result and other.shape == operand.shape:
                         with torch._C.DisableTorchFunction():
                             return recomputed(_GatedAgain(name), x, other)
-        return func(*args, **kwargs)  # type: ignore[no-any-return]
+        return self._step(step, func, args, kwargs)
 
     def _step(self, step: Step, func: Any, args: Any, kwargs: Any) -> Tensor:
         for i, operand in enumerate(step.operands):
@@ -533,7 +541,7 @@ class _Pairs(Redirect):
         step: Step,
         position: int,
         kept: tuple[Tensor | None, ...],
-        made: Offer,
+        made: Offer | TracedOffer,
         func: Any,
         args: Any,
         kwargs: Any,
@@ -547,7 +555,7 @@ class _Pairs(Redirect):
             # Otherwise torch's own product saves nothing that is not saved anyway.
             if other.requires_grad and kept[0] is not operand:
                 product = _ProductFromGroups if made.grouped else _Product
-                result = product.apply(operand, other, made.rebuild, *kept)
+                result = attributed(product.apply(operand, other, made.rebuild, *kept))
             else:
                 result = func(*args, **kwargs)
         else:
@@ -561,13 +569,18 @@ class _Pairs(Redirect):
         rebuild = _Replayed(made.rebuild, len(kept), function)
         options: Any = {"differentiable": made.differentiable, "weak": made.weak, "grouped": made.grouped}
         offer(result, (*kept, *others), rebuild, self.takers, **options)
+        if is_compiling():
+            return result  # type: ignore[no-any-return]
+        assert isinstance(made, Offer)
         # A producer that saves its result saves the storage, not the tensor. And nobody may save small operands.
         itself = kept if is_offered(operand) else ()
         held = (*made.held, *(t for t in itself if t is operand))
         hold(result, (*held, *(t for t in others if is_small(t, operand))))
         return result  # type: ignore[no-any-return]
 
-    def _gated(self, activated: Tensor, up: Tensor, kept: tuple[Tensor | None, ...], made: Offer) -> Tensor:
+    def _gated(
+        self, activated: Tensor, up: Tensor, kept: tuple[Tensor | None, ...], made: Offer | TracedOffer
+    ) -> Tensor:
         name = made.activation
         assert name is not None
         again = _GatedAgain(name)
@@ -580,12 +593,12 @@ class _Pairs(Redirect):
         (load,) = made.rebuild.loads
         more, load_up = store(up, load.bits)
         from_groups = FromGroups(again, load, load_up)
-        result = _GatedFromGroups.apply(activated, up, from_groups, name, *kept, *more)
+        result = attributed(_GatedFromGroups.apply(activated, up, from_groups, name, *kept, *more))
         offer(result, (*kept, *more), from_groups, self.takers, grouped=True)
         return result  # type: ignore[no-any-return]
 
 
-def _is_gated(operand: Tensor, other: Tensor, made: Offer) -> bool:
+def _is_gated(operand: Tensor, other: Tensor, made: Offer | TracedOffer) -> bool:
     alike = other.shape == operand.shape and other.dtype == operand.dtype
     alike &= not made.grouped or can_store(other)
     return made.activation is not None and alike
@@ -719,16 +732,18 @@ class PairedActivation(OfActivation):
         form, original, x = self.lomem_activation, super().forward, self.argument(args, kwargs)
         if form is None or x is None or is_transformed() or self.current("inplace"):
             return original(*args, **kwargs)
-        if is_compiling() and self.lomem_gated:
+        storage = self.lomem_storage
+        exact = is_compiling() and (storage is None or not can_store(x))
+        if exact and self.lomem_gated:
             return original(x)  # a product is recomputed as a whole, see _Pairs
-        if is_compiling():
+        if exact:
             # Modes of modules around this one would give it few bits.
             with torch._C.DisableTorchFunction():
                 return recomputed(original, x)
         name = name_of(form.kind, self.current("approximate"))
         again = Activated(name) if form.torch_op else _Again(original, x.device.type)
         options = {"torch_op": form.torch_op}
-        return _of_input(x, name, form.scale, original, again, self.lomem_takers, self.lomem_storage, **options)
+        return _of_input(x, name, form.scale, original, again, self.lomem_takers, storage, **options)
 
 
 class ConvertedDropout(Converted):
