@@ -136,17 +136,32 @@ class Step(NamedTuple):
         others = [t for i, t in enumerate(self.operands) if i != operand]
         if self.kind in UNARY:
             return True
-        if any(t.device != first.device for t in others) or first.shape != torch.broadcast_shapes(
-            *(t.shape for t in self.operands)
-        ):
+        broadcast = torch.broadcast_shapes(*(t.shape for t in self.operands))
+        if any(t.device != first.device for t in others) or not _are_same(first.shape, broadcast):
             return False
         # A product saves its factors. A summand as large as the sum would only be saved in its place.
-        return all(is_small(t, first) or (self.kind is StepKind.PRODUCT and t.shape == first.shape) for t in others)
+        return all(
+            is_small(t, first) or (self.kind is StepKind.PRODUCT and _are_same(t.shape, first.shape)) for t in others
+        )
+
+
+def _are_same(shape: Sequence[int], other: Sequence[int]) -> bool:
+    if not is_compiling():
+        return shape == other
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # of what depends on data, it knows only so much
+
+    return len(shape) == len(other) and all(guard_or_false(m == n) for m, n in zip(shape, other, strict=True))
 
 
 def is_small(tensor: Tensor, than: Tensor) -> bool:
     """Whether a tensor is so much smaller than another that saving it does not count."""
-    return 4 * tensor.numel() <= than.numel()
+    m, n = tensor.numel(), than.numel()
+    if not is_compiling():
+        return 4 * m <= n
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+
+    # Where the batch depends on data, what does not, such as a parameter, is small.
+    return guard_or_true(4 * m <= n) and not guard_or_false(m == n)
 
 
 def as_step(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Step | None:
@@ -524,9 +539,14 @@ class _Pairs(Redirect):
         if step.kind is StepKind.PRODUCT and len(step.operands) == 2 and not kwargs:
             for operand, other in (step.operands, step.operands[::-1]):
                 for result, x, name in self.activated:
-                    if operand is result and other.shape == operand.shape:
+                    if operand is result and _are_same(other.shape, operand.shape):
                         with torch._C.DisableTorchFunction():
                             return recomputed(_GatedAgain(name), x, other)
+        if step.kind is StepKind.CAST and not kwargs and not any(value is True for value in args):
+            (x,) = step.operands
+            result = func(*args)
+            if (result.dtype, result.device) == (x.dtype, x.device):
+                return x  # as eagerly: to a compiler, the result would be another tensor, which nobody offers
         return self._step(step, func, args, kwargs)
 
     def _step(self, step: Step, func: Any, args: Any, kwargs: Any) -> Tensor:
@@ -599,7 +619,7 @@ class _Pairs(Redirect):
 
 
 def _is_gated(operand: Tensor, other: Tensor, made: Offer | TracedOffer) -> bool:
-    alike = other.shape == operand.shape and other.dtype == operand.dtype
+    alike = _are_same(other.shape, operand.shape) and other.dtype == operand.dtype
     alike &= not made.grouped or can_store(other)
     return made.activation is not None and alike
 
