@@ -356,13 +356,17 @@ class TracedOffer:
 
 
 def _traced_version(local: str) -> int:
-    """Version of a local variable of the function that calls this, while a compiler traces that; -1 if unknown."""
+    """Version of a local variable of the function that calls this, while a compiler traces that; -1 if unknown.
+
+    Unknown is that of a graph's input: how often it has been changed since another graph returned it.
+    """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         frame = InstructionTranslator.current_tx().output.current_tx
         variable: Any = frame.symbolic_locals[local].realize()
-        return int(variable.proxy.node.meta["example_value"]._version)
+        node = variable.proxy.node
+        return -1 if node.op == "placeholder" else int(node.meta["example_value"]._version)
     except (AttributeError, KeyError, RuntimeError):  # in another version of torch
         return -1
 
@@ -371,15 +375,17 @@ _traced_version._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _peek_traced(result: Tensor) -> tuple[tuple[Tensor | None, ...], TracedOffer] | None:
-    made: TracedOffer | None = getattr(result, "_lomem_offer", None)
-    if made is None or not made.grouped or made.version < 0 or made.version != _traced_version("result"):
+    version = _traced_version("result")
+    made: TracedOffer | None = getattr(result, "_lomem_offer", None) if version >= 0 else None
+    if made is None or not made.grouped or made.version != version:
         return None
     return (made.kept, made) if made.kept else None
 
 
 def _take_traced(input: Tensor) -> tuple[tuple[Tensor | None, ...], TracedOffer] | None:
-    made: TracedOffer | None = getattr(input, "_lomem_offer", None)
-    if made is None or made.version < 0 or made.version != _traced_version("input"):
+    version = _traced_version("input")
+    made: TracedOffer | None = getattr(input, "_lomem_offer", None) if version >= 0 else None
+    if made is None or made.version != version:
         return None
     kept = made.kept
     made.takers -= 1

@@ -319,11 +319,18 @@ class _GatedFromGroups(torch.autograd.Function):
         return grad_activated, grad_up, None, None, *(None for _ in kept)
 
 
+def _summed(grad: Tensor, operand: Tensor) -> Tensor:
+    """The gradient of an operand that was broadcast. (sum_to_size has to know all sizes.)"""
+    added = grad.dim() - operand.dim()
+    dims = [*range(added), *(added + i for i, n in enumerate(operand.shape) if _are_same((n,), (1,)))]
+    return grad.sum(dims, keepdim=True).reshape(operand.shape) if dims else grad
+
+
 def _product_backward(ctx: Any, grad: Tensor) -> Any:
     other, *kept = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grad_factor = (grad * other).to(ctx.dtype) if needs[0] else None
-    grad_other = (grad * ctx.rebuild(*kept)).sum_to_size(other.shape).to(other.dtype) if needs[1] else None
+    grad_other = _summed(grad * ctx.rebuild(*kept), other).to(other.dtype) if needs[1] else None
     return grad_factor, grad_other, None, *(None for _ in kept)
 
 
