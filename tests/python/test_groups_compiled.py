@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 64
 KINDS = ["gelu", "swiglu", "called", "post", "zero"]
 BACKEND = "aot_eager_decomp_partition"
-#: Largest relative error of the whole gradient. The noise of 8 bits is 0.7 % of normal numbers (test_groups.py), that of
-#: 4 bits 127 / 7 times as large. These models have few numbers to average over.
+#: Largest relative error of the whole gradient. The noise of 8 bits is 0.7 % of normal numbers (test_groups.py), that
+#: of 4 bits 127 / 7 times as large. These models have few numbers to average over.
 ERROR = {8: 0.01, 4: 0.18}
 
 

@@ -320,7 +320,7 @@ class _GatedFromGroups(torch.autograd.Function):
 
 
 def _summed(grad: Tensor, operand: Tensor) -> Tensor:
-    """The gradient of an operand that was broadcast. (sum_to_size has to know all sizes.)"""
+    """The gradient of an operand that was broadcast, of sizes that a compiler need not know, as for sum_to_size."""
     added = grad.dim() - operand.dim()
     dims = [*range(added), *(added + i for i, n in enumerate(operand.shape) if _are_same((n,), (1,)))]
     return grad.sum(dims, keepdim=True).reshape(operand.shape) if dims else grad
