@@ -30,9 +30,10 @@ Offers are passed on: a cheap op on an offered tensor (a product, a sum, a cast)
 from the same tensors and its other operands (:mod:`lomem.conversion.pairs`).
 
 Under a compiler, an offer is an attribute of the result, which the compiler follows while it traces, and nothing of it
-is left in the compiled code. Norms are handed over so. Cheap ops are not: they are marked to be recomputed
-(:func:`recomputed`), which leaves the compiler more freedom. Nothing is handed over in a checkpointed region, which
-saves nothing in the first place.
+is left in the compiled code. Norms are handed over so, and what is kept in groups, which cheap ops pass on. Activations
+and products of what is kept exactly are not: they are marked to be recomputed (:func:`recomputed`), which leaves the
+compiler more freedom. Nothing is handed over from one graph to another, or in a checkpointed region, which saves
+nothing in the first place.
 """
 
 from __future__ import annotations
