@@ -32,13 +32,16 @@ SLOW = {
     "test_a_callable_is_the_named_function": 5,
     "test_a_norm_is_recognized_part_by_part": 7,
     "test_a_norm_of_every_width_is_recognized": 7,
+    "test_a_compiled_model_keeps_in_groups_what_an_eager_one_does": 13,
     "test_a_compiled_model_saves_no_more_than_eagerly_or_plain": 5,
+    "test_a_compiler_passes_on_what_is_in_groups": 7,
     "test_a_compiler_saves_what_is_saved_eagerly": 3,
     "test_a_second_backward_pass": 7,
     "test_all_is_left_as_it_was": 5,
     "test_an_estimate_for_the_cpu_is_exact": 5,
     "test_an_exported_program_has_the_original_ops": 7,
     "test_another_shape": 5,
+    "test_batches_of_any_size_and_evaluation": 5,
     "test_bytes_saved": 2,
     "test_certificate": 5,
     "test_changes_in_place": 11,
@@ -50,6 +53,7 @@ SLOW = {
     "test_compiled_round_trips": 4,
     "test_conversions_are_those_of_the_table": 5,
     "test_copies_and_pickles": 5,
+    "test_each_run_draws_and_the_mean_is_exact": 4,
     "test_estimate_step_and_profile_agree_to_the_byte": 7,
     "test_evaluation_is_the_original_bit_for_bit": 7,
     "test_every_norm_and_activation_has_a_verdict": 5,
@@ -71,6 +75,7 @@ SLOW = {
     "test_no_other_choice_keeps_fewer_bytes": 7,
     "test_norms_change_nothing_but_rounding": 7,
     "test_nothing_is_alive_afterwards": 7,
+    "test_nothing_is_kept_in_groups_in_a_checkpointed_region": 3,
     "test_pairs_are_found_in_whole_models": 5,
     "test_random_arguments": 5,
     "test_replays_draw_anew": 7,
@@ -88,12 +93,19 @@ SLOW = {
     "test_what_odd_models_keep": 5,
     "test_whatever_is_around": 31,
     "test_whatever_is_around_a_pair": 31,
+    "test_with_a_memory_budget": 31,
     "test_without_gradients": 7,
 }
 
 
 # Files whose slow cases take longer than everything else: `make test-all` leaves them to `make test-pairs`.
-LONG = ("test_pairs.py", "test_pairs_compiled.py", "test_pairs_models.py", "test_pairs_transforms.py")
+LONG = (
+    "test_groups_compiled.py",
+    "test_pairs.py",
+    "test_pairs_compiled.py",
+    "test_pairs_models.py",
+    "test_pairs_transforms.py",
+)
 
 
 def mark_slow(items):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .._sharding import is_distributed
+from .handover import in_a_region
 from .seeds import draw_seed
 
 __all__ = ["FLOATS", "GROUP", "KERNELS", "FromGroups", "Load", "can_store", "store", "stored_bytes"]
@@ -28,14 +30,19 @@ def stored_bytes(numel: int, bits: int) -> int:
 
 def can_store(tensor: Tensor) -> bool:
     """Whether a tensor can be kept in groups."""
-    if is_compiling():  # which cannot ask a tensor whether it is from inference mode
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.dtype not in FLOATS:
         return False
-    ordinary = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_inference()
-    return ordinary and tensor.dtype in FLOATS
+    if is_compiling():  # which cannot ask a tensor whether it is from inference mode, and traces no training on those
+        return not (is_distributed(tensor) or in_a_region())
+    return not tensor.is_inference()
 
 
 class Load:
     """Brings a tensor back from its codes, their scales, and the seed of its dither.
+
+    Args:
+        like: A tensor of the size, dtype and strides to be brought back.
+        bits: Bits per element.
 
     Attributes:
         bits: Bits per element.
@@ -43,7 +50,8 @@ class Load:
 
     def __init__(self, like: Tensor, bits: int) -> None:
         self.bits, self._size, self._dtype = bits, like.shape, like.dtype
-        self._stride = like.stride()
+        # A compiler decides about strides after this has been traced.
+        self._stride = None if is_compiling() else like.stride()
 
     def __call__(self, codes: Tensor, scales: Tensor, seed: Tensor) -> Tensor:
         scales = scales.view(torch.bfloat16)
@@ -52,21 +60,48 @@ class Load:
         )
 
 
+def _store(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and seed of a dense tensor. Each call draws one seed."""
+    seed = draw_seed(x)
+    codes, scales = torch.ops.lomem.quantize_groups(x, bits, seed, group_size=GROUP)
+    # As integers, scales are safe from saved-tensor hooks that cast or compress numbers, or know no bfloat16.
+    return codes, scales.view(torch.int16), seed
+
+
+def _register() -> torch.library.Library | None:
+    """Makes an op of this, for compiled graphs, in which every run draws a seed.
+
+    A single one: codes are only of use with the seed that they were drawn with. A compiler may run it a second time in
+    the backward pass, and then has all three from there. It is not among lomem's ops, since it is no more than two of
+    these.
+    """
+    if torch._C._dispatch_has_kernel("lomem_trace::store"):  # the package has been imported again
+        return None
+    library = torch.library.Library("lomem_trace", "FRAGMENT")
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
+    library.define("store(Tensor x, int bits) -> (Tensor, Tensor, Tensor)", tags=tags)
+    library.impl("store", _store, "CompositeExplicitAutograd")
+    torch.library.register_fake("lomem_trace::store", _store, lib=library)
+    return library
+
+
+_library = _register()
+
+
 def store(tensor: Tensor, bits: int) -> tuple[tuple[Tensor, Tensor, Tensor], Load]:
     """Codes, scales and seed of a tensor, rounded at random, and how to bring it back with subtracted dither.
 
     What comes back is the tensor plus noise that does not depend on it, uniform and half a step wide each way, so that
-    its expectation is the tensor. Each call draws one seed.
+    its expectation is the tensor. Each call draws one seed, under a compiler each run of what is compiled.
     """
     with torch.no_grad(), torch._C.DisableTorchFunction():
         x = tensor.detach()
+        if is_compiling():
+            return torch.ops.lomem_trace.store(x.contiguous(), bits), Load(x, bits)
         # Without gaps and overlaps; strides are kept otherwise.
         dense = x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
         x = x if dense else x.contiguous()
-        seed = draw_seed(x)
-        codes, scales = torch.ops.lomem.quantize_groups(x, bits, seed, group_size=GROUP)
-        # As integers, scales are safe from saved-tensor hooks that cast or compress numbers, or know no bfloat16.
-        return (codes, scales.view(torch.int16), seed), Load(x, bits)
+        return _store(x, bits), Load(x, bits)
 
 
 class FromGroups:

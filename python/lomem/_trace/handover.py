@@ -30,9 +30,10 @@ Offers are passed on: a cheap op on an offered tensor (a product, a sum, a cast)
 from the same tensors and its other operands (:mod:`lomem.conversion.pairs`).
 
 Under a compiler, an offer is an attribute of the result, which the compiler follows while it traces, and nothing of it
-is left in the compiled code. Norms are handed over so. Cheap ops are not: they are marked to be recomputed
-(:func:`recomputed`), which leaves the compiler more freedom. Nothing is handed over in a checkpointed region, which
-saves nothing in the first place.
+is left in the compiled code. Norms are handed over so, and what is kept in groups, which cheap ops pass on. Activations
+and products of what is kept exactly are not: they are marked to be recomputed (:func:`recomputed`), which leaves the
+compiler more freedom. Nothing is handed over from one graph to another, or in a checkpointed region, which saves
+nothing in the first place.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ __all__ = [
     "Offer",
     "Rebuild",
     "TracedOffer",
+    "attributed",
     "current_hooks",
     "hold",
     "in_a_region",
@@ -194,7 +196,8 @@ def offer(
     if is_compiling():
         if takers and not _is_tracing_a_region():
             kept = tuple(kept)
-            traced = TracedOffer(kept, rebuild, _traced_version("result"), takers, differentiable, grouped)
+            version = _traced_version("result")
+            traced = TracedOffer(kept, rebuild, version, takers, differentiable, activation, grouped)
             result._lomem_offer = traced  # type: ignore[attr-defined]
         return
     hooks = current_hooks()
@@ -206,6 +209,11 @@ def offer(
     _offers[result] = made
     if hooks is not None and not weak:
         _open.offers.append(weakref.ref(made))
+
+
+def attributed(result: Tensor) -> Tensor:
+    """The result of a custom function, as a tensor that may be offered: a compiler gives attributes to no other."""
+    return result.view_as(result) if is_compiling() else result
 
 
 def offer_itself(result: Tensor) -> None:
@@ -221,7 +229,7 @@ def _of_itself(result: Tensor, hooks: Any, *, weak: bool = False) -> Offer:
 
 def hold(result: Tensor, tensors: Sequence[Tensor]) -> None:
     """Keeps tensors of an offer alive with the result, if nobody else is sure to."""
-    made: Offer | None = _offers.get(result)
+    made: Offer | None = None if is_compiling() else _offers.get(result)
     if made is not None:
         made.held = tuple(tensors)
 
@@ -282,19 +290,21 @@ def _is_tracing_a_region() -> bool:
 _is_tracing_a_region._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def peek(result: Tensor, *, copies: bool = False) -> tuple[tuple[Tensor | None, ...], Offer] | None:
+def peek(result: Tensor, *, copies: bool = False) -> tuple[tuple[Tensor | None, ...], Offer | TracedOffer] | None:
     """The tensors that an op on an offered result may save in place of the result, and the offer; None for none.
 
     A norm's copies and normalized inputs, which a linear layer takes, are only passed on to copies for linear layers:
     other ops would be computed with another rounding, and would have no second derivative. Nor are copies of tensors
     that nobody offered: an op that saves its own copy must not save the original, which may be changed in place. What
-    comes back from groups is rounded anyway, and is passed on to all.
+    comes back from groups is rounded anyway, and is passed on to all. Under a compiler, nothing else is passed on.
 
     Args:
         result: The result.
         copies: Whether the op is a cast or dropout, whose results linear layers make again. Then a result that nobody
             offers is offered itself.
     """
+    if is_compiling():
+        return _peek_traced(result)
     hooks = current_hooks()
     made: Offer | None = _offers.get(result)
     if made is not None and (made.version != result._version or made.hooks is not hooks):
@@ -317,7 +327,7 @@ def is_whole(tensor: Tensor) -> bool:
 
 def is_offered(result: Tensor) -> bool:
     """Whether the producer of a tensor has offered it."""
-    return result in _offers
+    return not is_compiling() and result in _offers
 
 
 def offered(result: Any) -> tuple[Tensor, ...]:
@@ -339,20 +349,25 @@ class TracedOffer:
         version: int,
         takers: int,
         differentiable: bool,
+        activation: str | None,
         grouped: bool,
     ) -> None:
         self.kept, self.rebuild, self.version, self.takers = kept, rebuild, version, takers
-        self.differentiable, self.grouped = differentiable, grouped
+        self.differentiable, self.activation, self.grouped = differentiable, activation, grouped
 
 
 def _traced_version(local: str) -> int:
-    """Version of a local variable of the function that calls this, while a compiler traces that; -1 if unknown."""
+    """Version of a local variable of the function that calls this, while a compiler traces that; -1 if unknown.
+
+    Unknown is that of a graph's input: how often it has been changed since another graph returned it.
+    """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         frame = InstructionTranslator.current_tx().output.current_tx
         variable: Any = frame.symbolic_locals[local].realize()
-        return int(variable.proxy.node.meta["example_value"]._version)
+        node = variable.proxy.node
+        return -1 if node.op == "placeholder" else int(node.meta["example_value"]._version)
     except (AttributeError, KeyError, RuntimeError):  # in another version of torch
         return -1
 
@@ -360,9 +375,18 @@ def _traced_version(local: str) -> int:
 _traced_version._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _peek_traced(result: Tensor) -> tuple[tuple[Tensor | None, ...], TracedOffer] | None:
+    version = _traced_version("result")
+    made: TracedOffer | None = getattr(result, "_lomem_offer", None) if version >= 0 else None
+    if made is None or not made.grouped or made.version != version:
+        return None
+    return (made.kept, made) if made.kept else None
+
+
 def _take_traced(input: Tensor) -> tuple[tuple[Tensor | None, ...], TracedOffer] | None:
-    made: TracedOffer | None = getattr(input, "_lomem_offer", None)
-    if made is None or made.version < 0 or made.version != _traced_version("input"):
+    version = _traced_version("input")
+    made: TracedOffer | None = getattr(input, "_lomem_offer", None) if version >= 0 else None
+    if made is None or made.version != version:
         return None
     kept = made.kept
     made.takers -= 1
@@ -425,7 +449,8 @@ def _linear_backward(ctx: Any, grad: Tensor) -> Any:
         grad_input = (grad @ weight.to(ctx.dtype)).to(ctx.input_dtype)
     rows = _rows(grad)
     if ctx.needs_input_grad[1]:
-        if is_compiling() and ctx.rebuild is not itself:
+        # (Codes are smaller than what is rebuilt from them, which is therefore not saved.)
+        if is_compiling() and ctx.rebuild is not itself and kept[0].is_floating_point():
             kept[0] = _in_the_backward_pass(kept[0], rows)
         grad_weight = (rows.T @ _rows(ctx.rebuild(*kept).to(ctx.dtype))).to(ctx.weight_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:

@@ -14,7 +14,7 @@ from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.handover import linear_of_offered, take
 from ..nn import LoRALinear
 from .modules import SharedInput, hands_nothing_over
-from .pairs import dropped, dropped_again
+from .pair_functions import dropped, dropped_again
 
 __all__ = ["SharedAdapter", "is_adapter"]
 

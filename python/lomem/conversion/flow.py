@@ -23,8 +23,8 @@ from .._trace.hooks import hook_after, hook_before
 from .._trace.keeps import COPIES
 from .._trace.recorder import Op, Recorder, Storage
 from .._trace.state import exclusive, preserved
+from .cheap_ops import UNARY, Step, StepKind, as_step, is_small
 from .modules import as_activation, is_transformed
-from .pairs import UNARY, Step, StepKind, as_step, is_small
 
 __all__ = ["ActivationCall", "Call", "Flow", "StepCall", "modes", "runs", "trace", "untouched"]
 

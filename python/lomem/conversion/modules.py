@@ -21,6 +21,7 @@ from .._trace.groups import FLOATS, FromGroups, Load, can_store, store
 from .._trace.handover import (
     Offer,
     TracedOffer,
+    attributed,
     current_hooks,
     hold,
     in_a_region,
@@ -525,7 +526,8 @@ class _NormInGroups(torch.autograd.Function):
         plain = weight is None and bias is None
         result = normalized if plain else plan.public(x, weight, bias, eps, dtype)
         kept, load = store(normalized, plan.storage)
-        loads.append(load)
+        if not is_compiling():
+            loads.append(load)
         ctx.save_for_backward(*kept, rstd, weight, bias)
         ctx.plan, ctx.dtype, ctx.load = plan, x.dtype, load
         ctx.mark_non_differentiable(*kept)
@@ -600,6 +602,9 @@ class MSNorm(Converted):
                 loads: list[Load] = []
                 full = dtype or autocast_dtype(device) or x.dtype
                 result, *kept = _NormInGroups.apply(x, weight, bias, plan, eps, full, loads)
+            result = attributed(result)
+            if is_compiling():  # where nothing that a custom function appends is seen outside
+                loads = [Load(result, plan.storage)]
             given = _own(weight), _own(bias)
             offer(result, (*kept, *given), FromGroups(_affine_in(full), *loads), plan.takers, grouped=True)
             hold(result, [t for t in given if t is not None])
@@ -610,8 +615,7 @@ class MSNorm(Converted):
             if not plan.inverted or kept_dtype != full:
                 with autocast_to(device, None):
                     result, kept = _NormOfTwoOutputs.apply(x, weight, bias, plan, eps, full, kept_dtype)
-                if is_compiling():
-                    result = result.view_as(result)  # (Results of custom functions take no attributes there.)
+                result = attributed(result)
                 if plan.inverted:
                     offer(result, (kept,), itself, plan.takers)
                 else:

@@ -9,22 +9,19 @@ layers behind. The forward pass computes what it computed before, by the same op
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 
-from .._sharding import is_distributed
-from .._trace.autocast import autocast_dtype, autocast_to
-from .._trace.groups import FLOATS, KERNELS, FromGroups, can_store, store
-from .._trace.handover import Offer, hold, is_offered, offer, peek, recomputed
-from .._trace.once import differentiable_once
+from .._trace.groups import FromGroups, can_store, store
+from .._trace.handover import Offer, TracedOffer, attributed, hold, is_offered, offer, peek, recomputed
+from .cheap_ops import Step, StepKind, are_same, as_step, is_small
 from .exchange import Converted
-from .kinds import Criterion, Function, Text
+from .kinds import Criterion
 from .modules import (
     Activation,
     FewBit,
@@ -37,337 +34,28 @@ from .modules import (
     is_transformed,
     may_redirect,
 )
+from .pair_functions import (
+    Activated,
+    Again,
+    GatedAgain,
+    Replayed,
+    dropped,
+    dropped_again,
+    gated,
+    gated_from_groups,
+    name_of,
+    of_groups,
+    of_input,
+    product,
+    product_from_groups,
+)
 from .recognize import ActivationForm
 
 __all__ = [
-    "UNARY",
     "ConvertedDropout",
     "PairCalls",
     "PairedActivation",
-    "Step",
-    "StepKind",
-    "as_step",
-    "dropped",
-    "dropped_again",
-    "is_small",
 ]
-
-
-class StepKind(Text):
-    """The cheap ops that offers are passed through."""
-
-    PRODUCT = "product"
-    SUM = "sum"
-    CAST = "cast"
-    DROPOUT = "dropout"
-
-
-_aten = torch.ops.aten
-
-
-#: Tensors whose storages are followed.
-_ORDINARY = (Tensor, nn.Parameter, FakeTensor)
-#: All the callables under which torch shows these functions to modes, out of place.
-_STEPS: dict[Any, StepKind] = {
-    **dict.fromkeys(
-        [
-            torch.mul,
-            torch.multiply,
-            Tensor.mul,
-            Tensor.multiply,
-            Tensor.__mul__,
-            Tensor.__rmul__,
-            _aten.mul,
-            _aten.mul.Tensor,
-        ],
-        StepKind.PRODUCT,
-    ),
-    **dict.fromkeys(
-        [
-            torch.add,
-            torch.sub,
-            torch.subtract,
-            Tensor.add,
-            Tensor.sub,
-            Tensor.subtract,
-            Tensor.__add__,
-            Tensor.__radd__,
-            Tensor.__sub__,
-            _aten.add,
-            _aten.add.Tensor,
-            _aten.sub,
-            _aten.sub.Tensor,
-        ],
-        StepKind.SUM,
-    ),
-    **dict.fromkeys(
-        [Tensor.to, Tensor.type, Tensor.type_as, Tensor.double, Tensor.float, Tensor.bfloat16, Tensor.half],
-        StepKind.CAST,
-    ),
-    **dict.fromkeys([F.dropout, torch.dropout, _aten.dropout, _aten.dropout.default], StepKind.DROPOUT),
-}
-#: Those of one operand.
-UNARY = (StepKind.CAST, StepKind.DROPOUT)
-
-
-class Step(NamedTuple):
-    """A call of a cheap op.
-
-    Attributes:
-        kind: Which one.
-        positions: Positions among the arguments of the operands that are tensors.
-        operands: These tensors.
-        p: Of a dropout, the probability that an element is dropped.
-    """
-
-    kind: StepKind
-    positions: tuple[int, ...]
-    operands: tuple[Tensor, ...]
-    p: float = 0.0
-
-    def makes(self, result: Any) -> bool:
-        """Whether the result is what can be rebuilt: a cast may also go to integers, or to another device."""
-        if self.kind is not StepKind.CAST:
-            return isinstance(result, Tensor)
-        (x,) = self.operands
-        return isinstance(result, Tensor) and {x.dtype, result.dtype} <= {*FLOATS} and result.device == x.device
-
-    def passes_on(self, operand: int) -> bool:
-        """Whether the result is as cheap to rebuild as one operand."""
-        first = self.operands[operand]
-        others = [t for i, t in enumerate(self.operands) if i != operand]
-        if self.kind in UNARY:
-            return True
-        if any(t.device != first.device for t in others) or first.shape != torch.broadcast_shapes(
-            *(t.shape for t in self.operands)
-        ):
-            return False
-        # A product saves its factors. A summand as large as the sum would only be saved in its place.
-        return all(is_small(t, first) or (self.kind is StepKind.PRODUCT and t.shape == first.shape) for t in others)
-
-
-def is_small(tensor: Tensor, than: Tensor) -> bool:
-    """Whether a tensor is so much smaller than another that saving it does not count."""
-    return 4 * tensor.numel() <= than.numel()
-
-
-def as_step(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Step | None:
-    """Parses a call seen by a mode; None if it is no cheap op, or has unusual arguments."""
-    kind = _STEPS.get(func)
-    if func is Tensor.type and len(args) + len(kwargs) == 1:
-        return None  # asks for the type
-    if kind is None or not args or any(isinstance(value, Tensor) for value in kwargs.values()):
-        return None
-    if kind is StepKind.DROPOUT and is_distributed(*args):
-        return None  # of shards, lomem drops other elements than torch
-    p = _probability(args, kwargs) if kind is StepKind.DROPOUT else 0.0
-    found = range(1) if kind in UNARY else range(len(args))
-    positions = tuple(i for i in found if isinstance(args[i], Tensor))
-    operands = tuple(args[i] for i in positions)
-    ordinary = is_compiling() or all(_is_ordinary(t) and not t.is_inference() for t in operands)
-    if not operands or p is None or not ordinary:
-        return None
-    return Step(kind, positions, operands, p)
-
-
-def _is_ordinary(tensor: Tensor) -> bool:
-    return type(tensor) in _ORDINARY or is_distributed(tensor)
-
-
-def _probability(args: Sequence[Any], kwargs: dict[str, Any]) -> float | None:
-    """The probability of a dropout; None if it is off, in place, or drops everything."""
-    names = ("p", "training", "inplace")
-    options: dict[str, Any] = {"p": 0.5, "training": True, "inplace": False}
-    options |= {"training" if n == "train" else n: value for n, value in kwargs.items()}
-    options |= dict(zip(names, args[1:], strict=False))
-    p = options["p"]
-    x = args[0]
-    drops = options["training"] and not options["inplace"] and isinstance(p, int | float) and 0 < p < 1
-    usual = isinstance(x, Tensor) and x.dtype in FLOATS and x.layout == torch.strided and not x.is_nested
-    return p if drops and usual and options.keys() == {*names} else None
-
-
-def _looks_up(x: Tensor) -> bool:
-    """Whether lomem's op, called without a gradient, has torch's values by a table, in less time than torch."""
-    plain = not (torch.is_grad_enabled() or is_compiling()) and x.is_cpu and x.is_contiguous()
-    return plain and x.dtype in (torch.bfloat16, torch.float16) and x.numel() >= 2**16
-
-
-def _value(activation: str, gate: Tensor) -> Tensor:
-    if _looks_up(gate):
-        return torch.ops.lomem.step_activation(gate, activation, [], 2)  # type: ignore[no-any-return]
-    if activation == "silu":
-        return F.silu(gate)
-    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _derivative(activation: str, grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of an activation, differentiable itself."""
-    if activation == "silu":
-        if torch.is_grad_enabled():  # silu_backward has no derivative
-            s = torch.sigmoid(x)
-            return grad * s * (1 + x * (1 - s))
-        return _aten.silu_backward(grad, x)  # type: ignore[no-any-return]
-    return _aten.gelu_backward(grad, x, approximate="tanh" if activation == "gelu_tanh" else "none")  # type: ignore[no-any-return]
-
-
-def name_of(function: Function, approximate: str) -> str:
-    """Name of an activation, as gated units have it."""
-    return "gelu_tanh" if function is Function.GELU and approximate == "tanh" else function.value
-
-
-class Activated:
-    """Recomputes an activation that is a torch op."""
-
-    def __init__(self, activation: str) -> None:
-        self.activation = activation
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return _value(self.activation, x)
-
-
-class _GatedAgain:
-    """Recomputes a gated product."""
-
-    def __init__(self, activation: str) -> None:
-        self.activation = activation
-
-    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or gate.device.type not in KERNELS:
-            return _value(self.activation, gate) * up
-        return torch.ops.lomem.gated(gate, up, self.activation)  # type: ignore[no-any-return]
-
-
-class _Again:
-    """Recomputes an activation of several ops, under the autocast setting of the forward pass."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor], device: str) -> None:
-        self.function, self.device, self.autocast = function, device, autocast_dtype(device)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        with autocast_to(self.device, self.autocast):
-            return self.function(x)
-
-
-class _Replayed:
-    """Recomputes the result of a cheap op.
-
-    Args:
-        rebuild: Recomputes one operand.
-        number: From how many tensors.
-        function: The op, as a function of that operand and the others.
-    """
-
-    def __init__(self, rebuild: Callable[..., Tensor], number: int, function: Callable[..., Tensor]) -> None:
-        self.rebuild, self.number, self.function = rebuild, number, function
-
-    def __call__(self, *kept: Tensor | None) -> Tensor:
-        return self.function(self.rebuild(*kept[: self.number]), *kept[self.number :])
-
-
-class _Gated(torch.autograd.Function):
-    """The product of an activation and another tensor, which saves the activation's input instead of its result.
-
-    The gradient goes through the activation's own node, since somebody may ask for it there.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, activated: Tensor, up: Tensor, gate: Tensor, activation: str) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return activated * up
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        gate, up = ctx.saved_tensors
-        needs_activated, needs_up, *_ = ctx.needs_input_grad
-        grad_activated = grad * up if needs_activated else None
-        grad_up = None
-        if needs_up and (torch.is_grad_enabled() or gate.device.type not in KERNELS):
-            grad_up = grad * _value(ctx.activation, gate)
-        elif needs_up:
-            mask = [False, True, False]
-            _, grad_up, _ = torch.ops.lomem.gated_backward(grad, gate, up, ctx.activation, output_mask=mask)
-        return grad_activated, grad_up, None, None
-
-
-class _GatedFromGroups(torch.autograd.Function):
-    """The same where both factors are kept in groups: it saves ``kept``, from which ``again.loads`` bring them back."""
-
-    @staticmethod
-    def forward(ctx: Any, activated: Tensor, up: Tensor, again: FromGroups, activation: str, *kept: Tensor) -> Tensor:
-        ctx.save_for_backward(*kept)
-        ctx.again, ctx.activation = again, activation
-        return activated * up
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        kept = ctx.saved_tensors
-        needs_activated, needs_up, *_ = ctx.needs_input_grad
-        gate, up = ctx.again.bring(kept)
-        grad_activated = grad * up if needs_activated else None
-        grad_up = None
-        if needs_up:
-            mask = [False, True, False]
-            _, grad_up, _ = torch.ops.lomem.gated_backward(grad, gate, up, ctx.activation, output_mask=mask)
-        return grad_activated, grad_up, None, None, *(None for _ in kept)
-
-
-class _Product(torch.autograd.Function):
-    """A product that saves what its first factor is rebuilt from instead of that factor."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, factor: Tensor, other: Tensor, rebuild: Callable[..., Tensor], *kept: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(other, *kept)
-        ctx.rebuild, ctx.dtype = rebuild, factor.dtype
-        return factor * other
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        other, *kept = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        grad_factor = (grad * other).to(ctx.dtype) if needs[0] else None
-        grad_other = (grad * ctx.rebuild(*kept)).sum_to_size(other.shape).to(other.dtype) if needs[1] else None
-        return grad_factor, grad_other, None, *(None for _ in kept)
-
-
-class _ProductFromGroups(_Product):
-    """The same where that is brought back from groups, which second derivatives would not go through."""
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return _Product.backward(ctx, grad)
-
-
-class _Dropout(torch.autograd.Function):
-    """torch's dropout, which saves a bit per element; also returns these."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-        result, mask = torch.ops.lomem.dropout_forward(x, p)
-        ctx.save_for_backward(mask)
-        ctx.p = p
-        ctx.mark_non_differentiable(mask)
-        return result, mask
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
-        (mask,) = ctx.saved_tensors
-        return dropped_again(grad, mask, ctx.p), None
-
-
-def dropped(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Dropout as torch has it, which saves a bit per element, and these bits."""
-    return _Dropout.apply(x, p)  # type: ignore[no-any-return]
-
-
-def dropped_again(x: Tensor, mask: Tensor, p: float) -> Tensor:
-    """The same of another tensor, or of a gradient."""
-    return torch.ops.lomem.dropout_apply(x, mask, p)  # type: ignore[no-any-return]
 
 
 def _drop(x: Tensor, p: float, takers: int) -> Tensor:
@@ -376,50 +64,13 @@ def _drop(x: Tensor, p: float, takers: int) -> Tensor:
     found = peek(x, copies=True) if takers else None
     if found is not None:
         kept, made = found
-        rebuild = _Replayed(made.rebuild, len(kept), lambda x, mask: dropped_again(x, mask, p))
+        assert isinstance(made, Offer)
+        rebuild = Replayed(made.rebuild, len(kept), lambda x, mask: dropped_again(x, mask, p))
         options: Any = {"differentiable": made.differentiable, "weak": made.weak, "grouped": made.grouped}
         offer(result, (*kept, mask), rebuild, takers, **options)
         # If x needs no gradient, nobody saves the mask. And a producer of x may save the storage, not the tensor.
         hold(result, (mask, *made.held, *(t for t in kept if t is x)))
     return result
-
-
-class _OfInput(torch.autograd.Function):
-    """An activation that saves its input alone: ``h(scale * x) / scale``, by any function that computes it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, activation: str, scale: float, function: Callable[..., Tensor], *groups: Any
-    ) -> Tensor:
-        # With groups, it saves these tensors, from which the first of groups brings x back.
-        ctx.save_for_backward(*(groups[1:] or (x,)))
-        ctx.activation, ctx.scale, ctx.load = activation, scale, groups[0] if groups else None
-        return function(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, activation = ctx.saved_tensors, ctx.activation
-        x = kept[0] if ctx.load is None else ctx.load(*kept)
-        if ctx.scale == 1 and not torch.is_grad_enabled() and x.device.type in KERNELS and x.is_contiguous():
-            # The gradient of the gate of a unit whose other factor is 1: torch's own kernels take longer.
-            ones = x.new_ones(x.shape[-1:]).expand(x.shape)
-            mask = [True, False, False]
-            grad_x, *_ = torch.ops.lomem.gated_backward(grad, x, ones, activation, output_mask=mask)
-        else:
-            # The derivative of h(s x) / s is h'(s x). Neither s x nor what is computed from it is rounded to 16 bits.
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            wide = x.to(dtype) * ctx.scale if ctx.scale != 1 else x.to(dtype)
-            grad_x = _derivative(activation, grad.to(dtype), wide).to(x.dtype)
-        return grad_x, None, None, None, *(() if ctx.load is None else (None, *(None for _ in kept)))
-
-
-class _OfGroups(_OfInput):
-    """The same where the input is kept in groups, which second derivatives would not go through."""
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return _OfInput.backward(ctx, grad)
 
 
 #: Below these, activations and their derivatives are under 1e-7: smaller than the noise of what is kept in groups.
@@ -461,11 +112,11 @@ def _of_input(
     options: dict[str, Any] = {"activation": name if torch_op else None}
     with torch._C.DisableTorchFunction():  # modes of modules around this one would give it few bits
         if storage is None or not can_store(x):
-            result = _OfInput.apply(x, name, scale, function)
+            result = of_input(x, name, scale, function)
             offer(result, (x,), again, takers, differentiable=True, **options)
         else:
             kept, load = store(_bounded(x, name, scale), storage)
-            result = _OfGroups.apply(x, name, scale, function, load, *kept)
+            result = attributed(of_groups(x, name, scale, function, load, *kept))
             offer(result, kept, FromGroups(again, load), takers, grouped=True, **options)
     return result  # type: ignore[no-any-return]
 
@@ -523,7 +174,7 @@ class _Pairs(Redirect):
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         x, name = call.input, name_of(call.function, call.approximate)
         function = Activated(name)
-        if not is_compiling():
+        if not is_compiling() or (self.storage is not None and can_store(x)):
             return _of_input(x, name, 1, function, function, self.takers, self.storage, torch_op=True)
         # Modes of modules around this one would give it few bits.
         with torch._C.DisableTorchFunction():
@@ -536,10 +187,15 @@ class _Pairs(Redirect):
         if step.kind is StepKind.PRODUCT and len(step.operands) == 2 and not kwargs:
             for operand, other in (step.operands, step.operands[::-1]):
                 for result, x, name in self.activated:
-                    if operand is result and other.shape == operand.shape:
+                    if operand is result and are_same(other.shape, operand.shape):
                         with torch._C.DisableTorchFunction():
-                            return recomputed(_GatedAgain(name), x, other)
-        return func(*args, **kwargs)  # type: ignore[no-any-return]
+                            return recomputed(GatedAgain(name), x, other)
+        if step.kind is StepKind.CAST and not kwargs and not any(value is True for value in args):
+            (x,) = step.operands
+            result = func(*args)
+            if (result.dtype, result.device) == (x.dtype, x.device):
+                return x  # as eagerly: to a compiler, the result would be another tensor, which nobody offers
+        return self._step(step, func, args, kwargs)
 
     def _step(self, step: Step, func: Any, args: Any, kwargs: Any) -> Tensor:
         for i, operand in enumerate(step.operands):
@@ -553,7 +209,7 @@ class _Pairs(Redirect):
         step: Step,
         position: int,
         kept: tuple[Tensor | None, ...],
-        made: Offer,
+        made: Offer | TracedOffer,
         func: Any,
         args: Any,
         kwargs: Any,
@@ -566,8 +222,8 @@ class _Pairs(Redirect):
                 return self._gated(operand, other, kept, made)
             # Otherwise torch's own product saves nothing that is not saved anyway.
             if other.requires_grad and kept[0] is not operand:
-                product = _ProductFromGroups if made.grouped else _Product
-                result = product.apply(operand, other, made.rebuild, *kept)
+                multiply = product_from_groups if made.grouped else product
+                result = attributed(multiply(operand, other, made.rebuild, *kept))
             else:
                 result = func(*args, **kwargs)
         else:
@@ -578,35 +234,40 @@ class _Pairs(Redirect):
             # A sum does not save its operands, so they may be changed afterwards.
             others = tuple(t.clone() for t in others)
         function = _replay(step, position, func, args, kwargs, result.dtype)
-        rebuild = _Replayed(made.rebuild, len(kept), function)
+        rebuild = Replayed(made.rebuild, len(kept), function)
         options: Any = {"differentiable": made.differentiable, "weak": made.weak, "grouped": made.grouped}
         offer(result, (*kept, *others), rebuild, self.takers, **options)
+        if is_compiling():
+            return result  # type: ignore[no-any-return]
+        assert isinstance(made, Offer)
         # A producer that saves its result saves the storage, not the tensor. And nobody may save small operands.
         itself = kept if is_offered(operand) else ()
         held = (*made.held, *(t for t in itself if t is operand))
         hold(result, (*held, *(t for t in others if is_small(t, operand))))
         return result  # type: ignore[no-any-return]
 
-    def _gated(self, activated: Tensor, up: Tensor, kept: tuple[Tensor | None, ...], made: Offer) -> Tensor:
+    def _gated(
+        self, activated: Tensor, up: Tensor, kept: tuple[Tensor | None, ...], made: Offer | TracedOffer
+    ) -> Tensor:
         name = made.activation
         assert name is not None
-        again = _GatedAgain(name)
+        again = GatedAgain(name)
         if not made.grouped:
             (gate,) = kept
-            result = _Gated.apply(activated, up, gate, name)
+            result = gated(activated, up, gate, name)
             offer(result, (gate, up), again, self.takers, differentiable=True)
             return result  # type: ignore[no-any-return]
         assert isinstance(made.rebuild, FromGroups)
         (load,) = made.rebuild.loads
         more, load_up = store(up, load.bits)
         from_groups = FromGroups(again, load, load_up)
-        result = _GatedFromGroups.apply(activated, up, from_groups, name, *kept, *more)
+        result = attributed(gated_from_groups(activated, up, from_groups, name, *kept, *more))
         offer(result, (*kept, *more), from_groups, self.takers, grouped=True)
         return result  # type: ignore[no-any-return]
 
 
-def _is_gated(operand: Tensor, other: Tensor, made: Offer) -> bool:
-    alike = other.shape == operand.shape and other.dtype == operand.dtype
+def _is_gated(operand: Tensor, other: Tensor, made: Offer | TracedOffer) -> bool:
+    alike = are_same(other.shape, operand.shape) and other.dtype == operand.dtype
     alike &= not made.grouped or can_store(other)
     return made.activation is not None and alike
 
@@ -739,17 +400,19 @@ class PairedActivation(OfActivation):
         form, original, x = self.lomem_activation, super().forward, self.argument(args, kwargs)
         if form is None or x is None or is_transformed() or self.current("inplace"):
             return original(*args, **kwargs)
-        if is_compiling() and self.lomem_gated:
+        storage = self.lomem_storage
+        exact = is_compiling() and (storage is None or not can_store(x))
+        if exact and self.lomem_gated:
             return original(x)  # a product is recomputed as a whole, see _Pairs
-        if is_compiling():
+        if exact:
             # Modes of modules around this one would give it few bits.
             with torch._C.DisableTorchFunction():
                 return recomputed(original, x)
         name = name_of(form.kind, self.current("approximate"))
-        again = Activated(name) if form.torch_op else _Again(original, x.device.type)
+        again = Activated(name) if form.torch_op else Again(original, x.device.type)
         options = {"torch_op": form.torch_op}
         function = again if form.torch_op else original
-        return _of_input(x, name, form.scale, function, again, self.lomem_takers, self.lomem_storage, **options)
+        return _of_input(x, name, form.scale, function, again, self.lomem_takers, storage, **options)
 
 
 class ConvertedDropout(Converted):

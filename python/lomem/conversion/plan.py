@@ -9,11 +9,11 @@ from torch import nn
 
 from .._trace.batch import Batch
 from .adapters import is_adapter
+from .cheap_ops import StepKind
 from .finder import Finder, ways_of_its_own
 from .flow import Flow, runs
 from .kinds import Kind, Wishes
 from .ledger import Candidate
-from .pairs import StepKind
 from .plan_activation import plan_activation, plan_calls
 from .plan_copy import plan_copies, plan_dropouts
 from .plan_norm import plan_norm

@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection
 from torch import nn
 
 from .._trace.recorder import Storage
+from .cheap_ops import UNARY, StepKind
 from .finder import Finder, ways_of_its_own
 from .flow import StepCall
 from .kinds import Action, Kind
 from .ledger import Candidate
-from .pairs import UNARY, StepKind
 from .plan_pair import Chain, dropout_change, follow, may_follow
 
 __all__ = ["plan_copies", "plan_dropouts"]

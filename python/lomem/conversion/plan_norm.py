@@ -11,13 +11,13 @@ from .._trace.float64 import in_float64
 from .._trace.groups import stored_bytes
 from .._trace.keeps import KEEPS, saves_operands
 from .._trace.recorder import Op, Storage
+from .cheap_ops import UNARY
 from .finder import Finder
 from .flow import Call
 from .forms import NormForm
 from .kinds import Action, Kind
 from .ledger import Candidate
 from .modules import MSNorm, NormPlan
-from .pairs import UNARY
 from .plan_pair import Chain, follow
 
 __all__ = ["CONDITIONING", "plan_norm"]
@@ -181,7 +181,7 @@ def _in_groups(
     names, single = chain.rebuilders(finder)
     c.reason = f"it saves its normalized input in {bits} bits per element, from which {names} "
     c.reason += "rebuilds its input" if single else "rebuild their input"
-    # Under a compiler, it is converted as it would be exactly.
+    # Where a compiler cannot store it (a checkpointed region, a DTensor), it is converted as it would be exactly.
     plan: NormPlan | None = None if exact.left else exact.changes[name][1]["lomem_norm"]
     takers = _takers(finder, name, chain.linears) + bool(chain.steps)
     inverted, shared = (False, True) if plan is None else (plan.inverted, plan.shared)

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from .._trace.recorder import Storage
+from .cheap_ops import UNARY, StepKind
 from .exchange import Converted
 from .finder import Finder, ways_of_its_own
 from .flow import StepCall
-from .pairs import UNARY, ConvertedDropout, PairCalls, StepKind
+from .pairs import ConvertedDropout, PairCalls
 
 __all__ = ["Chain", "dropout_change", "follow", "may_follow"]
 
