@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import lomem
 import pytest
@@ -312,7 +313,7 @@ BY_NAME = dict(zip(("gelu", "gelu_tanh", "silu"), ACTIVATIONS.values(), strict=T
 
 
 def scattered(torch_op, dtype, n):
-    """All finite numbers in random order, and among them, at every fourth place, those whose value depends on the place."""
+    """All finite numbers in random order; at every fourth place, those whose value depends on the place."""
     every = all_patterns(dtype)
     every = every[every.isfinite()]
     together, alone = torch_op(every), torch_op(every.repeat_interleave(2)[::2])
@@ -384,7 +385,7 @@ assert same_bits(activation.forward(x)[0], kept)
 torch.set_flush_denormal(True)
 assert same_bits(activation.forward(x)[0], flushed)
 """
-    here = os.path.dirname(__file__)
+    here = Path(__file__).parent
     subprocess.run([sys.executable, "-c", program], cwd=here, timeout=300, check=True)
 
 
