@@ -103,6 +103,7 @@ class StepCall:
         operand_id: Identity of that operand.
         operand: Storage of that operand.
         gated: Whether it is a product with a factor as large.
+        squared: Whether another factor of a product shares its storage, which is saved for that.
         small: Bytes of its small operands, if the op does not save them itself; of a dropout, of a bit per element.
         result: Storage of the result.
         result_id: Identity of the result.
@@ -116,6 +117,7 @@ class StepCall:
     operand_id: int
     operand: Storage | None
     gated: bool
+    squared: bool
     small: int
     result: Storage | None
     result_id: int
@@ -183,7 +185,9 @@ class _Calls(TorchFunctionMode):
                     small = (operand.numel() + 7) // 8
                 storages = self._storage(operand), self._storage(result)
                 recorder = self.flow.recorder
-                of = step.kind, recorder.module, id(operand), storages[0], gated, small, storages[1]
+                factors = others if step.kind is StepKind.PRODUCT else []
+                squared = storages[0] is not None and any(self._storage(t) is storages[0] for t in factors)
+                of = step.kind, recorder.module, id(operand), storages[0], gated, squared, small, storages[1]
                 self.flow.steps.append(StepCall(*of, self._follow(result), len(recorder.ops), saved, is_whole(operand)))
                 return
 

@@ -111,7 +111,7 @@ def follow(
             continue
         rebuilt[step.result_id] = step.result
         chain.steps.append(step)
-        gains = not (saved and step.operand_id in first)
+        gains = not ((saved and step.operand_id in first) or step.squared)
         freed[step] = {i for i in ledger.within([step.saved]) if gains and ledger.saved[i].storage is step.operand}
     given = {i for i in rebuilt if not (saved and i in first)}
     storages = {rebuilt[i] for i in given}
