@@ -15,7 +15,6 @@
 #include <cstring>
 #include <mutex>
 
-#include "../op.h"
 #include "../packing/ops.h"
 
 namespace lomem::detail {
@@ -27,7 +26,7 @@ at::Tensor draw_by_torch(at::IntArrayRef sizes, at::ScalarType dtype, double kep
   // Of bytes, torch draws the same as of every dtype but float64, for which MKL's seed takes twice as many numbers.
   const bool bytes = dtype != at::kDouble;
   const at::Tensor drawn = at::empty(sizes, bytes ? at::kByte : at::kDouble).bernoulli_(kept, generator);
-  return bytes ? packed_mask(drawn) : ops::step_codes(drawn, {{0.5}}, 1);
+  return packed_mask(bytes ? drawn : drawn.to(at::kByte));
 }
 
 at::Tensor draw_by_kernel(int64_t n, double kept, const MaybeGenerator& generator) {

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .. import functional as LF
 from .._trace.autocast import autocast_dtype, autocast_to
 from .._trace.groups import KERNELS, FromGroups
 from .._trace.once import differentiable_once
@@ -36,17 +37,16 @@ _aten = torch.ops.aten
 
 
 def _looks_up(x: Tensor) -> bool:
-    """Whether lomem's op, called without a gradient, has torch's values by a table, in less time than torch."""
+    """Whether lomem's activations, called without a gradient, have torch's values by a table, in less time than torch."""
     plain = not (torch.is_grad_enabled() or is_compiling()) and x.is_cpu and x.is_contiguous()
     return plain and x.dtype in (torch.bfloat16, torch.float16) and x.numel() >= 2**16
 
 
 def _value(activation: str, gate: Tensor) -> Tensor:
+    approximate: Any = "tanh" if activation == "gelu_tanh" else "none"
     if _looks_up(gate):
-        return torch.ops.lomem.step_activation(gate, activation, [], 2)  # type: ignore[no-any-return]
-    if activation == "silu":
-        return F.silu(gate)
-    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+        return LF.silu(gate, bits=2) if activation == "silu" else LF.gelu(gate, approximate, bits=2)
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=approximate)
 
 
 def _derivative(activation: str, grad: Tensor, x: Tensor) -> Tensor:
