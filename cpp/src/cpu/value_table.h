@@ -9,8 +9,8 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -18,6 +18,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../checks.h"
 #include "torch_activations.h"
 
 namespace lomem::detail {

@@ -11,7 +11,6 @@
 #include <lomem/core/packing.h>
 #include <lomem/cpu/kernels.h>
 
-#include <algorithm>
 #include <cstring>
 #include <mutex>
 

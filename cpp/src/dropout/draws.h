@@ -4,7 +4,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/Tensor.h>
 
-#include <cstdint>
+#include <optional>
 
 namespace lomem::detail {
 
