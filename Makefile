@@ -32,7 +32,8 @@ OLDEST_CMAKE := 3.22
 .PHONY: help demo test test-all test-pairs thorough install ctest ctest-all pytest pytest-all pytest-capabilities \
   pytest-on-host soak types asan asan-install asan-pytest arm-check cuda-check emulate-build cuda-emulate \
   cuda-emulate-all cuda-mutants cuda-counts cuda-counts-check versions bench paper whole-step study lora-curves \
-  fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench gpu-sanitize dev lint format docs docs-serve gtest clean FORCE
+  fewbit-table gpu-build gpu-quick gpu-rehearse gpu-test gpu-bench gpu-sanitize dev lint format docs docs-serve gtest \
+  clean FORCE
 
 help:
 	@sed -n '1,10p' Makefile

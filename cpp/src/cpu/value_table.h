@@ -118,7 +118,7 @@ inline void look_up(const ValueTable& table, const uint16_t* x, int64_t n, uint1
   values_of(whole, n - whole, y + whole);
 }
 
-/// The values of a contiguous tensor for which may_look_up. Copies share the tensor.
+/// The values of a contiguous tensor for which may_look_up. It must outlive this.
 template <class Function>
 class LookedUp {
  public:

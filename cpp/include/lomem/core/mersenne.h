@@ -9,6 +9,7 @@
 
 namespace lomem {
 
+/// The words from which the next numbers are made, and how many of them have been.
 struct MersenneState {
   static constexpr int size = 624;
   static constexpr int middle = 397;
