@@ -89,6 +89,8 @@ METHODS = {
     "exact": Method("`lomem.convert(bits=16)`", 16),
     "8bit": Method("`lomem.convert(bits=8)`", 8),
     "compile": Method("`torch.compile`", compiled=True),
+    "exact-compile": Method("`lomem.convert(bits=16)`, `torch.compile`", 16, compiled=True),
+    "8bit-compile": Method("`lomem.convert(bits=8)`, `torch.compile`", 8, compiled=True),
     "checkpointing": Method("gradient checkpointing", every=1),
     "every-second": Method("`lomem.convert(bits=16)`, checkpointing of every second block", 16, every=2),
 }
@@ -101,9 +103,11 @@ MORE_METHODS = {
     "fused": Method("fused norms and SwiGLU, as Liger's", fused="kernels"),
     "fused-loss": Method("fused loss", fused_loss=True),
     "fused-all": Method("fused norms and SwiGLU, fused loss", fused="kernels", fused_loss=True),
-    "exact-compile": Method("`lomem.convert(bits=16)`, `torch.compile`", 16, compiled=True),
     "exact-budget": Method(
         "`lomem.convert(bits=16)`, `torch.compile`, `activation_memory_budget = 0.5`", 16, compiled=True, budget=0.5
+    ),
+    "8bit-budget": Method(
+        "`lomem.convert(bits=8)`, `torch.compile`, `activation_memory_budget = 0.5`", 8, compiled=True, budget=0.5
     ),
     "exact-offload": Method("`lomem.convert(bits=16)`, `save_on_cpu`", 16, offloaded=True),
     "8bit-every-second": Method("`lomem.convert(bits=8)`, checkpointing of every second block", 8, every=2),
