@@ -428,6 +428,16 @@ def recomputed(function: Rebuild, *tensors: Tensor) -> Tensor:
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
+#: Whether the compiler fails if two regions read the same number from the same place, and sizes are dynamic: mended in 2.15.
+_NUMBERS_BELONG_TO_REGIONS = torch.__version__ < (2, 15)
+
+
+def can_recompute_python() -> bool:
+    """Whether a compiler recomputes a function of Python code too, which may read numbers, rather than ops alone."""
+    config = torch._dynamo.config
+    return not _NUMBERS_BELONG_TO_REGIONS or config.assume_static_by_default or config.specialize_float
+
+
 def _rows(tensor: Tensor) -> Tensor:
     # Not flatten, which cannot be batched.
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .._trace.groups import FromGroups, can_store, store
-from .._trace.handover import Offer, TracedOffer, attributed, hold, is_offered, offer, peek, recomputed
+from .._trace.handover import (
+    Offer,
+    TracedOffer,
+    attributed,
+    can_recompute_python,
+    hold,
+    is_offered,
+    offer,
+    peek,
+    recomputed,
+)
 from .cheap_ops import Step, StepKind, are_same, as_step, is_small
 from .exchange import Converted
 from .kinds import Criterion
@@ -402,7 +412,7 @@ class PairedActivation(OfActivation):
             return original(*args, **kwargs)
         storage = self.lomem_storage
         exact = is_compiling() and (storage is None or not can_store(x))
-        if exact and self.lomem_gated:
+        if exact and (self.lomem_gated or not (form.torch_op or can_recompute_python())):
             return original(x)  # a product is recomputed as a whole, see _Pairs
         if exact:
             # Modes of modules around this one would give it few bits.
