@@ -1,10 +1,15 @@
 """Library models under torch.compile: in one graph, for any length, and with the backward pass compiled as well."""
 
+import copy
+
 import lomem
 import pytest
 import torch
+import transformers
 from small_models import distance
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 from zoo import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,3 +96,35 @@ def test_with_a_compiled_backward_pass(name, options):
         loss = step()
     assert counter.frame_count > 1  # forward and backward
     assert_trained((loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}), expected)
+
+
+class Regions(nn.Module):
+    """Two layers of GPT-2's activation, checkpointed."""
+
+    def __init__(self):
+        super().__init__()
+        self.activations = nn.ModuleList(transformers.activations.ACT2FN["gelu_new"] for _ in range(2))
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x):
+        for layer, activation in zip(self.layers, self.activations, strict=True):
+            x = checkpoint(activation, layer(x), use_reentrant=False)
+        return x
+
+
+def test_what_torch_says_of_numbers_in_two_regions():
+    """Which is why activations of several ops are not recomputed if all sizes are dynamic."""
+    x = torch.randn(3, 4)
+    compiled = torch.compile(Regions(), backend="aot_eager", dynamic=True, fullgraph=True)
+    if torch.__version__ < "2.15":
+        with pytest.raises(Exception, match="lift_tracked_freevar_to_input should not be called on root"):
+            compiled(x)
+    else:
+        compiled(x).sum().backward()
+    with torch._dynamo.config.patch(specialize_float=True):
+        torch.compiler.reset()
+        model = Regions()
+        lomem.convert(model, x, bits=16)
+        plain = copy.deepcopy(model)
+        compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True)
+        torch.testing.assert_close(compiled(x), plain(x))

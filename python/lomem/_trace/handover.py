@@ -429,7 +429,7 @@ def recomputed(function: Rebuild, *tensors: Tensor) -> Tensor:
 
 
 #: Whether the compiler fails if two regions read the same number from the same place, and sizes are dynamic: mended in 2.15.
-_NUMBERS_BELONG_TO_REGIONS = torch.__version__ < (2, 15)
+_NUMBERS_BELONG_TO_REGIONS = torch.__version__ < "2.15"
 
 
 def can_recompute_python() -> bool:
