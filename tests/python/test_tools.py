@@ -1,4 +1,4 @@
-"""The tools of the repository: the check of the CUDA kernels' registers."""
+"""The tools of the repository: what kernels use, the table of versions, tests of other libraries."""
 
 import subprocess
 import sys
@@ -84,3 +84,95 @@ def test_the_table_of_versions(tmp_path):
     (tmp_path / "build/versions/b/results.xml").write_text(passes, encoding="utf-8")
     result = run(script, "b")
     assert (result.returncode, "| b | 5 | 3 | 0 | 1 | 1 |\n" in result.stdout) == (0, True)
+
+
+TEST_OF_FEWBIT = """\
+from unittest import TestCase, skip, skipUnless
+import fewbit
+import torch
+from fewbit.approx import StepWiseFunction, estimate_error
+from fewbit.compat import removeprefix
+from fewbit.functional.activations import gelu, store
+@skipUnless(torch.cuda.is_available(), "")
+class TestSome(TestCase):
+    def test_gelu(self):
+        x = torch.linspace(-5, 5, 101, device="cuda").to("cuda:1").cuda().requires_grad_()
+        y = gelu(x)
+        y.sum().backward()
+        self.assertTrue(torch.equal(y, torch.nn.functional.gelu(x)))
+        self.assertEqual((fewbit.GELU.__module__, x.device.type), ("lomem.compat.fewbit.modules.activations", "cpu"))
+        self.assertLessEqual(len(set(x.grad.tolist())), 8)
+    def test_stand_ins(self):
+        steps = StepWiseFunction(*[part.double().numpy() for part in store.get("tanh", 1)])
+        # A line over steps: the integral of (x - level)^2.
+        integral = sum(
+            ((high - level) ** 3 - (low - level) ** 3) / 3
+            for low, high, level in zip(steps.borders[:-1], steps.borders[1:], steps.levels)
+        )
+        self.assertAlmostEqual(1, estimate_error(lambda x: x, steps, 1e-2)[0] / integral, delta=1e-6)
+        self.assertEqual(removeprefix("TestSome", "Test"), "Some")
+    @skip("")
+    def test_nothing(self):
+        pass
+"""
+SCRIPT_OF_LOWMEMORYBP = """\
+import time
+import torch
+from lomem import functional, packing
+def count(n):
+    for _ in range(n):
+        calls.append(n)
+    torch.cuda.synchronize("cuda:0")
+if __name__ == "__main__":
+    calls = []
+    num_repeat = 100
+    x = torch.rand(9, device="cuda:0") > 0.5
+    count(num_repeat)
+    same = (packing.unpack_uint8_to_bool(functional.pack_bool_to_uint8(x), (9,)) == x).all()
+    print("pass!" if same and calls == [1] and x.device.type == "cpu" else "fail!")
+"""
+
+
+def test_tests_of_other_libraries(tmp_path):
+    tool = ROOT / "tools/peer_tests.py"
+    result = run(tool, "fewbit", tmp_path)
+    assert result.returncode == 2
+    assert f"checkout is {tmp_path}, expected a folder with tests fewbit/**/*_test.py" in result.stderr
+
+    folder = tmp_path / "fewbit/functional"
+    folder.mkdir(parents=True)
+    (tmp_path / "fewbit/__init__.py").write_text("raise AssertionError", encoding="utf-8")
+    (tmp_path / "fewbit/fft_test.py").write_text("import fewbit.fft", encoding="utf-8")
+    (folder / "some_test.py").write_text(TEST_OF_FEWBIT, encoding="utf-8")
+    result = run(tool, "fewbit", tmp_path)
+    assert result.stdout == (
+        "fewbit/fft_test.py: left out\nfewbit/functional/some_test.py: 2 passed, 1 skipped, 0 failed\n"
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    (folder / "some_test.py").write_text(TEST_OF_FEWBIT.replace("(x))", "(2 * x))"), encoding="utf-8")
+    (folder / "other_test.py").write_text("from fewbit import nothing", encoding="utf-8")
+    result = run(tool, "fewbit", tmp_path)
+    assert result.stdout.splitlines()[1:] == [
+        "fewbit/functional/other_test.py: 0 passed, 0 skipped, 1 failed",
+        "fewbit/functional/some_test.py: 1 passed, 1 skipped, 1 failed",
+    ]
+    assert result.returncode == 1
+    assert "test_gelu" in result.stderr
+    assert "cannot import name 'nothing'" in result.stderr
+
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/test_pass.py").write_text(SCRIPT_OF_LOWMEMORYBP, encoding="utf-8")
+    result = run(tool, "lowmemorybp", tmp_path)
+    assert (result.stdout, result.stderr) == ("test/test_pass.py: 1 passed, 0 skipped, 0 failed\n", "")
+    assert result.returncode == 0
+    (tmp_path / "test/test_fail.py").write_text(SCRIPT_OF_LOWMEMORYBP.replace("== [1]", "== []"), encoding="utf-8")
+    (tmp_path / "test/test_raise.py").write_text("raise ValueError('why')", encoding="utf-8")
+    result = run(tool, "lowmemorybp", tmp_path)
+    assert result.stdout.splitlines() == [
+        "test/test_fail.py: 0 passed, 0 skipped, 1 failed",
+        "test/test_pass.py: 1 passed, 0 skipped, 0 failed",
+        "test/test_raise.py: 0 passed, 0 skipped, 1 failed",
+    ]
+    assert result.returncode == 1
+    assert "fail!" in result.stderr
+    assert "ValueError: why" in result.stderr
