@@ -109,7 +109,7 @@ MIXES = {
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("kind", [Gated, Ungated, Stack])
-def test_dtypes(kind, mix, p):
+def test_adapters_of_every_dtype(kind, mix, p):
     dtype, adapter_dtype, mixed = MIXES[mix]
     plain, model, x = pair_of(kind, dtype, adapter_dtype=adapter_dtype, lora_dropout=p)
     with autocast(None if mixed else dtype):

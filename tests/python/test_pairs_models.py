@@ -1,6 +1,7 @@
 """Gradients of whole models whose linear layers rebuild their input."""
 
 import functools
+import statistics
 
 import lomem
 import pytest
@@ -49,22 +50,36 @@ def perturb(model, seed):
             p.mul_(1 + 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
 
 
-@pytest.mark.parametrize("what", WHAT)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_of_whole_models_are_as_accurate(name, dtype, what):
-    dtype, (options, seeds, median, worst) = DTYPES[dtype], WHAT[what]
+def error_ratios(name, dtype, options, seeds):
+    """For each seed, the gradient's error in the converted model, relative to that in the plain one."""
     plain, model, batch, _ = converted(name, dtype, **options)
     reference, wide = build_pairs(name, torch.float64)
-    ratios = []
     for seed in range(seeds):
         perturb(plain, seed)
         model.load_state_dict(plain.state_dict())
         reference.load_state_dict(plain.state_dict())
         error = functools.partial(gradient_error, expected=gradients(reference, wide))
-        ratios.append(error(gradients(model, batch, dtype)) / error(gradients(plain, batch, dtype)))
+        yield error(gradients(model, batch, dtype)) / error(gradients(plain, batch, dtype))
+
+
+@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_whole_models_are_as_accurate(name, dtype, what):
+    options, seeds, median, worst = WHAT[what]
+    ratios = list(error_ratios(name, DTYPES[dtype], options, seeds))
     assert sorted(ratios)[seeds // 2] <= median
     assert max(ratios) <= worst
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_all_models_round_neither_more_nor_less(dtype):
+    """What the error of one model gains by chance, that of another loses."""
+    ratios = [ratio for name in NAMES for ratio in error_ratios(name, DTYPES[dtype], {}, 5)]
+    assert statistics.median(ratios) <= 1.05
+    assert statistics.geometric_mean(ratios) <= 1.05
 
 
 @pytest.mark.parametrize("name", NAMES)
