@@ -36,6 +36,7 @@ SLOW = {
     "test_a_compiled_model_saves_no_more_than_eagerly_or_plain": 5,
     "test_a_compiler_passes_on_what_is_in_groups": 7,
     "test_a_compiler_saves_what_is_saved_eagerly": 3,
+    "test_a_patched_model_is_converted": 5,
     "test_a_second_backward_pass": 7,
     "test_activations_change_no_bit": 3,
     "test_all_is_left_as_it_was": 5,
