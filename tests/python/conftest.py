@@ -37,6 +37,7 @@ SLOW = {
     "test_a_compiler_saves_what_is_saved_eagerly": 7,
     "test_a_norm_is_recognized_part_by_part": 7,
     "test_a_norm_of_every_width_is_recognized": 7,
+    "test_a_patched_model_is_converted": 5,
     "test_a_second_backward_pass": 7,
     "test_activations_change_no_bit": 7,
     "test_adapters_of_every_dtype": 5,

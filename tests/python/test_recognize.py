@@ -74,6 +74,21 @@ def test_a_norm_is_recognized_part_by_part(centred, gamma, beta, eps):
     assert form.dtype == "input"
 
 
+@pytest.mark.parametrize("shape", [(4, D), (2, 4, D)])
+def test_a_norm_whose_statistics_have_a_dimension_less_is_recognized(shape):
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(D))
+
+        def forward(self, x):
+            return self.weight * (x * torch.rsqrt(x.square().mean(-1) + 1e-6)[..., None])
+
+    form = recognize_norm(Rows(), [shape])
+    assert isinstance(form, NormForm), form
+    assert (form.centred, form.gamma, form.eps) == (False, "weight", 1e-6)
+
+
 @pytest.mark.parametrize("eps", [1e-2, 1e-4, 2.5e-5, 1e-8, 0.0])
 def test_eps_is_found_where_no_attribute_holds_it(eps):
     class Hidden(nn.Module):

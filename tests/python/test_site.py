@@ -19,6 +19,7 @@ from torch import nn
 pytest.importorskip("rich")  # of lomem.commands.bench, which whole_step imports
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import liger_bytes
 import whole_step
 from bytes_alive import bytes_alive
 
@@ -267,6 +268,17 @@ def test_the_committed_bytes():
         for method in ("offload", "exact-offload"):
             assert saved[method] < saved["plain"] / 100
             assert case["methods"][method]["host_bytes"] > saved["plain"] / 2
+
+
+def test_the_committed_bytes_of_liger():
+    contents = json.loads(read("benchmarks/results/liger-bytes.json"))
+    assert read("benchmarks/results/liger-bytes.md") == liger_bytes.markdown(contents)
+    assert "\n" + "\n".join(liger_bytes.table(contents["saved"])) + "\n\n" in read("docs/choosing.md")
+    for counts in contents["saved"].values():
+        assert list(counts) == list(liger_bytes.liger_models.PATCHES)
+        *others, everything = counts.values()
+        assert len(set(everything)) == 1
+        assert all(plain > exact > eight for plain, exact, eight in others)
 
 
 def test_counted_bytes_are_added_to_those_of_the_same_versions(tmp_path):
