@@ -428,7 +428,7 @@ def recomputed(function: Rebuild, *tensors: Tensor) -> Tensor:
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
-#: Whether the compiler fails if two regions read the same number from the same place, and sizes are dynamic: mended in 2.15.
+#: Whether the compiler fails if two regions read the same number from one place, and sizes are dynamic. Mended in 2.15.
 _NUMBERS_BELONG_TO_REGIONS = torch.__version__ < "2.15"
 
 
