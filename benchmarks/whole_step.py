@@ -38,6 +38,7 @@ from typing import Any
 
 import lomem
 import torch
+import torch._functorch.config
 from bytes_alive import bytes_alive
 from fused_stand_ins import FusedLoss, fuse_norms_and_products
 from lomem.commands import bench
