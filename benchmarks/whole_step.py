@@ -616,14 +616,11 @@ def main() -> None:
             parser.error(f"--methods has {name}, whose time on a CPU says nothing: pass --bytes-only")
     interval_of_median([0.0] * options.rounds)  # fails here rather than at the end
     before = os.getloadavg()[0]
-    cases = {name: {"title": CASES[name].title, "methods": measure(name, options)} for name in options.cases}
-    contents = {
-        "command": command,
-        "note": options.note,
-        "machine": facts(options, (before, os.getloadavg()[0])),
-        "cases": cases,
-    }
-    finish(options, contents, markdown(contents))
+    contents: dict[str, Any] = {"command": command, "note": options.note, "machine": {}, "cases": {}}
+    for name in options.cases:
+        contents["cases"][name] = {"title": CASES[name].title, "methods": measure(name, options)}
+        contents["machine"] = facts(options, (before, os.getloadavg()[0]))
+        finish(options, contents, markdown(contents))  # each at once: a later one may fail
 
 
 def finish(options: argparse.Namespace, contents: dict[str, Any], text: str) -> None:

@@ -67,6 +67,12 @@ def test_the_script(tmp_path):
     assert "- A try.\n" in text
 
 
+def test_a_budget_can_be_set_in_a_fresh_process():
+    command = [sys.executable, "-c", "import whole_step; print(whole_step.torch._functorch.config.activation_memory_budget)"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT / "benchmarks", timeout=600)
+    assert float(found.stdout) == 1
+
+
 def test_the_committed_results():
     """The table is that of the figures, and the fewer bytes do not come from another model."""
     path = ROOT / "benchmarks/results/whole-step.json"
