@@ -68,7 +68,11 @@ def test_the_script(tmp_path):
 
 
 def test_a_budget_can_be_set_in_a_fresh_process():
-    command = [sys.executable, "-c", "import whole_step; print(whole_step.torch._functorch.config.activation_memory_budget)"]
+    command = [
+        sys.executable,
+        "-c",
+        "import whole_step; print(whole_step.torch._functorch.config.activation_memory_budget)",
+    ]
     found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT / "benchmarks", timeout=600)
     assert float(found.stdout) == 1
 
