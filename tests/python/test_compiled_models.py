@@ -125,6 +125,6 @@ def test_what_torch_says_of_numbers_in_two_regions():
         torch.compiler.reset()
         model = Regions()
         lomem.convert(model, x, bits=16)
-        plain = copy.deepcopy(model)
+        eager = copy.deepcopy(model)
         compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True)
-        torch.testing.assert_close(compiled(x), plain(x))
+        torch.testing.assert_close(compiled(x), eager(x))

@@ -30,7 +30,8 @@ def weights(model):
 
 
 def optimizer(model):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    # With a state, and not Adam, which makes large steps of the smallest differences.
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
 
 
 def train(model, batch, optimizer, steps=STEPS, after=lambda model: None):
@@ -53,9 +54,8 @@ def test_a_gradient_scaler(name):
     plain, model, batch = pair(name)
     found = []
     for trained in (plain, model):
-        # (Not Adam, which makes large steps of the smallest differences.)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
-        sgd, scales = torch.optim.SGD(trained.parameters(), lr=0.05), []
+        sgd, scales = optimizer(trained), []
         for step in range(6):
             sgd.zero_grad()
             with torch.autocast("cpu", torch.float16):
@@ -75,7 +75,7 @@ def test_averaged_weights(name):
     averages = []
     for trained in (plain, model):
         average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-        train(trained, batch, torch.optim.SGD(trained.parameters(), lr=0.05), after=average.update_parameters)
+        train(trained, batch, optimizer(trained), after=average.update_parameters)
         averages.append(average)
     assert distance(weights(averages[1]), weights(averages[0])) < 1e-6
     # The average is a converted model of its own: it saves as little, and is restored by itself.
@@ -99,21 +99,20 @@ def test_averaged_weights(name):
 def test_training_resumes_from_files(name, tmp_path):
     """Bit for bit; and the plain model takes the files as well."""
     plain, model, batch = pair(name)
-    adam = optimizer(model)
-    train(model, batch, adam)
-    torch.save({"model": model.state_dict(), "optimizer": adam.state_dict()}, tmp_path / "at.pt")
-    train(model, batch, adam)
+    sgd = optimizer(model)
+    train(model, batch, sgd)
+    torch.save({"model": model.state_dict(), "optimizer": sgd.state_dict()}, tmp_path / "at.pt")
+    train(model, batch, sgd)
     again, _ = build(name)
     lomem.convert(again, batch, bits=16)
     found = torch.load(tmp_path / "at.pt")
     for resumed in (again, plain):
-        adam = optimizer(resumed)
+        sgd = optimizer(resumed)
         resumed.load_state_dict(found["model"])
-        adam.load_state_dict(copy.deepcopy(found["optimizer"]))
-        train(resumed, batch, adam)
+        sgd.load_state_dict(copy.deepcopy(found["optimizer"]))
+        train(resumed, batch, sgd)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
-    # Adam divides by the gradient's size, so that a difference of any size may be one of lr per step.
-    assert distance(weights(plain), weights(model)) < 1e-3
+    assert distance(weights(plain), weights(model)) < 1e-6  # norms round elsewhere in float32
 
 
 ADAPTERS = {
@@ -157,5 +156,5 @@ def test_adapters(adapter, first):
     with torch.no_grad(), model.disable_adapter(), plain.disable_adapter():
         torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
     for trained in (model, plain):
-        train(trained, batch, torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.05))
+        train(trained, batch, optimizer(trained))
     assert distance(weights(model), weights(plain)) < 1e-6

@@ -287,7 +287,8 @@ def lost_samples(results: Sequence[Tensor], x: Tensor) -> Tensor:
             continue
         rows = result.reshape(len(x), -1)
         # Of a sample of several rows, one alone may overflow: its variance is then infinite, and 1 / std 0.
-        sizes = result.abs() if result.dim() == 1 else result.abs().amax(-1)  # (of a number per row, no dimension)
+        # (With one number per row, no dimension is left to take the largest of.)
+        sizes = result.abs() if result.dim() == 1 else result.abs().amax(-1)
         size = sizes.reshape(len(x), -1).amin(1)
         lost |= ~rows.isfinite().all(1) | (varied & (size < 64 * torch.finfo(result.dtype).tiny))
     finite = flat.isfinite().all(1)

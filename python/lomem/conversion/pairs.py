@@ -412,8 +412,10 @@ class PairedActivation(OfActivation):
             return original(*args, **kwargs)
         storage = self.lomem_storage
         exact = is_compiling() and (storage is None or not can_store(x))
-        if exact and (self.lomem_gated or not (form.torch_op or can_recompute_python())):
+        if exact and self.lomem_gated:
             return original(x)  # a product is recomputed as a whole, see _Pairs
+        if exact and not (form.torch_op or can_recompute_python()):
+            return original(x)  # saved as without conversion
         if exact:
             # Modes of modules around this one would give it few bits.
             with torch._C.DisableTorchFunction():
